@@ -1,0 +1,111 @@
+"""Checkpoints: the weights of a step, saved so that a step directory that has its name is whole."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mygpt.errors import DamagedCheckpointError, NonFiniteError
+from mygpt.model import GPT
+from mygpt.recipe import ModelTable
+from mygpt.rundir import FORMAT, LATEST_FILE, METADATA_KEY, MODEL_FILE, find_model_file, read_metadata
+from mygpt.tokenizer import CharTokenizer
+
+
+class Checkpoint(NamedTuple):
+    """A model to generate from, with the tokenizer of its corpus and the step after which it was saved."""
+
+    model: GPT
+    tokenizer: CharTokenizer
+    step: int
+
+
+def save_checkpoint(
+    run: Path, weights: Mapping[str, torch.Tensor], config: ModelTable, tokenizer: CharTokenizer, step: int
+) -> Path:
+    """Save weights as `run`/step-NNNNNN and name it in `latest`; returns its model file.
+
+    It is written under another name, synced to the disk and renamed when it is complete.
+
+    Raises:
+        DamagedCheckpointError: the disk refused it; what was saved before is untouched.
+        NonFiniteError: a weight is infinite or not a number.
+    """
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"step {step}: weights of {name} are not finite; not saved; lower lr or clip gradients")
+    metadata = {
+        "format": FORMAT,
+        "model": config.model_dump(),
+        "step": step,
+        "tokenizer": {"type": "char", "vocab": tokenizer.vocab},
+    }
+    target = run / f"step-{step:06d}"
+    partial = run / f".tmp-{target.name}"
+    try:
+        partial.mkdir()
+        file = partial / MODEL_FILE
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(tensors, file, {METADATA_KEY: json.dumps(metadata, sort_keys=True, separators=(",", ":"))})
+        _apply_umask(file)
+        _sync(file)
+        _sync(partial)
+        partial.rename(target)
+        _sync(run)
+        _replace_text(run / LATEST_FILE, target.name)
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{target}: cannot be saved: {error}") from error
+    return target / MODEL_FILE
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Load the model of a run directory, step directory or model file, on the CPU in eval mode.
+
+    Raises:
+        CheckpointError: there is none.
+        DamagedCheckpointError: it cannot be read, or its tensors are not those of its architecture.
+    """
+    file = find_model_file(Path(path))
+    metadata = read_metadata(file)
+    try:
+        tokenizer = CharTokenizer(metadata["tokenizer"]["vocab"])
+        config = ModelTable.model_validate(metadata["model"])
+        with torch.device("meta"):
+            model = GPT(config, tokenizer.vocab_size)
+        with safe_open(file, framework="pt") as tensors:
+            weights = {name: tensors.get_tensor(name) for name in tensors.keys()}
+        model.load_state_dict(weights, assign=True)
+        step = int(metadata["step"])
+    except (ValidationError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(f"{file}: damaged: {str(error).splitlines()[0]}") from None
+    return Checkpoint(model.eval(), tokenizer, step)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".tmp-{path.name}")
+    partial.write_text(text + "\n", encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file or a directory's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _apply_umask(file: Path) -> None:
+    """safetensors makes files readable by their owner alone; give this one the mode of any other new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)

@@ -1,0 +1,290 @@
+"""The `mygpt` command. Each command imports what it needs when it runs, so that help answers at once."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from mygpt.errors import MygptError
+
+if TYPE_CHECKING:
+    from mygpt.recipe import Recipe
+
+USAGE = """\
+usage: mygpt COMMAND [ARGUMENTS]
+
+Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
+
+  train RECIPE.toml|TEXT_FILE   train, with any recipe key as a flag (--steps 500)
+  generate --checkpoint RUN     continue a prompt with a trained model
+  compare A B                   whether two models are the same, bit for bit
+  plot RUN...                   draw loss and learning rate
+  recipe show|list|schema       the resolved recipe, the recipes that come with mygpt, the JSON Schema
+
+mygpt COMMAND --help tells more. On several devices: accelerate launch -m mygpt train RECIPE.toml
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 the world failed (or `compare` found a difference), 2 a mistake in the call."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(arguments, "mygpt", COMMANDS, USAGE)
+        sys.stdout.flush()
+    except MygptError as error:
+        code = error.exit_code
+        # Under a launcher every process finds the same mistake in the call; one of them says so.
+        if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"mygpt: {_printable(str(error))}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `mygpt generate ... | head`; nothing more can be written there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
+
+
+def _dispatch(
+    arguments: list[str], prog: str, commands: dict[str, Callable[[list[str]], int]], usage: str
+) -> int:
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage, end="")
+        return 0
+    if name == "--version":
+        from mygpt import __version__
+
+        print(f"mygpt {__version__}")
+        return 0
+    if name not in commands:
+        close = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(commands)}"
+        raise MygptError(f"unknown command '{prog} {name}'; {hint}")
+    return commands[name](rest)
+
+
+def _train(arguments: list[str]) -> int:
+    @dataclass(frozen=True)
+    class Options:
+        overwrite: bool = False
+        """Replace the run that is already in the output directory."""
+
+    recipe, options = parse_recipe(arguments, "mygpt train", Options)
+    # Kernels that mps lacks run on the CPU; torch reads this when it is imported.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    from mygpt.loop import train
+
+    train(recipe, overwrite=options.overwrite)
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        checkpoint: Path
+        """A run directory (its newest step), a step directory or a model.safetensors."""
+        prompt: str = "\n"
+        """The text to continue."""
+        max_new_tokens: int = 200
+        """Characters to add."""
+        temperature: float = 1.0
+        """Below 1 safer, above 1 wilder; 0: always the most likely character."""
+        top_k: int = 10
+        """Choose among this many most likely characters; 0: among all."""
+        seed: int = 0
+        """Seed of the choices."""
+        device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+        """Where to compute."""
+        precision: Literal["fp32", "bf16"] = "fp32"
+        """Of matrix products."""
+
+    options = tyro.cli(Options, args=arguments, prog="mygpt generate", description="Continue a prompt.")
+    for name, value in (("max-new-tokens", options.max_new_tokens), ("top-k", options.top_k), ("seed", options.seed)):
+        if not 0 <= value < 2**31:
+            raise MygptError(f"--{name}: got {value}, expected an integer from 0 to {2**31 - 1}")
+    if not 0 <= options.temperature < float("inf"):
+        raise MygptError(f"--temperature: got {options.temperature}, expected a number from 0 up")
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    import torch
+
+    from mygpt.checkpoint import load_checkpoint
+    from mygpt.generation import stream_text
+    from mygpt.runtime import resolve_device
+
+    model, tokenizer, _ = load_checkpoint(options.checkpoint)
+    device = resolve_device(options.device, options.precision)
+    generator = torch.Generator().manual_seed(options.seed)
+    characters = stream_text(
+        model.to(device),
+        tokenizer,
+        options.prompt,
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        generator,
+    )
+    print(options.prompt, end="", flush=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+        for character in characters:
+            print(character, end="", flush=True)
+    print()
+    return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        a: tyro.conf.Positional[Path]
+        """A run directory (its newest step), a step directory or a model.safetensors."""
+        b: tyro.conf.Positional[Path]
+        """Another."""
+
+    options = tyro.cli(Options, args=arguments, prog="mygpt compare", description="Compare two models bit for bit.")
+    from mygpt.compare import compare, table
+
+    result = compare(options.a, options.b)
+    steps = "step {}".format(" and step ".join(map(str, dict.fromkeys(result.steps))))
+    if not result.differences:
+        print(f"identical: {result.tensors} tensors, {result.values:,} values ({steps})")
+        return 0
+    print(f"different: {len(result.differences)} of {result.tensors} tensors ({steps})")
+    print("\n".join(table(result.differences)))
+    return 1
+
+
+def _plot(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        runs: tyro.conf.Positional[tuple[Path, ...]]
+        """Run directories."""
+        out: Path = Path("loss.png")
+        """The picture to write; its ending (.png, .svg, .pdf) chooses the format."""
+
+    options = tyro.cli(Options, args=arguments, prog="mygpt plot", description="Draw loss and learning rate of runs.")
+    if not options.runs:
+        raise MygptError("plot: expected at least one run directory")
+    from mygpt.report import plot
+
+    plot(options.runs, options.out)
+    print(f"wrote {options.out}", file=sys.stderr)
+    return 0
+
+
+def _recipe(arguments: list[str]) -> int:
+    usage = """\
+usage: mygpt recipe show RECIPE.toml|TEXT_FILE [FLAGS]   print the resolved recipe
+       mygpt recipe list                                 print the recipes that come with mygpt
+       mygpt recipe schema                               print the JSON Schema of recipes
+"""
+    return _dispatch(arguments, "mygpt recipe", RECIPE_COMMANDS, usage)
+
+
+def _recipe_show(arguments: list[str]) -> int:
+    recipe, _ = parse_recipe(arguments, "mygpt recipe show")
+    print(recipe.to_toml(), end="")
+    return 0
+
+
+def _recipe_list(arguments: list[str]) -> int:
+    from mygpt.recipe import shipped_recipes
+
+    _expect_no_arguments(arguments, "mygpt recipe list")
+    for name, path in shipped_recipes().items():
+        print(f"{name:<12} {path}")
+    return 0
+
+
+def _recipe_schema(arguments: list[str]) -> int:
+    from mygpt.recipe import recipe_schema
+
+    _expect_no_arguments(arguments, "mygpt recipe schema")
+    print(recipe_schema(), end="")
+    return 0
+
+
+COMMANDS = {"train": _train, "generate": _generate, "compare": _compare, "plot": _plot, "recipe": _recipe}
+RECIPE_COMMANDS = {"show": _recipe_show, "list": _recipe_list, "schema": _recipe_schema}
+
+
+def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -> tuple["Recipe", Any]:
+    """The recipe that the arguments mean: a recipe or text file, with flags laid over it.
+
+    `options` is a dataclass of further flags; returns them beside the recipe.
+
+    Raises:
+        RecipeError: the recipe or a flag cannot be used.
+        SystemExit: help was asked for, or a flag is not one of the command's.
+    """
+    from mygpt.recipe import Recipe, build_recipe, check_recipe
+
+    # The flags' defaults are the recipe's own values, so it has to be known before flags are read.
+    has_target_first = bool(arguments) and not arguments[0].startswith("-")
+    target = arguments[0] if has_target_first else _parse_flags(arguments, prog, Recipe(), options).target
+    flags = _parse_flags(arguments, prog, load_target(target), options)
+    tables = {name: vars(getattr(flags, name)) for name in Recipe.model_fields}
+    recipe = build_recipe(tables)
+    check_recipe(recipe, source=target)
+    return recipe, getattr(flags, "options", None)
+
+
+def load_target(target: str) -> "Recipe":
+    """A recipe file or a shipped recipe's name; else the plain run on a text file or a named corpus.
+
+    Raises:
+        RecipeError: the recipe cannot be used.
+    """
+    from mygpt.recipe import build_recipe, load_recipe, shipped_recipes
+
+    if target.endswith(".toml") or target in shipped_recipes():
+        return load_recipe(target)
+    return build_recipe({"data": {"corpus": target}, "checkpoint": {"output": f"checkpoints/{Path(target).stem}"}})
+
+
+def _parse_flags(arguments: list[str], prog: str, recipe: "Recipe", options: type | None) -> Any:
+    """Parse with one flag per recipe key; each table comes back as an attribute that holds its keys.
+
+    The flags have the keys' plain types: the recipe itself judges the values, for files and flags alike.
+    """
+    import tyro
+
+    fields: list[tuple[str, Any, Any]] = [
+        ("target", Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=TARGET_HELP)], field())
+    ]
+    if options is not None:
+        fields.append(("options", options, field(default_factory=options)))
+    for name, recipe_table in recipe:
+        flags = make_dataclass(
+            name,
+            [
+                (key, Annotated[info.annotation, tyro.conf.arg(help=info.description)], field(default=value))
+                for (key, info), (_, value) in zip(type(recipe_table).model_fields.items(), recipe_table, strict=True)
+            ],
+        )
+        flags.__doc__ = type(recipe_table).__doc__
+        fields.append((name, flags, field(default_factory=flags)))
+    command = make_dataclass("Command", fields)
+    description = "Train a model." if prog.endswith("train") else "Print the resolved recipe."
+    return tyro.cli(command, args=arguments, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
+
+
+TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
+
+
+def _expect_no_arguments(arguments: list[str], prog: str) -> None:
+    if arguments not in ([], ["-h"], ["--help"]):
+        raise MygptError(f"{prog} takes no arguments; got {arguments[0]!r}")
+
+
+def _printable(text: str) -> str:
+    """Text with anything that the terminal cannot show escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()

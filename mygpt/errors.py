@@ -1,0 +1,49 @@
+"""The errors that a user can act on: each is printed as its message alone, without a traceback."""
+
+
+class MygptError(Exception):
+    """Base of every error that mygpt raises on purpose.
+
+    `exit_code` is 2 for a mistake in what the user gave (nothing has been created on disk), and 1 where the
+    world failed: a full disk, a lost network, a loss that is no longer a number.
+    """
+
+    exit_code = 2
+
+
+class RecipeError(MygptError):
+    """A recipe, or a flag that stands for one of its keys, cannot be used."""
+
+
+class CorpusError(MygptError):
+    """The training text is missing, unreadable or too short."""
+
+
+class DownloadError(CorpusError):
+    """A named corpus could not be fetched, or what came is not what its hash says."""
+
+    exit_code = 1
+
+
+class TokenizerError(MygptError):
+    """A text holds a character outside the vocabulary."""
+
+
+class LaunchError(MygptError):
+    """The devices or processes that were asked for are not the ones that are there."""
+
+
+class CheckpointError(MygptError):
+    """A path is not a run or a checkpoint, or writing there would overwrite one."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint exists but cannot be read back, or a new one cannot be written."""
+
+    exit_code = 1
+
+
+class NonFiniteError(MygptError):
+    """A loss became infinite or not a number."""
+
+    exit_code = 1

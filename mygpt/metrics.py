@@ -1,0 +1,173 @@
+"""What a run reports: the header, a line and a record per logged step."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from mygpt.errors import CheckpointError
+from mygpt.recipe import Recipe
+from mygpt.rundir import METRICS_FILE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One line of metrics.jsonl; a value that was not taken at this step is None."""
+
+    step: int
+    loss: float
+    """Mean loss of this step's global batch before its update, in nats per token."""
+    lr: float
+    """The learning rate of this step's update."""
+    tokens: int
+    """Tokens trained on so far, this step's included."""
+    elapsed_seconds: float
+    """Since the first step began, evaluation and saving included."""
+    tokens_per_second: float
+    """Training throughput since the record before, evaluation and saving left out."""
+    val: float | None = None
+    """Held-out loss after this step's update, in nats per token."""
+    val_stderr: float | None = None
+    grad_norm: float | None = None
+    """Global L2 norm of this step's gradient before clipping."""
+
+
+class Reporter:
+    """Prints the lines, writes metrics.jsonl and draws the progress bar; silent but on the main process.
+
+    Lines go to stdout. The bar goes to stderr, and only to a terminal.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path, *, is_main: bool):
+        self._recipe = recipe
+        self._is_main = is_main
+        self._tokens_per_step = recipe.train.batch_size * recipe.train.seq_len
+        self._file: TextIO | None = (run / METRICS_FILE).open("a", encoding="utf-8") if is_main else None
+        self._bar = tqdm(total=recipe.train.steps, unit="step", disable=None if is_main else True, dynamic_ncols=True)
+        self._started_at = time.perf_counter()
+        self._interval = (0, self._started_at)
+        self._paused_seconds = 0.0
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self._file:
+            self._file.close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of what is done inside out of the throughput."""
+        paused_at = time.perf_counter()
+        yield
+        self._paused_seconds += time.perf_counter() - paused_at
+
+    def step_done(self) -> None:
+        """Move the progress bar on."""
+        self._bar.update()
+
+    def log(
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float | None = None,
+        val: float | None = None,
+        val_stderr: float | None = None,
+    ) -> None:
+        """Record a step, and print it where that is due."""
+        now = time.perf_counter()
+        last_step, last_time = self._interval
+        seconds = now - last_time - self._paused_seconds
+        self._interval, self._paused_seconds = (step, now), 0.0
+        record = Record(
+            step=step,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            val=val,
+            val_stderr=val_stderr,
+            tokens=step * self._tokens_per_step,
+            elapsed_seconds=round(now - self._started_at, 6),
+            tokens_per_second=round((step - last_step) * self._tokens_per_step / seconds, 1),
+        )
+        if self._file:
+            values = {key: value for key, value in asdict(record).items() if value is not None}
+            self._file.write(json.dumps(values, allow_nan=False) + "\n")
+            self._file.flush()
+        self._bar.set_postfix_str(f"{record.tokens_per_second:,.0f} tokens/s", refresh=False)
+        train = self._recipe.train
+        if self._is_main and (step == 1 or val is not None or due(step, train.print_every, train.steps)):
+            self._bar.write(step_line(record, self._recipe), file=sys.stdout)
+            sys.stdout.flush()
+
+
+def read_records(run: Path) -> list[Record]:
+    """The records of a run directory.
+
+    Raises:
+        CheckpointError: there are none, or a line is not a record.
+    """
+    path = run / METRICS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; expected a run directory") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(Record(**json.loads(line)))
+        except (ValueError, TypeError):
+            raise CheckpointError(f"{path}: line {number} is not a record") from None
+    if not records:
+        raise CheckpointError(f"{path}: no step has been recorded yet")
+    return records
+
+
+def header_lines(
+    recipe: Recipe, *, device: str, processes: int, sizes: dict[str, int], vocab_size: int, params: int
+) -> Iterator[str]:
+    """The lines that a run begins with. `sizes` are the characters of the corpus and of its parts."""
+    schedule = recipe.schedule
+    yield _header("device", device)
+    if processes > 1:
+        yield _header("processes", processes)
+    yield _header("precision", recipe.runtime.precision)
+    for part, size in sizes.items():
+        yield _header(f"{part} chars", f"{size:,}")
+    yield _header("vocab_size", vocab_size)
+    yield _header("params", f"{params:,}")
+    yield _header("steps", recipe.train.steps)
+    yield _header("schedule", f"{schedule.schedule} (warmup={schedule.warmup})")
+    yield _header("max_grad_norm", recipe.train.max_grad_norm)
+
+
+def step_line(record: Record, recipe: Recipe) -> str:
+    """The printed form of a record."""
+    line = f"step {record.step:5d}: loss = {record.loss:.4f}"
+    if record.val is not None:
+        line += f"  val = {record.val:.4f}"
+        if recipe.validation.log_val_stderr:
+            line += f" +- {record.val_stderr:.4f}"
+    if recipe.schedule.schedule != "constant" or recipe.schedule.warmup:
+        line += f"  lr = {record.lr:.2e}"
+    if recipe.train.log_grad_norm:
+        line += f"  grad_norm = {record.grad_norm:.4f}"
+    return line
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every `every` steps (0: never), and at the `last` one, is to be done at 1-based `step`."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def _header(label: str, value: Any) -> str:
+    return f"{label + ':':<14}{value}"

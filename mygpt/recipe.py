@@ -1,0 +1,326 @@
+"""Recipes: the TOML tables as frozen models, how they are read, checked and written.
+
+A recipe file has the tables below; every key is unique across them, so each is also a flag of `mygpt train`
+(`val_split` is `--val-split`). A key that is left out has the default given here, and the defaults together are
+the plain run: constant rate, no held-out text, no clipping. `extends = "other.toml"` starts from another recipe.
+"""
+
+import difflib
+import json
+import reprlib
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mygpt.errors import RecipeError
+
+# torch seeds and sizes are 64-bit, and its CPU generator keeps 32 bits of a seed: stay where every value is distinct.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+CountOrOff = Annotated[int, Field(ge=0, lt=2**31)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Table(BaseModel):
+    """One table of a recipe: immutable, no unknown keys, no conversions (`true` is not 1), no nan or inf."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DataTable(Table):
+    """What is trained on."""
+
+    corpus: Annotated[str, Field(min_length=1)] = "tinyshakespeare"
+    """A text file (UTF-8; a relative path starts from the working directory), or one of the named corpora:
+    "tinyshakespeare", "python-docs"."""
+    val_split: Probability = 0.0
+    """Fraction of the text held out at its end, never trained on; 0: none."""
+
+
+class ModelTable(Table):
+    """The architecture: a decoder-only transformer in GPT-2's style."""
+
+    embed_dim: Count = 64
+    """Width of the residual stream."""
+    num_heads: Count = 4
+    """Attention heads per block; must divide embed_dim."""
+    num_layers: Count = 4
+    """Transformer blocks."""
+    max_seq_len: Count = 64
+    """Longest context in tokens: the number of position embeddings."""
+    dropout: Probability = 0.0
+    """Probability of dropping an activation in training; 0: off."""
+
+
+class TrainTable(Table):
+    """The training loop."""
+
+    steps: Count = 2000
+    """Optimizer steps."""
+    batch_size: Count = 16
+    """Windows per optimizer step, over all processes together."""
+    micro_batch_size: Count | None = None
+    """Windows per forward pass on one process; absent: batch_size / processes. Smaller saves memory (gradients are
+    accumulated) and must divide batch_size / processes."""
+    seq_len: Count = 64
+    """Tokens per window; at most max_seq_len."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Clip the global L2 norm of the gradient to this; 0: no clipping."""
+    log_grad_norm: bool = False
+    """Print and log the gradient's norm before clipping."""
+    print_every: Count = 500
+    """Steps between printed lines; the first and the last step are always printed."""
+    log_every: Count = 10
+    """Steps between records in metrics.jsonl; printed steps are always recorded."""
+    init_seed: Seed = 0
+    """Seed of the initial weights."""
+    data_seed: Seed = 42
+    """Seed of the batches and of dropout."""
+
+
+class OptimizerTable(Table):
+    """AdamW (https://arxiv.org/abs/1711.05101), with torch's defaults; weight decay applies to every parameter."""
+
+    lr: Annotated[float, Field(ge=0)] = 1e-3
+    """Learning rate; with a schedule or warmup, its peak."""
+    beta1: Probability = 0.9
+    """Decay of the running mean of gradients."""
+    beta2: Probability = 0.999
+    """Decay of the running mean of squared gradients."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay, per step and unit of learning rate."""
+
+
+class ScheduleTable(Table):
+    """The learning rate as a function of the step."""
+
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """From lr at the end of warmup: stay there, or fall to min_lr at the last step along half a cosine or a line."""
+    warmup: CountOrOff = 0
+    """Steps over which the rate rises linearly to lr; 0: none."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """The rate at the last step of a cosine or linear schedule."""
+
+
+class ValidationTable(Table):
+    """The held-out loss."""
+
+    val_every: CountOrOff = 0
+    """Steps between evaluations of the held-out loss (and one at the last step); 0: never. Needs val_split."""
+    eval_batches: Count = 10
+    """Random batches averaged in one evaluation; with sampling = "full" all of the held-out text is used instead."""
+    sampling: Literal["shared-stream", "own-stream", "full"] = "shared-stream"
+    """Where held-out windows come from. "shared-stream": drawn from the generator of the training batches, so
+    evaluating shifts the batches that follow (published numbers of this kind are made so). "own-stream": from a
+    generator of their own, the same windows at every evaluation. "full": every window of the held-out text, once."""
+    log_val_stderr: bool = False
+    """Print the held-out loss with its standard error; metrics.jsonl always has it."""
+
+
+class RuntimeTable(Table):
+    """Where and how it runs."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """"auto": cuda where there is one, else mps, else cpu."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """"bf16": matrix products in bfloat16 (autocast); weights and optimizer stay fp32."""
+    threads: Count | None = None
+    """CPU threads per process; absent: the machine's cores / processes on it. The last bits of a CPU result depend
+    on it."""
+    compile: bool = False
+    """Compile the model with torch.compile: slow to start, faster per step."""
+
+
+class CheckpointTable(Table):
+    """What is kept on disk."""
+
+    output: Annotated[str, Field(min_length=1)] = "checkpoints/default"
+    """The run directory; absent from a recipe file: checkpoints/ and the file's name without its ending."""
+    save_every: CountOrOff = 0
+    """Steps between saved weights; 0: only those of the last step, which are always saved."""
+
+
+class Recipe(Table):
+    """A complete training run."""
+
+    data: DataTable = DataTable()
+    model: ModelTable = ModelTable()
+    train: TrainTable = TrainTable()
+    optimizer: OptimizerTable = OptimizerTable()
+    schedule: ScheduleTable = ScheduleTable()
+    validation: ValidationTable = ValidationTable()
+    runtime: RuntimeTable = RuntimeTable()
+    checkpoint: CheckpointTable = CheckpointTable()
+
+    def to_toml(self) -> str:
+        """This recipe as TOML that `load_recipe` reads back to an equal one; keys that are absent stay absent."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+TABLE_OF_KEY = {
+    key: name for name, table in Recipe.model_fields.items() for key in table.default.__class__.model_fields
+}
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file, or a shipped recipe by its bare name ("hardened").
+
+    Unknown keys, wrong types and values out of range are all reported at once. Relations between keys are not
+    looked at, since flags may still change them: see `check_recipe`.
+
+    Raises:
+        RecipeError: the file cannot be read, is not TOML, or holds anything that a recipe may not.
+    """
+    path = shipped_recipes().get(str(path), Path(path))
+    tables = _read_with_parents(path, ())
+    if "output" not in tables.get("checkpoint", {}):
+        tables.setdefault("checkpoint", {})["output"] = f"checkpoints/{path.stem}"
+    return build_recipe(tables, source=str(path))
+
+
+def build_recipe(tables: Mapping[str, Any], source: str | None = None) -> Recipe:
+    """A recipe from nested tables. `source` is the file that they came from; None: command-line flags.
+
+    Raises:
+        RecipeError: with one line for each key that is unknown, of the wrong type or out of range.
+    """
+    try:
+        return Recipe.model_validate(tables)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(problem, source) for problem in error.errors())) from None
+
+
+def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
+    """Check the relations between keys.
+
+    Raises:
+        RecipeError: with one line for each relation that does not hold.
+    """
+    problems = list(_broken_relations(recipe))
+    if problems:
+        raise RecipeError("\n".join(f"{source} [{TABLE_OF_KEY[key]}] {key}: {text}" for key, text in problems))
+
+
+def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    model, train, schedule, validation = recipe.model, recipe.train, recipe.schedule, recipe.validation
+    if model.embed_dim % model.num_heads:
+        yield "num_heads", f"got {model.num_heads}, expected a divisor of embed_dim = {model.embed_dim}"
+    if train.seq_len > model.max_seq_len:
+        yield (
+            "seq_len",
+            f"got {train.seq_len}, expected at most max_seq_len = {model.max_seq_len}; lower seq_len or raise "
+            "max_seq_len",
+        )
+    if train.micro_batch_size and train.batch_size % train.micro_batch_size:
+        yield (
+            "micro_batch_size",
+            f"got {train.micro_batch_size}, expected a divisor of batch_size = {train.batch_size}",
+        )
+    if schedule.warmup > train.steps:
+        yield (
+            "warmup",
+            f"got {schedule.warmup}, expected at most steps = {train.steps}; lower warmup or raise steps",
+        )
+    if schedule.schedule == "constant" and schedule.min_lr:
+        yield "min_lr", f'got {schedule.min_lr}, expected 0 with schedule = "constant"; choose "cosine" or "linear"'
+    elif schedule.min_lr > recipe.optimizer.lr:
+        yield "min_lr", f"got {schedule.min_lr}, expected at most lr = {recipe.optimizer.lr}"
+    if validation.val_every and not recipe.data.val_split:
+        yield (
+            "val_every",
+            f"got {validation.val_every}, expected 0 without held-out text; set val_split, such as 0.1",
+        )
+    if validation.log_val_stderr and not validation.val_every:
+        yield "log_val_stderr", "got true, expected false without evaluations; set val_every, such as 500"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with mygpt, by bare name: those of the wheel, else of the source checkout."""
+    package = Path(__file__).parent
+    folder = next((path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()), None)
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))} if folder else {}
+
+
+def recipe_schema() -> str:
+    """The recipe's JSON Schema, which editors use to complete and check recipe files."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "Another recipe to start from: a path relative to this file, or a shipped recipe's name.",
+    }
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
+    """The tables of a recipe file laid over those of the recipes that it extends; each file is checked alone."""
+    if path.resolve() in children:
+        chain = " -> ".join(child.name for child in (*children, path))
+        raise RecipeError(f"{path}: extends goes in a circle: {chain}")
+    document = _read_toml(path)
+    parent = document.pop("extends", None)
+    build_recipe(document, source=str(path))
+    if parent is None:
+        return document
+    if not isinstance(parent, str):
+        raise RecipeError(f"{path}: extends: got {reprlib.repr(parent)}, expected the path of a recipe")
+    parent_path = shipped_recipes().get(parent, path.parent / parent)
+    tables = _read_with_parents(parent_path, (*children, path.resolve()))
+    return {name: tables.get(name, {}) | document.get(name, {}) for name in {**tables, **document}}
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        names = ", ".join(shipped_recipes())
+        raise RecipeError(f"{path}: no such recipe; expected a TOML file or one of: {names}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read as a recipe: {error.strerror}") from None
+    if raw.startswith(b"\xef\xbb\xbf"):
+        raise RecipeError(f"{path}: starts with a byte order mark, which TOML does not allow; save it without one")
+    try:
+        return tomllib.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply; a recipe has tables of plain values") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+
+
+def _explain(problem: Any, source: str | None) -> str:
+    """One line for one of pydantic's errors: where, what was got, what was expected, and the likely fix."""
+    location = [str(part) for part in problem["loc"]]
+    table, key = location[0], location[-1]
+    if problem["type"] == "extra_forbidden":
+        if len(location) == 1:
+            if table in TABLE_OF_KEY:
+                return f"{source}: key '{table}' belongs in the table [{TABLE_OF_KEY[table]}]"
+            return f"{source}: unknown table [{table}]{_suggest(table, Recipe.model_fields)}"
+        if key in TABLE_OF_KEY:
+            return f"{source} [{table}]: key '{key}' belongs in the table [{TABLE_OF_KEY[key]}]"
+        return f"{source} [{table}]: unknown key '{key}'{_suggest(key, TABLE_OF_KEY)}"
+    where = f"--{key.replace('_', '-')}" if source is None else f"{source} [{table}]"
+    if source is not None and len(location) > 1:
+        where += f" {location[1]}"
+    expected = problem["msg"].removeprefix("Input should be ").removeprefix("Input should ")
+    if problem["type"] == "model_type":
+        expected = "a table"
+    got = "an empty text" if problem["input"] == "" else reprlib.repr(problem["input"])
+    return f"{where}: got {got}, expected {expected}"
+
+
+def _suggest(word: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; expected one of {', '.join(known)}"

@@ -1,0 +1,125 @@
+"""Run directories: where things are in them, how one is made, and how a checkpoint in one is found.
+
+A run directory holds the resolved recipe, run.json, metrics.jsonl, one directory `step-NNNNNN` per saved step and
+`latest`, the name of the newest. Imports no torch.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from mygpt.errors import CheckpointError, DamagedCheckpointError
+from mygpt.recipe import Recipe
+
+MODEL_FILE = "model.safetensors"
+RECIPE_FILE = "recipe.toml"
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+LATEST_FILE = "latest"
+
+FORMAT = 1
+"""Of the metadata in model files."""
+
+METADATA_KEY = "mygpt"
+"""The only key: safetensors writes two or more in random order, and the file's bytes should be repeatable."""
+
+STEP_NAME = re.compile(r"step-\d{6,}")
+
+# What a run writes into its directory; replacing a run removes nothing else.
+RUN_ENTRY = re.compile(rf"recipe\.toml|run\.json|metrics\.jsonl|latest|(\.tmp-)?({STEP_NAME.pattern}|latest)")
+
+
+def check_output(run: Path, overwrite: bool) -> None:
+    """See that a run may be written to `run`, without touching the disk.
+
+    Raises:
+        CheckpointError: there is a run and `overwrite` is not set, or there is something that is not a run.
+    """
+    try:
+        entries = [entry.name for entry in run.iterdir()]
+    except FileNotFoundError:
+        entries = []
+        parent = next(path for path in run.absolute().parents if path.exists())
+        if not parent.is_dir():
+            raise CheckpointError(f"output: {parent} is a file; choose another --output") from None
+    except OSError as error:
+        raise CheckpointError(f"output: {run}: {error.strerror}; choose another --output") from None
+    else:
+        parent = run
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"output: {parent}: no permission to write there; choose another --output")
+    if entries and RUN_FILE not in entries:
+        raise CheckpointError(
+            f"output: {run} is not empty and not a run (it holds {entries[0]!r}); choose another --output"
+        )
+    if entries and not overwrite:
+        raise CheckpointError(
+            f"output: {run} already holds a run; choose another --output, or replace it with --overwrite"
+        )
+
+
+def create_run(run: Path, recipe: Recipe, info: Mapping[str, Any]) -> None:
+    """Make the run directory, removing the run that is there, with its recipe.toml and run.json.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        # run.json marks the directory as a run: the last to go and the first to come.
+        for entry in sorted(run.iterdir(), key=lambda entry: entry.name == RUN_FILE):
+            if RUN_ENTRY.fullmatch(entry.name):
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        (run / RUN_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        (run / RECIPE_FILE).write_text(recipe.to_toml(), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"output: {run}: {error.strerror}; choose another --output") from None
+
+
+def find_model_file(path: Path) -> Path:
+    """The model file that a user means by a file, a step directory or a run directory (its newest step).
+
+    Raises:
+        CheckpointError: there is none.
+        DamagedCheckpointError: `latest` does not name a step of this run.
+    """
+    if path.is_file():
+        return path
+    if (path / MODEL_FILE).is_file():
+        return path / MODEL_FILE
+    try:
+        name = (path / LATEST_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        what = "has no checkpoint yet" if path.is_dir() else "no such run, step directory or model file"
+        raise CheckpointError(f"{path}: {what}; expected what `mygpt train` has written") from None
+    # `latest` is text from a file: only a step's plain name may choose a path.
+    file = path / name / MODEL_FILE
+    if not STEP_NAME.fullmatch(name) or not file.is_file():
+        raise DamagedCheckpointError(
+            f"{path / LATEST_FILE}: got {name!r}, which is not a checkpoint of this run; name a step directory instead"
+        )
+    return file
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """The metadata that mygpt wrote into a model file.
+
+    Raises:
+        DamagedCheckpointError: it is not such a file.
+    """
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            metadata = json.loads((tensors.metadata() or {})[METADATA_KEY])
+        if metadata["format"] != FORMAT:
+            raise DamagedCheckpointError(
+                f"{file}: checkpoint format {metadata['format']!r}, expected {FORMAT}; it needs another version of mygpt"
+            )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(f"{file}: not a model that mygpt saved, or damaged ({error})") from None
+    return dict(metadata)

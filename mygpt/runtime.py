@@ -1,0 +1,124 @@
+"""The machine under a run: device, threads, determinism, processes, and a record of them all."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mygpt.errors import LaunchError
+
+RECORDED_PACKAGES = ("mygpt", "torch", "accelerate", "safetensors", "numpy")
+
+
+def resolve_device(name: str, precision: str) -> torch.device:
+    """The device that a recipe's `device` means on this machine.
+
+    Raises:
+        LaunchError: it is not there, or cannot compute in `precision`.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        there = " or ".join(kind for kind, found in available.items() if found)
+        raise LaunchError(f"device: got {name}, which this machine (or this build of torch) does not have; use {there}")
+    if name == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise LaunchError("precision: got bf16, which this GPU does not support; use fp32")
+    return torch.device(name)
+
+
+def set_threads(threads: int | None, local_processes: int) -> int:
+    """Set and return the CPU threads of this process; None: the cores that it may use / processes on this machine.
+
+    Done in-process, since `accelerate launch` and torchrun set OMP_NUM_THREADS=1.
+    """
+    if threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // local_processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Have CUDA choose kernels that give the same bits every time; CPU kernels do so by themselves."""
+    if device.type == "cuda":
+        # cuBLAS needs a fixed workspace, set before its first call, to repeat itself.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def launched_processes(environ: Mapping[str, str] = os.environ) -> int:
+    """The number of processes that the launcher says it started; 1 without a launcher.
+
+    Raises:
+        LaunchError: `accelerate launch` was asked for several processes on CPUs but starts a single one, or for a
+            way to train that mygpt does not have.
+    """
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        if environ.get(variable, "false").lower() == "true":
+            name = variable.removeprefix("ACCELERATE_USE_")
+            raise LaunchError(f"the launch configuration asks for {name}, which mygpt does not use; use recipes/launch/")
+    if "WORLD_SIZE" in environ:
+        return int(environ["WORLD_SIZE"])
+    # accelerate's one-process launcher names an address for the others only when it was asked for several.
+    if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ:
+        raise LaunchError(
+            "accelerate launch was asked for several processes but started one, as it does with --cpu or "
+            "distributed_type: MULTI_CPU; use --config_file recipes/launch/cpu2.yaml, or --multi_gpu with "
+            "ACCELERATE_USE_CPU=true"
+        )
+    return 1
+
+
+def check_processes(launched: int, joined: int) -> None:
+    """Compare the processes that the launcher started with those that joined.
+
+    Raises:
+        LaunchError: they differ, so that each would train a model of its own.
+    """
+    if launched != joined:
+        raise LaunchError(
+            f"the launcher started {launched} processes but {joined} joined this run; on CPUs use --config_file "
+            "recipes/launch/cpu2.yaml, on GPUs recipes/launch/ddp.yaml"
+        )
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """What, beside the recipe, the bits of a result depend on: versions, processor and accelerator."""
+    return {
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git_commit() -> str | None:
+    """The commit of mygpt's own checkout, with "-dirty" where files differ from it; None when installed from a wheel."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

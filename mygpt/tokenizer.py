@@ -1,0 +1,73 @@
+"""Text to token ids and back, one token per character."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from mygpt.errors import TokenizerError
+
+# Encoding works through the text in pieces: memory stays at the text, its ids, and one piece as code points.
+CHUNK = 1 << 20
+
+
+class CharTokenizer:
+    """A character tokenizer whose vocabulary is the sorted distinct characters of a text.
+
+    Any text with the same distinct characters gives the same tokenizer, so `CharTokenizer(tokenizer.vocab)` is a
+    copy.
+    """
+
+    def __init__(self, text: str):
+        seen = np.zeros(0x110000, dtype=bool)
+        for start in range(0, len(text), CHUNK):
+            seen[_code_points(text[start : start + CHUNK])] = True
+        vocab = np.flatnonzero(seen)
+        if len(vocab) == 0:
+            raise TokenizerError("a vocabulary cannot be made from an empty text")
+        self.vocab = "".join(map(chr, vocab))
+        """All characters that it knows, in code point order; a token's id is its place here."""
+        # One place past the largest known code point stands for everything beyond it.
+        self._id_of_code_point = np.full(vocab[-1] + 2, -1, dtype=np.int32)
+        self._id_of_code_point[vocab] = np.arange(len(vocab), dtype=np.int32)
+        # The smallest type that torch can index with keeps a large corpus at one or two bytes a character.
+        self._id_type = next(t for t in (np.uint8, np.int16, np.int32) if len(vocab) <= np.iinfo(t).max + 1)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocab)
+
+    def encode(self, text: str, what: str = "text") -> npt.NDArray[np.integer]:
+        """The ids of a text's characters, shape (len(text),), in the smallest type that holds the vocabulary.
+
+        `what` names the text in an error.
+
+        Raises:
+            TokenizerError: a character is not in the vocabulary; names it and its position (0-based).
+        """
+        ids = np.empty(len(text), dtype=self._id_type)
+        beyond = len(self._id_of_code_point) - 1
+        for start in range(0, len(text), CHUNK):
+            piece = self._id_of_code_point[np.minimum(_code_points(text[start : start + CHUNK]), beyond)]
+            if piece.min() < 0:
+                position = start + int(piece.argmin())
+                character = text[position]
+                raise TokenizerError(
+                    f"{what}: character {character!r} (U+{ord(character):04X}) at position {position} is not among "
+                    f"the {self.vocab_size} characters of the vocabulary"
+                )
+            ids[start : start + len(piece)] = piece
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of a sequence of ids.
+
+        Raises:
+            IndexError: an id is not below `vocab_size`.
+        """
+        return "".join(self.vocab[int(i)] for i in ids)
+
+
+def _code_points(text: str) -> npt.NDArray[np.uint32]:
+    # A prompt from the command line may hold lone surrogates, which stand for bytes that were not UTF-8.
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
