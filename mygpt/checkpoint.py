@@ -39,7 +39,9 @@ def save_checkpoint(
     """
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
-            raise NonFiniteError(f"step {step}: weights of {name} are not finite; not saved; lower lr or clip gradients")
+            raise NonFiniteError(
+                f"step {step}: weights of {name} are not finite; not saved; lower lr or clip gradients"
+            )
     metadata = {
         "format": FORMAT,
         "model": config.model_dump(),
@@ -79,7 +81,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         with torch.device("meta"):
             model = GPT(config, tokenizer.vocab_size)
         with safe_open(file, framework="pt") as tensors:
-            weights = {name: tensors.get_tensor(name) for name in tensors.keys()}
+            weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - it is no dict
         model.load_state_dict(weights, assign=True)
         step = int(metadata["step"])
     except (ValidationError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:

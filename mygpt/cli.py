@@ -3,7 +3,7 @@
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -48,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _dispatch(
-    arguments: list[str], prog: str, commands: dict[str, Callable[[list[str]], int]], usage: str
-) -> int:
+def _dispatch(arguments: list[str], prog: str, commands: Mapping[str, Callable[[list[str]], int]], usage: str) -> int:
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(usage, end="")
@@ -234,7 +232,7 @@ def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -
     tables = {name: vars(getattr(flags, name)) for name in Recipe.model_fields}
     recipe = build_recipe(tables)
     check_recipe(recipe, source=target)
-    return recipe, getattr(flags, "options", None)
+    return recipe, getattr(flags, "run", None)
 
 
 def load_target(target: str) -> "Recipe":
@@ -258,18 +256,22 @@ def _parse_flags(arguments: list[str], prog: str, recipe: "Recipe", options: typ
     import tyro
 
     fields: list[tuple[str, Any, Any]] = [
-        ("target", Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=TARGET_HELP)], field())
+        (
+            "target",
+            Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE|TEXT", help=TARGET_HELP)],
+            field(),
+        )
     ]
     if options is not None:
-        fields.append(("options", options, field(default_factory=options)))
+        fields.append(("run", options, field(default_factory=options)))
     for name, recipe_table in recipe:
-        flags = make_dataclass(
-            name,
-            [
-                (key, Annotated[info.annotation, tyro.conf.arg(help=info.description)], field(default=value))
-                for (key, info), (_, value) in zip(type(recipe_table).model_fields.items(), recipe_table, strict=True)
-            ],
-        )
+        keys = []
+        for key, info in type(recipe_table).model_fields.items():
+            text = " ".join((info.description or "").split())
+            kind: Any = info.annotation
+            value = getattr(recipe_table, key)
+            keys.append((key, Annotated[kind, tyro.conf.arg(help=text)], field(default=value)))
+        flags = make_dataclass(name, keys)
         flags.__doc__ = type(recipe_table).__doc__
         fields.append((name, flags, field(default_factory=flags)))
     command = make_dataclass("Command", fields)

@@ -31,7 +31,11 @@ def load_corpus(name: str) -> Corpus:
         DownloadError: a named corpus could not be fetched, or has the wrong hash.
     """
     if name == "tinyshakespeare":
-        return _read_text(find_tinyshakespeare())
+        path = find_tinyshakespeare()
+        corpus = _read_text(path)
+        if corpus.sha256 != TINYSHAKESPEARE_SHA256:
+            raise CorpusError(f"{path}: not Tiny Shakespeare (sha256 {TINYSHAKESPEARE_SHA256}); replace or remove it")
+        return corpus
     if name == "python-docs":
         return _python_docs()
     return _read_text(Path(name))
@@ -44,29 +48,25 @@ def find_tinyshakespeare() -> Path:
     """The file of Tiny Shakespeare: from MYGPT_DATA_DIR, else the cache, else downloaded into the cache.
 
     Raises:
-        CorpusError: the file in MYGPT_DATA_DIR has another hash.
         DownloadError: there is no file and it cannot be fetched.
     """
-    import pooch
-
     if folder := os.environ.get("MYGPT_DATA_DIR"):
         path = Path(folder) / "tinyshakespeare.txt"
         if path.is_file():
-            if pooch.file_hash(str(path)) != TINYSHAKESPEARE_SHA256:
-                raise CorpusError(
-                    f"{path}: not Tiny Shakespeare: expected sha256 {TINYSHAKESPEARE_SHA256}; replace or remove it"
-                )
             return path
-    cache = pooch.os_cache("mygpt")
+    import pooch
+
     try:
         file = pooch.retrieve(
-            TINYSHAKESPEARE_URL, f"sha256:{TINYSHAKESPEARE_SHA256}", fname="tinyshakespeare.txt", path=cache
+            TINYSHAKESPEARE_URL,
+            f"sha256:{TINYSHAKESPEARE_SHA256}",
+            fname="tinyshakespeare.txt",
+            path=pooch.os_cache("mygpt"),
         )
     except Exception as error:  # requests, urllib3 and pooch each raise their own kinds
-        reason = str(error).splitlines()[0]
         raise DownloadError(
-            f"tinyshakespeare: cannot be downloaded from {TINYSHAKESPEARE_URL} ({reason}); put the file into a folder "
-            "as tinyshakespeare.txt and set MYGPT_DATA_DIR to that folder"
+            f"tinyshakespeare: cannot be downloaded from {TINYSHAKESPEARE_URL} ({type(error).__name__}); put the file "
+            "into a folder as tinyshakespeare.txt and set MYGPT_DATA_DIR to that folder"
         ) from error
     return Path(file)
 

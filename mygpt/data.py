@@ -74,9 +74,7 @@ def split(tokens: torch.Tensor, val_split: float, seq_len: int) -> tuple[torch.T
     return parts
 
 
-def get_batch(
-    data: torch.Tensor, batch_size: int, seq_len: int, generator: torch.Generator | None = None
-) -> Batch:
+def get_batch(data: torch.Tensor, batch_size: int, seq_len: int, generator: torch.Generator | None = None) -> Batch:
     """`batch_size` windows at random places of `data` (n,).
 
     Draws once from `generator`, or from torch's global one.

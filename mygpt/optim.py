@@ -43,12 +43,13 @@ def learning_rate(step: int, table: ScheduleTable, peak_lr: float, steps: int) -
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW without its decorators that keep the compiler out.
+    """torch's AdamW without the decorators that keep the compiler out of it.
 
-    They import the compiler at the first call of these methods, over a second and 70 MB at the start of every run;
-    only the model is ever compiled here, so there is nothing to keep out.
+    They import the compiler when these methods are first called: over a second and 70 MB at the start of every run.
+    Only the model is ever compiled here, so there is nothing to keep out.
     """
 
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
@@ -70,8 +71,6 @@ def build_optimizer(model: torch.nn.Module, table: OptimizerTable) -> torch.opti
     )
 
 
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, table: ScheduleTable, peak_lr: float, steps: int
-) -> LambdaLR:
+def build_scheduler(optimizer: torch.optim.Optimizer, table: ScheduleTable, peak_lr: float, steps: int) -> LambdaLR:
     """Sets `learning_rate(t)` before optimizer step t; to be stepped once after each optimizer step."""
     return LambdaLR(optimizer, lambda steps_done: learning_rate(steps_done + 1, table, peak_lr, steps))

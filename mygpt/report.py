@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mygpt.errors import CheckpointError, MygptError
-from mygpt.metrics import read_records
+from mygpt.metrics import Record, read_records
 
 
 def plot(runs: Sequence[Path], out: Path) -> None:
@@ -29,7 +29,6 @@ def plot(runs: Sequence[Path], out: Path) -> None:
     # The same run gives the same file: no random ids and no date.
     matplotlib.rcParams["svg.hashsalt"] = "mygpt"
     from matplotlib import pyplot
-    from matplotlib.ticker import ScalarFormatter
 
     figure, (loss_axes, lr_axes) = pyplot.subplots(
         2, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1), layout="constrained"
@@ -46,11 +45,10 @@ def plot(runs: Sequence[Path], out: Path) -> None:
                 steps, values, yerr=errors, color=color, marker="o", ms=3.5, capsize=2, label=f"{name}: held-out"
             )
         lr_axes.plot([r.step for r in run], [r.lr for r in run], color=color)
-    # A fresh model's loss is an order of magnitude above the rest.
-    loss_axes.set(yscale="log", ylabel="loss (nats per token)")
-    for axis_formatter in (loss_axes.yaxis.set_major_formatter, loss_axes.yaxis.set_minor_formatter):
-        axis_formatter(ScalarFormatter())
-    loss_axes.grid(alpha=0.3, which="both")
+    # A fresh model's loss is far above all that follows: let the curve come down from beyond the frame.
+    top = max(_top(run) for run in records.values())
+    loss_axes.set(ylim=(None, top), ylabel="loss (nats per token)")
+    loss_axes.grid(alpha=0.3)
     loss_axes.legend(frameon=False)
     lr_axes.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
     lr_axes.grid(alpha=0.3)
@@ -60,3 +58,9 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         raise MygptError(f"{out}: cannot be written: {error.strerror}") from None
     finally:
         pyplot.close(figure)
+
+
+def _top(records: Sequence[Record]) -> float:
+    """A little above every held-out loss, and every training loss after the first twentieth of the run."""
+    settled = [r.loss for r in records if r.step > records[-1].step / 20] or [records[-1].loss]
+    return 1.05 * max(settled + [r.val for r in records if r.val is not None])

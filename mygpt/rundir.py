@@ -118,7 +118,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
             metadata = json.loads((tensors.metadata() or {})[METADATA_KEY])
         if metadata["format"] != FORMAT:
             raise DamagedCheckpointError(
-                f"{file}: checkpoint format {metadata['format']!r}, expected {FORMAT}; it needs another version of mygpt"
+                f"{file}: checkpoint format {metadata['format']!r}, expected {FORMAT}: from another version of mygpt"
             )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DamagedCheckpointError(f"{file}: not a model that mygpt saved, or damaged ({error})") from None

@@ -64,7 +64,9 @@ def launched_processes(environ: Mapping[str, str] = os.environ) -> int:
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
         if environ.get(variable, "false").lower() == "true":
             name = variable.removeprefix("ACCELERATE_USE_")
-            raise LaunchError(f"the launch configuration asks for {name}, which mygpt does not use; use recipes/launch/")
+            raise LaunchError(
+                f"the launch configuration asks for {name}, which mygpt does not use; use recipes/launch/"
+            )
     if "WORLD_SIZE" in environ:
         return int(environ["WORLD_SIZE"])
     # accelerate's one-process launcher names an address for the others only when it was asked for several.
@@ -113,7 +115,7 @@ def _cpu_model() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of mygpt's own checkout, with "-dirty" where files differ from it; None when installed from a wheel."""
+    """The commit of mygpt's own checkout, "-dirty" where files differ from it; None when installed from a wheel."""
     checkout = Path(__file__).parent.parent
     if not (checkout / ".git").exists():
         return None

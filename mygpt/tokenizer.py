@@ -31,7 +31,7 @@ class CharTokenizer:
         self._id_of_code_point = np.full(vocab[-1] + 2, -1, dtype=np.int32)
         self._id_of_code_point[vocab] = np.arange(len(vocab), dtype=np.int32)
         # The smallest type that torch can index with keeps a large corpus at one or two bytes a character.
-        self._id_type = next(t for t in (np.uint8, np.int16, np.int32) if len(vocab) <= np.iinfo(t).max + 1)
+        self._id_type = next(np.dtype(t) for t in (np.uint8, np.int16, np.int32) if len(vocab) <= np.iinfo(t).max + 1)
 
     @property
     def vocab_size(self) -> int:
@@ -45,7 +45,7 @@ class CharTokenizer:
         Raises:
             TokenizerError: a character is not in the vocabulary; names it and its position (0-based).
         """
-        ids = np.empty(len(text), dtype=self._id_type)
+        ids: npt.NDArray[np.integer] = np.empty(len(text), dtype=self._id_type)
         beyond = len(self._id_of_code_point) - 1
         for start in range(0, len(text), CHUNK):
             piece = self._id_of_code_point[np.minimum(_code_points(text[start : start + CHUNK]), beyond)]

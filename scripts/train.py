@@ -1,6 +1,6 @@
 """What `accelerate launch` and torchrun run: the same as `mygpt train`, in every process that they start.
 
-    accelerate launch scripts/train.py recipes/hardened.toml [flags]
+accelerate launch scripts/train.py recipes/hardened.toml [flags]
 """
 
 import sys

@@ -1,0 +1,96 @@
+"""What several tests need: small recipes, a text, Tiny Shakespeare, and the command as a subprocess."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mygpt.corpus import TINYSHAKESPEARE_SHA256, find_tinyshakespeare, load_corpus
+from mygpt.errors import CorpusError
+from mygpt.recipe import TABLE_OF_KEY, Recipe, build_recipe
+
+REPOSITORY = Path(__file__).parent.parent
+
+# Small enough for a training run in a tenth of a second.
+TINY = {
+    "embed_dim": 16,
+    "num_heads": 2,
+    "num_layers": 2,
+    "max_seq_len": 16,
+    "seq_len": 16,
+    "batch_size": 4,
+    "steps": 6,
+    "threads": 1,
+    "log_every": 1,
+    "device": "cpu",
+}
+
+
+def recipe_of(**keys) -> Recipe:
+    """A recipe from keys without their tables, as flags give them."""
+    tables = {}
+    for key, value in keys.items():
+        tables.setdefault(TABLE_OF_KEY[key], {})[key] = value
+    return build_recipe(tables, source="test")
+
+
+@pytest.fixture
+def tiny(tmp_path, text_file):
+    """A function making tiny recipes that train on `text_file` into `tmp_path`/run."""
+
+    def make(**keys) -> Recipe:
+        return recipe_of(**TINY | {"corpus": str(text_file), "output": str(tmp_path / "run")} | keys)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """Twenty thousand characters of the embedded corpus."""
+    return load_corpus("python-docs").text[:20_000]
+
+
+@pytest.fixture(scope="session")
+def text_file(text, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> Path:
+    """Tiny Shakespeare, from wherever it is to be had; the test skips where it is not."""
+    beside = REPOSITORY.parent / "shared" / "data"
+    if not os.environ.get("MYGPT_DATA_DIR") and (beside / "tinyshakespeare.txt").is_file():
+        os.environ["MYGPT_DATA_DIR"] = str(beside)
+    try:
+        path = find_tinyshakespeare()
+    except CorpusError as error:
+        pytest.skip(f"needs Tiny Shakespeare: {error}")
+    assert load_corpus("tinyshakespeare").sha256 == TINYSHAKESPEARE_SHA256
+    return path
+
+
+@pytest.fixture
+def command(tmp_path):
+    """A function that runs `mygpt ARGUMENTS` in `tmp_path` and returns the finished process."""
+
+    def run(*arguments, cwd=tmp_path, timeout=300, **environment) -> subprocess.CompletedProcess:
+        return run_process([sys.executable, "-m", "mygpt", *map(str, arguments)], cwd, timeout, environment)
+
+    return run
+
+
+def run_process(arguments, cwd, timeout=300, environment=None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        list(map(str, arguments)),
+        cwd=cwd,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=timeout,
+        check=False,
+    )
