@@ -1,0 +1,203 @@
+"""Saving, finding, loading and comparing models."""
+
+import json
+import os
+import stat
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mygpt.checkpoint import load_checkpoint, save_checkpoint
+from mygpt.compare import compare, table
+from mygpt.errors import CheckpointError, DamagedCheckpointError
+from mygpt.model import GPT
+from mygpt.recipe import ModelTable
+from mygpt.rundir import METADATA_KEY, find_model_file, read_metadata
+from mygpt.tokenizer import CharTokenizer
+
+TABLE = ModelTable(embed_dim=8, num_heads=2, num_layers=1, max_seq_len=4)
+TOKENIZER = CharTokenizer('abc\n"é😀')
+
+
+@pytest.fixture
+def gpt():
+    torch.manual_seed(0)
+    return GPT(TABLE, TOKENIZER.vocab_size)
+
+
+@pytest.fixture
+def run(tmp_path, gpt):
+    """A directory with two checkpoints of the same weights."""
+    for step in (3, 6):
+        save_checkpoint(tmp_path, gpt.state_dict(), TABLE, TOKENIZER, step)
+    return tmp_path
+
+
+def rewrite(file, *, metadata=lambda values: None, tensors=lambda values: None):
+    """Save a model file again after the given functions have changed its parts in place."""
+    parts = read_metadata(file), load_file(file)
+    metadata(parts[0])
+    tensors(parts[1])
+    save_file(parts[1], file, {METADATA_KEY: json.dumps(parts[0])})
+
+
+def test_model_file_is_enough_to_generate_from(run, gpt):
+    """Weights, architecture, vocabulary and step come back from the one file, wherever it lies."""
+    lone = run / "elsewhere.safetensors"
+    (run / "step-000006" / "model.safetensors").rename(lone)
+    model, tokenizer, step = load_checkpoint(lone)
+    assert (step, tokenizer.vocab, model.config) == (6, TOKENIZER.vocab, TABLE)
+    assert not model.training
+    for name, weight in gpt.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight)
+
+
+def test_file_bytes_depend_on_the_content_only(gpt, tmp_path):
+    """Twenty saves, one sequence of bytes: metadata is one key of canonical JSON."""
+    seen = set()
+    for i in range(20):
+        (tmp_path / str(i)).mkdir()
+        seen.add(save_checkpoint(tmp_path / str(i), gpt.state_dict(), TABLE, TOKENIZER, 1).read_bytes())
+    assert len(seen) == 1
+
+
+def test_file_mode_follows_the_umask(gpt, tmp_path):
+    """Others may read a checkpoint wherever they may read other new files."""
+    before = os.umask(0o027)
+    try:
+        file = save_checkpoint(tmp_path, gpt.state_dict(), TABLE, TOKENIZER, 1)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+def test_nothing_unfinished_is_left(run):
+    """After a save there are step directories and `latest`, and no temporary."""
+    assert {path.name for path in run.iterdir()} == {"step-000003", "step-000006", "latest"}
+
+
+def test_a_path_may_name_run_step_or_file(run):
+    """A run means its newest step."""
+    newest = run / "step-000006" / "model.safetensors"
+    assert find_model_file(run) == find_model_file(run / "step-000006") == find_model_file(newest) == newest
+
+
+def test_missing_checkpoints_are_mistakes_of_the_user(tmp_path):
+    """A path with no run, and a run with no checkpoint, exit with 2."""
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(path)
+        assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["../step-000003", "/etc", "step-000009", "", "step-000003/../step-000003"])
+def test_latest_may_name_only_a_step_of_its_run(run, name):
+    """What a file says never leads outside the run directory."""
+    (run / "latest").write_text(name)
+    with pytest.raises(DamagedCheckpointError, match=r"latest: got "):
+        load_checkpoint(run)
+
+
+def damage_truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def damage_header(file):
+    raw = bytearray(file.read_bytes())
+    raw[8:12] = b"\xff\xff\xff\xff"
+    file.write_bytes(raw)
+
+
+def damage_length(file):
+    file.write_bytes(struct.pack("<Q", 2**60) + file.read_bytes()[8:])
+
+
+def damage_empty(file):
+    file.write_bytes(b"")
+
+
+def damage_foreign(file):
+    save_file({"w": torch.zeros(3)}, file)
+
+
+def damage_format(file):
+    rewrite(file, metadata=lambda values: values.update(format=99))
+
+
+def damage_architecture(file):
+    rewrite(file, metadata=lambda values: values["model"].update(num_layers=2))
+
+
+def damage_types(file):
+    rewrite(file, metadata=lambda values: values["model"].update(num_layers="many"))
+
+
+def damage_missing_tensor(file):
+    rewrite(file, tensors=lambda values: values.pop("norm.bias"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [function for name, function in list(globals().items()) if name.startswith("damage_")],
+    ids=lambda function: function.__name__,
+)
+def test_damaged_files_are_refused(run, damage):
+    """Whatever is wrong with a file, loading it gives one line that names it, and exit code 1."""
+    file = run / "step-000006" / "model.safetensors"
+    damage(file)
+    with pytest.raises(DamagedCheckpointError, match=r"model\.safetensors: ") as caught:
+        load_checkpoint(run)
+    assert caught.value.exit_code == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_equal_weights_are_identical_at_any_step(run):
+    """The question is whether the models are the same; the steps are told beside the answer."""
+    result = compare(run / "step-000003", run)
+    assert result.differences == []
+    assert result.steps == (3, 6)
+    assert result.values == sum(t.numel() for t in load_file(run / "step-000003" / "model.safetensors").values())
+
+
+def test_one_bit_is_a_difference(run):
+    """One unit in the last place of one weight is found, named and measured; so is the sign of a zero."""
+
+    def change(tensors):
+        tensors["norm.weight"][2] = float(np.nextafter(np.float32(1), np.float32(2)))
+        tensors["norm.bias"][:2] = -0.0
+
+    rewrite(run / "step-000006" / "model.safetensors", tensors=change)
+    bias, weight = compare(run / "step-000003", run).differences
+    assert (weight.name, weight.differing, weight.max_ulp) == ("norm.weight", "1 of 8", 1)
+    assert weight.max_abs == pytest.approx(2**-23)
+    assert (bias.name, bias.differing, bias.max_abs, bias.max_ulp) == ("norm.bias", "2 of 8", 0.0, 0)
+
+
+def test_ulp_distance_crosses_zero(run):
+    """From the smallest negative to the smallest positive number it is two steps."""
+    tiny = np.float32(1e-45)
+
+    def put(value):
+        return lambda tensors: tensors["norm.bias"].__setitem__(0, float(value))
+
+    rewrite(run / "step-000003" / "model.safetensors", tensors=put(-tiny))
+    rewrite(run / "step-000006" / "model.safetensors", tensors=put(tiny))
+    (difference,) = compare(run / "step-000003", run).differences
+    assert difference.max_ulp == 2
+
+
+def test_other_shapes_and_vocabularies_are_differences(run, tmp_path):
+    """Models that do not correspond are compared all the same, and the table says how they differ."""
+    other = tmp_path / "other"
+    other.mkdir()
+    table_b = ModelTable(embed_dim=8, num_heads=4, num_layers=2, max_seq_len=4)
+    tokenizer = CharTokenizer("abcd")
+    save_checkpoint(other, GPT(table_b, 4).state_dict(), table_b, tokenizer, 6)
+    lines = "\n".join(table(compare(run, other).differences))
+    assert "(model.num_heads)" in lines
+    assert "(tokenizer.vocab)" in lines
+    assert "float32 [7, 8] against float32 [4, 8]" in lines
+    assert "only in" in lines

@@ -1,0 +1,67 @@
+"""What only a CUDA device can show."""
+
+import pytest
+import torch
+
+from mygpt.compare import compare
+from mygpt.loop import train
+from mygpt.metrics import read_records
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+KEYS = {
+    "device": "cuda",
+    "embed_dim": 64,
+    "num_heads": 4,
+    "max_seq_len": 64,
+    "seq_len": 64,
+    "batch_size": 16,
+    "steps": 60,
+    "lr": 1e-3,
+    "max_grad_norm": 1.0,
+    "schedule": "cosine",
+    "warmup": 10,
+    "val_split": 0.1,
+    "val_every": 20,
+}
+
+
+@pytest.fixture(autouse=True)
+def _restore_determinism():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.*:UserWarning")
+def test_cuda_runs_repeat_to_the_last_bit(tiny, tmp_path, precision, compiled):
+    """Two runs on one GPU write the same weights, with dropout and in every mode."""
+    keys = KEYS | {"precision": precision, "compile": compiled, "dropout": 0.1}
+    runs = [train(tiny(**keys, output=str(tmp_path / name))) for name in "ab"]
+    assert compare(*runs).differences == []
+
+
+def test_cuda_gives_the_cpu_numbers(tiny, tmp_path):
+    """fp32 on CUDA is fp32: the losses of sixty steps agree with the CPU's to four decimals."""
+    runs = [train(tiny(**KEYS | {"device": device}, output=str(tmp_path / device))) for device in ("cpu", "cuda")]
+    for a, b in zip(*map(read_records, runs), strict=True):
+        assert b.loss == pytest.approx(a.loss, abs=5e-5)
+        assert b.val == (a.val and pytest.approx(a.val, abs=5e-5))
+
+
+def test_bf16_stays_near_fp32(tiny, tmp_path):
+    """On CUDA as on the CPU."""
+    runs = [train(tiny(**KEYS | {"precision": p}, output=str(tmp_path / p))) for p in ("fp32", "bf16")]
+    last = [read_records(run)[-1].val for run in runs]
+    assert last[1] == pytest.approx(last[0], abs=0.02)
+
+
+def test_compiled_stays_at_the_eager_numbers(tiny, tmp_path):
+    """torch.compile changes speed only."""
+    runs = [train(tiny(**KEYS | {"compile": c}, output=str(tmp_path / str(c)))) for c in (False, True)]
+    for a, b in zip(*map(read_records, runs), strict=True):
+        assert b.loss == pytest.approx(a.loss, abs=5e-5)
