@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from mygpt import __version__
 from mygpt.errors import LaunchError
 
-RECORDED_PACKAGES = ("mygpt", "torch", "accelerate", "safetensors", "numpy")
+RECORDED_PACKAGES = ("torch", "accelerate", "safetensors", "numpy")
 
 
 def resolve_device(name: str, precision: str) -> torch.device:
@@ -95,7 +96,7 @@ def check_processes(launched: int, joined: int) -> None:
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """What, beside the recipe, the bits of a result depend on: versions, processor and accelerator."""
     return {
-        "versions": {"python": platform.python_version()}
+        "versions": {"mygpt": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
         "platform": platform.platform(),
         "cpu": _cpu_model(),

@@ -69,7 +69,7 @@ WAYS |= {
     )
     for name, launcher in LAUNCHERS.items()
 }
-FLAGS = ["--val-split", "0.1", "--val-every", "500", "--schedule", "cosine", "--warmup", "100", "--max-grad-norm", "1.0"]
+FLAGS = ["--val-split", 0.1, "--val-every", 500, "--schedule", "cosine", "--warmup", 100, "--max-grad-norm", 1.0]
 
 
 @pytest.fixture(scope="session")
