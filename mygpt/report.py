@@ -46,8 +46,9 @@ def plot(runs: Sequence[Path], out: Path) -> None:
             )
         lr_axes.plot([r.step for r in run], [r.lr for r in run], color=color)
     # A fresh model's loss is far above all that follows: let the curve come down from beyond the frame.
-    top = max(_top(run) for run in records.values())
-    loss_axes.set(ylim=(None, top), ylabel="loss (nats per token)")
+    frames = [_frame(run) for run in records.values()]
+    bottom, top = min(frame[0] for frame in frames), max(frame[1] for frame in frames)
+    loss_axes.set(ylim=(bottom - 0.05 * (top - bottom), top), ylabel="loss (nats per token)")
     loss_axes.grid(alpha=0.3)
     loss_axes.legend(frameon=False)
     lr_axes.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
@@ -60,7 +61,8 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         pyplot.close(figure)
 
 
-def _top(records: Sequence[Record]) -> float:
-    """A little above every held-out loss, and every training loss after the first twentieth of the run."""
+def _frame(records: Sequence[Record]) -> tuple[float, float]:
+    """The lowest loss, and the highest held-out loss or training loss after the first twentieth of the run."""
+    held_out = [r.val for r in records if r.val is not None]
     settled = [r.loss for r in records if r.step > records[-1].step / 20] or [records[-1].loss]
-    return 1.05 * max(settled + [r.val for r in records if r.val is not None])
+    return min([r.loss for r in records] + held_out), max(settled + held_out)

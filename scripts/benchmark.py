@@ -40,7 +40,7 @@ def main() -> None:
             "mygpt": mygpt_step(recipe, accelerator, dataset, device),
             "plain": plain_step(recipe, dataset, device),
         }
-        if recipe.runtime.precision == "fp32" and not recipe.runtime.compile:
+        if recipe.runtime.precision == "fp32":
             contenders["straightforward"] = straightforward_step(recipe, dataset, device)
         for step in contenders.values():
             time_steps(step, device, STEPS_PER_ROUND)
