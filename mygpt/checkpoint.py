@@ -1,20 +1,26 @@
 """Checkpoints: the weights of a step, saved so that a step directory that has its name is whole."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mygpt.errors import DamagedCheckpointError, NonFiniteError
 from mygpt.model import GPT
 from mygpt.recipe import ModelTable
-from mygpt.rundir import FORMAT, LATEST_FILE, METADATA_KEY, MODEL_FILE, find_model_file, read_metadata
+from mygpt.rundir import (
+    LATEST_FILE,
+    METADATA_KEY,
+    MODEL_FILE,
+    ModelMetadata,
+    TokenizerMetadata,
+    find_model_file,
+    read_metadata,
+)
 from mygpt.tokenizer import CharTokenizer
 
 
@@ -42,19 +48,14 @@ def save_checkpoint(
             raise NonFiniteError(
                 f"step {step}: weights of {name} are not finite; not saved; lower lr or clip gradients"
             )
-    metadata = {
-        "format": FORMAT,
-        "model": config.model_dump(),
-        "step": step,
-        "tokenizer": {"type": "char", "vocab": tokenizer.vocab},
-    }
+    metadata = ModelMetadata(model=config, step=step, tokenizer=TokenizerMetadata(vocab=tokenizer.vocab))
     target = run / f"step-{step:06d}"
     partial = run / f".tmp-{target.name}"
     try:
         partial.mkdir()
         file = partial / MODEL_FILE
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(tensors, file, {METADATA_KEY: json.dumps(metadata, sort_keys=True, separators=(",", ":"))})
+        save_file(tensors, file, {METADATA_KEY: metadata.to_json()})
         _apply_umask(file)
         _sync(file)
         _sync(partial)
@@ -75,18 +76,25 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     file = find_model_file(Path(path))
     metadata = read_metadata(file)
+    tokenizer, config = CharTokenizer(metadata.tokenizer.vocab), metadata.model
     try:
-        tokenizer = CharTokenizer(metadata["tokenizer"]["vocab"])
-        config = ModelTable.model_validate(metadata["model"])
-        with torch.device("meta"):
-            model = GPT(config, tokenizer.vocab_size)
         with safe_open(file, framework="pt") as tensors:
             weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - it is no dict
-        model.load_state_dict(weights, assign=True)
-        step = int(metadata["step"])
-    except (ValidationError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise DamagedCheckpointError(f"{file}: damaged: {str(error).splitlines()[0]}") from None
-    return Checkpoint(model.eval(), tokenizer, step)
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{file}: damaged: {error}") from None
+    # Before building what the metadata asks for: a damaged number of layers could take hours to build.
+    if config.embed_dim % config.num_heads or config.num_layers > len(weights):
+        raise DamagedCheckpointError(f"{file}: damaged: its metadata describes no model with these weights")
+    with torch.device("meta"):
+        model = GPT(config, tokenizer.vocab_size)
+    expected = {name: weight.shape for name, weight in model.state_dict().items()}
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights or weights[name].shape != expected.get(name) or weights[name].dtype != torch.float32:
+            raise DamagedCheckpointError(f"{file}: damaged: {name} is missing, or not of the architecture's shape")
+        if not torch.isfinite(weights[name]).all():
+            raise DamagedCheckpointError(f"{file}: damaged: {name} has values that are infinite or not numbers")
+    model.load_state_dict(weights, assign=True)
+    return Checkpoint(model.eval(), tokenizer, metadata.step)
 
 
 def _replace_text(path: Path, text: str) -> None:

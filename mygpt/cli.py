@@ -1,8 +1,12 @@
 """The `mygpt` command. Each command imports what it needs when it runs, so that help answers at once."""
 
+import contextlib
 import difflib
+import io
 import os
+import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -31,20 +35,23 @@ mygpt COMMAND --help tells more. On several devices: accelerate launch -m mygpt 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 the world failed (or `compare` found a difference), 2 a mistake in the call."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _make_streams_safe()
     try:
         code = _dispatch(arguments, "mygpt", COMMANDS, USAGE)
         sys.stdout.flush()
     except MygptError as error:
         code = error.exit_code
-        # Under a launcher every process finds the same mistake in the call; one of them says so.
-        if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"mygpt: {_printable(str(error))}", file=sys.stderr)
+        _complain(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # Whoever read our output has gone, as in `mygpt generate ... | head`; nothing more can be written there.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 141
+        else:
+            code = 1
+            _complain(f"{error.filename or 'output'}: {error.strerror}")
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
-        # Whoever read our output has gone, as in `mygpt generate ... | head`; nothing more can be written there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     sys.exit(code)
 
 
@@ -81,8 +88,6 @@ def _train(arguments: list[str]) -> int:
 
 
 def _generate(arguments: list[str]) -> int:
-    import tyro
-
     @dataclass(frozen=True)
     class Options:
         checkpoint: Path
@@ -102,7 +107,7 @@ def _generate(arguments: list[str]) -> int:
         precision: Literal["fp32", "bf16"] = "fp32"
         """Of matrix products."""
 
-    options = tyro.cli(Options, args=arguments, prog="mygpt generate", description="Continue a prompt.")
+    options = _parse(Options, arguments, "mygpt generate", "Continue a prompt.")
     for name, value in (("max-new-tokens", options.max_new_tokens), ("top-k", options.top_k), ("seed", options.seed)):
         if not 0 <= value < 2**31:
             raise MygptError(f"--{name}: got {value}, expected an integer from 0 to {2**31 - 1}")
@@ -145,16 +150,16 @@ def _compare(arguments: list[str]) -> int:
         b: tyro.conf.Positional[Path]
         """Another."""
 
-    options = tyro.cli(Options, args=arguments, prog="mygpt compare", description="Compare two models bit for bit.")
+    options = _parse(Options, arguments, "mygpt compare", "Compare two models bit for bit.")
     from mygpt.compare import compare, table
 
     result = compare(options.a, options.b)
     steps = "step {}".format(" and step ".join(map(str, dict.fromkeys(result.steps))))
-    if not result.differences:
+    if not result.settings and not result.differences:
         print(f"identical: {result.tensors} tensors, {result.values:,} values ({steps})")
         return 0
     print(f"different: {len(result.differences)} of {result.tensors} tensors ({steps})")
-    print("\n".join(table(result.differences)))
+    print("\n".join([*result.settings, *table(result.differences)]))
     return 1
 
 
@@ -168,7 +173,7 @@ def _plot(arguments: list[str]) -> int:
         out: Path = Path("loss.png")
         """The picture to write; its ending (.png, .svg, .pdf) chooses the format."""
 
-    options = tyro.cli(Options, args=arguments, prog="mygpt plot", description="Draw loss and learning rate of runs.")
+    options = _parse(Options, arguments, "mygpt plot", "Draw loss and learning rate of runs.")
     if not options.runs:
         raise MygptError("plot: expected at least one run directory")
     from mygpt.report import plot
@@ -241,10 +246,15 @@ def load_target(target: str) -> "Recipe":
     Raises:
         RecipeError: the recipe cannot be used.
     """
+    from mygpt.errors import RecipeError
     from mygpt.recipe import build_recipe, load_recipe, shipped_recipes
 
-    if target.endswith(".toml") or target in shipped_recipes():
+    recipes = shipped_recipes()
+    if target.endswith(".toml") or target in recipes:
         return load_recipe(target)
+    close = difflib.get_close_matches(target, recipes, n=1)
+    if close and not os.path.exists(target):
+        raise RecipeError(f"{target}: no such recipe or text; did you mean '{close[0]}'?")
     return build_recipe({"data": {"corpus": target}, "checkpoint": {"output": f"checkpoints/{Path(target).stem}"}})
 
 
@@ -276,7 +286,7 @@ def _parse_flags(arguments: list[str], prog: str, recipe: "Recipe", options: typ
         fields.append((name, flags, field(default_factory=flags)))
     command = make_dataclass("Command", fields)
     description = "Train a model." if prog.endswith("train") else "Print the resolved recipe."
-    return tyro.cli(command, args=arguments, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    return _parse(command, arguments, prog, description)
 
 
 TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
@@ -287,6 +297,54 @@ def _expect_no_arguments(arguments: list[str], prog: str) -> None:
         raise MygptError(f"{prog} takes no arguments; got {arguments[0]!r}")
 
 
-def _printable(text: str) -> str:
-    """Text with anything that the terminal cannot show escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
+def _parse(kind: type, arguments: list[str], prog: str, description: str) -> Any:
+    """An instance of `kind` from flags.
+
+    Raises:
+        MygptError: with tyro's explanation, which it draws in a box, on one line.
+        SystemExit: help was asked for, and has been printed.
+    """
+    import tyro
+
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                kind, args=arguments, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,)
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    # The first line is the box's title; lines of dashes part its paragraphs.
+    paragraphs = re.split(r"\n\W*\n", "\n".join(box.getvalue().splitlines()[1:]))
+    raise MygptError("; ".join(" ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split()) for text in paragraphs))
+
+
+def _make_streams_safe() -> None:
+    """Have printing succeed where output is closed, and where its encoding lacks a character of the corpus."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - it lives as long as we do
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _complain(message: str) -> None:
+    """Print an error, with what a terminal would act on escaped.
+
+    Under a launcher every process usually finds the same mistake, and the launcher ends them all when one fails: the
+    first of each machine speaks at once, the others only if they are still there after it would have.
+    """
+    rank = ""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)
+        rank = f"rank {os.environ.get('RANK', '?')}: "
+    lines = message.splitlines()
+    for line in lines[:MAX_LINES]:
+        print(f"mygpt: {rank}{''.join(c if c.isprintable() else repr(c)[1:-1] for c in line)}", file=sys.stderr)
+    if len(lines) > MAX_LINES:
+        print(f"mygpt: {rank}and {len(lines) - MAX_LINES} more", file=sys.stderr)
+
+
+MAX_LINES = 20
+"""Mistakes printed of one recipe."""

@@ -9,11 +9,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from mygpt.errors import DamagedCheckpointError
-from mygpt.rundir import find_model_file, read_metadata
+from mygpt.rundir import ModelMetadata, find_model_file, read_metadata
 
 
 class Difference(NamedTuple):
-    """How one tensor, or one entry of the metadata, differs."""
+    """How one tensor differs."""
 
     name: str
     differing: str
@@ -25,8 +25,10 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two models side by side; they are identical when `differences` is empty."""
+    """Two models side by side; they are identical when `settings` and `differences` are empty."""
 
+    settings: list[str]
+    """A line for each setting of the architecture and for the vocabulary, where they differ."""
     differences: list[Difference]
     tensors: int
     values: int
@@ -43,8 +45,8 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     """
     file_a, file_b = find_model_file(Path(a)), find_model_file(Path(b))
     metadata_a, metadata_b = read_metadata(file_a), read_metadata(file_b)
-    steps = metadata_a.pop("step"), metadata_b.pop("step")
-    differences = list(_compare_metadata(metadata_a, metadata_b))
+    settings = list(_compare_settings(metadata_a, metadata_b))
+    differences = []
     values = 0
     try:
         with safe_open(file_a, framework="numpy") as tensors_a, safe_open(file_b, framework="numpy") as tensors_b:
@@ -57,9 +59,10 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
                 values += tensor_a.size
                 if difference := _compare_tensors(name, tensor_a, tensors_b.get_tensor(name)):
                     differences.append(difference)
-    except SafetensorError as error:
-        raise DamagedCheckpointError(f"{file_a} or {file_b}: damaged: {error}") from None
-    return Comparison(differences, len(names_a | names_b), values, steps)
+    # numpy has no bfloat16 or float8, which mygpt never saves.
+    except (SafetensorError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{file_a} or {file_b}: damaged, or not weights of mygpt: {error}") from None
+    return Comparison(settings, differences, len(names_a | names_b), values, (metadata_a.step, metadata_b.step))
 
 
 def table(differences: list[Difference]) -> Iterator[str]:
@@ -74,12 +77,21 @@ def table(differences: list[Difference]) -> Iterator[str]:
         yield "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip()
 
 
-def _compare_metadata(a: dict[str, Any], b: dict[str, Any]) -> Iterator[Difference]:
-    for key in ("model", "tokenizer"):
-        for name in sorted(a[key].keys() | b[key].keys()):
-            value_a, value_b = a[key].get(name), b[key].get(name)
-            if value_a != value_b:
-                yield Difference(f"({key}.{name})", f"{value_a!r} against {value_b!r}")
+def _compare_settings(a: ModelMetadata, b: ModelMetadata) -> Iterator[str]:
+    for (key, value_a), (_, value_b) in zip(a.model, b.model, strict=True):
+        if value_a != value_b:
+            yield f"{key}: {value_a} against {value_b}"
+    vocab_a, vocab_b = a.tokenizer.vocab, b.tokenizer.vocab
+    if vocab_a != vocab_b:
+        # A vocabulary can have thousands of characters: a few show which text it is.
+        only_a, only_b = (
+            "".join(c for c in mine if c not in set(others))[:10]
+            for mine, others in ((vocab_a, vocab_b), (vocab_b, vocab_a))
+        )
+        yield (
+            f"vocabulary: {len(vocab_a)} against {len(vocab_b)} characters; the first that only one has: "
+            f"{only_a!r} against {only_b!r}"
+        )
 
 
 def _compare_tensors(name: str, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Difference | None:
@@ -94,13 +106,14 @@ def _compare_tensors(name: str, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Dif
     values_a, values_b = a.reshape(-1)[differ], b.reshape(-1)[differ]
     if not (np.isfinite(values_a).all() and np.isfinite(values_b).all()):
         return Difference(name, count + " (not finite)", np.inf)
-    max_abs = float(np.abs(values_a.astype(np.float64) - values_b.astype(np.float64)).max())
+    with np.errstate(over="ignore"):
+        max_abs = float(np.abs(values_a.astype(np.float64) - values_b.astype(np.float64)).max())
     if a.dtype.kind != "f":
         return Difference(name, count, max_abs)
-    # Python integers: the distance between two 64-bit numbers may take 65 bits.
     order_a, order_b = _order(bits_a[differ]), _order(bits_b[differ])
-    max_ulp = max(abs(x - y) for x, y in zip(order_a.tolist(), order_b.tolist(), strict=True))
-    return Difference(name, count, max_abs, max_ulp)
+    # Unsigned, the difference of the larger and the smaller is right even where it overflows the signed type.
+    low, high = (part.astype(f"u{a.itemsize}") for part in (np.minimum(order_a, order_b), np.maximum(order_a, order_b)))
+    return Difference(name, count, max_abs, int((high - low).max()))
 
 
 def _order(bits: npt.NDArray[np.signedinteger[Any]]) -> npt.NDArray[np.signedinteger[Any]]:

@@ -117,7 +117,7 @@ class BatchStream:
         return windows(self.data, self.rows.of(starts), self.seq_len)
 
 
-def held_out_batches(val: torch.Tensor, table: ValidationTable, stream: BatchStream, *, seed: int) -> Iterator[Batch]:
+def held_out_batches(val: torch.Tensor, table: ValidationTable, stream: BatchStream, seed: int) -> Iterator[Batch]:
     """The windows of one evaluation, as `table.sampling` says, in batches like those of the training `stream`."""
     if table.sampling == "full":
         return all_windows(val, stream.batch_size, stream.seq_len, stream.rows)

@@ -43,6 +43,12 @@ class DamagedCheckpointError(CheckpointError):
     exit_code = 1
 
 
+class OutOfMemoryError(MygptError):
+    """The model or the batch does not fit into memory."""
+
+    exit_code = 1
+
+
 class NonFiniteError(MygptError):
     """A loss became infinite or not a number."""
 

@@ -80,4 +80,6 @@ def sample_token(
         return logits_V.argmax(keepdim=True)
     if 0 < top_k < len(logits_V):
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], -torch.inf)
-    return torch.multinomial(torch.softmax(logits_V / temperature, dim=-1), 1, generator=generator)
+    # Relative to the largest, in float64: no temperature above 0 is so low that the division overflows upwards.
+    logits_V = (logits_V - logits_V.max()).double() / temperature
+    return torch.multinomial(torch.softmax(logits_V, dim=-1), 1, generator=generator)

@@ -2,12 +2,11 @@
 
 import gc
 import math
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from mygpt.checkpoint import save_checkpoint
 from mygpt.data import Batch, BatchStream, Dataset, Rows, held_out_batches, load_dataset
-from mygpt.errors import NonFiniteError, RecipeError
+from mygpt.errors import LaunchError, NonFiniteError, OutOfMemoryError, RecipeError
 from mygpt.evaluate import held_out_loss
 from mygpt.metrics import Reporter, due, header_lines
 from mygpt.model import GPT
@@ -40,37 +39,41 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     To be called by every process that a launcher started. Whatever can be wrong with the recipe, the corpus and the
     output is found before anything is written. With `overwrite` a run that is already there is replaced.
 
+    It is meant to have its process to itself: it sets torch's threads, global seeds and, on CUDA, deterministic
+    algorithms, and leaves them set.
+
     Raises:
         MygptError: anything that the user can act on.
     """
     check_recipe(recipe)
-    processes = launched_processes()
+    processes, local_processes = launched_processes()
     micro_batch_size = per_process_micro_batch(recipe.train, processes)
-    device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
+    device = resolve_device(recipe.runtime.device, recipe.runtime.precision, local_processes)
     dataset = load_dataset(recipe.data, recipe.train.seq_len)
-    run = Path(recipe.checkpoint.output)
-    check_output(run, overwrite)
-
-    threads = set_threads(recipe.runtime.threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads = set_threads(recipe.runtime.threads, local_processes)
     make_deterministic(device)
     micro_batches = recipe.train.batch_size // processes // micro_batch_size
     with accelerator_for(recipe.runtime, device, micro_batches) as accelerator:
         check_processes(processes, accelerator.num_processes)
-        if accelerator.is_main_process:
-            info = describe_environment(accelerator.device)
-            info |= {"threads": threads, "processes": processes, "corpus_sha256": dataset.sha256}
-            create_run(run, recipe, info)
-        _train(recipe, accelerator, dataset, run, micro_batch_size)
-    return run
+        info = {"threads": threads, "processes": processes, "corpus_sha256": dataset.sha256}
+        with naming_memory(recipe.train):
+            return _train(recipe, accelerator, dataset, info, micro_batch_size, overwrite)
 
 
-def _train(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, run: Path, micro_batch_size: int) -> None:
+def _train(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    dataset: Dataset,
+    info: dict[str, Any],
+    micro_batch_size: int,
+    overwrite: bool,
+) -> Path:
     """The main job: build the parts, then step, evaluate, report, save."""
-    steps, validation = recipe.train.steps, recipe.validation
+    steps, run = recipe.train.steps, Path(recipe.checkpoint.output)
+    if accelerator.is_main_process:
+        check_output(run, overwrite)
     torch.manual_seed(recipe.train.init_seed)
     gpt = GPT(recipe.model, dataset.tokenizer.vocab_size).to(accelerator.device)
-    if accelerator.is_main_process:
-        _introduce(recipe, accelerator, dataset, gpt)
     optimizer = build_optimizer(gpt, recipe.optimizer)
     scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, steps)
     if recipe.runtime.compile:
@@ -86,6 +89,9 @@ def _train(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, run: Path
     # Only dropout draws from the global generator, and each process's rows need masks of their own.
     torch.manual_seed(recipe.train.data_seed + accelerator.process_index)
 
+    if accelerator.is_main_process:
+        create_run(run, recipe, describe_environment(accelerator.device) | info)
+        _introduce(recipe, accelerator, dataset, gpt)
     with Reporter(recipe, run, is_main=accelerator.is_main_process) as reporter:
         for step in range(1, steps + 1):
             lr = scheduler.get_last_lr()[0]
@@ -101,24 +107,24 @@ def _train(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, run: Path
             scheduler.step()
             reporter.step_done()
 
-            evaluated = due(step, validation.val_every, steps)
-            printed = step == 1 or due(step, recipe.train.print_every, steps)
-            if evaluated or printed or due(step, recipe.train.log_every, steps):
+            evaluated = due(step, recipe.validation.val_every, steps)
+            saved = due(step, recipe.checkpoint.save_every or steps, steps)
+            printed = evaluated or step == 1 or due(step, recipe.train.print_every, steps)
+            if printed or saved or due(step, recipe.train.log_every, steps):
                 values = {"lr": lr, **read_update(accelerator, update, step)}
                 if evaluated:
                     with reporter.paused():
-                        batches = held_out_batches(dataset.val, validation, stream, seed=recipe.train.data_seed)
-                        val = held_out_loss(model, batches, accelerator)
-                        values |= {"val": finite(val.mean, "held-out loss", step), "val_stderr": val.stderr}
-                reporter.log(step, **values)
-
-            if due(step, recipe.checkpoint.save_every, steps) or step == steps:
+                        batches = held_out_batches(dataset.val, recipe.validation, stream, recipe.train.data_seed)
+                        values |= evaluate(accelerator, model, batches, micro_batch_size, step)
+                reporter.log(step, printed=printed, **values)
+            if saved:
                 with reporter.paused():
                     if accelerator.is_main_process:
-                        file = save_checkpoint(run, gpt.state_dict(), recipe.model, dataset.tokenizer, step)
+                        save_checkpoint(run, gpt.state_dict(), recipe.model, dataset.tokenizer, step)
                     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        print(f"saved {file}", file=sys.stderr)
+        print(f"saved {run}", file=sys.stderr)
+    return run
 
 
 class Update(NamedTuple):
@@ -162,7 +168,7 @@ def train_step(
     return Update(torch.stack(losses).mean(), grad_norm)
 
 
-def read_update(accelerator: Accelerator, update: Update, step: int) -> dict[str, float]:
+def read_update(accelerator: Accelerator, update: Update, step: int) -> dict[str, Any]:
     """The update's numbers, the loss as the mean over all processes; waits for the device.
 
     Raises:
@@ -175,6 +181,18 @@ def read_update(accelerator: Accelerator, update: Update, step: int) -> dict[str
     if update.grad_norm is not None:
         values["grad_norm"] = finite(update.grad_norm.item(), "gradient norm", step)
     return values
+
+
+def evaluate(
+    accelerator: Accelerator, model: torch.nn.Module, batches: Iterable[Batch], micro_batch_size: int, step: int
+) -> dict[str, Any]:
+    """The held-out loss over the batches of all processes, and its standard error, as a record has them.
+
+    Raises:
+        NonFiniteError: the loss is not finite.
+    """
+    mean, stderr = held_out_loss(model, batches, micro_batch_size, accelerator)
+    return {"val": finite(mean, "held-out loss", step), "val_stderr": stderr}
 
 
 def finite(value: float, what: str, step: int) -> float:
@@ -209,9 +227,30 @@ def per_process_micro_batch(table: TrainTable, processes: int) -> int:
 
 
 @contextmanager
+def naming_memory(table: TrainTable) -> Iterator[None]:
+    """Turn running out of memory into an error that says what to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # torch's CPU allocator raises a plain RuntimeError.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory with batch_size = {table.batch_size}, seq_len = {table.seq_len}; lower micro_batch_size "
+            "(same numbers, less memory), batch_size, seq_len or the model's size"
+        ) from error
+
+
+@contextmanager
 def accelerator_for(table: RuntimeTable, device: torch.device, micro_batches: int) -> Iterator[Accelerator]:
     """An Accelerator that heeds the recipe alone: what the environment or a user's own configuration asks for in
-    precision, accumulation or compilation would otherwise change the numbers."""
+    precision, accumulation or compilation would otherwise change the numbers.
+
+    Raises:
+        LaunchError: the process has an Accelerator already, whose settings would win over the recipe's.
+    """
+    if AcceleratorState._shared_state:
+        raise LaunchError("this process already has an Accelerator, whose settings would win; train in another process")
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         # The model is moved before its optimizer is built; having prepare() look into that imports DTensor, 0.4 s.
@@ -239,11 +278,12 @@ def _introduce(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, model
     lines = header_lines(
         recipe,
         device=accelerator.device.type,
-        processes=accelerator.num_processes,
         sizes=sizes,
         vocab_size=dataset.tokenizer.vocab_size,
         params=model.num_params(),
     )
     print("\n".join(lines), flush=True)
+    if accelerator.num_processes > 1:
+        print(f"{accelerator.num_processes} processes share each batch", file=sys.stderr)
     if not recipe.validation.val_every:
         print("no held-out loss: overfitting will not show; --val-split 0.1 --val-every 500 shows it", file=sys.stderr)

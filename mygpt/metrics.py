@@ -1,23 +1,21 @@
 """What a run reports: the header, a line and a record per logged step."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from mygpt.errors import CheckpointError
-from mygpt.recipe import Recipe
+from mygpt.recipe import Recipe, Table
 from mygpt.rundir import METRICS_FILE
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(Table):
     """One line of metrics.jsonl; a value that was not taken at this step is None."""
 
     step: int
@@ -66,8 +64,10 @@ class Reporter:
     def paused(self) -> Iterator[None]:
         """Leave the time of what is done inside out of the throughput."""
         paused_at = time.perf_counter()
-        yield
-        self._paused_seconds += time.perf_counter() - paused_at
+        try:
+            yield
+        finally:
+            self._paused_seconds += time.perf_counter() - paused_at
 
     def step_done(self) -> None:
         """Move the progress bar on."""
@@ -77,13 +77,14 @@ class Reporter:
         self,
         step: int,
         *,
+        printed: bool,
         loss: float,
         lr: float,
         grad_norm: float | None = None,
         val: float | None = None,
         val_stderr: float | None = None,
     ) -> None:
-        """Record a step, and print it where that is due."""
+        """Record a step, and print it if it is to be `printed`."""
         now = time.perf_counter()
         last_step, last_time = self._interval
         seconds = now - last_time - self._paused_seconds
@@ -100,46 +101,41 @@ class Reporter:
             tokens_per_second=round((step - last_step) * self._tokens_per_step / seconds, 1),
         )
         if self._file:
-            values = {key: value for key, value in asdict(record).items() if value is not None}
-            self._file.write(json.dumps(values, allow_nan=False) + "\n")
+            self._file.write(record.model_dump_json(exclude_none=True) + "\n")
             self._file.flush()
         self._bar.set_postfix_str(f"{record.tokens_per_second:,.0f} tokens/s", refresh=False)
-        train = self._recipe.train
-        if self._is_main and (step == 1 or val is not None or due(step, train.print_every, train.steps)):
+        if self._is_main and printed:
             self._bar.write(step_line(record, self._recipe), file=sys.stdout)
             sys.stdout.flush()
 
 
 def read_records(run: Path) -> list[Record]:
-    """The records of a run directory.
+    """The records of a run directory; a last line that a killed run did not finish is left out.
 
     Raises:
         CheckpointError: there are none, or a line is not a record.
     """
     path = run / METRICS_FILE
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; expected a run directory") from None
+        *lines, _unfinished = path.read_bytes().split(b"\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be read: {reason}; expected a run directory") from None
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError):
+            records.append(Record.model_validate_json(line))
+        except ValidationError:
             raise CheckpointError(f"{path}: line {number} is not a record") from None
     if not records:
         raise CheckpointError(f"{path}: no step has been recorded yet")
     return records
 
 
-def header_lines(
-    recipe: Recipe, *, device: str, processes: int, sizes: dict[str, int], vocab_size: int, params: int
-) -> Iterator[str]:
+def header_lines(recipe: Recipe, *, device: str, sizes: dict[str, int], vocab_size: int, params: int) -> Iterator[str]:
     """The lines that a run begins with. `sizes` are the characters of the corpus and of its parts."""
     schedule = recipe.schedule
     yield _header("device", device)
-    if processes > 1:
-        yield _header("processes", processes)
     yield _header("precision", recipe.runtime.precision)
     for part, size in sizes.items():
         yield _header(f"{part} chars", f"{size:,}")
@@ -155,7 +151,7 @@ def step_line(record: Record, recipe: Recipe) -> str:
     line = f"step {record.step:5d}: loss = {record.loss:.4f}"
     if record.val is not None:
         line += f"  val = {record.val:.4f}"
-        if recipe.validation.log_val_stderr:
+        if recipe.validation.log_val_stderr and record.val_stderr is not None:
             line += f" +- {record.val_stderr:.4f}"
     if recipe.schedule.schedule != "constant" or recipe.schedule.warmup:
         line += f"  lr = {record.lr:.2e}"

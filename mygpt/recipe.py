@@ -120,7 +120,8 @@ class ValidationTable(Table):
     sampling: Literal["shared-stream", "own-stream", "full"] = "shared-stream"
     """Where held-out windows come from. "shared-stream": drawn from the generator of the training batches, so
     evaluating shifts the batches that follow (published numbers of this kind are made so). "own-stream": from a
-    generator of their own, the same windows at every evaluation. "full": every window of the held-out text, once."""
+    generator of their own, the same windows at every evaluation. "full": all of the held-out text, cut into
+    consecutive windows, so that each token is predicted once."""
     log_val_stderr: bool = False
     """Print the held-out loss with its standard error; metrics.jsonl always has it."""
 
@@ -132,7 +133,7 @@ class RuntimeTable(Table):
     """"auto": cuda where there is one, else mps, else cpu."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": matrix products in bfloat16 (autocast); weights and optimizer stay fp32."""
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads per process; absent: the machine's cores / processes on it. The last bits of a CPU result depend
     on it."""
     compile: bool = False
@@ -165,9 +166,10 @@ class Recipe(Table):
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
 
-TABLE_OF_KEY = {
-    key: name for name, table in Recipe.model_fields.items() for key in table.default.__class__.model_fields
-}
+MAX_EXTENDS = 20
+"""Recipes in one chain of `extends`."""
+
+TABLE_OF_KEY = {key: name for name, table in Recipe.model_fields.items() for key in type(table.default).model_fields}
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -262,27 +264,32 @@ def recipe_schema() -> str:
 
 def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
     """The tables of a recipe file laid over those of the recipes that it extends; each file is checked alone."""
-    if path.resolve() in children:
-        chain = " -> ".join(child.name for child in (*children, path))
-        raise RecipeError(f"{path}: extends goes in a circle: {chain}")
     document = _read_toml(path)
     parent = document.pop("extends", None)
     build_recipe(document, source=str(path))
     if parent is None:
         return document
-    if not isinstance(parent, str):
-        raise RecipeError(f"{path}: extends: got {reprlib.repr(parent)}, expected the path of a recipe")
-    parent_path = shipped_recipes().get(parent, path.parent / parent)
-    tables = _read_with_parents(parent_path, (*children, path.resolve()))
+    parent_path = shipped_recipes().get(parent, path.parent / parent) if isinstance(parent, str) else None
+    if parent_path is None or not parent_path.is_file():
+        raise RecipeError(f"{path}: extends: got {_show(parent)}, expected the path of a recipe, {_recipe_names()}")
+    # Compared as files, so that a circle is found through links, too.
+    chain = (*children, path)
+    if any(parent_path.samefile(child) for child in chain):
+        names = " -> ".join(child.name for child in (*chain, parent_path))
+        raise RecipeError(f"{path}: extends goes in a circle: {names}")
+    if len(chain) == MAX_EXTENDS:
+        raise RecipeError(f"{path}: extends goes deeper than {MAX_EXTENDS} recipes")
+    tables = _read_with_parents(parent_path, chain)
     return {name: tables.get(name, {}) | document.get(name, {}) for name in {**tables, **document}}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise RecipeError(f"{path}: not a regular file; expected a recipe in TOML")
         raw = path.read_bytes()
     except FileNotFoundError:
-        names = ", ".join(shipped_recipes())
-        raise RecipeError(f"{path}: no such recipe; expected a TOML file or one of: {names}") from None
+        raise RecipeError(f"{path}: no such recipe; expected a TOML file, {_recipe_names()}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read as a recipe: {error.strerror}") from None
     if raw.startswith(b"\xef\xbb\xbf"):
@@ -307,18 +314,30 @@ def _explain(problem: Any, source: str | None) -> str:
         if len(location) == 1:
             if table in TABLE_OF_KEY:
                 return f"{source}: key '{table}' belongs in the table [{TABLE_OF_KEY[table]}]"
-            return f"{source}: unknown table [{table}]{_suggest(table, Recipe.model_fields)}"
+            return f"{source}: unknown table {table!r}{_suggest(table, Recipe.model_fields)}"
         if key in TABLE_OF_KEY:
             return f"{source} [{table}]: key '{key}' belongs in the table [{TABLE_OF_KEY[key]}]"
-        return f"{source} [{table}]: unknown key '{key}'{_suggest(key, TABLE_OF_KEY)}"
+        own_keys = type(Recipe.model_fields[table].default).model_fields
+        return f"{source} [{table}]: unknown key {key!r}{_suggest(key, own_keys)}"
     where = f"--{key.replace('_', '-')}" if source is None else f"{source} [{table}]"
     if source is not None and len(location) > 1:
         where += f" {location[1]}"
-    expected = problem["msg"].removeprefix("Input should be ").removeprefix("Input should ")
-    if problem["type"] == "model_type":
-        expected = "a table"
-    got = "an empty text" if problem["input"] == "" else reprlib.repr(problem["input"])
-    return f"{where}: got {got}, expected {expected}"
+    expected = "a table" if problem["type"] == "model_type" else problem["msg"]
+    for prefix in ("Input should be ", "Input should ", "String should "):
+        expected = expected.removeprefix(prefix)
+    return f"{where}: got {_show(problem['input'])}, expected {expected}"
+
+
+def _show(value: Any) -> str:
+    """A value as it is shown in a message: short, on one line."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "a number of thousands of digits"
+
+
+def _recipe_names() -> str:
+    return f"or one of: {', '.join(shipped_recipes())}"
 
 
 def _suggest(word: str, known: Mapping[str, Any]) -> str:

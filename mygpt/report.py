@@ -1,9 +1,10 @@
 """Pictures of runs, drawn from their directories."""
 
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 
-from mygpt.errors import CheckpointError, MygptError
+from mygpt.errors import MygptError
 from mygpt.metrics import Record, read_records
 
 
@@ -16,49 +17,50 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         CheckpointError: a run has no records.
         MygptError: matplotlib is not installed, or `out` cannot be written.
     """
-    records = {run.resolve().name: read_records(run) for run in runs}
-    if len(records) < len(runs):
-        raise CheckpointError("two of the runs have the same name; rename one so that the legend can tell them apart")
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
+    records = [read_records(run) for run in runs]
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise MygptError(f"{out}: got the ending {out.suffix!r}, expected .png, .svg or .pdf")
     try:
         import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise MygptError("plot needs matplotlib: pip install 'mygpt[report]'") from None
-    matplotlib.use("agg")
-    # The same run gives the same file: no random ids and no date.
-    matplotlib.rcParams["svg.hashsalt"] = "mygpt"
-    from matplotlib import pyplot
 
-    figure, (loss_axes, lr_axes) = pyplot.subplots(
-        2, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1), layout="constrained"
-    )
-    for index, (name, run) in enumerate(records.items()):
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    loss_axes, lr_axes = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    lines, labels = [], []
+    for index, (name, run) in enumerate(zip(names, records, strict=True)):
         color = f"C{index}"
-        loss_axes.plot(
-            [r.step for r in run], [r.loss for r in run], color=color, alpha=0.35, lw=1, label=f"{name}: training"
-        )
-        held_out = [(r.step, r.val, r.val_stderr) for r in run if r.val is not None]
+        steps = [r.step for r in run]
+        lines += loss_axes.plot(steps, [r.loss for r in run], color=color, alpha=0.35, lw=1)
+        labels.append(f"{name}: training")
+        held_out = [(r.step, r.val, r.val_stderr or nan) for r in run if r.val is not None]
         if held_out:
-            steps, values, errors = zip(*held_out, strict=True)
-            loss_axes.errorbar(
-                steps, values, yerr=errors, color=color, marker="o", ms=3.5, capsize=2, label=f"{name}: held-out"
-            )
-        lr_axes.plot([r.step for r in run], [r.lr for r in run], color=color)
+            at, values, errors = zip(*held_out, strict=True)
+            bars = loss_axes.errorbar(at, values, yerr=errors, color=color, marker="o", ms=3.5, capsize=2)
+            lines.append(bars)
+            labels.append(f"{name}: held-out")
+        lr_axes.plot(steps, [r.lr for r in run], color=color)
     # A fresh model's loss is far above all that follows: let the curve come down from beyond the frame.
-    frames = [_frame(run) for run in records.values()]
+    frames = [_frame(run) for run in records]
     bottom, top = min(frame[0] for frame in frames), max(frame[1] for frame in frames)
-    loss_axes.set(ylim=(bottom - 0.05 * (top - bottom), top), ylabel="loss (nats per token)")
+    margin = 0.05 * (top - bottom) or 0.1
+    loss_axes.set(ylim=(bottom - margin, top + margin), ylabel="loss (nats per token)")
     loss_axes.grid(alpha=0.3)
-    loss_axes.legend(frameon=False)
+    for text in loss_axes.legend(lines, labels, frameon=False).get_texts():
+        text.set_parse_math(False)
     lr_axes.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
     lr_axes.grid(alpha=0.3)
     try:
-        figure.savefig(out, dpi=150, metadata={"Date": None} if out.suffix == ".svg" else None)
+        # The same run gives the same file: no random ids and no date.
+        with matplotlib.rc_context({"svg.hashsalt": "mygpt"}):
+            date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(out.suffix)
+            figure.savefig(out, dpi=150, metadata=date)
     except OSError as error:
         raise MygptError(f"{out}: cannot be written: {error.strerror}") from None
-    finally:
-        pyplot.close(figure)
 
 
 def _frame(records: Sequence[Record]) -> tuple[float, float]:

@@ -4,27 +4,26 @@ A run directory holds the resolved recipe, run.json, metrics.jsonl, one director
 `latest`, the name of the newest. Imports no torch.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError
-from mygpt.recipe import Recipe
+from mygpt.recipe import ModelTable, Recipe, Table
 
 MODEL_FILE = "model.safetensors"
 RECIPE_FILE = "recipe.toml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 LATEST_FILE = "latest"
-
-FORMAT = 1
-"""Of the metadata in model files."""
 
 METADATA_KEY = "mygpt"
 """The only key: safetensors writes two or more in random order, and the file's bytes should be repeatable."""
@@ -35,6 +34,27 @@ STEP_NAME = re.compile(r"step-\d{6,}")
 RUN_ENTRY = re.compile(rf"recipe\.toml|run\.json|metrics\.jsonl|latest|(\.tmp-)?({STEP_NAME.pattern}|latest)")
 
 
+class TokenizerMetadata(Table):
+    """What a tokenizer is made again from."""
+
+    type: Literal["char"] = "char"
+    vocab: Annotated[str, Field(min_length=1)]
+
+
+class ModelMetadata(Table):
+    """What a model file says of itself, beside its weights."""
+
+    format: Literal[1] = 1
+    model: ModelTable
+    step: Annotated[int, Field(ge=0)]
+    """The optimizer step after which it was saved."""
+    tokenizer: TokenizerMetadata
+
+    def to_json(self) -> str:
+        """Canonical: the same metadata is always the same text."""
+        return json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
+
+
 def check_output(run: Path, overwrite: bool) -> None:
     """See that a run may be written to `run`, without touching the disk.
 
@@ -43,15 +63,19 @@ def check_output(run: Path, overwrite: bool) -> None:
     """
     try:
         entries = [entry.name for entry in run.iterdir()]
+        parent = run
     except FileNotFoundError:
         entries = []
         parent = next(path for path in run.absolute().parents if path.exists())
         if not parent.is_dir():
             raise CheckpointError(f"output: {parent} is a file; choose another --output") from None
-    except OSError as error:
-        raise CheckpointError(f"output: {run}: {error.strerror}; choose another --output") from None
-    else:
-        parent = run
+        if any(len(os.fsencode(name)) > 255 for name in run.parts):
+            raise CheckpointError(
+                f"output: {run}: {os.strerror(errno.ENAMETOOLONG)}; choose another --output"
+            ) from None
+    except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"output: {str(run)!r}: {reason}; choose another --output") from None
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"output: {parent}: no permission to write there; choose another --output")
     if entries and RUN_FILE not in entries:
@@ -68,7 +92,7 @@ def create_run(run: Path, recipe: Recipe, info: Mapping[str, Any]) -> None:
     """Make the run directory, removing the run that is there, with its recipe.toml and run.json.
 
     Raises:
-        CheckpointError: it cannot be written.
+        DamagedCheckpointError: the disk refused it.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -79,7 +103,7 @@ def create_run(run: Path, recipe: Recipe, info: Mapping[str, Any]) -> None:
         (run / RUN_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         (run / RECIPE_FILE).write_text(recipe.to_toml(), encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"output: {run}: {error.strerror}; choose another --output") from None
+        raise DamagedCheckpointError(f"output: {run}: cannot be written: {error.strerror}") from None
 
 
 def find_model_file(path: Path) -> Path:
@@ -89,15 +113,17 @@ def find_model_file(path: Path) -> Path:
         CheckpointError: there is none.
         DamagedCheckpointError: `latest` does not name a step of this run.
     """
-    if path.is_file():
-        return path
-    if (path / MODEL_FILE).is_file():
-        return path / MODEL_FILE
     try:
-        name = (path / LATEST_FILE).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        what = "has no checkpoint yet" if path.is_dir() else "no such run, step directory or model file"
+        if path.is_file():
+            return path
+        if (path / MODEL_FILE).is_file():
+            return path / MODEL_FILE
+        name = (path / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        what = "has no checkpoint" if path.is_dir() else "no such run, step directory or model file"
         raise CheckpointError(f"{path}: {what}; expected what `mygpt train` has written") from None
+    except ValueError as error:
+        raise CheckpointError(f"{str(path)!r}: not a path: {error}") from None
     # `latest` is text from a file: only a step's plain name may choose a path.
     file = path / name / MODEL_FILE
     if not STEP_NAME.fullmatch(name) or not file.is_file():
@@ -107,7 +133,7 @@ def find_model_file(path: Path) -> Path:
     return file
 
 
-def read_metadata(file: Path) -> dict[str, Any]:
+def read_metadata(file: Path) -> ModelMetadata:
     """The metadata that mygpt wrote into a model file.
 
     Raises:
@@ -115,11 +141,14 @@ def read_metadata(file: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(file, framework="numpy") as tensors:
-            metadata = json.loads((tensors.metadata() or {})[METADATA_KEY])
-        if metadata["format"] != FORMAT:
-            raise DamagedCheckpointError(
-                f"{file}: checkpoint format {metadata['format']!r}, expected {FORMAT}: from another version of mygpt"
-            )
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            text = (tensors.metadata() or {})[METADATA_KEY]
+    except (OSError, SafetensorError, KeyError) as error:
         raise DamagedCheckpointError(f"{file}: not a model that mygpt saved, or damaged ({error})") from None
-    return dict(metadata)
+    try:
+        return ModelMetadata.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise DamagedCheckpointError(
+            f"{file}: damaged, or of another version of mygpt: metadata {where}: {problem['msg']}"
+        ) from None

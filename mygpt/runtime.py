@@ -17,11 +17,11 @@ from mygpt.errors import LaunchError
 RECORDED_PACKAGES = ("torch", "accelerate", "safetensors", "numpy")
 
 
-def resolve_device(name: str, precision: str) -> torch.device:
+def resolve_device(name: str, precision: str, local_processes: int = 1) -> torch.device:
     """The device that a recipe's `device` means on this machine.
 
     Raises:
-        LaunchError: it is not there, or cannot compute in `precision`.
+        LaunchError: it is not there, cannot compute in `precision`, or is fewer than `local_processes`.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -29,8 +29,15 @@ def resolve_device(name: str, precision: str) -> torch.device:
     if not available[name]:
         there = " or ".join(kind for kind, found in available.items() if found)
         raise LaunchError(f"device: got {name}, which this machine (or this build of torch) does not have; use {there}")
-    if name == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
+    if precision == "bf16" and name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise LaunchError("precision: got bf16, which this GPU does not support; use fp32")
+    if precision == "bf16" and name == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise LaunchError("precision: got bf16, which mps has from macOS 14 on; use fp32")
+    if name == "cuda" and local_processes > torch.cuda.device_count():
+        raise LaunchError(
+            f"the launcher started {local_processes} processes on this machine, which has "
+            f"{torch.cuda.device_count()} GPUs; lower --num_processes"
+        )
     return torch.device(name)
 
 
@@ -55,8 +62,8 @@ def make_deterministic(device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def launched_processes(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of processes that the launcher says it started; 1 without a launcher.
+def launched_processes(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """The processes that the launcher says it started, in all and on this machine; 1 and 1 without a launcher.
 
     Raises:
         LaunchError: `accelerate launch` was asked for several processes on CPUs but starts a single one, or for a
@@ -69,15 +76,18 @@ def launched_processes(environ: Mapping[str, str] = os.environ) -> int:
                 f"the launch configuration asks for {name}, which mygpt does not use; use recipes/launch/"
             )
     if "WORLD_SIZE" in environ:
-        return int(environ["WORLD_SIZE"])
+        counts = environ["WORLD_SIZE"], environ.get("LOCAL_WORLD_SIZE", "1")
+        if not all(count.isdecimal() and int(count) > 0 for count in counts):
+            raise LaunchError(f"WORLD_SIZE and LOCAL_WORLD_SIZE: got {counts}, expected numbers from a launcher")
+        return int(counts[0]), int(counts[1])
     # accelerate's one-process launcher names an address for the others only when it was asked for several.
     if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ:
         raise LaunchError(
             "accelerate launch was asked for several processes but started one, as it does with --cpu or "
             "distributed_type: MULTI_CPU; use --config_file recipes/launch/cpu2.yaml, or --multi_gpu with "
-            "ACCELERATE_USE_CPU=true"
+            "ACCELERATE_USE_CPU=true (and if it was asked for one, unset MASTER_PORT)"
         )
-    return 1
+    return 1, 1
 
 
 def check_processes(launched: int, joined: int) -> None:

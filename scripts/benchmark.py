@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,12 +26,19 @@ from mygpt.optim import build_optimizer, build_scheduler
 from mygpt.recipe import Recipe
 from mygpt.runtime import make_deterministic, resolve_device, set_threads
 
-ROUNDS, STEPS_PER_ROUND = 12, 40
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
+@dataclass(frozen=True)
+class Options:
+    rounds: int = 12
+    """Turns of each contender; the median is printed."""
+    steps_per_round: int = 40
+    """Steps in one turn."""
+
+
 def main() -> None:
-    recipe, _ = parse_recipe(sys.argv[1:], "benchmark.py")
+    recipe, options = parse_recipe(sys.argv[1:], "benchmark.py", Options)
     device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
     threads = set_threads(recipe.runtime.threads, 1)
     make_deterministic(device)
@@ -43,8 +51,11 @@ def main() -> None:
         if recipe.runtime.precision == "fp32":
             contenders["straightforward"] = straightforward_step(recipe, dataset, device)
         for step in contenders.values():
-            time_steps(step, device, STEPS_PER_ROUND)
-        rounds = [{n: time_steps(s, device, STEPS_PER_ROUND) for n, s in contenders.items()} for _ in range(ROUNDS)]
+            time_steps(step, device, options.steps_per_round)
+        rounds = [
+            {name: time_steps(step, device, options.steps_per_round) for name, step in contenders.items()}
+            for _ in range(options.rounds)
+        ]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} threads"
     print(f"{name}, torch {torch.__version__}, {recipe.runtime.precision}, compile={recipe.runtime.compile}")
     tokens = recipe.train.batch_size * recipe.train.seq_len

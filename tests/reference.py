@@ -28,6 +28,7 @@ class Settings:
     min_lr: float = 0.0
     val_every: int = 0
     eval_batches: int = 10
+    log_grad_norm: bool = False
 
 
 class Norm(nn.Module):
@@ -89,7 +90,7 @@ def rate(step, s):
 
 
 def run(text, s, dtype=torch.float32, device="cpu"):
-    """Train on `text`; yields (step, loss, held-out loss or None, rate, gradient norm) for every step."""
+    """Train on `text`; yields (step, loss, held-out loss or None, rate, gradient norm or None) for every step."""
     letters = sorted(set(text))
     index = {letter: i for i, letter in enumerate(letters)}
     data = torch.tensor([index[letter] for letter in text])
@@ -113,7 +114,9 @@ def run(text, s, dtype=torch.float32, device="cpu"):
         loss = loss_on(train)
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or math.inf)
+        norm = None
+        if s.max_grad_norm or s.log_grad_norm:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm or math.inf).item()
         optimizer.step()
         held_out = None
         if s.val_every and (step % s.val_every == 0 or step == s.steps):
@@ -121,7 +124,7 @@ def run(text, s, dtype=torch.float32, device="cpu"):
             with torch.no_grad():
                 held_out = sum(loss_on(val).item() for _ in range(s.eval_batches)) / s.eval_batches
             model.train()
-        yield step, loss.item(), held_out, rate(step, s), norm.item()
+        yield step, loss.item(), held_out, rate(step, s), norm
 
 
 if __name__ == "__main__":

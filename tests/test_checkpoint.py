@@ -38,7 +38,7 @@ def run(tmp_path, gpt):
 
 def rewrite(file, *, metadata=lambda values: None, tensors=lambda values: None):
     """Save a model file again after the given functions have changed its parts in place."""
-    parts = read_metadata(file), load_file(file)
+    parts = read_metadata(file).model_dump(), load_file(file)
     metadata(parts[0])
     tensors(parts[1])
     save_file(parts[1], file, {METADATA_KEY: json.dumps(parts[0])})
@@ -131,6 +131,34 @@ def damage_architecture(file):
     rewrite(file, metadata=lambda values: values["model"].update(num_layers=2))
 
 
+def damage_endless_architecture(file):
+    rewrite(file, metadata=lambda values: values["model"].update(num_layers=2**31 - 1))
+
+
+def damage_heads(file):
+    rewrite(file, metadata=lambda values: values["model"].update(num_heads=3))
+
+
+def damage_step(file):
+    rewrite(file, metadata=lambda values: values.update(step=-1))
+
+
+def damage_vocabulary(file):
+    rewrite(file, metadata=lambda values: values["tokenizer"].update(vocab=["a"]))
+
+
+def damage_nothing_but_metadata(file):
+    save_file({"w": torch.zeros(3)}, file, {METADATA_KEY: "{" * 100_000})
+
+
+def damage_nan(file):
+    rewrite(file, tensors=lambda values: values["norm.bias"].fill_(float("nan")))
+
+
+def damage_dtype(file):
+    rewrite(file, tensors=lambda values: values.update({"norm.bias": values["norm.bias"].bfloat16()}))
+
+
 def damage_types(file):
     rewrite(file, metadata=lambda values: values["model"].update(num_layers="many"))
 
@@ -162,6 +190,22 @@ def test_equal_weights_are_identical_at_any_step(run):
     assert result.values == sum(t.numel() for t in load_file(run / "step-000003" / "model.safetensors").values())
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.int32])
+def test_ulp_distance_of_any_type_is_exact(run, kind):
+    """The whole range apart takes one bit more than the type has."""
+    ends = [torch.finfo(kind).min, torch.finfo(kind).max] if kind.is_floating_point else [0, 7]
+    values = torch.tensor(ends, dtype=kind)
+    for step, order in (("step-000003", (0, 1)), ("step-000006", (1, 0))):
+        tensor = values[list(order)]
+        rewrite(run / step / "model.safetensors", tensors=lambda parts, t=tensor: parts.update(extra=t))
+    (difference,) = compare(run / "step-000003", run).differences
+    if kind.is_floating_point:
+        view = {torch.float64: np.int64, torch.float16: np.int16}[kind]
+        assert difference.max_ulp == 2 * int(tensor.max().numpy().view(view))
+    else:
+        assert (difference.max_abs, difference.max_ulp) == (7, None)
+
+
 def test_one_bit_is_a_difference(run):
     """One unit in the last place of one weight is found, named and measured; so is the sign of a zero."""
 
@@ -190,14 +234,15 @@ def test_ulp_distance_crosses_zero(run):
 
 
 def test_other_shapes_and_vocabularies_are_differences(run, tmp_path):
-    """Models that do not correspond are compared all the same, and the table says how they differ."""
+    """Models that do not correspond are compared all the same, and settings are told apart from tensors."""
     other = tmp_path / "other"
     other.mkdir()
     table_b = ModelTable(embed_dim=8, num_heads=4, num_layers=2, max_seq_len=4)
     tokenizer = CharTokenizer("abcd")
     save_checkpoint(other, GPT(table_b, 4).state_dict(), table_b, tokenizer, 6)
-    lines = "\n".join(table(compare(run, other).differences))
-    assert "(model.num_heads)" in lines
-    assert "(tokenizer.vocab)" in lines
+    result = compare(run, other)
+    lines = "\n".join(table(result.differences))
+    assert result.settings[:2] == ["num_heads: 2 against 4", "num_layers: 1 against 2"]
+    assert result.settings[2].startswith("vocabulary: 7 against 4 characters")
     assert "float32 [7, 8] against float32 [4, 8]" in lines
     assert "only in" in lines

@@ -1,18 +1,22 @@
 """The `mygpt` command: what it prints, and how it answers mistakes."""
 
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY
 
 from mygpt import __version__
 from mygpt.cli import COMMANDS, main
+from mygpt.recipe import Recipe
 
 FLAGS = [part for key, value in TINY.items() for part in (f"--{key.replace('_', '-')}", str(value))]
 
@@ -23,7 +27,7 @@ def call(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "90")
 
     def run(*arguments):
         with pytest.raises(SystemExit) as caught:
@@ -42,7 +46,11 @@ def write(path, content):
 # The numbers are those under which docs and issues speak of these mistakes.
 BAD_RECIPES = {
     "38-unknown-key": ("[train]\nmax_gradnorm = 1.0", "unknown key 'max_gradnorm'; did you mean 'max_grad_norm'?"),
-    "38-unknown-table": ("[trian]\nsteps = 1", r"unknown table \[trian\]; did you mean 'train'\?"),
+    "38-unknown-table": ("[trian]\nsteps = 1", "unknown table 'trian'; did you mean 'train'?"),
+    "38-key-with-control-characters": (
+        '[train]\n"a\\n\\u001b[31m" = 1',
+        r"unknown key 'a\\n\\x1b\[31m'; expected one of",
+    ),
     "39-wrong-type": ('[train]\nsteps = "many"', r"\[train\] steps: got 'many', expected a valid integer"),
     "39-boolean": ("[train]\nsteps = true", r"\[train\] steps: got True, expected a valid integer"),
     "39-table-for-key": ("[train.steps]\nx = 1", r"\[train\] steps: got \{'x': 1\}, expected a valid integer"),
@@ -59,9 +67,15 @@ BAD_RECIPES = {
     "46-not-utf-8": (b"[data]\ncorpus = '\xff'", "not UTF-8: byte 0xff at offset 17"),
     "47-deep-nesting": ("x = " + "[" * 50_000, "nested too deeply"),
     "47-long-integer": ("[train]\nsteps = " + "9" * 5000, "not valid TOML: Exceeds the limit"),
+    "47-long-hexadecimal": ("[train]\nsteps = 0x" + "f" * 5000, "steps: got a number of thousands of digits, expected"),
     "48-seq-len": ("[train]\nseq_len = 65", "seq_len: got 65, expected at most max_seq_len = 64"),
     "48-extends-itself": ('extends = "bad.toml"', "extends goes in a circle: bad.toml -> bad.toml"),
-    "48-extends-nothing": ('extends = "gone.toml"', r"gone\.toml: no such recipe"),
+    "48-extends-nothing": (
+        'extends = "gone.toml"',
+        r"bad\.toml: extends: got 'gone\.toml', expected the path of a recipe",
+    ),
+    "48-extends-nul": ('extends = "a\\u0000b"', r"bad\.toml: extends: got 'a\\x00b', expected the path of a recipe"),
+    "48-extends-a-folder": ('extends = "."', r"bad\.toml: extends: got '\.', expected the path of a recipe"),
     "48-extends-a-number": ("extends = 3", "extends: got 3, expected the path of a recipe"),
 }
 
@@ -116,7 +130,12 @@ def test_48_to_51_missing_and_unreadable_paths_cost_one_line(call, tmp_path):
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert message in err
     (tmp_path / "folder.toml").mkdir()
-    assert call("train", tmp_path / "folder.toml")[0] == 2
+    (tmp_path / "loop.toml").symlink_to("loop.toml")
+    os.mkfifo(tmp_path / "pipe.toml")
+    for name in ("folder.toml", "loop.toml", "pipe.toml"):
+        code, _, err = call("train", tmp_path / name)
+        assert (code, err.count("\n")) == (2, 1), err
+    assert "did you mean 'hardened'" in call("train", "hardenedd")[2]
     assert not os.listdir()
 
 
@@ -137,23 +156,24 @@ def test_51_unreadable_text_costs_one_line(call, tmp_path):
         (["--val-split", "1"], "mygpt: --val-split: got 1.0, expected less than 1\n"),
         (["--steps", "0"], "mygpt: --steps: got 0, expected greater than or equal to 1\n"),
         (["--warmup", "7"], "text.txt [schedule] warmup: got 7, expected at most steps = 6"),
-        (["--step", "3"], "--steps"),
-        (["--steps", "many"], "'many'"),
+        (["--step", "3"], "Unrecognized options: --step, 3; Perhaps you meant: --steps INT"),
+        (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
+        (["--schedule", "cosin"], "invalid choice"),
+        (["--lr"], "--lr"),
     ],
 )
 def test_bad_flags_are_named(call, text_file, flags, message):
     """The same rules as in a file; a misspelt flag gets a suggestion."""
     code, out, err = call("train", text_file, *FLAGS, *flags)
-    assert (code, out) == (2, "")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
     assert message in err
-    assert "Traceback" not in err
     assert not os.listdir()
 
 
 def test_23_to_25_bad_outputs_are_found_before_the_first_step(call, text_file, tmp_path):
-    """A file where the run directory, or a folder above it, should be."""
+    """A file where the run directory, or a folder above it, should be; names that no disk takes."""
     write(tmp_path / "file", "precious")
-    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+    for output in (tmp_path / "file", tmp_path / "file" / "run", f"new/{'a' * 300}", ""):
         code, out, err = call("train", text_file, *FLAGS, "--output", output)
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert "--output" in err
@@ -185,12 +205,15 @@ def test_a_flag_may_mend_a_recipe(call, tmp_path):
 
 
 def test_every_key_is_a_flag_with_help(call):
-    """Help names each key, with the recipe's own values as defaults."""
+    """Help names each key and explains it, with the recipe's own values as defaults."""
     code, out, _ = call("train", "hardened", "--help")
     assert code == 0
-    for key in ("--val-split", "--max-grad-norm", "--micro-batch-size", "--log-val-stderr", "--save-every"):
-        assert key in out
-    assert "(default: cosine)" in out
+    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
+    for table in Recipe.model_fields.values():
+        for key, info in type(table.default).model_fields.items():
+            assert f"--{key.replace('_', '-')}" in words
+            assert " ".join(info.description.split()) in words, key
+    assert "(default: cosine)" in words
 
 
 def test_shown_recipe_is_the_recipe_of_the_run(call, text_file):
@@ -225,6 +248,7 @@ def test_generate_continues_the_prompt(call, text_file):
     ]
     assert all(text.startswith("The ") and len(text) == 35 for text in texts)
     assert texts[0] == texts[1] != texts[2]
+    assert call(*arguments, "--temperature", "1e-300")[1] == texts[3]
     for flag, value in (("--temperature", "-1"), ("--temperature", "nan"), ("--top-k", "-1"), ("--seed", "-1")):
         code, _, err = call(*arguments, flag, value)
         assert (code, err.count("\n")) == (2, 1)
@@ -246,12 +270,12 @@ def test_help_names_every_command(call):
     assert call("--version")[1] == f"mygpt {__version__}\n"
 
 
-def test_help_and_package_import_no_torch():
+def test_help_and_package_import_no_torch(tmp_path):
     """They answer at once: torch alone takes seconds to import."""
     code = "import sys, mygpt, mygpt.cli; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
     started_at = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "mygpt", "--help"], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "mygpt", "--help"], cwd=tmp_path, check=True, capture_output=True)
     assert time.perf_counter() - started_at < 0.5
 
 
@@ -274,3 +298,63 @@ def test_interrupt_ends_without_traceback(text_file, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
+
+
+def test_progress_bar_is_drawn_on_a_terminal_only(text_file, tmp_path):
+    """stderr on a terminal shows steps, time left and tokens per second; stdout has the lines and nothing else."""
+    terminal, other_end = pty.openpty()
+    termios.tcsetwinsize(other_end, (30, 100))
+    command = [sys.executable, "-m", "mygpt", "train", text_file, *FLAGS, "--output", "run"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=other_end, check=True)
+    os.close(other_end)
+    drawn = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert re.search(r"6/6 \[.*<.*step.*tokens/s\]", drawn)
+    lines = done.stdout.decode().splitlines()
+    assert [line for line in lines if "loss" in line] == lines[-2:]
+    assert "\r" not in done.stdout.decode()
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_closed_output_does_not_end_a_run(text_file, tmp_path, closed):
+    """Training goes on without a terminal, as under a scheduler that closes one of its streams."""
+    command = f"{sys.executable} -m mygpt train {text_file} {' '.join(FLAGS)} --output run {closed}>&-"
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "run" / "latest").is_file()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_under_stdout_costs_one_line(text_file, tmp_path):
+    """The world's failures: exit 1 and a message."""
+    command = f"{sys.executable} -m mygpt recipe show default > /dev/full"
+    result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "No space left on device" in result.stderr
+
+
+def test_output_that_is_not_utf_8_escapes_what_it_lacks(tmp_path, command):
+    """No character of a corpus stops a command in a plain terminal."""
+    write(tmp_path / "text.txt", "\u00e9\u4e16" * 200)
+    plain = {"PYTHONIOENCODING": "ascii"}
+    assert command("train", "text.txt", *FLAGS, "--output", "run", **plain).returncode == 0
+    result = command("generate", "--checkpoint", "run", "--prompt", "\u00e9", "--max-new-tokens", "3", **plain)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("\\xe9")
+
+
+def test_out_of_memory_costs_one_line_and_keeps_the_old_run(text_file, call):
+    """A model that no machine holds is found before the run that it would replace is touched."""
+    assert call("train", text_file, *FLAGS, "--output", "run")[0] == 0
+    code, _, err = call("train", text_file, *FLAGS, "--output", "run", "--overwrite", "--embed-dim", 2**28)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "out of memory with batch_size = 4, seq_len = 16; lower" in err
+    assert os.path.exists("run/step-000006/model.safetensors")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_named(call, text_file):
+    """Never a silent fallback to another."""
+    code, out, err = call("train", text_file, *FLAGS, "--device", "cuda")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "device: got cuda, which this machine" in err
+    assert not os.listdir()

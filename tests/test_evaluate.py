@@ -67,6 +67,7 @@ def test_standard_error_is_that_of_the_windows(gpt, data):
     result = held_out_loss(gpt, [batch])
     assert result.mean == pytest.approx(statistics.mean(losses), abs=1e-6)
     assert result.stderr == pytest.approx(statistics.stdev(losses) / 12**0.5, rel=1e-4)
+    assert held_out_loss(gpt, [get_batch(data, 1, 8)]).stderr is None
 
 
 def test_standard_error_tells_the_spread_of_estimates(gpt, data):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import reference
 import yaml
 from conftest import REPOSITORY, TINY, run_process
 
@@ -49,14 +50,15 @@ def test_any_number_of_processes_trains_on_the_same_batches(text_file, tmp_path,
     flags += ["--sampling", "full" if processes == 3 else "shared-stream"]
     alone = launch("python", target=text_file, cwd=tmp_path, flags=[*flags, "--output", "alone"])
     assert alone.returncode == 0, alone.stderr
-    launcher = ["torchrun", "--nproc-per-node", processes]
-    if processes == 2:
-        launcher = ["accelerate", "launch", "--config_file", LAUNCH / "cpu2.yaml"]
+    launcher = {
+        2: ["accelerate", "launch", "--config_file", LAUNCH / "cpu2.yaml"],
+        3: ["accelerate", "launch", "--config_file", LAUNCH / "ddp.yaml", "--num_processes", 3],
+        4: ["torchrun", "--nproc-per-node", 4],
+    }[processes]
     together = launch(*launcher, target=text_file, cwd=tmp_path, flags=[*flags, "--output", "together"])
     assert together.returncode == 0, together.stderr
-    assert f"processes:    {processes}\n" in together.stdout
-    without_processes = [line for line in together.stdout.splitlines() if not line.startswith("processes")]
-    assert without_processes == alone.stdout.splitlines()
+    assert f"{processes} processes share each batch\n" in together.stderr
+    assert together.stdout == alone.stdout
     for one, many in zip(*(read_records(tmp_path / name) for name in ("alone", "together")), strict=True):
         assert (many.step, many.lr, many.tokens) == (one.step, one.lr, one.tokens)
         assert many.loss == pytest.approx(one.loss, abs=5e-5)
@@ -65,6 +67,55 @@ def test_any_number_of_processes_trains_on_the_same_batches(text_file, tmp_path,
         assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
     assert max(d.max_abs for d in compare(tmp_path / "alone", tmp_path / "together").differences) < 1e-3
     assert json.loads((tmp_path / "together" / "run.json").read_text())["processes"] == processes
+
+
+@pytest.mark.slow
+def test_processes_that_come_late_find_no_run_in_their_way(text_file, tmp_path):
+    """One process looks at the output and makes the run; another, seconds behind, does not take it for an old one."""
+    late = tmp_path / "late.py"
+    late.write_text("""
+import os, sys, time
+from mygpt import loop
+check = loop.check_processes
+loop.check_processes = lambda *counts: (check(*counts), time.sleep(5 * int(os.environ["RANK"])))
+from mygpt.cli import main
+main(["train", *sys.argv[1:]])
+""")
+    command = [BIN / "torchrun", "--nproc-per-node", 2, late, text_file, *TINY_FLAGS, "--output", "run"]
+    result = run_process(command, tmp_path, environment={"TORCH_GLOO_LAZY_INIT": "1"})
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "latest").is_file()
+
+
+@pytest.mark.slow
+def test_the_module_can_be_launched(text_file, tmp_path):
+    """`accelerate launch -m mygpt train`, where there is no checkout with scripts."""
+    result = run_process([BIN / "accelerate", "launch", "-m", "mygpt", "train", text_file, *TINY_FLAGS], tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["python", "accelerate", "two-processes"])
+@pytest.mark.parametrize("recipe", ["default", "hardened"])
+def test_shipped_recipes_give_the_reference_numbers(text, text_file, tmp_path, recipe, launcher):
+    """On any text, so also without Tiny Shakespeare: thirty steps of the published recipes, by each way to start."""
+    command = {
+        "python": ["python"],
+        "accelerate": ["accelerate", "launch"],
+        "two-processes": ["accelerate", "launch", "--config_file", LAUNCH / "cpu2.yaml"],
+    }[launcher]
+    settings = {"steps": 30, "val_every": 10, "warmup": 5} if recipe == "hardened" else {"steps": 30}
+    flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+    flags += ["--corpus", text_file, "--device", "cpu", "--log-every", 1, "--output", "run"]
+    result = launch(*command, target=REPOSITORY / "recipes" / f"{recipe}.toml", cwd=tmp_path, flags=flags)
+    assert result.returncode == 0, result.stderr
+    if recipe == "hardened":
+        settings |= {"val_split": 0.1, "schedule": "cosine", "max_grad_norm": 1.0}
+    expected = reference.run(text, reference.Settings(**settings))
+    for record, (_, loss, held_out, rate, _) in zip(read_records(tmp_path / "run"), expected, strict=True):
+        assert record.loss == pytest.approx(loss, abs=5e-5)
+        assert record.val == (held_out and pytest.approx(held_out, abs=5e-5))
+        assert record.lr == rate
 
 
 @pytest.mark.slow
@@ -100,9 +151,12 @@ def test_launch_files_name_known_keys_only():
 
 def test_launched_processes_are_counted_from_the_environment():
     """torchrun's WORLD_SIZE; one without a launcher; an error for what would train something else."""
-    assert launched_processes({}) == 1
-    assert launched_processes({"WORLD_SIZE": "8", "MASTER_PORT": "1"}) == 8
-    assert launched_processes({"ACCELERATE_MIXED_PRECISION": "no"}) == 1
+    assert launched_processes({}) == (1, 1)
+    assert launched_processes({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_PORT": "1"}) == (8, 4)
+    assert launched_processes({"ACCELERATE_MIXED_PRECISION": "no"}) == (1, 1)
+    for count in ("0", "many", "-1"):
+        with pytest.raises(LaunchError, match="WORLD_SIZE"):
+            launched_processes({"WORLD_SIZE": count})
     with pytest.raises(LaunchError, match=r"cpu2\.yaml"):
         launched_processes({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"})
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):

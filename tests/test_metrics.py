@@ -18,7 +18,7 @@ def test_header_has_the_published_form():
     """Aligned labels, thousands separated."""
     recipe = recipe_of(schedule="cosine", warmup=100, max_grad_norm=1.0)
     sizes = {"corpus": 1_115_394, "train": 1_003_854, "val": 111_540}
-    lines = header_lines(recipe, device="cpu", processes=1, sizes=sizes, vocab_size=65, params=207_296)
+    lines = header_lines(recipe, device="cpu", sizes=sizes, vocab_size=65, params=207_296)
     assert list(lines) == [
         "device:       cpu",
         "precision:    fp32",
@@ -66,16 +66,27 @@ def test_only_the_main_process_reports(tmp_path, capsys):
     """Other processes print nothing and write nothing."""
     for is_main in (False, True):
         with Reporter(recipe_of(steps=2), tmp_path, is_main=is_main) as reporter:
-            reporter.log(1, loss=1.0, lr=0.1)
-        assert bool(capsys.readouterr().out) is is_main
+            reporter.log(1, printed=True, loss=1.0, lr=0.1)
+            reporter.log(2, printed=False, loss=1.0, lr=0.1)
+        assert capsys.readouterr().out == ("step     1: loss = 1.0000\n" if is_main else "")
         assert (tmp_path / "metrics.jsonl").exists() is is_main
-    assert [r.step for r in read_records(tmp_path)] == [1]
+    assert [r.step for r in read_records(tmp_path)] == [1, 2]
 
 
 def test_records_that_are_none_are_refused(tmp_path):
     """A run without records, and a line that is not one, are named."""
     with pytest.raises(CheckpointError, match="expected a run directory"):
         read_records(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(CheckpointError, match="line 1 is not a record"):
-        read_records(tmp_path)
+    for line in ('{"step": 1}', "[" * 100_000, '{"step": 1, "loss": NaN, "lr": 1}', "\udc80"):
+        (tmp_path / "metrics.jsonl").write_text(line + "\n", errors="surrogateescape")
+        with pytest.raises(CheckpointError, match="line 1 is not a record"):
+            read_records(tmp_path)
+
+
+def test_an_unfinished_last_line_is_left_out(tmp_path):
+    """What a killed run has recorded can be read."""
+    with Reporter(recipe_of(steps=2), tmp_path, is_main=True) as reporter:
+        reporter.log(1, printed=False, loss=1.0, lr=0.1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert [r.step for r in read_records(tmp_path)] == [1]

@@ -75,7 +75,7 @@ def test_optimizer_is_torchs_adamw():
     assert math.isclose(theirs.param_groups[0]["weight_decay"], 0.01)
 
 
-def test_optimizer_does_not_import_the_compiler():
+def test_optimizer_does_not_import_the_compiler(tmp_path):
     """A run that compiles nothing does not pay for the compiler's import; fails when torch moves it elsewhere."""
     code = """
 import sys, torch
@@ -87,4 +87,4 @@ model(torch.ones(2)).sum().backward()
 optimizer.step(); optimizer.zero_grad(); scheduler.step()
 sys.exit("torch._dynamo" in sys.modules)
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0

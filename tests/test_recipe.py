@@ -60,7 +60,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
     lines = str(caught.value).splitlines()
     assert f"{path} [train]: unknown key 'max_gradnorm'; did you mean 'max_grad_norm'?" in lines
     assert f"{path} [train] steps: got True, expected a valid integer" in lines
-    assert f"{path}: unknown table [optimiser]; did you mean 'optimizer'?" in lines
+    assert f"{path}: unknown table 'optimiser'; did you mean 'optimizer'?" in lines
     assert f"{path} [data] val_split: got 1.5, expected less than 1" in lines
     assert f"{path} [data]: key 'warmup' belongs in the table [schedule]" in lines
     assert len(lines) == 5

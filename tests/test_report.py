@@ -16,7 +16,9 @@ pytest.importorskip("matplotlib", reason="needs the report extra")
 def runs(tiny, tmp_path):
     return [
         train(tiny(output=str(tmp_path / "plain"))),
-        train(tiny(output=str(tmp_path / "<watched> & co"), val_split=0.2, val_every=2, schedule="cosine", warmup=2)),
+        train(
+            tiny(output=str(tmp_path / "_<watched> & $co_{"), val_split=0.2, val_every=2, schedule="cosine", warmup=2)
+        ),
     ]
 
 
@@ -31,15 +33,25 @@ def test_picture_shows_every_run(runs, tmp_path):
     # Text is drawn as shapes, each under a comment that holds it.
     assert "plain: training" in svg
     assert "plain: held-out" not in svg
-    assert "co: held-out" in svg
+    assert "$co_{: held-out" in svg
     assert "<watched>" not in svg
 
 
 @pytest.mark.parametrize("ending", ["png", "pdf"])
 def test_ending_chooses_the_format(runs, tmp_path, ending):
-    """PNG and PDF as well as SVG."""
-    plot(runs, tmp_path / f"loss.{ending}")
-    assert (tmp_path / f"loss.{ending}").read_bytes()[:4] in (b"\x89PNG", b"%PDF")
+    """PNG and PDF as well as SVG, the same bytes every time."""
+    pictures = [tmp_path / f"{name}.{ending}" for name in "ab"]
+    for picture in pictures:
+        plot(runs, picture)
+    assert pictures[0].read_bytes()[:4] in (b"\x89PNG", b"%PDF")
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+def test_short_runs_and_runs_of_one_name_can_be_drawn(tiny, tmp_path):
+    """A run of a single record; two runs in different folders that are called the same."""
+    runs = [train(tiny(steps=1, output=str(tmp_path / folder / "run"))) for folder in "ab"]
+    plot(runs, tmp_path / "loss.svg")
+    assert all(f"{run}: training" in (tmp_path / "loss.svg").read_text() for run in runs)
 
 
 def test_mistakes_are_named(runs, tmp_path):
