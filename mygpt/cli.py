@@ -42,14 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MygptError as error:
         code = error.exit_code
         _complain(str(error))
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `mygpt generate ... | head`; nothing more can be written there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            # Whoever read our output has gone, as in `mygpt generate ... | head`; nothing more can be written there.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 141
-        else:
-            code = 1
-            _complain(f"{error.filename or 'output'}: {error.strerror}")
+        code = 1
+        _complain(f"{error.filename or 'output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

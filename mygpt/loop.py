@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -232,8 +233,8 @@ def naming_memory(table: TrainTable) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch's CPU allocator raises a plain RuntimeError.
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        # Only CUDA has an error of its own for it: the CPU's and mps's say so in a RuntimeError's text.
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         raise OutOfMemoryError(
             f"out of memory with batch_size = {table.batch_size}, seq_len = {table.seq_len}; lower micro_batch_size "

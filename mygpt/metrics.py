@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from tqdm import tqdm
 
 from mygpt.errors import CheckpointError
@@ -31,7 +31,8 @@ class Record(Table):
     """Training throughput since the record before, evaluation and saving left out."""
     val: float | None = None
     """Held-out loss after this step's update, in nats per token."""
-    val_stderr: float | None = None
+    val_stderr: Annotated[float, Field(ge=0)] | None = None
+    """Standard error of the held-out loss."""
     grad_norm: float | None = None
     """Global L2 norm of this step's gradient before clipping."""
 
@@ -153,7 +154,7 @@ def step_line(record: Record, recipe: Recipe) -> str:
         line += f"  val = {record.val:.4f}"
         if recipe.validation.log_val_stderr and record.val_stderr is not None:
             line += f" +- {record.val_stderr:.4f}"
-    if recipe.schedule.schedule != "constant" or recipe.schedule.warmup:
+    if recipe.schedule.schedule != "constant":
         line += f"  lr = {record.lr:.2e}"
     if recipe.train.log_grad_norm:
         line += f"  grad_norm = {record.grad_norm:.4f}"

@@ -37,7 +37,7 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         steps = [r.step for r in run]
         lines += loss_axes.plot(steps, [r.loss for r in run], color=color, alpha=0.35, lw=1)
         labels.append(f"{name}: training")
-        held_out = [(r.step, r.val, r.val_stderr or nan) for r in run if r.val is not None]
+        held_out = [(r.step, r.val, nan if r.val_stderr is None else r.val_stderr) for r in run if r.val is not None]
         if held_out:
             at, values, errors = zip(*held_out, strict=True)
             bars = loss_axes.errorbar(at, values, yerr=errors, color=color, marker="o", ms=3.5, capsize=2)
