@@ -88,6 +88,31 @@ main(["train", *sys.argv[1:]])
 
 
 @pytest.mark.slow
+def test_each_process_drops_other_activations(text_file, tmp_path):
+    """Dropout masks belong to the rows of a process: two processes with the same masks would train on half as many."""
+    script = tmp_path / "masks.py"
+    script.write_text("""
+import os, pathlib, sys
+import torch
+from mygpt import loop
+step = loop.train_step
+def drawing_step(*args, **kwargs):
+    mask = torch.nn.functional.dropout(torch.ones(32)).tolist()
+    with pathlib.Path(os.environ["RANK"]).open("a") as file:
+        print(mask, file=file)
+    return step(*args, **kwargs)
+loop.train_step = drawing_step
+from mygpt.cli import main
+main(["train", *sys.argv[1:]])
+""")
+    flags = [*TINY_FLAGS, "--dropout", 0.5]
+    result = run_process([BIN / "torchrun", "--nproc-per-node", 2, script, text_file, *flags], tmp_path)
+    assert result.returncode == 0, result.stderr
+    masks = [(tmp_path / rank).read_text().splitlines() for rank in "01"]
+    assert len(set(masks[0]) | set(masks[1])) == 2 * TINY["steps"]
+
+
+@pytest.mark.slow
 def test_the_module_can_be_launched(text_file, tmp_path):
     """`accelerate launch -m mygpt train`, where there is no checkout with scripts."""
     result = run_process([BIN / "accelerate", "launch", "-m", "mygpt", "train", text_file, *TINY_FLAGS], tmp_path)
