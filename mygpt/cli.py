@@ -224,8 +224,8 @@ def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -
     `options` is a dataclass of further flags; returns them beside the recipe.
 
     Raises:
-        RecipeError: the recipe or a flag cannot be used.
-        SystemExit: help was asked for, or a flag is not one of the command's.
+        MygptError: the recipe or a flag cannot be used.
+        SystemExit: help was asked for, and has been printed.
     """
     from mygpt.recipe import Recipe, build_recipe, check_recipe
 
@@ -283,9 +283,7 @@ def _parse_flags(arguments: list[str], prog: str, recipe: "Recipe", options: typ
         flags = make_dataclass(name, keys)
         flags.__doc__ = type(recipe_table).__doc__
         fields.append((name, flags, field(default_factory=flags)))
-    command = make_dataclass("Command", fields)
-    description = "Train a model." if prog.endswith("train") else "Print the resolved recipe."
-    return _parse(command, arguments, prog, description)
+    return _parse(make_dataclass("Command", fields), arguments, prog, "Every key of the recipe is a flag.")
 
 
 TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."

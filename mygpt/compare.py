@@ -85,8 +85,7 @@ def _compare_settings(a: ModelMetadata, b: ModelMetadata) -> Iterator[str]:
     if vocab_a != vocab_b:
         # A vocabulary can have thousands of characters: a few show which text it is.
         only_a, only_b = (
-            "".join(c for c in mine if c not in set(others))[:10]
-            for mine, others in ((vocab_a, vocab_b), (vocab_b, vocab_a))
+            "".join(sorted(set(mine) - set(others))[:10]) for mine, others in ((vocab_a, vocab_b), (vocab_b, vocab_a))
         )
         yield (
             f"vocabulary: {len(vocab_a)} against {len(vocab_b)} characters; the first that only one has: "

@@ -238,7 +238,7 @@ def naming_memory(table: TrainTable) -> Iterator[None]:
             raise
         raise OutOfMemoryError(
             f"out of memory with batch_size = {table.batch_size}, seq_len = {table.seq_len}; lower micro_batch_size "
-            "(same numbers, less memory), batch_size, seq_len or the model's size"
+            "(which leaves the batch as it is), batch_size, seq_len or the model's size"
         ) from error
 
 

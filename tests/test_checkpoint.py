@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -231,6 +232,21 @@ def test_ulp_distance_crosses_zero(run):
     rewrite(run / "step-000006" / "model.safetensors", tensors=put(tiny))
     (difference,) = compare(run / "step-000003", run).differences
     assert difference.max_ulp == 2
+
+
+def test_large_vocabularies_are_compared_in_time_that_grows_with_them(tmp_path):
+    """Texts of tens of thousands of characters, such as Chinese ones: a second, not minutes."""
+    config = ModelTable(embed_dim=2, num_heads=1, num_layers=1, max_seq_len=2)
+    for name, start in (("a", 0x10000), ("b", 0x10003)):
+        (tmp_path / name).mkdir()
+        tokenizer = CharTokenizer("".join(map(chr, range(start, start + 50_000))))
+        save_checkpoint(tmp_path / name, GPT(config, 50_000).state_dict(), config, tokenizer, 1)
+    started_at = time.perf_counter()
+    (line,) = compare(tmp_path / "a", tmp_path / "b").settings
+    assert time.perf_counter() - started_at < 5
+    assert line.endswith(
+        f"{''.join(map(chr, range(0x10000, 0x10003)))!r} against {chr(0x1C350) + chr(0x1C351) + chr(0x1C352)!r}"
+    )
 
 
 def test_other_shapes_and_vocabularies_are_differences(run, tmp_path):
