@@ -25,6 +25,7 @@ Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
   train RECIPE.toml|TEXT_FILE   train, with any recipe key as a flag (--steps 500)
   generate --checkpoint RUN     continue a prompt with a trained model
   compare A B                   whether two models are the same, bit for bit
+  replay RUN                    where the numbers of a step that failed broke first
   plot RUN...                   draw loss and learning rate
   recipe show|list|schema       the resolved recipe, the recipes that come with mygpt, the JSON Schema
 
@@ -76,13 +77,15 @@ def _train(arguments: list[str]) -> int:
     class Options:
         overwrite: bool = False
         """Replace the run that is already in the output directory."""
+        allow_changes: bool = False
+        """Continue a run though its recipe or corpus has changed since it was saved."""
 
     recipe, options = parse_recipe(arguments, "mygpt train", Options)
     # Kernels that mps lacks run on the CPU; torch reads this when it is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     from mygpt.loop import train
 
-    train(recipe, overwrite=options.overwrite)
+    train(recipe, overwrite=options.overwrite, allow_changes=options.allow_changes)
     return 0
 
 
@@ -162,6 +165,27 @@ def _compare(arguments: list[str]) -> int:
     return 1
 
 
+def _replay(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        run: tyro.conf.Positional[Path]
+        """A run directory (its last step that failed), or a failed-step directory."""
+        device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+        """Where to compute."""
+
+    options = _parse(Options, arguments, "mygpt replay", "Run the step at which a run's numbers broke again.")
+    from mygpt.failure import replay
+    from mygpt.runtime import resolve_device
+
+    failed, lines, broken = replay(options.run, resolve_device(options.device, "fp32"))
+    print(f"step {failed.step}: {failed.problem}")
+    print("\n".join(lines))
+    print(f"first non-finite: {broken}" if broken else "all numbers are finite this time: not reproduced")
+    return 0 if broken else 1
+
+
 def _plot(arguments: list[str]) -> int:
     import tyro
 
@@ -214,7 +238,14 @@ def _recipe_schema(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": _train, "generate": _generate, "compare": _compare, "plot": _plot, "recipe": _recipe}
+COMMANDS = {
+    "train": _train,
+    "generate": _generate,
+    "compare": _compare,
+    "replay": _replay,
+    "plot": _plot,
+    "recipe": _recipe,
+}
 RECIPE_COMMANDS = {"show": _recipe_show, "list": _recipe_list, "schema": _recipe_schema}
 
 

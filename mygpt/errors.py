@@ -33,12 +33,30 @@ class LaunchError(MygptError):
     """The devices or processes that were asked for are not the ones that are there."""
 
 
+class LostProcessError(MygptError):
+    """Another process of the run has ended, or has not answered for too long."""
+
+    exit_code = 1
+
+
 class CheckpointError(MygptError):
     """A path is not a run or a checkpoint, or writing there would overwrite one."""
 
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint exists but cannot be read back, or a new one cannot be written."""
+
+    exit_code = 1
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint was written by a later version of mygpt."""
+
+    exit_code = 1
+
+
+class MismatchError(CheckpointError):
+    """A checkpoint is whole, but of another architecture or corpus than the run that would continue it."""
 
     exit_code = 1
 
@@ -50,6 +68,14 @@ class OutOfMemoryError(MygptError):
 
 
 class NonFiniteError(MygptError):
-    """A loss became infinite or not a number."""
+    """A loss, a gradient or a weight became infinite or not a number."""
 
     exit_code = 1
+
+
+class InterruptedRunError(MygptError):
+    """A signal asked the run to stop, and it has stopped: saved, to be continued by the same command."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

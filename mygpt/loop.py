@@ -3,45 +3,66 @@
 import gc
 import math
 import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, TorchDynamoPlugin
 from torch.nn.utils import get_total_norm
 
-from mygpt.checkpoint import save_checkpoint
+from mygpt.checkpoint import Saver
 from mygpt.data import Batch, BatchStream, Dataset, Rows, held_out_batches, load_dataset
-from mygpt.errors import LaunchError, NonFiniteError, OutOfMemoryError, RecipeError
+from mygpt.errors import (
+    InterruptedRunError,
+    LaunchError,
+    LostProcessError,
+    NonFiniteError,
+    OutOfMemoryError,
+    RecipeError,
+)
 from mygpt.evaluate import held_out_loss
-from mygpt.metrics import Reporter, due, header_lines
+from mygpt.failure import record_failure
+from mygpt.metrics import Reporter, due, header_lines, is_printed
 from mygpt.model import GPT
 from mygpt.optim import build_optimizer, build_scheduler
 from mygpt.recipe import Recipe, RuntimeTable, TrainTable, check_recipe
-from mygpt.rundir import check_output, create_run
+from mygpt.resume import Start, begin_run, find_start
+from mygpt.rundir import METRICS_FILE, Best, Reason, RunInfo, check_output, locked, step_directory
 from mygpt.runtime import (
     check_processes,
     describe_environment,
+    is_restart,
     launched_processes,
     make_deterministic,
     resolve_device,
     set_threads,
+    stop_on_signal,
+)
+from mygpt.state import (
+    generator_states,
+    restore,
+    set_generator_states,
+    shared_path,
+    training_state,
 )
 
 
-def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
-    """Train as `recipe` says, and return the run directory.
+def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = False, until: int | None = None) -> Path:
+    """Train as `recipe` says, and return the run directory; a run that is there is continued.
 
     To be called by every process that a launcher started. Whatever can be wrong with the recipe, the corpus and the
-    output is found before anything is written. With `overwrite` a run that is already there is replaced.
+    output is found before anything is written. With `overwrite` a run that is already there is replaced; with
+    `allow_changes` one is continued though its recipe or corpus has changed. `until` ends it early, after that step.
 
     It is meant to have its process to itself: it sets torch's threads, global seeds and, on CUDA, deterministic
-    algorithms, and leaves them set.
+    algorithms, and leaves them set. In the main thread it takes SIGTERM and SIGINT as requests to save and stop.
 
     Raises:
         MygptError: anything that the user can act on.
@@ -53,48 +74,64 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     dataset = load_dataset(recipe.data, recipe.train.seq_len)
     threads = set_threads(recipe.runtime.threads, local_processes)
     make_deterministic(device)
+    info = RunInfo(**describe_environment(device), threads=threads, processes=processes, corpus_sha256=dataset.sha256)
     micro_batches = recipe.train.batch_size // processes // micro_batch_size
-    with accelerator_for(recipe.runtime, device, micro_batches) as accelerator:
+    with accelerator_for(recipe.runtime, device, micro_batches) as accelerator, ExitStack() as stack:
         check_processes(processes, accelerator.num_processes)
-        info = {"threads": threads, "processes": processes, "corpus_sha256": dataset.sha256}
-        with naming_memory(recipe.train):
-            return _train(recipe, accelerator, dataset, info, micro_batch_size, overwrite)
+        stack.enter_context(naming_memory(recipe.train))
+        stack.enter_context(naming_lost_processes(processes))
+        start = Start(None, 0, False, recipe, info)
+        if accelerator.is_main_process:
+            # A launcher that restarts a failed run is to continue it, not to replace it again.
+            overwrite = overwrite and not is_restart()
+            run = Path(recipe.checkpoint.output)
+            check_output(run, replace=overwrite or recipe.checkpoint.resume != "never")
+            stack.enter_context(locked(run))
+            start = find_start(
+                recipe, info, dataset.tokenizer.vocab, overwrite=overwrite, allow_changes=allow_changes, warn=_note
+            )
+        return _train(accelerator, start, dataset, micro_batch_size, until or recipe.train.steps)
 
 
-def _train(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    dataset: Dataset,
-    info: dict[str, Any],
-    micro_batch_size: int,
-    overwrite: bool,
-) -> Path:
+def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch_size: int, until: int) -> Path:
     """The main job: build the parts, then step, evaluate, report, save."""
+    recipe, is_main = start.recipe, accelerator.is_main_process
     steps, run = recipe.train.steps, Path(recipe.checkpoint.output)
-    if accelerator.is_main_process:
-        check_output(run, overwrite)
     torch.manual_seed(recipe.train.init_seed)
     gpt = GPT(recipe.model, dataset.tokenizer.vocab_size).to(accelerator.device)
     optimizer = build_optimizer(gpt, recipe.optimizer)
-    scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, steps)
-    if recipe.runtime.compile:
-        gpt.compile()
-    # `gpt` stays the bare module, whose weights have their plain names whatever `model` wraps around it.
-    model, optimizer, scheduler = accelerator.prepare(gpt, optimizer, scheduler)
-
     dataset = dataset.to(accelerator.device)
     rows = Rows(accelerator.process_index, accelerator.num_processes)
     stream = BatchStream(
         dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=recipe.train.data_seed, rows=rows
     )
-    # Only dropout draws from the global generator, and each process's rows need masks of their own.
-    torch.manual_seed(recipe.train.data_seed + accelerator.process_index)
+    step, best = 0, None
+    checkpoint = shared_path(accelerator, start.checkpoint)
+    if checkpoint:
+        step, best = restore(accelerator, checkpoint, gpt, optimizer, stream)
+    else:
+        # Only dropout draws from the global generator, and each process's rows need masks of their own.
+        torch.manual_seed(recipe.train.data_seed + accelerator.process_index)
+    scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, steps, steps_done=step)
+    if recipe.runtime.compile:
+        gpt.compile()
+    # `gpt` stays the bare module, whose weights have their plain names whatever `model` wraps around it.
+    model, optimizer, scheduler = accelerator.prepare(gpt, optimizer, scheduler)
+    if checkpoint and accelerator.num_processes > 1:
+        settle_buckets(accelerator, model, optimizer, stream, micro_batch_size)
 
-    if accelerator.is_main_process:
-        create_run(run, recipe, describe_environment(accelerator.device) | info)
-        _introduce(recipe, accelerator, dataset, gpt)
-    with Reporter(recipe, run, is_main=accelerator.is_main_process) as reporter:
-        for step in range(1, steps + 1):
+    if is_main:
+        begin_run(start)
+        _introduce(start, accelerator, dataset, gpt)
+    update = None
+    with (
+        Reporter(recipe, run, is_main=is_main, step=step) as reporter,
+        Saver(run, recipe.model, dataset.tokenizer, recipe.checkpoint.keep_last) as saver,
+        stop_on_signal() as stop,
+    ):
+        while step < min(steps, until) and not (update and update.stop):
+            step += 1
+            before = generator_states(accelerator.device, stream)
             lr = scheduler.get_last_lr()[0]
             update = train_step(
                 accelerator,
@@ -103,38 +140,72 @@ def _train(
                 stream.batch(),
                 micro_batch_size=micro_batch_size,
                 max_grad_norm=recipe.train.max_grad_norm,
-                log_grad_norm=recipe.train.log_grad_norm,
+                stop=stop.pending(),
             )
+            if not update.is_finite:
+                saver.wait()
+                state = training_state(accelerator, gpt, optimizer, before, step - 1, best)
+                shape = (recipe.train.batch_size, recipe.train.seq_len, micro_batch_size)
+                what = f"the loss is {update.loss}, the gradient norm {update.grad_norm}"
+                if is_main:
+                    record_failure(run, step, what, gpt, state, dataset, shape, recipe.runtime.precision)
+                accelerator.wait_for_everyone()
+                raise NonFiniteError(f"step {step}: {what}; not updated: `mygpt replay {run}` looks into it; {CURE}")
             scheduler.step()
             reporter.step_done()
 
             evaluated = due(step, recipe.validation.val_every, steps)
-            saved = due(step, recipe.checkpoint.save_every or steps, steps)
-            printed = evaluated or step == 1 or due(step, recipe.train.print_every, steps)
-            if printed or saved or due(step, recipe.train.log_every, steps):
-                values = {"lr": lr, **read_update(accelerator, update, step)}
+            scheduled = due(step, recipe.checkpoint.save_every or steps, steps)
+            printed = is_printed(step, recipe, evaluated=evaluated)
+            improved = False
+            if printed or scheduled or due(step, recipe.train.log_every, steps):
+                values = {"loss": update.loss, "grad_norm": update.grad_norm, "lr": lr}
                 if evaluated:
                     with reporter.paused():
                         batches = held_out_batches(dataset.val, recipe.validation, stream, recipe.train.data_seed)
                         values |= evaluate(accelerator, model, batches, micro_batch_size, step)
+                    if recipe.checkpoint.save_best and (best is None or values["val"] < best.val):
+                        improved, best = True, Best(step=step, val=values["val"])
                 reporter.log(step, printed=printed, **values)
-            if saved:
+            if scheduled or improved or update.stop or step == until:
                 with reporter.paused():
-                    if accelerator.is_main_process:
-                        save_checkpoint(run, gpt.state_dict(), recipe.model, dataset.tokenizer, step)
-                    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        print(f"saved {run}", file=sys.stderr)
+                    reason: Reason = "scheduled" if scheduled else "best" if improved else "interrupted"
+                    now = generator_states(accelerator.device, stream)
+                    state = training_state(accelerator, gpt, optimizer, now, step, best)
+                    if is_main:
+                        saver.save(gpt.state_dict(), state, reason)
+            saver.check()
+        saver.wait()
+    accelerator.wait_for_everyone()
+    if update and update.stop:
+        number = signal.Signals(stop.signal or signal.SIGTERM)
+        raise InterruptedRunError(
+            f"stopped by {number.name}; saved {step_directory(run, step)}, and the same command continues",
+            exit_code=128 + number,
+        )
+    if is_main:
+        _note(
+            f"saved {run}"
+            if update
+            else f"{run} is complete; raise --steps to train on, or --overwrite it to start again"
+        )
     return run
 
 
 class Update(NamedTuple):
-    """What one optimizer step measured on this process, still on its device."""
+    """What one optimizer step measured."""
 
-    loss: torch.Tensor
-    """Mean loss of the process's rows before the update."""
-    grad_norm: torch.Tensor | None
-    """Global L2 norm of the gradient of the whole batch, before clipping; None where it was not needed."""
+    loss: float
+    """Mean loss of the global batch before the update."""
+    grad_norm: float
+    """Global L2 norm of its gradient, before clipping."""
+    stop: bool
+    """Whether some process was asked to stop."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss and the norm are numbers; if not, there was no update."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def train_step(
@@ -145,12 +216,13 @@ def train_step(
     *,
     micro_batch_size: int,
     max_grad_norm: float = 0.0,
-    log_grad_norm: bool = False,
+    stop: bool = False,
 ) -> Update:
     """One optimizer step on this process's rows of the global batch.
 
     The rows go through the model `micro_batch_size` at a time; gradients are averaged over these and over processes,
-    and clipped to a global L2 norm of `max_grad_norm` (0: not clipped). Nothing here waits for the device.
+    and clipped to a global L2 norm of `max_grad_norm` (0: not clipped). The weights are updated only if the loss and
+    the norm are finite. All processes return the same.
     """
     losses = []
     for inputs, targets in zip(*(rows.split(micro_batch_size) for rows in batch), strict=True):
@@ -159,29 +231,41 @@ def train_step(
             loss = model(inputs, targets)
             accelerator.backward(loss)
         losses.append(loss.detach())
-    grad_norm = None
     if max_grad_norm:
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
-    elif log_grad_norm:
+    else:
         grad_norm = get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-    optimizer.step()
-    optimizer.zero_grad()
-    return Update(torch.stack(losses).mean(), grad_norm)
-
-
-def read_update(accelerator: Accelerator, update: Update, step: int) -> dict[str, Any]:
-    """The update's numbers, the loss as the mean over all processes; waits for the device.
-
-    Raises:
-        NonFiniteError: one of them is not finite.
-    """
-    loss = update.loss
+    loss = torch.stack(losses).mean()
+    # Told in one message, so that all processes break off, or stop, at the same step.
+    told = torch.stack([loss, loss.new_tensor(float(stop))])
     if accelerator.num_processes > 1:
-        loss = accelerator.reduce(loss, "mean")
-    values = {"loss": finite(loss.item(), "loss", step)}
-    if update.grad_norm is not None:
-        values["grad_norm"] = finite(update.grad_norm.item(), "gradient norm", step)
-    return values
+        told = accelerator.reduce(told, "mean")
+    # The one wait for the device: what it has to say decides whether there is an update.
+    mean_loss, mean_stop, norm = torch.stack([*told, grad_norm]).tolist()
+    update = Update(mean_loss, norm, mean_stop > 0)
+    if update.is_finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return update
+
+
+def settle_buckets(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: BatchStream,
+    micro_batch_size: int,
+) -> None:
+    """Have DDP sort its gradients as it does after the first step of a run.
+
+    It sorts them anew after its first backward pass, and the sums of three or more processes depend on how they are
+    sorted: without this the first step of a continued run would not be that of a run never interrupted.
+    """
+    before = generator_states(accelerator.device, stream)
+    inputs, targets = (rows[:micro_batch_size] for rows in stream.batch())
+    accelerator.backward(model(inputs, targets))
+    optimizer.zero_grad()
+    set_generator_states(accelerator.device, stream, before)
 
 
 def evaluate(
@@ -193,20 +277,9 @@ def evaluate(
         NonFiniteError: the loss is not finite.
     """
     mean, stderr = held_out_loss(model, batches, micro_batch_size, accelerator)
-    return {"val": finite(mean, "held-out loss", step), "val_stderr": stderr}
-
-
-def finite(value: float, what: str, step: int) -> float:
-    """`value`, which must be a number.
-
-    Raises:
-        NonFiniteError: it is infinite or not a number.
-    """
-    if not math.isfinite(value):
-        raise NonFiniteError(
-            f"step {step}: the {what} is {value}; lower lr, add warmup, or clip with max_grad_norm = 1.0"
-        )
-    return value
+    if not math.isfinite(mean):
+        raise NonFiniteError(f"step {step}: the held-out loss is {mean}; {CURE}")
+    return {"val": mean, "val_stderr": stderr}
 
 
 def per_process_micro_batch(table: TrainTable, processes: int) -> int:
@@ -227,6 +300,12 @@ def per_process_micro_batch(table: TrainTable, processes: int) -> int:
     return size
 
 
+CURE = "lower lr, add warmup, or clip with max_grad_norm = 1.0"
+
+PROCESS_TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for the others."""
+
+
 @contextmanager
 def naming_memory(table: TrainTable) -> Iterator[None]:
     """Turn running out of memory into an error that says what to change."""
@@ -239,6 +318,20 @@ def naming_memory(table: TrainTable) -> Iterator[None]:
         raise OutOfMemoryError(
             f"out of memory with batch_size = {table.batch_size}, seq_len = {table.seq_len}; lower micro_batch_size "
             "(which leaves the batch as it is), batch_size, seq_len or the model's size"
+        ) from error
+
+
+@contextmanager
+def naming_lost_processes(processes: int) -> Iterator[None]:
+    """Turn a collective that failed, because a process has ended or hangs, into an error that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes == 1 or not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Tt]imed out", str(error)):
+            raise
+        raise LostProcessError(
+            "another process of this run has ended or has not answered; what it said comes first, and the same command "
+            "continues from the last checkpoint"
         ) from error
 
 
@@ -259,6 +352,7 @@ def accelerator_for(table: RuntimeTable, device: torch.device, micro_batches: in
         mixed_precision="bf16" if table.precision == "bf16" else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=micro_batches, sync_with_dataloader=False),
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         # A prepared scheduler would else step once per process; the loop steps it once per optimizer step.
         step_scheduler_with_optimizer=False,
     )
@@ -272,7 +366,8 @@ def accelerator_for(table: RuntimeTable, device: torch.device, micro_batches: in
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _introduce(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, model: GPT) -> None:
+def _introduce(start: Start, accelerator: Accelerator, dataset: Dataset, model: GPT) -> None:
+    recipe = start.recipe
     sizes = {"corpus": len(dataset.train) + len(dataset.val), "train": len(dataset.train)}
     if recipe.data.val_split:
         sizes["val"] = len(dataset.val)
@@ -285,6 +380,12 @@ def _introduce(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, model
     )
     print("\n".join(lines), flush=True)
     if accelerator.num_processes > 1:
-        print(f"{accelerator.num_processes} processes share each batch", file=sys.stderr)
+        _note(f"{accelerator.num_processes} processes share each batch")
+    if start.checkpoint and start.step < recipe.train.steps:
+        _note(f"continuing after step {start.step} from {start.checkpoint}; the lines up to it are from {METRICS_FILE}")
     if not recipe.validation.val_every:
-        print("no held-out loss: overfitting will not show; --val-split 0.1 --val-every 500 shows it", file=sys.stderr)
+        _note("no held-out loss: overfitting will not show; --val-split 0.1 --val-every 500 shows it")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

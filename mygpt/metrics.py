@@ -1,18 +1,19 @@
 """What a run reports: the header, a line and a record per logged step."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, TypeVar
 
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from mygpt.errors import CheckpointError
+from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.recipe import Recipe, Table
-from mygpt.rundir import METRICS_FILE
+from mygpt.rundir import METRICS_FILE, TIMING_FILE
 
 
 class Record(Table):
@@ -25,10 +26,6 @@ class Record(Table):
     """The learning rate of this step's update."""
     tokens: int
     """Tokens trained on so far, this step's included."""
-    elapsed_seconds: float
-    """Since the first step began, evaluation and saving included."""
-    tokens_per_second: float
-    """Training throughput since the record before, evaluation and saving left out."""
     val: float | None = None
     """Held-out loss after this step's update, in nats per token."""
     val_stderr: Annotated[float, Field(ge=0)] | None = None
@@ -37,20 +34,46 @@ class Record(Table):
     """Global L2 norm of this step's gradient before clipping."""
 
 
-class Reporter:
-    """Prints the lines, writes metrics.jsonl and draws the progress bar; silent but on the main process.
+class Timing(Table):
+    """One line of timing.jsonl: how long a recorded step took to reach, which no recipe can repeat."""
 
-    Lines go to stdout. The bar goes to stderr, and only to a terminal.
+    step: int
+    elapsed_seconds: float
+    """Since the first step began, evaluation and saving included; time in which the run was down is left out."""
+    tokens_per_second: float
+    """Training throughput since the record before, evaluation and saving left out."""
+
+
+class Reporter:
+    """Prints the lines, writes metrics.jsonl and timing.jsonl, draws the progress bar; silent but on the main process.
+
+    Lines go to stdout. The bar goes to stderr, and only to a terminal. A run that continues after `step` drops the
+    records after it, and prints again the lines up to it: its output is that of a run never interrupted.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, *, is_main: bool):
+    def __init__(self, recipe: Recipe, run: Path, *, is_main: bool, step: int = 0):
         self._recipe = recipe
         self._is_main = is_main
         self._tokens_per_step = recipe.train.batch_size * recipe.train.seq_len
-        self._file: TextIO | None = (run / METRICS_FILE).open("a", encoding="utf-8") if is_main else None
-        self._bar = tqdm(total=recipe.train.steps, unit="step", disable=None if is_main else True, dynamic_ncols=True)
-        self._started_at = time.perf_counter()
-        self._interval = (0, self._started_at)
+        self._files: list[tuple[Path, TextIO]] = []
+        elapsed = 0.0
+        if is_main:
+            for record in rewind(run / METRICS_FILE, Record, step):
+                if is_printed(record.step, recipe, evaluated=record.val is not None):
+                    print(step_line(record, recipe))
+            timings = rewind(run / TIMING_FILE, Timing, step)
+            elapsed = timings[-1].elapsed_seconds if timings else 0.0
+            self._files = [(path, path.open("a", encoding="utf-8")) for path in (run / METRICS_FILE, run / TIMING_FILE)]
+            sys.stdout.flush()
+        self._bar = tqdm(
+            total=recipe.train.steps,
+            initial=step,
+            unit="step",
+            disable=None if is_main else True,
+            dynamic_ncols=True,
+        )
+        self._started_at = time.perf_counter() - elapsed
+        self._interval = (step, time.perf_counter())
         self._paused_seconds = 0.0
 
     def __enter__(self) -> "Reporter":
@@ -58,8 +81,9 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        if self._file:
-            self._file.close()
+        for _path, file in self._files:
+            with suppress(OSError):  # what a full disk has not taken has been told when it was written
+                file.close()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -85,7 +109,11 @@ class Reporter:
         val: float | None = None,
         val_stderr: float | None = None,
     ) -> None:
-        """Record a step, and print it if it is to be `printed`."""
+        """Record a step, and print it if it is to be `printed`.
+
+        Raises:
+            DamagedCheckpointError: the disk refused the record.
+        """
         now = time.perf_counter()
         last_step, last_time = self._interval
         seconds = now - last_time - self._paused_seconds
@@ -98,13 +126,21 @@ class Reporter:
             val=val,
             val_stderr=val_stderr,
             tokens=step * self._tokens_per_step,
+        )
+        timing = Timing(
+            step=step,
             elapsed_seconds=round(now - self._started_at, 6),
             tokens_per_second=round((step - last_step) * self._tokens_per_step / seconds, 1),
         )
-        if self._file:
-            self._file.write(record.model_dump_json(exclude_none=True) + "\n")
-            self._file.flush()
-        self._bar.set_postfix_str(f"{record.tokens_per_second:,.0f} tokens/s", refresh=False)
+        for (path, file), line in zip(self._files, (record, timing), strict=False):
+            try:
+                file.write(line.model_dump_json(exclude_none=True) + "\n")
+                file.flush()
+            except OSError as error:
+                raise DamagedCheckpointError(
+                    f"{path}: cannot be written: {error.strerror}; make room, and the same command continues"
+                ) from None
+        self._bar.set_postfix_str(f"{timing.tokens_per_second:,.0f} tokens/s", refresh=False)
         if self._is_main and printed:
             self._bar.write(step_line(record, self._recipe), file=sys.stdout)
             sys.stdout.flush()
@@ -133,6 +169,36 @@ def read_records(run: Path) -> list[Record]:
     return records
 
 
+_Line = TypeVar("_Line", Record, Timing)
+
+
+def rewind(path: Path, kind: type[_Line], step: int) -> list[_Line]:
+    """Cut a file of records off after `step`, or where a line is no record; returns what it keeps.
+
+    Raises:
+        DamagedCheckpointError: the disk refused it.
+    """
+    kept: list[_Line] = []
+    size = 0
+    try:
+        if path.is_symlink():
+            path.unlink()  # what is appended is to stay in the run directory
+        if path.exists():
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    record = kind.model_validate_json(line)
+                except ValidationError:
+                    break
+                if record.step > step or not line.endswith(b"\n"):
+                    break
+                kept.append(record)
+                size += len(line)
+            os.truncate(path, size)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path}: cannot be continued: {error.strerror}") from None
+    return kept
+
+
 def header_lines(recipe: Recipe, *, device: str, sizes: dict[str, int], vocab_size: int, params: int) -> Iterator[str]:
     """The lines that a run begins with. `sizes` are the characters of the corpus and of its parts."""
     schedule = recipe.schedule
@@ -159,6 +225,11 @@ def step_line(record: Record, recipe: Recipe) -> str:
     if recipe.train.log_grad_norm:
         line += f"  grad_norm = {record.grad_norm:.4f}"
     return line
+
+
+def is_printed(step: int, recipe: Recipe, *, evaluated: bool) -> bool:
+    """Whether a step has a printed line."""
+    return evaluated or step == 1 or due(step, recipe.train.print_every, recipe.train.steps)
 
 
 def due(step: int, every: int, last: int) -> bool:

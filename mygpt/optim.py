@@ -71,6 +71,13 @@ def build_optimizer(model: torch.nn.Module, table: OptimizerTable) -> torch.opti
     )
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, table: ScheduleTable, peak_lr: float, steps: int) -> LambdaLR:
-    """Sets `learning_rate(t)` before optimizer step t; to be stepped once after each optimizer step."""
-    return LambdaLR(optimizer, lambda steps_done: learning_rate(steps_done + 1, table, peak_lr, steps))
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, table: ScheduleTable, peak_lr: float, steps: int, steps_done: int = 0
+) -> LambdaLR:
+    """Sets `learning_rate(t)` before optimizer step t; to be stepped once after each optimizer step.
+
+    The rate is a function of the step, so that the number of `steps_done` is all there is to restore.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 1.0
+    return LambdaLR(optimizer, lambda done: learning_rate(done + 1, table, peak_lr, steps), last_epoch=steps_done - 1)

@@ -146,7 +146,14 @@ class CheckpointTable(Table):
     output: Annotated[str, Field(min_length=1)] = "checkpoints/default"
     """The run directory; absent from a recipe file: checkpoints/ and the file's name without its ending."""
     save_every: CountOrOff = 0
-    """Steps between saved weights; 0: only those of the last step, which are always saved."""
+    """Steps between checkpoints; 0: only that of the last step, which is always saved."""
+    keep_last: CountOrOff = 0
+    """Of the checkpoints made by save_every, keep this many of the newest; 0: all."""
+    save_best: bool = False
+    """Also save where the held-out loss is the lowest so far: the file `best` names that step, and it is kept."""
+    resume: Annotated[str, Field(min_length=1)] = "auto"
+    """What to do with what is there. "auto": continue the run in output where it has a checkpoint, else start.
+    "never": start, and only where there is no run. A run or step directory: start output from that checkpoint."""
 
 
 class Recipe(Table):
@@ -242,6 +249,8 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if validation.log_val_stderr and not validation.val_every:
         yield "log_val_stderr", "got true, expected false without evaluations; set val_every, such as 500"
+    if recipe.checkpoint.save_best and not validation.val_every:
+        yield "save_best", "got true, expected false without evaluations; set val_every, such as 500"
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -1,37 +1,53 @@
-"""Run directories: where things are in them, how one is made, and how a checkpoint in one is found.
+"""Run directories: where things are in them, how one is made, tidied and locked, and how a checkpoint in one is found.
 
-A run directory holds the resolved recipe, run.json, metrics.jsonl, one directory `step-NNNNNN` per saved step and
-`latest`, the name of the newest. Imports no torch.
+A run directory holds the resolved recipe, run.json, metrics.jsonl, timing.jsonl, one directory `step-NNNNNN` per
+checkpoint, and `latest` and `best`, which name one of these. A step directory has its name only once it is whole: it is
+written as `.tmp-step-NNNNNN`, and removed as `.tmp-old-NNNNNN`. Imports no torch.
 """
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from mygpt.errors import CheckpointError, DamagedCheckpointError
+from mygpt.errors import CheckpointError, DamagedCheckpointError, NewerFormatError
 from mygpt.recipe import ModelTable, Recipe, Table
 
 MODEL_FILE = "model.safetensors"
+STATE_FILE = "state.safetensors"
+MANIFEST_FILE = "manifest.json"
 RECIPE_FILE = "recipe.toml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+TIMING_FILE = "timing.jsonl"
 LATEST_FILE = "latest"
+BEST_FILE = "best"
 
 METADATA_KEY = "mygpt"
 """The only key: safetensors writes two or more in random order, and the file's bytes should be repeatable."""
 
-STEP_NAME = re.compile(r"step-\d{6,}")
+FORMAT: Final = 1
+"""Of checkpoints: raised when an older mygpt could not read a newer one's."""
+
+STEP_NAME = re.compile(r"step-(\d{6,})")
+FAILED_NAME = re.compile(r"failed-step-(\d{6,})")
+TEMPORARY_NAME = re.compile(r"\.tmp-(step-\d{6,}|failed-step-\d{6,}|old-.*|[a-z]+(\.[a-z]+)?)")
 
 # What a run writes into its directory; replacing a run removes nothing else.
-RUN_ENTRY = re.compile(rf"recipe\.toml|run\.json|metrics\.jsonl|latest|(\.tmp-)?({STEP_NAME.pattern}|latest)")
+RUN_ENTRY = re.compile(
+    rf"recipe\.toml|run\.json|metrics\.jsonl|timing\.jsonl|latest|best"
+    rf"|{STEP_NAME.pattern}|{FAILED_NAME.pattern}|{TEMPORARY_NAME.pattern}"
+)
 
 
 class TokenizerMetadata(Table):
@@ -41,25 +57,106 @@ class TokenizerMetadata(Table):
     vocab: Annotated[str, Field(min_length=1)]
 
 
-class ModelMetadata(Table):
-    """What a model file says of itself, beside its weights."""
+class _Metadata(Table):
+    """What mygpt writes of a file's content as canonical JSON: the same content is always the same text."""
 
-    format: Literal[1] = 1
-    model: ModelTable
+    format: Literal[1] = FORMAT
     step: Annotated[int, Field(ge=0)]
     """The optimizer step after which it was saved."""
-    tokenizer: TokenizerMetadata
 
     def to_json(self) -> str:
-        """Canonical: the same metadata is always the same text."""
         return json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
 
 
-def check_output(run: Path, overwrite: bool) -> None:
-    """See that a run may be written to `run`, without touching the disk.
+class ModelMetadata(_Metadata):
+    """What a model file says of itself, beside its weights."""
+
+    model: ModelTable
+    tokenizer: TokenizerMetadata
+
+
+class Best(Table):
+    """The evaluation with the lowest held-out loss."""
+
+    step: Annotated[int, Field(ge=1)]
+    val: float
+
+
+class StateMetadata(_Metadata):
+    """What a state file says of itself, beside optimizer moments and generator states."""
+
+    processes: Annotated[int, Field(ge=1)]
+    best: Best | None = None
+    """Only with `save_best`."""
+
+    @property
+    def best_step(self) -> int | None:
+        return self.best.step if self.best else None
+
+
+class FileEntry(Table):
+    """What a manifest says of one file."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+Reason = Literal["scheduled", "best", "interrupted", "failed"]
+
+
+class Manifest(_Metadata):
+    """What a step directory must hold to be whole."""
+
+    reason: Reason
+    """Why it was saved: by `save_every` or as the last step; as the best so far; by a signal; before a step that
+    broke. Those of "best" and "interrupted" go when they are superseded."""
+    files: dict[Literal["model.safetensors", "state.safetensors"], FileEntry]
+
+
+class Resumed(Table):
+    """That a run went on after a checkpoint, and what was different from then on."""
+
+    after_step: Annotated[int, Field(ge=0)]
+    checkpoint: str | None = None
+    """The step directory of another run from which this one began; None: its own."""
+    changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
+    """Old and new value by name."""
+
+
+class RunInfo(Table):
+    """run.json: what, beside the recipe, the bits of a run depend on, and where it came from."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    versions: dict[str, str]
+    platform: str
+    cpu: str
+    cpu_capability: str
+    accelerator: str | None
+    git_commit: str | None
+    command: tuple[str, ...]
+    threads: int
+    processes: int
+    corpus_sha256: str
+    resumed: tuple[Resumed, ...] = ()
+
+    def environment(self) -> dict[str, Any]:
+        """What the last bits of a result depend on, by name."""
+        names = ("cpu", "cpu_capability", "accelerator", "threads", "processes")
+        return {**self.versions, **{name: getattr(self, name) for name in names}}
+
+
+_M = TypeVar("_M", bound=_Metadata)
+
+
+# ---- making a run
+
+
+def check_output(run: Path, replace: bool) -> None:
+    """See that a run may be written to `run`, without touching the disk; with `replace` one may be there already.
 
     Raises:
-        CheckpointError: there is a run and `overwrite` is not set, or there is something that is not a run.
+        CheckpointError: there is a run and `replace` is not set, or there is something that is not a run.
     """
     try:
         entries = [entry.name for entry in run.iterdir()]
@@ -73,37 +170,174 @@ def check_output(run: Path, overwrite: bool) -> None:
             raise CheckpointError(
                 f"output: {run}: {os.strerror(errno.ENAMETOOLONG)}; choose another --output"
             ) from None
+        if run.is_symlink():
+            raise CheckpointError(f"output: {run} is a link to nothing; choose another --output") from None
     except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"output: {str(run)!r}: {reason}; choose another --output") from None
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"output: {parent}: no permission to write there; choose another --output")
+        raise CheckpointError(f"output: {parent}: cannot be written to; choose another --output")
     if entries and RUN_FILE not in entries:
         raise CheckpointError(
             f"output: {run} is not empty and not a run (it holds {entries[0]!r}); choose another --output"
         )
-    if entries and not overwrite:
+    if entries and not replace:
         raise CheckpointError(
             f"output: {run} already holds a run; choose another --output, or replace it with --overwrite"
         )
 
 
-def create_run(run: Path, recipe: Recipe, info: Mapping[str, Any]) -> None:
-    """Make the run directory, removing the run that is there, with its recipe.toml and run.json.
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Make the run directory where there is none, and keep other processes from writing to it.
+
+    The lock is the kernel's, on the directory itself: it ends with the process, however that ends, and leaves no file.
+
+    Raises:
+        CheckpointError: another process trains into it.
+        DamagedCheckpointError: the disk refused it.
+    """
+    is_new = not run.exists()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise DamagedCheckpointError(f"output: {run}: cannot be written: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"output: another process is training into {run}; wait for it, or choose another --output"
+            ) from None
+        except OSError as error:
+            raise DamagedCheckpointError(f"output: {run}: cannot be locked: {error.strerror}") from None
+        yield
+    finally:
+        os.close(descriptor)
+        # A run that failed before it wrote anything leaves nothing; a directory that is not empty stays.
+        if is_new:
+            with suppress(OSError):
+                run.rmdir()
+
+
+def create_run(run: Path, recipe: Recipe, info: RunInfo, after: Path | None = None) -> None:
+    """Remove the run that is in the directory, and write recipe.toml and run.json of a new one.
+
+    One that goes on `after` a checkpoint of another run begins with that run's records.
 
     Raises:
         DamagedCheckpointError: the disk refused it.
     """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        # run.json marks the directory as a run: the last to go and the first to come.
-        for entry in sorted(run.iterdir(), key=lambda entry: entry.name == RUN_FILE):
+    with _naming_disk(run):
+        # recipe.toml goes first, so that an old run half removed is never continued; run.json marks the directory as a
+        # run, and is the last to go and the first to come.
+        for entry in sorted(run.iterdir(), key=lambda entry: (entry.name == RUN_FILE, entry.name != RECIPE_FILE)):
             if RUN_ENTRY.fullmatch(entry.name):
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        (run / RUN_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        (run / RECIPE_FILE).write_text(recipe.to_toml(), encoding="utf-8")
+                remove(entry)
+        for name in (METRICS_FILE, TIMING_FILE):
+            if after is not None and (after.parent / name).is_file():
+                shutil.copyfile(after.parent / name, run / name)
+    record_run(run, recipe, info)
+
+
+def record_run(run: Path, recipe: Recipe, info: RunInfo) -> None:
+    """Write run.json and recipe.toml, each whole or not at all; a file that says the same already is left as it is.
+
+    Raises:
+        DamagedCheckpointError: the disk refused it.
+    """
+    with _naming_disk(run):
+        text = info.model_dump_json(indent=2, exclude=None if info.resumed else {"resumed"}) + "\n"
+        replace_text(run / RUN_FILE, text)
+        replace_text(run / RECIPE_FILE, recipe.to_toml())
+
+
+def read_run(run: Path) -> RunInfo:
+    """What run.json says.
+
+    Raises:
+        DamagedCheckpointError: it cannot be read.
+    """
+    path = run / RUN_FILE
+    try:
+        return RunInfo.model_validate_json(_regular(path).read_bytes())
     except OSError as error:
-        raise DamagedCheckpointError(f"output: {run}: cannot be written: {error.strerror}") from None
+        raise DamagedCheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise DamagedCheckpointError(
+            f"{path}: damaged: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        ) from None
+
+
+# ---- step directories
+
+
+def step_directory(run: Path, step: int) -> Path:
+    return run / f"step-{step:06d}"
+
+
+def step_directories(run: Path) -> list[Path]:
+    """What has the name of a step directory, from the earliest step to the newest."""
+    found = [(int(match[1]), path) for path in run.iterdir() if (match := STEP_NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a step directory.
+
+    Raises:
+        DamagedCheckpointError: it is no step directory, or its manifest cannot be read.
+        NewerFormatError: a later version of mygpt wrote it.
+    """
+    if directory.is_symlink() or not directory.is_dir():
+        raise DamagedCheckpointError(f"{directory}: is a link or a file; expected a step directory of mygpt")
+    path = directory / MANIFEST_FILE
+    try:
+        text = _regular(path).read_bytes()
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    manifest = _parse_metadata(Manifest, text, path)
+    expected = [f"{prefix}step-{manifest.step:06d}" for prefix in ("", "failed-", ".tmp-", ".tmp-failed-")]
+    if directory.name not in expected or set(manifest.files) != {MODEL_FILE, STATE_FILE}:
+        raise DamagedCheckpointError(f"{path}: damaged: it is not the manifest of {directory.name}")
+    return manifest
+
+
+def verify_checkpoint(directory: Path) -> Manifest:
+    """Hold every file of a step directory against its manifest.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, or not the one that was saved.
+        NewerFormatError: a later version of mygpt wrote it.
+    """
+    manifest = read_manifest(directory)
+    for name in manifest.files:
+        verify_file(directory / name, manifest)
+    return manifest
+
+
+def verify_file(file: Path, manifest: Manifest) -> None:
+    """Hold a file against what the manifest says of it.
+
+    Raises:
+        DamagedCheckpointError: it is missing, or not the one that was saved.
+    """
+    entry = manifest.files[file.name]  # type: ignore[index]
+    try:
+        size = _regular(file).stat().st_size
+        if size != entry.bytes:
+            raise DamagedCheckpointError(f"{file}: damaged: {size:,} bytes, expected {entry.bytes:,}")
+        if file_sha256(file) != entry.sha256:
+            raise DamagedCheckpointError(f"{file}: damaged: its sha256 is not the manifest's")
+    except OSError as error:
+        raise DamagedCheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def find_model_file(path: Path) -> Path:
@@ -118,15 +352,17 @@ def find_model_file(path: Path) -> Path:
             return path
         if (path / MODEL_FILE).is_file():
             return path / MODEL_FILE
+        if (path / MANIFEST_FILE).is_file():
+            raise DamagedCheckpointError(f"{path / MODEL_FILE}: is missing; resuming falls back to the step before")
         name = (path / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         what = "has no checkpoint" if path.is_dir() else "no such run, step directory or model file"
         raise CheckpointError(f"{path}: {what}; expected what `mygpt train` has written") from None
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r}: not a path: {error}") from None
-    # `latest` is text from a file: only a step's plain name may choose a path.
+    # `latest` is text from a file: only a step's plain name may choose a path, and a link could lead anywhere.
     file = path / name / MODEL_FILE
-    if not STEP_NAME.fullmatch(name) or not file.is_file():
+    if not STEP_NAME.fullmatch(name) or (path / name).is_symlink() or not file.is_file():
         raise DamagedCheckpointError(
             f"{path / LATEST_FILE}: got {name!r}, which is not a checkpoint of this run; name a step directory instead"
         )
@@ -138,17 +374,148 @@ def read_metadata(file: Path) -> ModelMetadata:
 
     Raises:
         DamagedCheckpointError: it is not such a file.
+        NewerFormatError: a later version of mygpt wrote it.
     """
+    return _read_metadata(file, ModelMetadata)
+
+
+def read_state_metadata(file: Path) -> StateMetadata:
+    """The metadata that mygpt wrote into a state file; raises as `read_metadata` does."""
+    return _read_metadata(file, StateMetadata)
+
+
+def _read_metadata(file: Path, kind: type[_M]) -> _M:
     try:
         with safe_open(file, framework="numpy") as tensors:
             text = (tensors.metadata() or {})[METADATA_KEY]
     except (OSError, SafetensorError, KeyError) as error:
-        raise DamagedCheckpointError(f"{file}: not a model that mygpt saved, or damaged ({error})") from None
+        raise DamagedCheckpointError(f"{file}: not a file that mygpt saved, or damaged ({error})") from None
+    return _parse_metadata(kind, text, file)
+
+
+def _parse_metadata(kind: type[_M], text: str | bytes, file: Path) -> _M:
     try:
-        return ModelMetadata.model_validate_json(text)
+        return kind.model_validate_json(text)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise DamagedCheckpointError(
-            f"{file}: damaged, or of another version of mygpt: metadata {where}: {problem['msg']}"
-        ) from None
+    where = ".".join(map(str, problem["loc"]))
+    if where == "format" and isinstance(problem["input"], int) and problem["input"] > FORMAT:
+        raise NewerFormatError(
+            f"{file}: of format {problem['input']}, and this mygpt reads up to {FORMAT}; use a newer mygpt"
+        )
+    raise DamagedCheckpointError(f"{file}: damaged: metadata {where}: {problem['msg']}")
+
+
+# ---- keeping a run tidy
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give a complete, synced temporary directory its name.
+
+    Whatever is in its place, which resuming has found to be damaged, is set aside under another name, and not deleted.
+    """
+    if target.is_symlink() or target.exists():
+        aside = next(
+            path for n in range(1, 1000) if not (path := target.with_name(f"damaged-{target.name}-{n}")).exists()
+        )
+        target.rename(aside)
+    partial.rename(target)
+    sync(target.parent)
+
+
+def point_to(run: Path, newest: int, best: int | None) -> None:
+    """Have `latest`, and `best` where there is one, name their steps."""
+    replace_text(run / LATEST_FILE, f"step-{newest:06d}\n")
+    if best is not None:
+        replace_text(run / BEST_FILE, f"step-{best:06d}\n")
+
+
+def prune(run: Path, keep_last: int, newest: int, best: int | None) -> None:
+    """Remove the checkpoints up to step `newest` that are no longer to be kept, and that are whole and ours.
+
+    Kept are the newest, the best, and of the scheduled ones the `keep_last` newest, or all where that is 0.
+    """
+    manifests = {}
+    for directory in step_directories(run):
+        with suppress(DamagedCheckpointError, NewerFormatError):
+            manifest = read_manifest(directory)
+            sizes = {entry.name: entry.lstat().st_size for entry in directory.iterdir() if entry.name != MANIFEST_FILE}
+            if sizes == {name: entry.bytes for name, entry in manifest.files.items()} and manifest.step <= newest:
+                manifests[manifest.step] = manifest
+    scheduled = [step for step, manifest in sorted(manifests.items()) if manifest.reason == "scheduled"]
+    kept = {newest, best, *scheduled[-keep_last:]}
+    for step in manifests.keys() - kept:
+        remove(step_directory(run, step))
+
+
+def tidy(run: Path, keep_last: int, newest: int, best: int | None) -> None:
+    """Finish what killed processes have left half done: a file half-written or half-removed, `latest`, pruning.
+
+    Raises:
+        DamagedCheckpointError: the disk refused it.
+    """
+    with _naming_disk(run):
+        for entry in run.iterdir():
+            if TEMPORARY_NAME.fullmatch(entry.name):
+                _delete(entry)
+        if newest:
+            point_to(run, newest, best)
+            prune(run, keep_last, newest, best)
+
+
+def remove(entry: Path) -> None:
+    """Remove a file, a link or a directory of ours; a directory loses its name first, so that no part of it counts."""
+    if entry.is_dir() and not entry.is_symlink():
+        doomed = entry.with_name(f".tmp-old-{entry.name.removeprefix('.tmp-')}")
+        if entry != doomed:
+            if doomed.exists():
+                _delete(doomed)
+            entry.rename(doomed)
+        entry = doomed
+    _delete(entry)
+
+
+def _delete(entry: Path) -> None:
+    # rmtree follows no links.
+    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+# ---- files
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old or the new one, on the disk when this returns."""
+    content = text.encode()
+    with suppress(OSError):
+        if path.read_bytes() == content:
+            return
+    partial = path.with_name(f".tmp-{path.name}")
+    partial.unlink(missing_ok=True)  # a leftover could be a link
+    partial.write_bytes(content)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or a directory's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _regular(file: Path) -> Path:
+    """The path itself, which must not be a link, a directory or a device."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return file
+
+
+@contextmanager
+def _naming_disk(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DamagedCheckpointError(f"output: {error.filename or run}: cannot be written: {error.strerror}") from None

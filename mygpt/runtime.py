@@ -3,9 +3,13 @@
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +107,11 @@ def check_processes(launched: int, joined: int) -> None:
         )
 
 
+def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun (--max_restarts) or Slurm (requeue) has started this command before."""
+    return any(environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """What, beside the recipe, the bits of a result depend on: versions, processor and accelerator."""
     return {
@@ -113,7 +122,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "git_commit": _git_commit(),
-        "command": sys.argv,
+        "command": tuple(sys.argv),
     }
 
 
@@ -135,3 +144,57 @@ def _git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def dropout_generator_state(device: torch.device) -> torch.Tensor:
+    """The state of torch's global generator for the device, from which dropout draws there; uint8, 1-d."""
+    return torch.get_rng_state() if device.type == "cpu" else getattr(torch, device.type).get_rng_state()
+
+
+def set_dropout_generator_state(device: torch.device, state: torch.Tensor) -> None:
+    """Put the global generator for the device back to a state that `dropout_generator_state` gave."""
+    (torch if device.type == "cpu" else getattr(torch, device.type)).set_rng_state(state)
+
+
+class StopRequest:
+    """Whether SIGTERM or SIGINT has asked this process to stop; a second signal ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        self._received_at = 0.0
+
+    def pending(self) -> bool:
+        """Whether to stop; also when `accelerate launch` has gone, which does not pass on the signal that ended it."""
+        if self._launcher not in (None, os.getppid()):
+            self.signal = self.signal or signal.SIGTERM
+        return self.signal is not None
+
+    def receive(self, number: int, _frame: object) -> None:
+        """The signal handler."""
+        now = time.monotonic()
+        # A terminal sends Ctrl-C to every process, and a launcher passes its own on: that is one request, not two.
+        launched = "WORLD_SIZE" in os.environ
+        if self.signal is not None and not (launched and now - self._received_at < ECHO_SECONDS):
+            os._exit(128 + number)
+        if self.signal is None:
+            self.signal, self._received_at = number, now
+
+
+ECHO_SECONDS = 2.0
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Have SIGTERM and SIGINT ask to stop, in place of ending the process, while inside."""
+    request = StopRequest()
+    # Only the main thread may set handlers; elsewhere signals do what they did.
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

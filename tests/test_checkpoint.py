@@ -11,16 +11,33 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mygpt.checkpoint import load_checkpoint, save_checkpoint
+from mygpt.checkpoint import Saver, TrainingState, load_checkpoint, optimizer_tensors
 from mygpt.compare import compare, table
-from mygpt.errors import CheckpointError, DamagedCheckpointError
+from mygpt.errors import CheckpointError, DamagedCheckpointError, NewerFormatError
 from mygpt.model import GPT
-from mygpt.recipe import ModelTable
-from mygpt.rundir import METADATA_KEY, find_model_file, read_metadata
+from mygpt.optim import build_optimizer
+from mygpt.recipe import ModelTable, OptimizerTable
+from mygpt.rundir import METADATA_KEY, StateMetadata, find_model_file, read_metadata
 from mygpt.tokenizer import CharTokenizer
 
 TABLE = ModelTable(embed_dim=8, num_heads=2, num_layers=1, max_seq_len=4)
 TOKENIZER = CharTokenizer('abc\n"é😀')
+
+
+def save(run, gpt, step, config=TABLE, tokenizer=TOKENIZER):
+    """Save a model as the loop does, with the moments of an optimizer that has made a step."""
+    optimizer = build_optimizer(gpt, OptimizerTable())
+    for parameter in gpt.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = {name: weight.clone() for name, weight in gpt.state_dict().items()}
+    optimizer.step()
+    gpt.load_state_dict(before)
+    tensors = optimizer_tensors(optimizer, [name for name, _ in gpt.named_parameters()])
+    tensors |= {"generator.stream": torch.Generator().get_state(), "generator.cpu.0": torch.get_rng_state()}
+    with Saver(run, config, tokenizer) as saver:
+        saver.save(gpt.state_dict(), TrainingState(tensors, StateMetadata(step=step, processes=1)))
+        saver.wait()
+    return run / f"step-{step:06d}" / "model.safetensors"
 
 
 @pytest.fixture
@@ -33,7 +50,7 @@ def gpt():
 def run(tmp_path, gpt):
     """A directory with two checkpoints of the same weights."""
     for step in (3, 6):
-        save_checkpoint(tmp_path, gpt.state_dict(), TABLE, TOKENIZER, step)
+        save(tmp_path, gpt, step)
     return tmp_path
 
 
@@ -61,7 +78,7 @@ def test_file_bytes_depend_on_the_content_only(gpt, tmp_path):
     seen = set()
     for i in range(20):
         (tmp_path / str(i)).mkdir()
-        seen.add(save_checkpoint(tmp_path / str(i), gpt.state_dict(), TABLE, TOKENIZER, 1).read_bytes())
+        seen.add(save(tmp_path / str(i), gpt, 1).read_bytes())
     assert len(seen) == 1
 
 
@@ -69,7 +86,7 @@ def test_file_mode_follows_the_umask(gpt, tmp_path):
     """Others may read a checkpoint wherever they may read other new files."""
     before = os.umask(0o027)
     try:
-        file = save_checkpoint(tmp_path, gpt.state_dict(), TABLE, TOKENIZER, 1)
+        file = save(tmp_path, gpt, 1)
     finally:
         os.umask(before)
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
@@ -174,13 +191,22 @@ def damage_missing_tensor(file):
     ids=lambda function: function.__name__,
 )
 def test_damaged_files_are_refused(run, damage):
-    """Whatever is wrong with a file, loading it gives one line that names it, and exit code 1."""
+    """Whatever is wrong with a file, loading it gives one line that names it, and exit code 1.
+
+    The manifest's hash finds it; and where there is no manifest, looking at the file does.
+    """
     file = run / "step-000006" / "model.safetensors"
     damage(file)
-    with pytest.raises(DamagedCheckpointError, match=r"model\.safetensors: ") as caught:
-        load_checkpoint(run)
-    assert caught.value.exit_code == 1
-    assert "\n" not in str(caught.value)
+    alone = run / "elsewhere" / "model.safetensors"
+    alone.parent.mkdir()
+    alone.write_bytes(file.read_bytes())
+    for path, problem in ((run, "damaged: "), (alone, "")):
+        with pytest.raises(
+            (DamagedCheckpointError, NewerFormatError), match=rf"model\.safetensors: {problem}"
+        ) as caught:
+            load_checkpoint(path)
+        assert caught.value.exit_code == 1
+        assert "\n" not in str(caught.value)
 
 
 def test_equal_weights_are_identical_at_any_step(run):
@@ -240,7 +266,7 @@ def test_large_vocabularies_are_compared_in_time_that_grows_with_them(tmp_path):
     for name, start in (("a", 0x10000), ("b", 0x10003)):
         (tmp_path / name).mkdir()
         tokenizer = CharTokenizer("".join(map(chr, range(start, start + 50_000))))
-        save_checkpoint(tmp_path / name, GPT(config, 50_000).state_dict(), config, tokenizer, 1)
+        save(tmp_path / name, GPT(config, 50_000), 1, config, tokenizer)
     started_at = time.perf_counter()
     (line,) = compare(tmp_path / "a", tmp_path / "b").settings
     assert time.perf_counter() - started_at < 5
@@ -255,7 +281,7 @@ def test_other_shapes_and_vocabularies_are_differences(run, tmp_path):
     other.mkdir()
     table_b = ModelTable(embed_dim=8, num_heads=4, num_layers=2, max_seq_len=4)
     tokenizer = CharTokenizer("abcd")
-    save_checkpoint(other, GPT(table_b, 4).state_dict(), table_b, tokenizer, 6)
+    save(other, GPT(table_b, 4), 6, table_b, tokenizer)
     result = compare(run, other)
     lines = "\n".join(table(result.differences))
     assert result.settings[:2] == ["num_heads: 2 against 4", "num_layers: 1 against 2"]

@@ -23,16 +23,30 @@ ORDER = [
     "evaluate",
     "rundir",
     "checkpoint",
+    "state",
+    "failure",
     "compare",
     "metrics",
+    "resume",
     "loop",
     "generation",
     "report",
     "cli",
     "__main__",
 ]
-WITHOUT_TORCH = {"__init__", "errors", "recipe", "corpus", "tokenizer", "rundir", "compare", "metrics", "report"}
-WITH_ACCELERATE = {"evaluate", "checkpoint", "loop"}
+WITHOUT_TORCH = {
+    "__init__",
+    "errors",
+    "recipe",
+    "corpus",
+    "tokenizer",
+    "rundir",
+    "compare",
+    "metrics",
+    "resume",
+    "report",
+}
+WITH_ACCELERATE = {"evaluate", "state", "loop"}
 
 
 def imports(module: str) -> set[str]:

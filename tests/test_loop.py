@@ -17,7 +17,7 @@ from mygpt.compare import compare
 from mygpt.data import Batch
 from mygpt.errors import CheckpointError, LaunchError, NonFiniteError, RecipeError
 from mygpt.loop import accelerator_for, per_process_micro_batch, train, train_step
-from mygpt.metrics import read_records
+from mygpt.metrics import Timing, read_records
 from mygpt.model import GPT
 from mygpt.optim import build_optimizer
 from mygpt.recipe import ModelTable, OptimizerTable, RuntimeTable, TrainTable
@@ -133,7 +133,7 @@ def test_run_directory_holds_what_made_it(tiny):
     """The recipe as resolved, the environment, and one record per logged step."""
     recipe = tiny(val_split=0.1, val_every=3, log_every=2, max_grad_norm=1.0)
     run = train(recipe)
-    names = {"recipe.toml", "run.json", "metrics.jsonl", "latest", "step-000006"}
+    names = {"recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "latest", "step-000006"}
     assert {path.name for path in run.iterdir()} == names
     info = json.loads((run / "run.json").read_text())
     assert info["threads"] == 1
@@ -143,7 +143,9 @@ def test_run_directory_holds_what_made_it(tiny):
     assert [record.step for record in records] == [1, 2, 3, 4, 6]
     assert [record.val is not None for record in records] == [False, False, True, False, True]
     assert [record.tokens for record in records] == [64 * step for step in (1, 2, 3, 4, 6)]
-    assert all(record.grad_norm > 0 and record.tokens_per_second > 0 for record in records)
+    assert all(record.grad_norm > 0 for record in records)
+    for line in (run / "timing.jsonl").read_text().splitlines():
+        assert Timing.model_validate_json(line).tokens_per_second > 0
 
 
 @pytest.mark.parametrize("sampling", ["shared-stream", "full"])
@@ -221,16 +223,18 @@ def test_weights_that_are_no_numbers_are_not_saved(tiny, tmp_path):
 
 
 def test_existing_run_is_kept_unless_told(tiny, tmp_path):
-    """Without overwrite nothing of it changes; with it, all of it is new, and a file that is not a run's stays."""
+    """Nothing of a complete run changes; with overwrite all of it is new, and a file that is not a run's stays."""
     run = train(tiny(save_every=2))
     (run / "notes.txt").write_text("mine")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match=r"already holds a run; choose another --output, or .*--overwrite"):
-        train(tiny())
+    train(tiny(save_every=2))
+    for recipe in (tiny(save_every=2, resume="never"), tiny(save_every=2, resume=str(run / "step-000002"))):
+        with pytest.raises(CheckpointError, match=r"already holds a run.*--output.*--overwrite"):
+            train(recipe)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     train(tiny(steps=3), overwrite=True)
     assert {p.name for p in run.iterdir()} == {
-        *("recipe.toml", "run.json", "metrics.jsonl", "latest", "step-000003", "notes.txt")
+        *("recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "latest", "step-000003", "notes.txt")
     }
 
 

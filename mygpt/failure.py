@@ -1,0 +1,200 @@
+"""A step whose numbers broke: what is kept of it, and running it again to see where they broke first."""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
+
+from mygpt.checkpoint import TrainingState, model_metadata, read_tensors, read_weights, write_checkpoint
+from mygpt.data import Dataset, draw_starts
+from mygpt.errors import CheckpointError, DamagedCheckpointError
+from mygpt.model import GPT
+from mygpt.recipe import Table
+from mygpt.rundir import (
+    FAILED_NAME,
+    MODEL_FILE,
+    STATE_FILE,
+    Manifest,
+    read_metadata,
+    remove,
+    verify_checkpoint,
+)
+from mygpt.runtime import set_dropout_generator_state
+from mygpt.state import dropout_name
+from mygpt.tokenizer import CharTokenizer
+
+BATCH_FILE = "batch.json"
+
+
+class FailedStep(Table):
+    """batch.json: the step, and the windows that it was computed from."""
+
+    step: int
+    problem: str
+    starts: tuple[int, ...]
+    """Where the windows begin in the training part of the corpus, in characters."""
+    windows: tuple[str, ...]
+    """Their text: seq_len characters, and the one after."""
+    micro_batch_size: int
+    processes: int
+    device: str
+    precision: Literal["fp32", "bf16"]
+
+
+def record_failure(
+    run: Path,
+    step: int,
+    problem: str,
+    gpt: GPT,
+    state: TrainingState,
+    dataset: Dataset,
+    batch_shape: tuple[int, int, int],
+    precision: Literal["fp32", "bf16"],
+) -> None:
+    """Keep a step that broke before its update as `run`/failed-step-NNNNNN.
+
+    `state` is that before the step; `batch_shape` is (batch_size, seq_len, micro_batch_size).
+
+    Raises:
+        DamagedCheckpointError: the disk refused it.
+    """
+    batch_size, seq_len, micro_batch_size = batch_shape
+    generator = torch.Generator()
+    generator.set_state(state.tensors["generator.stream"])
+    starts = draw_starts(dataset.train, batch_size, seq_len, generator).tolist()
+    failed = FailedStep(
+        step=step,
+        problem=problem,
+        starts=tuple(starts),
+        windows=tuple(dataset.tokenizer.decode(dataset.train[at : at + seq_len + 1].cpu()) for at in starts),
+        micro_batch_size=micro_batch_size,
+        processes=state.metadata.processes,
+        device=next(gpt.parameters()).device.type,
+        precision=precision,
+    )
+    target = run / f"failed-step-{step:06d}"
+    if target.is_symlink() or target.exists():
+        remove(target)
+    write_checkpoint(
+        target,
+        {name: weight.cpu() for name, weight in gpt.state_dict().items()},
+        model_metadata(gpt.config, dataset.tokenizer, step - 1),
+        TrainingState({name: tensor.cpu() for name, tensor in state.tensors.items()}, state.metadata),
+        Manifest(step=step, reason="failed", files={}),
+        {BATCH_FILE: failed.model_dump_json(indent=2) + "\n"},
+    )
+
+
+class Finding(NamedTuple):
+    """What running a failed step again has shown."""
+
+    failed: FailedStep
+    lines: list[str]
+    """What was computed on the way, up to where it broke."""
+    broken: str | None
+    """What was non-finite first; None: nothing."""
+
+
+def replay(path: Path, device: torch.device) -> Finding:
+    """Run the failed step at `path`, a run or a failed-step directory, again.
+
+    Raises:
+        CheckpointError: no step has failed there.
+        DamagedCheckpointError: what was kept of it cannot be read.
+    """
+    directory = _find_failed(path)
+    verify_checkpoint(directory)
+    try:
+        failed = FailedStep.model_validate_json((directory / BATCH_FILE).read_bytes())
+    except OSError as error:
+        raise DamagedCheckpointError(f"{directory / BATCH_FILE}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        raise DamagedCheckpointError(f"{directory / BATCH_FILE}: damaged: {error.errors()[0]['msg']}") from None
+    metadata = read_metadata(directory / MODEL_FILE)
+    tokenizer = CharTokenizer(metadata.tokenizer.vocab)
+    weights = read_weights(directory / MODEL_FILE, metadata.model, tokenizer.vocab_size, finite=False)
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            return Finding(failed, [], f"the weights of {name}, {_count(weight)}, already before the step")
+    gpt = GPT(metadata.model, tokenizer.vocab_size).to(device)
+    gpt.load_state_dict(weights)
+    generators = read_tensors(directory / STATE_FILE)
+    tokens = torch.stack([torch.from_numpy(tokenizer.encode(text)).long() for text in failed.windows]).to(device)
+    watch = _Watch(gpt)
+    micro_batches = 0
+    for process, share in enumerate(tokens.tensor_split(failed.processes)):
+        state = generators.get(dropout_name(device, process))
+        if state is not None:
+            set_dropout_generator_state(device, state)
+        for rows in share.split(failed.micro_batch_size):
+            micro_batches += 1
+            with torch.autocast(device.type, torch.bfloat16, enabled=failed.precision == "bf16"):
+                logits = gpt(rows[:, :-1])
+            loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+            watch.see("loss", loss)
+            if not watch.broken:
+                loss.backward()
+            if watch.broken:
+                where = f" (micro-batch {micro_batches}, process {process})" if len(rows) < len(tokens) else ""
+                return Finding(failed, watch.lines, watch.broken + where)
+    norm = get_total_norm([p.grad / micro_batches for p in gpt.parameters() if p.grad is not None])
+    if torch.isfinite(norm):
+        watch.lines.append(f"gradient norm: {norm.item():.4g}")
+        return Finding(failed, watch.lines, None)
+    largest = max(gpt.named_parameters(), key=lambda item: float(item[1].grad.abs().max()))  # type: ignore[union-attr]
+    return Finding(
+        failed,
+        watch.lines,
+        f"the norm of gradients that are all finite: its square overflows; the largest is in {largest[0]}, "
+        f"{largest[1].grad.abs().max().item():.3g}",  # type: ignore[union-attr]
+    )
+
+
+class _Watch:
+    """Sees every module's output on the way forward and every gradient on the way back, in the order made."""
+
+    def __init__(self, gpt: GPT):
+        self.broken: str | None = None
+        self.lines: list[str] = []
+        for name, module in gpt.named_modules():
+            module.register_forward_hook(self._forward_hook(name or "logits"))
+        for name, parameter in gpt.named_parameters():
+            parameter.register_hook(self._gradient_hook(f"weights of {name}"))
+
+    def see(self, name: str, output: torch.Tensor) -> None:
+        """Look at a value on the way forward, and later at its gradient."""
+        self._look(name, output.detach())
+        if output.requires_grad:
+            output.register_hook(self._gradient_hook(f"output of {name}"))
+
+    def _forward_hook(self, name: str) -> Any:
+        return lambda _module, _inputs, output: self.see(name, output)
+
+    def _gradient_hook(self, name: str) -> Any:
+        return lambda gradient: self._look(f"gradient with respect to the {name}", gradient)
+
+    def _look(self, name: str, values: torch.Tensor) -> None:
+        if self.broken is None:
+            if torch.isfinite(values).all():
+                self.lines.append(f"{name}: largest magnitude {values.abs().max().item():.3g}")
+            else:
+                self.broken = f"{name}, {_count(values)}"
+
+
+def _count(values: torch.Tensor) -> str:
+    return f"{int((~torch.isfinite(values)).sum()):,} of {values.numel():,} values"
+
+
+def _find_failed(path: Path) -> Path:
+    if FAILED_NAME.fullmatch(path.name):
+        return path
+    try:
+        found = [(int(match[1]), entry) for entry in path.iterdir() if (match := FAILED_NAME.fullmatch(entry.name))]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; expected a run directory") from None
+    if not found:
+        raise CheckpointError(f"{path}: no step of this run has failed")
+    return max(found)[1]
