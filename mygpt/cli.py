@@ -24,7 +24,8 @@ Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
 
   train RECIPE.toml|TEXT_FILE   train, with any recipe key as a flag (--steps 500)
   generate --checkpoint RUN     continue a prompt with a trained model
-  compare A B                   whether two models are the same, bit for bit
+  compare A B                   whether two models or runs are the same, bit for bit
+  verify RUN                    whether running a recorded run again gives the same, bit for bit
   replay RUN                    where the numbers of a step that failed broke first
   plot RUN...                   draw loss and learning rate
   recipe show|list|schema       the resolved recipe, the recipes that come with mygpt, the JSON Schema
@@ -157,12 +158,50 @@ def _compare(arguments: list[str]) -> int:
 
     result = compare(options.a, options.b)
     steps = "step {}".format(" and step ".join(map(str, dict.fromkeys(result.steps))))
-    if not result.settings and not result.differences:
-        print(f"identical: {result.tensors} tensors, {result.values:,} values ({steps})")
+    for what, parts in (("", result.weights), ("optimizer and generators ", result.state)):
+        if parts is None:
+            continue
+        if not parts.differences and (what or not result.settings):
+            print(f"{what}identical: {parts.tensors} tensors, {parts.values:,} values ({steps})")
+        else:
+            print(f"{what}different: {len(parts.differences)} of {parts.tensors} tensors ({steps})")
+            print("\n".join([*([] if what else result.settings), *table(parts.differences)]))
+    if result.records is not None:
+        print(f"metrics different: {result.records}" if result.records else "metrics identical")
+    return 0 if result.identical else 1
+
+
+def _verify(arguments: list[str]) -> int:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        run: tyro.conf.Positional[Path]
+        """A run directory."""
+        steps: int | None = None
+        """Run only this many of its steps again."""
+
+    options = _parse(Options, arguments, "mygpt verify", "Run a recorded run again, and say whether it is the same.")
+    if options.steps is not None and options.steps < 1:
+        raise MygptError(f"--steps: got {options.steps}, expected at least 1")
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    from mygpt.compare import table
+    from mygpt.verify import verify
+
+    result = verify(options.run, options.steps)
+    if os.environ.get("RANK", "0") != "0":
         return 0
-    print(f"different: {len(result.differences)} of {result.tensors} tensors ({steps})")
-    print("\n".join([*result.settings, *table(result.differences)]))
-    return 1
+    if result.identical:
+        print(f"identical: {result.records} records and {result.checkpoints} checkpoints up to step {result.until}")
+    else:
+        if result.record:
+            print(f"different: the first record that differs is that of {result.record}")
+        if result.tensors:
+            print(f"different: the first checkpoint that differs is that of step {result.step}")
+            print("\n".join(table(result.tensors)))
+    for change in result.changes:
+        print(f"changed since: {change}")
+    return 0 if result.identical else 1
 
 
 def _replay(arguments: list[str]) -> int:
@@ -242,6 +281,7 @@ COMMANDS = {
     "train": _train,
     "generate": _generate,
     "compare": _compare,
+    "verify": _verify,
     "replay": _replay,
     "plot": _plot,
     "recipe": _recipe,

@@ -1,4 +1,4 @@
-"""Bitwise comparison of two models, tensor by tensor. Imports no torch, so that it answers at once."""
+"""Bitwise comparison of two models or runs, tensor by tensor. Imports no torch, so that it answers at once."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from mygpt.errors import DamagedCheckpointError
-from mygpt.rundir import ModelMetadata, find_model_file, read_metadata
+from mygpt.metrics import Record, read_records
+from mygpt.rundir import RUN_FILE, STATE_FILE, ModelMetadata, find_model_file, read_metadata
 
 
 class Difference(NamedTuple):
@@ -24,20 +25,37 @@ class Difference(NamedTuple):
     """Largest distance in units in the last place: how many representable numbers apart."""
 
 
-class Comparison(NamedTuple):
-    """Two models side by side; they are identical when `settings` and `differences` are empty."""
+class Parts(NamedTuple):
+    """The tensors of two files side by side."""
 
-    settings: list[str]
-    """A line for each setting of the architecture and for the vocabulary, where they differ."""
     differences: list[Difference]
     tensors: int
     values: int
+
+
+class Comparison(NamedTuple):
+    """Two models side by side, and of two runs also what trained them."""
+
+    settings: list[str]
+    """A line for each setting of the architecture and for the vocabulary, where they differ."""
+    weights: Parts
     steps: tuple[int, int]
     """The steps at which they were saved, which may differ between identical models."""
+    state: Parts | None = None
+    """Optimizer moments and generator states of two runs."""
+    records: str | None = None
+    """The first record that differs between two runs; "": none."""
+
+    @property
+    def identical(self) -> bool:
+        state = self.state.differences if self.state else []
+        return not (self.settings or self.weights.differences or state or self.records)
 
 
 def compare(a: str | Path, b: str | Path) -> Comparison:
     """Compare the models of two run directories (their newest steps), step directories or model files.
+
+    Of two run directories, optimizer state and metrics are compared, too.
 
     Raises:
         CheckpointError: one of them is not there.
@@ -45,11 +63,28 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     """
     file_a, file_b = find_model_file(Path(a)), find_model_file(Path(b))
     metadata_a, metadata_b = read_metadata(file_a), read_metadata(file_b)
-    settings = list(_compare_settings(metadata_a, metadata_b))
+    comparison = Comparison(
+        list(_compare_settings(metadata_a, metadata_b)),
+        compare_files(file_a, file_b),
+        (metadata_a.step, metadata_b.step),
+    )
+    if (Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists():
+        state = compare_files(file_a.with_name(STATE_FILE), file_b.with_name(STATE_FILE))
+        records = first_difference(read_records(Path(a)), read_records(Path(b)))
+        return comparison._replace(state=state, records=records)
+    return comparison
+
+
+def compare_files(a: Path, b: Path) -> Parts:
+    """Compare the tensors of two safetensors files by name.
+
+    Raises:
+        DamagedCheckpointError: one of them cannot be read.
+    """
     differences = []
     values = 0
     try:
-        with safe_open(file_a, framework="numpy") as tensors_a, safe_open(file_b, framework="numpy") as tensors_b:
+        with safe_open(a, framework="numpy") as tensors_a, safe_open(b, framework="numpy") as tensors_b:
             names_a, names_b = set(tensors_a.keys()), set(tensors_b.keys())
             for name in sorted(names_a | names_b):
                 if name not in names_b or name not in names_a:
@@ -60,9 +95,23 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
                 if difference := _compare_tensors(name, tensor_a, tensors_b.get_tensor(name)):
                     differences.append(difference)
     # numpy has no bfloat16 or float8, which mygpt never saves.
-    except (SafetensorError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{file_a} or {file_b}: damaged, or not weights of mygpt: {error}") from None
-    return Comparison(settings, differences, len(names_a | names_b), values, (metadata_a.step, metadata_b.step))
+    except (OSError, SafetensorError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{a} or {b}: damaged, or not of mygpt: {error}") from None
+    return Parts(differences, len(names_a | names_b), values)
+
+
+def first_difference(records_a: list[Record], records_b: list[Record]) -> str:
+    """The first step that both have recorded, but not alike, and how; "" where there is none.
+
+    How often a run records its steps does not count; what it computed does.
+    """
+    other = {record.step: record for record in records_b}
+    for record in records_a:
+        if record.step in other:
+            for (name, value_a), (_, value_b) in zip(record, other[record.step], strict=True):
+                if value_a != value_b and None not in (value_a, value_b):
+                    return f"step {record.step}: {name} {value_a} against {value_b}"
+    return ""
 
 
 def table(differences: list[Difference]) -> Iterator[str]:

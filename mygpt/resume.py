@@ -98,7 +98,7 @@ def find_start(recipe: Recipe, info: RunInfo, vocab: str, *, overwrite: bool, al
             f"[train] steps: got {steps}, expected at least {step}, to which {source} has been trained; raise --steps, "
             "or choose another --output"
         )
-    changed = dict(_changed_environment(before, info))
+    changed = dict(changed_environment(before, info))
     if old.train.steps != steps:
         changed["steps"] = (old.train.steps, steps)
         if recipe.schedule.schedule != "constant":
@@ -208,7 +208,7 @@ def _check_changes(
     for problem in problems:
         warn(problem)
     bits = [f"{c.key} {c.old} -> {c.new}" for c in changes if c.key in BITS_KEYS]
-    bits += [f"{name} {was} -> {now}" for name, (was, now) in _changed_environment(before, info)]
+    bits += [f"{name} {was} -> {now}" for name, (was, now) in changed_environment(before, info)]
     if bits:
         warn(f"the last bits will differ from those of a run that was never interrupted: {', '.join(bits)}")
 
@@ -236,7 +236,7 @@ def changed_keys(old: Recipe, new: Recipe) -> Iterator[KeyChange]:
             yield KeyChange(table, key, before, now)
 
 
-def _changed_environment(before: RunInfo, now: RunInfo) -> Iterator[tuple[str, tuple[Any, Any]]]:
+def changed_environment(before: RunInfo, now: RunInfo) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """Name, old and new value of what the last bits depend on, where it has changed since the run last went on."""
     values = before.environment()
     for resumed in before.resumed:

@@ -212,9 +212,11 @@ def test_damaged_files_are_refused(run, damage):
 def test_equal_weights_are_identical_at_any_step(run):
     """The question is whether the models are the same; the steps are told beside the answer."""
     result = compare(run / "step-000003", run)
-    assert result.differences == []
+    assert result.weights.differences == []
     assert result.steps == (3, 6)
-    assert result.values == sum(t.numel() for t in load_file(run / "step-000003" / "model.safetensors").values())
+    assert result.weights.values == sum(
+        t.numel() for t in load_file(run / "step-000003" / "model.safetensors").values()
+    )
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.int32])
@@ -225,7 +227,7 @@ def test_ulp_distance_of_any_type_is_exact(run, kind):
     for step, order in (("step-000003", (0, 1)), ("step-000006", (1, 0))):
         tensor = values[list(order)]
         rewrite(run / step / "model.safetensors", tensors=lambda parts, t=tensor: parts.update(extra=t))
-    (difference,) = compare(run / "step-000003", run).differences
+    (difference,) = compare(run / "step-000003", run).weights.differences
     if kind.is_floating_point:
         view = {torch.float64: np.int64, torch.float16: np.int16}[kind]
         assert difference.max_ulp == 2 * int(tensor.max().numpy().view(view))
@@ -241,7 +243,7 @@ def test_one_bit_is_a_difference(run):
         tensors["norm.bias"][:2] = -0.0
 
     rewrite(run / "step-000006" / "model.safetensors", tensors=change)
-    bias, weight = compare(run / "step-000003", run).differences
+    bias, weight = compare(run / "step-000003", run).weights.differences
     assert (weight.name, weight.differing, weight.max_ulp) == ("norm.weight", "1 of 8", 1)
     assert weight.max_abs == pytest.approx(2**-23)
     assert (bias.name, bias.differing, bias.max_abs, bias.max_ulp) == ("norm.bias", "2 of 8", 0.0, 0)
@@ -256,7 +258,7 @@ def test_ulp_distance_crosses_zero(run):
 
     rewrite(run / "step-000003" / "model.safetensors", tensors=put(-tiny))
     rewrite(run / "step-000006" / "model.safetensors", tensors=put(tiny))
-    (difference,) = compare(run / "step-000003", run).differences
+    (difference,) = compare(run / "step-000003", run).weights.differences
     assert difference.max_ulp == 2
 
 
@@ -283,7 +285,7 @@ def test_other_shapes_and_vocabularies_are_differences(run, tmp_path):
     tokenizer = CharTokenizer("abcd")
     save(other, GPT(table_b, 4), 6, table_b, tokenizer)
     result = compare(run, other)
-    lines = "\n".join(table(result.differences))
+    lines = "\n".join(table(result.weights.differences))
     assert result.settings[:2] == ["num_heads: 2 against 4", "num_layers: 1 against 2"]
     assert result.settings[2].startswith("vocabulary: 7 against 4 characters")
     assert "float32 [7, 8] against float32 [4, 8]" in lines

@@ -120,5 +120,5 @@ def test_step_at_rate_zero_changes_nothing(runs):
     """The weights after steps 1999 and 2000 of the hardened recipe are bitwise equal."""
     _, run = runs("hardened", "python")
     result = compare(run / "step-001999", run / "step-002000")
-    assert result.differences == []
+    assert result.weights.differences == []
     assert result.steps == (1999, 2000)

@@ -42,7 +42,7 @@ def test_cuda_runs_repeat_to_the_last_bit(tiny, tmp_path, precision, compiled):
     """Two runs on one GPU write the same weights, with dropout and in every mode."""
     keys = KEYS | {"precision": precision, "compile": compiled, "dropout": 0.1}
     runs = [train(tiny(**keys, output=str(tmp_path / name))) for name in "ab"]
-    assert compare(*runs).differences == []
+    assert compare(*runs).weights.differences == []
 
 
 def test_cuda_gives_the_cpu_numbers(tiny, tmp_path):

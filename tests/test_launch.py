@@ -65,7 +65,7 @@ def test_any_number_of_processes_trains_on_the_same_batches(text_file, tmp_path,
         assert many.val == (one.val and pytest.approx(one.val, abs=5e-5))
         assert many.val_stderr == (one.val_stderr and pytest.approx(one.val_stderr, abs=5e-5))
         assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
-    assert max(d.max_abs for d in compare(tmp_path / "alone", tmp_path / "together").differences) < 1e-3
+    assert max(d.max_abs for d in compare(tmp_path / "alone", tmp_path / "together").weights.differences) < 1e-3
     assert json.loads((tmp_path / "together" / "run.json").read_text())["processes"] == processes
 
 

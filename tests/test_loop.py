@@ -115,7 +115,7 @@ def test_a_step_at_rate_zero_changes_no_bit(tiny):
     """The cosine's last rate is exactly zero, so the weights before and after the last step are the same."""
     run = train(tiny(schedule="cosine", warmup=2, max_grad_norm=1.0, save_every=5))
     result = compare(run / "step-000005", run / "step-000006")
-    assert result.differences == []
+    assert result.weights.differences == []
     assert result.steps == (5, 6)
     last = read_records(run)[-1]
     assert last.lr == 0.0
@@ -126,7 +126,7 @@ def test_weights_are_saved_when_due(tiny):
     run = train(tiny(save_every=4))
     assert sorted(path.name for path in run.glob("step-*")) == ["step-000004", "step-000006"]
     assert (run / "latest").read_text() == "step-000006\n"
-    assert compare(run / "step-000004", run).differences
+    assert compare(run / "step-000004", run).weights.differences
 
 
 def test_run_directory_holds_what_made_it(tiny):
