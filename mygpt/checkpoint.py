@@ -1,6 +1,7 @@
 """Checkpoints: the weights and training state of a step, written beside the training and verified when read."""
 
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +18,7 @@ from mygpt.errors import DamagedCheckpointError, NonFiniteError
 from mygpt.model import GPT
 from mygpt.recipe import ModelTable
 from mygpt.rundir import (
+    LATEST_FILE,
     MANIFEST_FILE,
     METADATA_KEY,
     METRICS_FILE,
@@ -81,8 +83,10 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._thread.shutdown()
+        if error[0] is not None and self._writing is not None and (unsaved := self._writing.exception()):
+            print(f"mygpt: {unsaved}", file=sys.stderr)  # another error is on its way and would hide it
 
     def save(self, weights: Tensors, state: TrainingState, reason: Reason = "scheduled") -> None:
         """Save the weights and state of a step as `run`/step-NNNNNN, and point `latest` (and `best`) there.
@@ -114,23 +118,27 @@ class Saver:
             if copy is None or copy.shape != tensor.shape:
                 on_gpu = tensor.device.type == "cuda"
                 copy = self._copies[prefix + name] = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
-            copy.copy_(tensor.detach(), non_blocking=True)
+            copy.copy_(tensor.detach(), non_blocking=tensor.device.type == "cuda")
         if any(tensor.device.type == "cuda" for tensor in tensors.values()):
             torch.cuda.synchronize()
         return {name: self._copies[prefix + name] for name in tensors}
 
     def _write(self, weights: Tensors, state: TrainingState, manifest: Manifest) -> None:
         step, best = state.metadata.step, state.metadata.best_step
-        metadata = model_metadata(self.config, self.tokenizer, step)
+        target = step_directory(self.run, step)
         try:
             # The records up to this step are part of what a resumed run continues.
             if (self.run / METRICS_FILE).exists():
                 sync(self.run / METRICS_FILE)
-            write_checkpoint(step_directory(self.run, step), weights, metadata, state, manifest)
-            point_to(self.run, step, best)
-            prune(self.run, self.keep_last, step, best)
         except OSError as error:
-            raise _unsaved(step_directory(self.run, step), error) from error
+            raise _unsaved(self.run / METRICS_FILE, error) from error
+        write_checkpoint(target, weights, model_metadata(self.config, self.tokenizer, step), state, manifest)
+        try:
+            point_to(self.run, step, best)
+        except OSError as error:
+            raise _unsaved(self.run / LATEST_FILE, error) from error
+        with suppress(OSError):  # the next save, or the next start, tries again
+            prune(self.run, self.keep_last, step, best)
 
 
 def model_metadata(config: ModelTable, tokenizer: CharTokenizer, step: int) -> ModelMetadata:

@@ -167,7 +167,8 @@ def _compare(arguments: list[str]) -> int:
             print(f"{what}different: {len(parts.differences)} of {parts.tensors} tensors ({steps})")
             print("\n".join([*([] if what else result.settings), *table(parts.differences)]))
     if result.records is not None:
-        print(f"metrics different: {result.records}" if result.records else "metrics identical")
+        count, difference = result.records
+        print(f"metrics different: {difference}" if difference else f"metrics identical: {count} common records")
     return 0 if result.identical else 1
 
 
@@ -194,8 +195,8 @@ def _verify(arguments: list[str]) -> int:
     if result.identical:
         print(f"identical: {result.records} records and {result.checkpoints} checkpoints up to step {result.until}")
     else:
-        if result.record:
-            print(f"different: the first record that differs is that of {result.record}")
+        if result.difference:
+            print(f"different: the first record that differs is that of {result.difference}")
         if result.tensors:
             print(f"different: the first checkpoint that differs is that of step {result.step}")
             print("\n".join(table(result.tensors)))

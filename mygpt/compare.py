@@ -33,6 +33,15 @@ class Parts(NamedTuple):
     values: int
 
 
+class RecordsCompared(NamedTuple):
+    """The records of two runs side by side."""
+
+    steps: int
+    """Steps that both have recorded."""
+    difference: str
+    """The first of these that is not the same, and how; "": none."""
+
+
 class Comparison(NamedTuple):
     """Two models side by side, and of two runs also what trained them."""
 
@@ -43,13 +52,13 @@ class Comparison(NamedTuple):
     """The steps at which they were saved, which may differ between identical models."""
     state: Parts | None = None
     """Optimizer moments and generator states of two runs."""
-    records: str | None = None
-    """The first record that differs between two runs; "": none."""
+    records: RecordsCompared | None = None
+    """Of two runs."""
 
     @property
     def identical(self) -> bool:
         state = self.state.differences if self.state else []
-        return not (self.settings or self.weights.differences or state or self.records)
+        return not (self.settings or self.weights.differences or state or (self.records and self.records.difference))
 
 
 def compare(a: str | Path, b: str | Path) -> Comparison:
@@ -70,7 +79,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     )
     if (Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists():
         state = compare_files(file_a.with_name(STATE_FILE), file_b.with_name(STATE_FILE))
-        records = first_difference(read_records(Path(a)), read_records(Path(b)))
+        records = compare_records(read_records(Path(a)), read_records(Path(b)))
         return comparison._replace(state=state, records=records)
     return comparison
 
@@ -100,18 +109,15 @@ def compare_files(a: Path, b: Path) -> Parts:
     return Parts(differences, len(names_a | names_b), values)
 
 
-def first_difference(records_a: list[Record], records_b: list[Record]) -> str:
-    """The first step that both have recorded, but not alike, and how; "" where there is none.
-
-    How often a run records its steps does not count; what it computed does.
-    """
+def compare_records(records_a: list[Record], records_b: list[Record]) -> RecordsCompared:
+    """Compare what two runs have recorded of the same steps. How often they record does not count."""
     other = {record.step: record for record in records_b}
-    for record in records_a:
-        if record.step in other:
-            for (name, value_a), (_, value_b) in zip(record, other[record.step], strict=True):
-                if value_a != value_b and None not in (value_a, value_b):
-                    return f"step {record.step}: {name} {value_a} against {value_b}"
-    return ""
+    common = [(record, other[record.step]) for record in records_a if record.step in other]
+    for a, b in common:
+        for (name, value_a), (_, value_b) in zip(a, b, strict=True):
+            if value_a != value_b and None not in (value_a, value_b):
+                return RecordsCompared(len(common), f"step {a.step}: {name} {value_a} against {value_b}")
+    return RecordsCompared(len(common), "")
 
 
 def table(differences: list[Difference]) -> Iterator[str]:

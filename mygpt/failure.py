@@ -1,10 +1,10 @@
 """A step whose numbers broke: what is kept of it, and running it again to see where they broke first."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
@@ -12,7 +12,7 @@ from mygpt.checkpoint import TrainingState, model_metadata, read_tensors, read_w
 from mygpt.data import Dataset, draw_starts
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.model import GPT
-from mygpt.recipe import Table
+from mygpt.recipe import Count, Table
 from mygpt.rundir import (
     FAILED_NAME,
     MODEL_FILE,
@@ -22,7 +22,7 @@ from mygpt.rundir import (
     remove,
     verify_checkpoint,
 )
-from mygpt.runtime import set_dropout_generator_state
+from mygpt.runtime import make_deterministic, set_dropout_generator_state
 from mygpt.state import dropout_name
 from mygpt.tokenizer import CharTokenizer
 
@@ -34,12 +34,12 @@ class FailedStep(Table):
 
     step: int
     problem: str
-    starts: tuple[int, ...]
+    starts: Annotated[tuple[int, ...], Field(min_length=1)]
     """Where the windows begin in the training part of the corpus, in characters."""
-    windows: tuple[str, ...]
+    windows: Annotated[tuple[str, ...], Field(min_length=1)]
     """Their text: seq_len characters, and the one after."""
-    micro_batch_size: int
-    processes: int
+    micro_batch_size: Count
+    processes: Count
     device: str
     precision: Literal["fp32", "bf16"]
 
@@ -106,7 +106,7 @@ def replay(path: Path, device: torch.device) -> Finding:
         DamagedCheckpointError: what was kept of it cannot be read.
     """
     directory = _find_failed(path)
-    verify_checkpoint(directory)
+    verify_checkpoint(directory, "failed-step-")
     try:
         failed = FailedStep.model_validate_json((directory / BATCH_FILE).read_bytes())
     except OSError as error:
@@ -115,20 +115,27 @@ def replay(path: Path, device: torch.device) -> Finding:
         raise DamagedCheckpointError(f"{directory / BATCH_FILE}: damaged: {error.errors()[0]['msg']}") from None
     metadata = read_metadata(directory / MODEL_FILE)
     tokenizer = CharTokenizer(metadata.tokenizer.vocab)
+    length = len(failed.windows[0])
+    if not 2 <= length <= metadata.model.max_seq_len + 1 or any(len(text) != length for text in failed.windows):
+        raise DamagedCheckpointError(f"{directory / BATCH_FILE}: damaged: its windows are not of one length")
     weights = read_weights(directory / MODEL_FILE, metadata.model, tokenizer.vocab_size, finite=False)
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             return Finding(failed, [], f"the weights of {name}, {_count(weight)}, already before the step")
+    make_deterministic(device)
     gpt = GPT(metadata.model, tokenizer.vocab_size).to(device)
     gpt.load_state_dict(weights)
     generators = read_tensors(directory / STATE_FILE)
     tokens = torch.stack([torch.from_numpy(tokenizer.encode(text)).long() for text in failed.windows]).to(device)
     watch = _Watch(gpt)
     micro_batches = 0
+    total = -(-len(tokens) // failed.micro_batch_size)
     for process, share in enumerate(tokens.tensor_split(failed.processes)):
         state = generators.get(dropout_name(device, process))
         if state is not None:
             set_dropout_generator_state(device, state)
+        elif metadata.model.dropout:
+            watch.lines.append(f"dropout drew on {failed.device}: here on {device.type} it drops other activations")
         for rows in share.split(failed.micro_batch_size):
             micro_batches += 1
             with torch.autocast(device.type, torch.bfloat16, enabled=failed.precision == "bf16"):
@@ -136,11 +143,11 @@ def replay(path: Path, device: torch.device) -> Finding:
             loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
             watch.see("loss", loss)
             if not watch.broken:
-                loss.backward()
+                (loss / total).backward()
             if watch.broken:
                 where = f" (micro-batch {micro_batches}, process {process})" if len(rows) < len(tokens) else ""
                 return Finding(failed, watch.lines, watch.broken + where)
-    norm = get_total_norm([p.grad / micro_batches for p in gpt.parameters() if p.grad is not None])
+    norm = get_total_norm([p.grad for p in gpt.parameters() if p.grad is not None])
     if torch.isfinite(norm):
         watch.lines.append(f"gradient norm: {norm.item():.4g}")
         return Finding(failed, watch.lines, None)

@@ -20,6 +20,7 @@ from torch.nn.utils import get_total_norm
 from mygpt.checkpoint import Saver
 from mygpt.data import Batch, BatchStream, Dataset, Rows, held_out_batches, load_dataset
 from mygpt.errors import (
+    DamagedCheckpointError,
     InterruptedRunError,
     LaunchError,
     LostProcessError,
@@ -74,21 +75,34 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
     dataset = load_dataset(recipe.data, recipe.train.seq_len)
     threads = set_threads(recipe.runtime.threads, local_processes)
     make_deterministic(device)
-    info = RunInfo(**describe_environment(device), threads=threads, processes=processes, corpus_sha256=dataset.sha256)
+    info = RunInfo(
+        **describe_environment(device),
+        device=device.type,
+        compile=recipe.runtime.compile,
+        threads=threads,
+        processes=processes,
+        micro_batch_size=micro_batch_size,
+        corpus_sha256=dataset.sha256,
+    )
     micro_batches = recipe.train.batch_size // processes // micro_batch_size
-    with accelerator_for(recipe.runtime, device, micro_batches) as accelerator, ExitStack() as stack:
-        check_processes(processes, accelerator.num_processes)
+    with ExitStack() as stack:
         stack.enter_context(naming_memory(recipe.train))
         stack.enter_context(naming_lost_processes(processes))
-        start = Start(None, 0, False, recipe, info)
+        accelerator = stack.enter_context(accelerator_for(recipe.runtime, device, micro_batches))
+        check_processes(processes, accelerator.num_processes)
+        start = Start(None, 0, False, overwrite, recipe, info)
         if accelerator.is_main_process:
-            # A launcher that restarts a failed run is to continue it, not to replace it again.
-            overwrite = overwrite and not is_restart()
             run = Path(recipe.checkpoint.output)
             check_output(run, replace=overwrite or recipe.checkpoint.resume != "never")
             stack.enter_context(locked(run))
             start = find_start(
-                recipe, info, dataset.tokenizer.vocab, overwrite=overwrite, allow_changes=allow_changes, warn=_note
+                recipe,
+                info,
+                dataset.tokenizer.vocab,
+                overwrite=overwrite,
+                is_restart=is_restart(),
+                allow_changes=allow_changes,
+                warn=_note,
             )
         return _train(accelerator, start, dataset, micro_batch_size, until or recipe.train.steps)
 
@@ -109,6 +123,8 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
     checkpoint = shared_path(accelerator, start.checkpoint)
     if checkpoint:
         step, best = restore(accelerator, checkpoint, gpt, optimizer, stream)
+        if checkpoint.parent.resolve() != run.resolve():
+            best = None  # `best` names a step of this run
     else:
         # Only dropout draws from the global generator, and each process's rows need masks of their own.
         torch.manual_seed(recipe.train.data_seed + accelerator.process_index)
@@ -147,10 +163,14 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
                 state = training_state(accelerator, gpt, optimizer, before, step - 1, best)
                 shape = (recipe.train.batch_size, recipe.train.seq_len, micro_batch_size)
                 what = f"the loss is {update.loss}, the gradient norm {update.grad_norm}"
+                look = f"`mygpt replay {run}` looks into it"
                 if is_main:
-                    record_failure(run, step, what, gpt, state, dataset, shape, recipe.runtime.precision)
+                    try:
+                        record_failure(run, step, what, gpt, state, dataset, shape, recipe.runtime.precision)
+                    except DamagedCheckpointError as error:
+                        look = f"no record of it: {error}"
                 accelerator.wait_for_everyone()
-                raise NonFiniteError(f"step {step}: {what}; not updated: `mygpt replay {run}` looks into it; {CURE}")
+                raise NonFiniteError(f"step {step}: {what}; not updated: {look}; {CURE}")
             scheduler.step()
             reporter.step_done()
 
@@ -330,8 +350,8 @@ def naming_lost_processes(processes: int) -> Iterator[None]:
         if processes == 1 or not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Tt]imed out", str(error)):
             raise
         raise LostProcessError(
-            "another process of this run has ended or has not answered; what it said comes first, and the same command "
-            "continues from the last checkpoint"
+            "another process of this run has ended or has not answered: look at what it said; the same command "
+            f"continues from the last checkpoint ({str(error).splitlines()[0]})"
         ) from error
 
 

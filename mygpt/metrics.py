@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.recipe import Recipe, Table
-from mygpt.rundir import METRICS_FILE, TIMING_FILE
+from mygpt.rundir import METRICS_FILE, TIMING_FILE, set_aside
 
 
 class Record(Table):
@@ -188,6 +188,11 @@ def rewind(path: Path, kind: type[_Line], step: int) -> list[_Line]:
                 try:
                     record = kind.model_validate_json(line)
                 except ValidationError:
+                    if line.endswith(b"\n"):  # a killed run leaves no whole line that is wrong
+                        aside = set_aside(path, copy=True)
+                        print(
+                            f"{path}: line {len(kept) + 1} is no record; the file is kept as {aside}", file=sys.stderr
+                        )
                     break
                 if record.step > step or not line.endswith(b"\n"):
                     break
@@ -222,7 +227,7 @@ def step_line(record: Record, recipe: Recipe) -> str:
             line += f" +- {record.val_stderr:.4f}"
     if recipe.schedule.schedule != "constant":
         line += f"  lr = {record.lr:.2e}"
-    if recipe.train.log_grad_norm:
+    if recipe.train.log_grad_norm and record.grad_norm is not None:
         line += f"  grad_norm = {record.grad_norm:.4f}"
     return line
 

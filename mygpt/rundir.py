@@ -8,10 +8,12 @@ written as `.tmp-step-NNNNNN`, and removed as `.tmp-old-NNNNNN`. Imports no torc
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -135,15 +137,32 @@ class RunInfo(Table):
     accelerator: str | None
     git_commit: str | None
     command: tuple[str, ...]
+    device: str
+    compile: bool
     threads: int
     processes: int
+    micro_batch_size: int
+    """Windows per forward pass on one process."""
     corpus_sha256: str
     resumed: tuple[Resumed, ...] = ()
 
     def environment(self) -> dict[str, Any]:
         """What the last bits of a result depend on, by name."""
-        names = ("cpu", "cpu_capability", "accelerator", "threads", "processes")
+        names = (
+            *("cpu", "cpu_capability", "accelerator", "git_commit"),
+            *("device", "compile", "threads", "processes", "micro_batch_size"),
+        )
         return {**self.versions, **{name: getattr(self, name) for name in names}}
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2, exclude=None if self.resumed else {"resumed"}) + "\n"
+
+    def effective(self, *names: str) -> dict[str, Any]:
+        """The values of these names when the run last went on."""
+        values = {**self.environment(), "corpus_sha256": self.corpus_sha256}
+        for resumed in self.resumed:
+            values |= {name: value for name, (_, value) in resumed.changed.items()}
+        return {name: values[name] for name in names if name in values}
 
 
 _M = TypeVar("_M", bound=_Metadata)
@@ -159,7 +178,8 @@ def check_output(run: Path, replace: bool) -> None:
         CheckpointError: there is a run and `replace` is not set, or there is something that is not a run.
     """
     try:
-        entries = [entry.name for entry in run.iterdir()]
+        # A run killed before it had its first file has only temporaries.
+        entries = [entry.name for entry in run.iterdir() if not TEMPORARY_NAME.fullmatch(entry.name)]
         parent = run
     except FileNotFoundError:
         entries = []
@@ -200,6 +220,8 @@ def locked(run: Path) -> Iterator[None]:
     is_new = not run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            sync(run.parent)
         descriptor = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise DamagedCheckpointError(f"output: {run}: cannot be written: {error.strerror}") from None
@@ -210,35 +232,42 @@ def locked(run: Path) -> Iterator[None]:
             raise CheckpointError(
                 f"output: another process is training into {run}; wait for it, or choose another --output"
             ) from None
-        except OSError as error:
-            raise DamagedCheckpointError(f"output: {run}: cannot be locked: {error.strerror}") from None
+        except OSError as error:  # some network disks have no locks
+            print(f"{run}: cannot be locked ({error.strerror}): see that no two runs write there", file=sys.stderr)
         yield
     finally:
-        os.close(descriptor)
         # A run that failed before it wrote anything leaves nothing; a directory that is not empty stays.
         if is_new:
             with suppress(OSError):
                 run.rmdir()
+        os.close(descriptor)
 
 
-def create_run(run: Path, recipe: Recipe, info: RunInfo, after: Path | None = None) -> None:
-    """Remove the run that is in the directory, and write recipe.toml and run.json of a new one.
+def create_run(run: Path, recipe: Recipe, info: RunInfo, *, overwrite: bool, after: Path | None = None) -> None:
+    """Write recipe.toml and run.json of a new run; with `overwrite`, in place of the run that is in the directory.
 
     One that goes on `after` a checkpoint of another run begins with that run's records.
 
     Raises:
+        CheckpointError: there is a run, and `overwrite` is not set.
         DamagedCheckpointError: the disk refused it.
     """
     with _naming_disk(run):
-        # recipe.toml goes first, so that an old run half removed is never continued; run.json marks the directory as a
-        # run, and is the last to go and the first to come.
-        for entry in sorted(run.iterdir(), key=lambda entry: (entry.name == RUN_FILE, entry.name != RECIPE_FILE)):
-            if RUN_ENTRY.fullmatch(entry.name):
+        if not overwrite and (step_directories(run) or os.path.lexists(run / RECIPE_FILE)):
+            raise CheckpointError(f"output: {run} already holds a run; choose another --output, or --overwrite it")
+        # In an order in which a kill leaves the old run with fewer checkpoints, or the new one without its recipe.toml,
+        # which is made then: run.json, which marks the directory as a run, is always there, recipe.toml comes last.
+        for _, directory in reversed(step_directories(run)):
+            remove(directory)
+        (run / RECIPE_FILE).unlink(missing_ok=True)
+        for entry in run.iterdir():
+            if RUN_ENTRY.fullmatch(entry.name) and entry.name != RUN_FILE:
                 remove(entry)
+        replace_text(run / RUN_FILE, info.to_json())
         for name in (METRICS_FILE, TIMING_FILE):
             if after is not None and (after.parent / name).is_file():
                 shutil.copyfile(after.parent / name, run / name)
-    record_run(run, recipe, info)
+        replace_text(run / RECIPE_FILE, recipe.to_toml())
 
 
 def record_run(run: Path, recipe: Recipe, info: RunInfo) -> None:
@@ -248,8 +277,7 @@ def record_run(run: Path, recipe: Recipe, info: RunInfo) -> None:
         DamagedCheckpointError: the disk refused it.
     """
     with _naming_disk(run):
-        text = info.model_dump_json(indent=2, exclude=None if info.resumed else {"resumed"}) + "\n"
-        replace_text(run / RUN_FILE, text)
+        replace_text(run / RUN_FILE, info.to_json())
         replace_text(run / RECIPE_FILE, recipe.to_toml())
 
 
@@ -278,14 +306,13 @@ def step_directory(run: Path, step: int) -> Path:
     return run / f"step-{step:06d}"
 
 
-def step_directories(run: Path) -> list[Path]:
-    """What has the name of a step directory, from the earliest step to the newest."""
-    found = [(int(match[1]), path) for path in run.iterdir() if (match := STEP_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+def step_directories(run: Path) -> list[tuple[int, Path]]:
+    """Step and path of what has the name of a step directory, from the earliest step to the newest."""
+    return sorted((int(match[1]), path) for path in run.iterdir() if (match := STEP_NAME.fullmatch(path.name)))
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a step directory.
+def read_manifest(directory: Path, prefix: str = "step-") -> Manifest:
+    """The manifest of a step directory, whose name is that prefix and the step.
 
     Raises:
         DamagedCheckpointError: it is no step directory, or its manifest cannot be read.
@@ -299,20 +326,19 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise DamagedCheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     manifest = _parse_metadata(Manifest, text, path)
-    expected = [f"{prefix}step-{manifest.step:06d}" for prefix in ("", "failed-", ".tmp-", ".tmp-failed-")]
-    if directory.name not in expected or set(manifest.files) != {MODEL_FILE, STATE_FILE}:
+    if directory.name != f"{prefix}{manifest.step:06d}" or set(manifest.files) != {MODEL_FILE, STATE_FILE}:
         raise DamagedCheckpointError(f"{path}: damaged: it is not the manifest of {directory.name}")
     return manifest
 
 
-def verify_checkpoint(directory: Path) -> Manifest:
+def verify_checkpoint(directory: Path, prefix: str = "step-") -> Manifest:
     """Hold every file of a step directory against its manifest.
 
     Raises:
         DamagedCheckpointError: a file is missing, or not the one that was saved.
         NewerFormatError: a later version of mygpt wrote it.
     """
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, prefix)
     for name in manifest.files:
         verify_file(directory / name, manifest)
     return manifest
@@ -414,13 +440,18 @@ def publish(partial: Path, target: Path) -> None:
 
     Whatever is in its place, which resuming has found to be damaged, is set aside under another name, and not deleted.
     """
-    if target.is_symlink() or target.exists():
-        aside = next(
-            path for n in range(1, 1000) if not (path := target.with_name(f"damaged-{target.name}-{n}")).exists()
-        )
-        target.rename(aside)
+    if os.path.lexists(target):
+        set_aside(target)
     partial.rename(target)
     sync(target.parent)
+
+
+def set_aside(path: Path, *, copy: bool = False) -> Path:
+    """Keep what is damaged, or a copy of it, under a name that no run uses; returns that path."""
+    names = (path.with_name(f"damaged-{path.name}-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    shutil.copyfile(path, aside) if copy else path.rename(aside)
+    return aside
 
 
 def point_to(run: Path, newest: int, best: int | None) -> None:
@@ -436,7 +467,7 @@ def prune(run: Path, keep_last: int, newest: int, best: int | None) -> None:
     Kept are the newest, the best, and of the scheduled ones the `keep_last` newest, or all where that is 0.
     """
     manifests = {}
-    for directory in step_directories(run):
+    for _, directory in step_directories(run):
         with suppress(DamagedCheckpointError, NewerFormatError):
             manifest = read_manifest(directory)
             sizes = {entry.name: entry.lstat().st_size for entry in directory.iterdir() if entry.name != MANIFEST_FILE}
@@ -468,16 +499,19 @@ def remove(entry: Path) -> None:
     if entry.is_dir() and not entry.is_symlink():
         doomed = entry.with_name(f".tmp-old-{entry.name.removeprefix('.tmp-')}")
         if entry != doomed:
-            if doomed.exists():
-                _delete(doomed)
+            while os.path.lexists(doomed):
+                doomed = doomed.with_name(f"{doomed.name}-again")
             entry.rename(doomed)
         entry = doomed
     _delete(entry)
 
 
 def _delete(entry: Path) -> None:
-    # rmtree follows no links.
-    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    # rmtree follows no links. What it cannot remove yet, as where a network disk has a file open, is swept later.
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink()
 
 
 # ---- files

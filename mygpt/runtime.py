@@ -192,9 +192,13 @@ def stop_on_signal() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    # A signal that is ignored, as by a job that a script has put into the background, stays so.
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: handler for number, handler in previous.items() if handler is not signal.SIG_IGN}
     try:
+        for number in previous:
+            signal.signal(number, request.receive)
         yield request
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -6,14 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from mygpt.compare import Difference, compare_files, first_difference
+from mygpt.compare import Difference, compare_files, compare_records
 from mygpt.corpus import load_corpus
-from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError
+from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, NonFiniteError
 from mygpt.loop import train
 from mygpt.metrics import read_records
 from mygpt.recipe import Recipe
-from mygpt.resume import changed_environment, recorded_recipe
-from mygpt.rundir import MODEL_FILE, STATE_FILE, read_run, step_directories, verify_checkpoint
+from mygpt.resume import recorded_recipe
+from mygpt.rundir import MODEL_FILE, STATE_FILE, RunInfo, read_run, step_directories, verify_checkpoint
 
 
 class Verification(NamedTuple):
@@ -24,77 +24,90 @@ class Verification(NamedTuple):
     """Records that were compared."""
     checkpoints: int
     """Checkpoints that were compared."""
-    record: str
+    difference: str
     """The first record that differs; "": none."""
     step: int | None
     """The step of the first checkpoint that differs."""
     tensors: list[Difference]
     """What differs in that checkpoint."""
     changes: list[str]
-    """What is different in versions, processor or threads since the run was made."""
+    """What is different in versions, processor or threads since the run was made, or became so on its way."""
 
     @property
     def identical(self) -> bool:
-        return not (self.record or self.tensors)
+        return not (self.difference or self.tensors)
 
 
 def verify(run: Path, steps: int | None = None) -> Verification:
     """Run the recorded recipe of `run`, or its first `steps` steps, in a temporary directory, and compare.
 
-    With the recorded number of threads; the number of processes is the launcher's.
+    With the recorded number of threads; the number of processes is the launcher's. A run that began after another's
+    checkpoint begins there again.
 
     Raises:
         CheckpointError: there is no run, or nothing recorded of these steps.
         MismatchError: the corpus is not the one that it was trained on.
         InterruptedRunError: a signal asked to stop.
+        NonFiniteError: its numbers break.
     """
     recipe, info = recorded_recipe(run), read_run(run)
     if load_corpus(recipe.data.corpus).sha256 != info.corpus_sha256:
         raise MismatchError(f"{run}: was trained on another text than {recipe.data.corpus} is now")
-    checkpoints = {verify_checkpoint(directory).step: directory for directory in step_directories(run)}
+    begun_after = info.resumed[0].after_step if info.resumed and info.resumed[0].checkpoint else 0
     records = read_records(run)
-    last = max(records[-1].step, *checkpoints) if checkpoints else records[-1].step
+    checkpoints = dict(step_directories(run))
+    last = max(records[-1].step, *checkpoints, begun_after)
     until = min(steps or last, last)
-    checkpoints = {step: directory for step, directory in checkpoints.items() if step <= until}
-    records = [record for record in records if record.step <= until]
+    checkpoints = {step: directory for step, directory in checkpoints.items() if begun_after < step <= until}
+    records = [record for record in records if begun_after < record.step <= until]
     if not records and not checkpoints:
-        raise CheckpointError(f"{run}: nothing is recorded of its first {until} steps; raise --steps")
+        raise CheckpointError(
+            f"{run}: nothing is recorded of its steps from {begun_after + 1} to {until}; raise --steps"
+        )
+    for directory in checkpoints.values():
+        verify_checkpoint(directory)
     with tempfile.TemporaryDirectory(prefix="mygpt-verify-") as folder:
+        output = Path(folder) / "run"
         try:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                again = train(_again(recipe, Path(folder) / "run", info.threads), until=until)
+                train(_again(recipe, info, output), allow_changes=True, until=until)
         except InterruptedRunError as stopped:
             raise InterruptedRunError("stopped before anything was compared", stopped.exit_code) from None
+        except NonFiniteError as broken:
+            raise NonFiniteError(f"running {run} again broke: {str(broken).split(';')[0]}") from None
         if os.environ.get("RANK", "0") != "0":
             return Verification(until, 0, 0, "", None, [], [])
-        changes = [f"{name} {was} -> {now}" for name, (was, now) in changed_environment(info, read_run(again))]
-        changes += [
-            f"the run went on after step {resumed.after_step} with {name} {was} -> {now}"
-            for resumed in info.resumed
-            for name, (was, now) in resumed.changed.items()
-        ]
-        step, tensors, compared = None, [], 0
-        for directory in step_directories(again):
-            theirs = checkpoints.get(int(directory.name.removeprefix("step-")))
-            if theirs is not None:
-                compared += 1
-                tensors = _compare_checkpoints(theirs, directory)
-                if tensors:
-                    step = int(directory.name.removeprefix("step-"))
-                    break
+        again = dict(step_directories(output))
+        common = sorted(checkpoints.keys() & again.keys())
+        step, tensors = None, []
+        for step in common:
+            if tensors := _compare_checkpoints(checkpoints[step], again[step]):
+                break
+        compared = compare_records(records, read_records(output))
         return Verification(
-            until, len(records), compared, first_difference(records, read_records(again)), step, tensors, changes
+            until, compared.steps, len(common), compared.difference, step, tensors, _changes(info, read_run(output))
         )
 
 
-def _again(recipe: Recipe, output: Path, threads: int) -> Recipe:
-    """The recipe with what it resolved to, and everything kept."""
-    runtime = recipe.runtime.model_copy(update={"threads": threads})
-    checkpoint = recipe.checkpoint.model_copy(update={"output": str(output), "keep_last": 0})
-    return recipe.model_copy(update={"runtime": runtime, "checkpoint": checkpoint})
+def _again(recipe: Recipe, info: RunInfo, output: Path) -> Recipe:
+    """The recipe with the number of threads that it had, from where it began, and with every checkpoint kept."""
+    began = info.resumed[0].checkpoint if info.resumed else None
+    runtime = recipe.runtime.model_copy(update={"threads": info.threads})
+    keys = {"output": str(output), "keep_last": 0, "resume": began or "auto"}
+    return recipe.model_copy(update={"runtime": runtime, "checkpoint": recipe.checkpoint.model_copy(update=keys)})
 
 
 def _compare_checkpoints(a: Path, b: Path) -> list[Difference]:
     return [
         difference for name in (MODEL_FILE, STATE_FILE) for difference in compare_files(a / name, b / name).differences
+    ]
+
+
+def _changes(info: RunInfo, now: RunInfo) -> list[str]:
+    was, is_now = info.environment(), now.environment()
+    changes = [f"{name} {was[name]} -> {value}" for name, value in is_now.items() if was.get(name, value) != value]
+    return changes + [
+        f"{name} {old} -> {new}, in the run itself, after step {resumed.after_step}"
+        for resumed in info.resumed
+        for name, (old, new) in resumed.changed.items()
     ]

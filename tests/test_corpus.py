@@ -15,6 +15,7 @@ from mygpt.corpus import load_corpus
 from mygpt.errors import CorpusError, DownloadError
 
 
+@pytest.mark.fault(55, 56)
 def test_text_is_taken_exactly(tmp_path):
     """A byte order mark and carriage returns stay characters, on every system."""
     path = tmp_path / "text.txt"

@@ -1,9 +1,13 @@
 """What only a CUDA device can show."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from mygpt.compare import compare
+from mygpt.errors import NonFiniteError
+from mygpt.failure import replay
 from mygpt.loop import train
 from mygpt.metrics import read_records
 
@@ -31,6 +35,8 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def _restore_determinism():
+    # The compiler gives up on a function that it has compiled for too many runs in one process.
+    torch.compiler.reset()
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -41,7 +47,10 @@ def _restore_determinism():
 def test_cuda_runs_repeat_to_the_last_bit(tiny, tmp_path, precision, compiled):
     """Two runs on one GPU write the same weights, with dropout and in every mode."""
     keys = KEYS | {"precision": precision, "compile": compiled, "dropout": 0.1}
-    runs = [train(tiny(**keys, output=str(tmp_path / name))) for name in "ab"]
+    runs = []
+    for name in "ab":
+        torch.compiler.reset()
+        runs.append(train(tiny(**keys, output=str(tmp_path / name))))
     assert compare(*runs).weights.differences == []
 
 
@@ -65,3 +74,37 @@ def test_compiled_stays_at_the_eager_numbers(tiny, tmp_path):
     runs = [train(tiny(**KEYS | {"compile": c}, output=str(tmp_path / str(c)))) for c in (False, True)]
     for a, b in zip(*map(read_records, runs), strict=True):
         assert b.loss == pytest.approx(a.loss, abs=5e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.*:UserWarning")
+def test_cuda_runs_resume_to_the_last_bit(tiny, tmp_path, precision, compiled):
+    """Stopped in warmup and again later, a run writes the files of one never stopped: dropout draws on the GPU."""
+    keys = KEYS | {"precision": precision, "compile": compiled, "dropout": 0.1, "micro_batch_size": 8, "save_every": 25}
+    whole = train(tiny(**keys, output=str(tmp_path / "whole")))
+    for until in (5, 30, None):
+        torch.compiler.reset()
+        parted = train(tiny(**keys, output=str(tmp_path / "parted")), until=until)
+    for name in ("metrics.jsonl", "step-000060/model.safetensors", "step-000060/state.safetensors"):
+        assert (parted / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_checkpoint_moves_between_cpu_and_cuda(tiny, tmp_path, capsys):
+    """With a warning that the last bits may differ, and the losses to four decimals."""
+    keys = KEYS | {"log_every": 1, "save_every": 30}
+    alone = train(tiny(**keys | {"device": "cpu"}, output=str(tmp_path / "alone")))
+    for device, until in (("cpu", 20), ("cuda", 40), ("cpu", None)):
+        moved = train(tiny(**keys | {"device": device}, output=str(tmp_path / "moved")), until=until)
+    assert "device cpu -> cuda" in capsys.readouterr().err
+    for a, b in zip(read_records(alone), read_records(moved), strict=True):
+        assert b.loss == pytest.approx(a.loss, abs=5e-5)
+
+
+def test_cuda_numbers_that_break_are_found_before_the_update(tiny):
+    """The one wait for the device comes before the optimizer's step."""
+    recipe = tiny(**KEYS | {"lr": 1e30, "warmup": 0, "max_grad_norm": 0.0})
+    with pytest.raises(NonFiniteError, match=r"^step 2: the loss is nan"):
+        train(recipe)
+    found = replay(Path(recipe.checkpoint.output), torch.device("cuda"))
+    assert found.broken

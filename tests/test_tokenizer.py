@@ -41,6 +41,7 @@ def test_ids_take_the_smallest_type(size, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(57)
 def test_a_hundred_megabytes_load_in_seconds(tmp_path):
     """Read, hashed, decoded, encoded and split; beyond torch itself, memory is a small multiple of the text."""
     size = 100_000_000
