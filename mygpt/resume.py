@@ -55,6 +55,8 @@ class _Source(NamedTuple):
 
     run: Path
     checkpoint: Path | None
+    in_place: bool
+    """Whether it is the run itself that goes on."""
 
 
 def find_start(
@@ -84,7 +86,7 @@ def find_start(
     source = _find_source(run, recipe.checkpoint.resume, overwrite, warn)
     if source is None:
         return Start(None, 0, False, overwrite, recipe, info)
-    in_place = source.run == run
+    in_place = source.in_place
     if not in_place and source.run.resolve() == run.resolve():
         raise CheckpointError(
             f"resume: {recipe.checkpoint.resume} is in the run that --overwrite would remove; choose another --output"
@@ -148,7 +150,7 @@ def _find_source(run: Path, resume: str, overwrite: bool, warn: Warn) -> _Source
                 f"output: {run} already holds a run, and resume is {resume!r}; choose another --output, replace it "
                 'with --overwrite, or continue it with --resume "auto"'
             )
-        source = _Source(run, newest_checkpoint(run, warn))
+        source = _Source(run, newest_checkpoint(run, warn), True)
         begun = read_run(run).resumed
         if source.checkpoint is None and begun and begun[0].checkpoint:
             # It began after another run's checkpoint, and was killed before it had one of its own.
@@ -164,7 +166,7 @@ def _named_source(path: Path, warn: Warn) -> _Source:
             checkpoint = newest_checkpoint(path, warn)
             if checkpoint is None:
                 raise CheckpointError(f"resume: {path} has no checkpoint yet")
-            return _Source(path, checkpoint)
+            return _Source(path, checkpoint, False)
         directory = path.resolve()
         is_in_run = (directory.parent / RUN_FILE).exists() and directory.is_dir()
     except (OSError, ValueError) as error:
@@ -172,7 +174,7 @@ def _named_source(path: Path, warn: Warn) -> _Source:
     if not is_in_run:
         raise CheckpointError(f'resume: got {str(path)!r}, expected "auto", "never", or a run or step directory')
     verify_checkpoint(directory)
-    return _Source(directory.parent, directory)
+    return _Source(directory.parent, directory, False)
 
 
 def newest_checkpoint(run: Path, warn: Warn) -> Path | None:

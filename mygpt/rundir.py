@@ -253,7 +253,7 @@ def create_run(run: Path, recipe: Recipe, info: RunInfo, *, overwrite: bool, aft
         DamagedCheckpointError: the disk refused it.
     """
     with _naming_disk(run):
-        if not overwrite and (step_directories(run) or os.path.lexists(run / RECIPE_FILE)):
+        if not overwrite and step_directories(run):
             raise CheckpointError(f"output: {run} already holds a run; choose another --output, or --overwrite it")
         # In an order in which a kill leaves the old run with fewer checkpoints, or the new one without its recipe.toml,
         # which is made then: run.json, which marks the directory as a run, is always there, recipe.toml comes last.

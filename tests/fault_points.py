@@ -37,6 +37,9 @@ EVERYTHING = [
 ]
 
 
+ARGUMENTS = ("text.txt", *EVERYTHING)
+
+
 def start(arguments, folder, point=None, count=1):
     """Start `mygpt train ARGUMENTS` in `folder`, to be killed at the `count`-th time that `point` is reached."""
     process = _server().Process(target=_run, args=([str(argument) for argument in arguments], folder, point, count))
@@ -221,4 +224,4 @@ POINTS = {
     "forget-rate": _forget_rate,
 }
 
-__all__ = ["EVERYTHING", "FLAGS", "POINTS", "contents", "run", "start"]
+__all__ = ["ARGUMENTS", "EVERYTHING", "FLAGS", "POINTS", "contents", "run", "start"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, run_process
-from fault_points import EVERYTHING, FLAGS, contents, run, start
+from fault_points import ARGUMENTS, EVERYTHING, FLAGS, contents, run, start
 from safetensors.torch import load_file, save_file
 
 from mygpt.checkpoint import load_checkpoint
@@ -61,9 +61,6 @@ def assert_undisturbed(place, quiet_place):
     """The run directory and what was printed are those of the run that was never disturbed."""
     assert contents(place / "run") == contents(quiet_place / "run")
     assert (place / "out").read_text() == (quiet_place / "out").read_text()
-
-
-ARGUMENTS = ("text.txt", *EVERYTHING)
 
 
 # ---- 1 to 12: killed

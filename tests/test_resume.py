@@ -1,0 +1,179 @@
+"""Where a run begins: continued, branched off, replaced; what is kept of its checkpoints."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from fault_points import ARGUMENTS, contents
+from fault_points import run as run_process
+
+from mygpt.checkpoint import load_checkpoint
+from mygpt.errors import CheckpointError, RecipeError
+from mygpt.loop import train
+from mygpt.metrics import read_records
+from mygpt.resume import find_start
+from mygpt.rundir import read_run
+
+
+def steps_of(run) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in run.glob("step-*"))
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tiny):
+    """`keep_last` counts those of `save_every`; the best is kept beside them, and only while it is the best."""
+    run = train(tiny(steps=12, save_every=2, keep_last=2, val_split=0.2, val_every=3, save_best=True, lr=1e-2))
+    losses = {record.step: record.val for record in read_records(run) if record.val is not None}
+    best = min(losses, key=losses.get)
+    assert (run / "best").read_text() == f"step-{best:06d}\n"
+    assert steps_of(run) == sorted({10, 12, best})
+    assert load_checkpoint(run).step == 12
+    assert load_checkpoint(run / f"step-{best:06d}").step == best
+
+
+def test_all_checkpoints_are_kept_unless_told(tiny):
+    """Without keep_last nothing that was asked for is removed, also by training on."""
+    run = train(tiny(save_every=2))
+    train(tiny(save_every=3, steps=9))
+    assert steps_of(run) == [2, 4, 6, 9]
+    assert not (run / "best").exists()
+
+
+def test_pruning_removes_only_what_is_whole_and_ours(tiny, capsys):
+    """A directory that merely has the name of a step, or holds something else, stays."""
+    run = train(tiny(save_every=2), until=4)
+    (run / "step-000001").mkdir()
+    (run / "step-000001" / "thesis.txt").write_text("precious")
+    (run / "step-000002" / "notes.txt").write_text("precious")
+    train(tiny(save_every=2, keep_last=1))
+    assert steps_of(run) == [1, 2, 6]
+    assert (
+        (run / "step-000001" / "thesis.txt").read_text()
+        == (run / "step-000002" / "notes.txt").read_text()
+        == "precious"
+    )
+
+
+@pytest.mark.parametrize("point", ["run", "step"])
+def test_a_branch_goes_on_as_its_source_would(tiny, tmp_path, point):
+    """A new run after another's checkpoint has its records, and ends with its bytes; the source stays as it is."""
+    keys = {"save_every": 2, "dropout": 0.1, "val_split": 0.2, "val_every": 2}
+    whole = train(tiny(**keys, output=str(tmp_path / "whole")))
+    source = train(tiny(**keys, output=str(tmp_path / "source")), until=4)
+    before = contents(source)
+    path = source if point == "run" else source / "step-000004"
+    branch = train(tiny(**keys, output=str(tmp_path / "branch"), resume=str(path)))
+    assert contents(source) == before
+    ours, theirs = contents(branch), contents(whole)
+    for name in ("metrics.jsonl", "step-000006/model.safetensors", "step-000006/state.safetensors"):
+        assert ours[name] == theirs[name]
+    assert steps_of(branch) == [6]
+    (begun,) = read_run(branch).resumed
+    assert (begun.after_step, Path(begun.checkpoint)) == (4, source / "step-000004")
+
+
+def test_a_branch_that_is_killed_early_starts_where_it_began(tmp_path, text_file):
+    """Also when the source has gone on since; and while its directory was being made."""
+    (tmp_path / "text.txt").write_bytes(text_file.read_bytes())
+    source = (*ARGUMENTS, "--keep-last", 0, "--output", "source")
+    assert run_process(source, tmp_path, "before-step", 6) == -9
+    assert steps_of(tmp_path / "source") == [3, 4]
+    branch = (*ARGUMENTS, "--resume", "source", "--output")
+    assert run_process((*branch, "quiet"), tmp_path) == 0
+    for point in ("made-run.json", "copying-records", "made-recipe", "before-step"):
+        assert run_process((*branch, "killed"), tmp_path, point) == -9
+    assert run_process(source, tmp_path) == 0
+    assert run_process((*branch, "killed"), tmp_path) == 0
+    for name in ("metrics.jsonl", "latest", "best", "step-000012/model.safetensors", "step-000012/state.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes(), name
+    best = (tmp_path / "quiet" / "best").read_text().strip()
+    assert (tmp_path / "quiet" / best).is_dir()
+
+
+def test_a_branch_that_makes_no_sense_is_a_mistake(tiny, tmp_path):
+    """From nothing, from a finished run, from the run that it would replace; nothing is created or removed."""
+    run = train(tiny(save_every=2))
+    before = contents(run)
+    for resume, output, message in (
+        ("nowhere", "new", r'resume: got .*nowhere\', expected "auto", "never", or a run or step directory'),
+        ("a\0b", "new", "resume: got"),
+        (str(run / "run.json"), "new", "resume: got"),
+        (str(run), "new", "steps: got 6, expected more than 6"),
+        (str(run / "step-000002"), "run", "is in the run that --overwrite would remove"),
+    ):
+        with pytest.raises((CheckpointError, RecipeError), match=message) as caught:
+            train(tiny(save_every=2, resume=resume, output=str(tmp_path / output)), overwrite=output == "run")
+        assert caught.value.exit_code == 2
+    assert contents(run) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_restart_continues_what_overwrite_began(tiny, monkeypatch):
+    """A launcher that runs the same command again does not begin anew each time; another run is replaced still."""
+    run = train(tiny(steps=8, save_every=2), until=2)
+    recipe, notes = tiny(save_every=2), []
+    start = find_start(recipe, read_run(run), "", overwrite=True, is_restart=True, warn=notes.append)
+    assert (start.checkpoint, start.overwrite) == (None, True)
+    train(recipe, overwrite=True, until=4)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(recipe, overwrite=True)
+    assert [json.loads(line)["step"] for line in (run / "timing.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert read_run(run).resumed == ()
+
+
+def test_a_run_is_removed_only_when_told(tiny, tmp_path):
+    """Also where run.json is a link to nothing, which looks as if there were none."""
+    run = train(tiny(save_every=2))
+    (run / "run.json").unlink()
+    (run / "run.json").symlink_to(tmp_path / "nothing")
+    before = contents(run)
+    with pytest.raises(CheckpointError, match=r"run\.json: cannot be read"):
+        train(tiny(save_every=2))
+    assert contents(run) == before
+
+
+def test_damaged_records_are_kept_aside(tiny, capsys):
+    """A line in the middle that is no record: the run goes on, and the file that it replaces is not lost."""
+    run = train(tiny(save_every=2), until=4)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([lines[0], "scribble\n", *lines[2:]]))
+    train(tiny(save_every=2))
+    assert "line 2 is no record; the file is kept as" in capsys.readouterr().err
+    assert "scribble" in (run / "damaged-metrics.jsonl-1").read_text()
+    assert [record.step for record in read_records(run)] == [1, 5, 6]
+
+
+def test_changes_that_were_allowed_are_on_record(tiny, tmp_path):
+    """run.json says which keys were changed after which step, and allowing them once is enough."""
+    run = train(tiny(save_every=2), until=2)
+    train(tiny(save_every=2, lr=1e-4), allow_changes=True, until=4)
+    train(tiny(save_every=2, lr=1e-4))
+    (resumed,) = read_run(run).resumed
+    assert (resumed.after_step, resumed.changed) == (2, {"lr": (0.001, 0.0001)})
+
+
+def test_a_complete_run_is_left_as_it_is(tiny, capsys):
+    """The same command prints the same lines; another number of threads computes nothing and changes nothing."""
+    run = train(tiny(save_every=2))
+    printed, before = capsys.readouterr().out, contents(run)
+    for keys in ({}, {"threads": 2}):
+        train(tiny(save_every=2, **keys))
+        captured = capsys.readouterr()
+        assert captured.out == printed
+        assert "is complete" in captured.err
+        assert "last bits" not in captured.err
+        assert contents(run) == before
+
+
+def test_keys_of_evaluations_that_never_run_may_change(tiny):
+    """And those of evaluations that draw nothing from the training batches."""
+    run = train(tiny(save_every=2), until=2)
+    train(tiny(save_every=2, eval_batches=3, sampling="full"), until=4)
+    assert steps_of(run) == [2, 4]
+
+
+def test_more_steps_after_an_evaluation_out_of_turn_are_told(tiny, capsys):
+    """The held-out loss at the last step draws from the shared stream; a longer run would not have had it there."""
+    train(tiny(val_split=0.2, val_every=4))
+    train(tiny(val_split=0.2, val_every=4, steps=8))
+    assert re.search(r"steps 6 -> 8: the held-out loss at step 6, then the last, drew from", capsys.readouterr().err)
