@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mygpt.errors import DamagedCheckpointError, NonFiniteError
+from mygpt.metadata import FileEntry, Manifest, ModelMetadata, Reason, StateMetadata, TokenizerMetadata
 from mygpt.model import GPT
 from mygpt.recipe import ModelTable
 from mygpt.rundir import (
@@ -24,12 +25,6 @@ from mygpt.rundir import (
     METRICS_FILE,
     MODEL_FILE,
     STATE_FILE,
-    FileEntry,
-    Manifest,
-    ModelMetadata,
-    Reason,
-    StateMetadata,
-    TokenizerMetadata,
     file_sha256,
     find_model_file,
     point_to,

@@ -9,8 +9,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from mygpt.errors import DamagedCheckpointError
+from mygpt.metadata import ModelMetadata
 from mygpt.metrics import Record, read_records
-from mygpt.rundir import RUN_FILE, STATE_FILE, ModelMetadata, find_model_file, read_metadata
+from mygpt.rundir import RUN_FILE, STATE_FILE, find_model_file, read_metadata
 
 
 class Difference(NamedTuple):

@@ -11,17 +11,10 @@ from torch.nn.utils import get_total_norm
 from mygpt.checkpoint import TrainingState, model_metadata, read_tensors, read_weights, write_checkpoint
 from mygpt.data import Dataset, draw_starts
 from mygpt.errors import CheckpointError, DamagedCheckpointError
+from mygpt.metadata import Manifest
 from mygpt.model import GPT
 from mygpt.recipe import Count, Table
-from mygpt.rundir import (
-    FAILED_NAME,
-    MODEL_FILE,
-    STATE_FILE,
-    Manifest,
-    read_metadata,
-    remove,
-    verify_checkpoint,
-)
+from mygpt.rundir import FAILED_NAME, MODEL_FILE, STATE_FILE, read_metadata, remove, verify_checkpoint
 from mygpt.runtime import make_deterministic, set_dropout_generator_state
 from mygpt.state import dropout_name
 from mygpt.tokenizer import CharTokenizer

@@ -30,12 +30,13 @@ from mygpt.errors import (
 )
 from mygpt.evaluate import held_out_loss
 from mygpt.failure import record_failure
+from mygpt.metadata import Best, Reason, RunInfo
 from mygpt.metrics import Reporter, due, header_lines, is_printed
 from mygpt.model import GPT
 from mygpt.optim import build_optimizer, build_scheduler
 from mygpt.recipe import Recipe, RuntimeTable, TrainTable, check_recipe
 from mygpt.resume import Start, begin_run, find_start
-from mygpt.rundir import METRICS_FILE, Best, Reason, RunInfo, check_output, locked, step_directory
+from mygpt.rundir import METRICS_FILE, check_output, locked, step_directory
 from mygpt.runtime import (
     check_processes,
     describe_environment,

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError, RecipeError
+from mygpt.metadata import Resumed, RunInfo
 from mygpt.recipe import TABLE_OF_KEY, CheckpointTable, Recipe, load_recipe
 from mygpt.rundir import (
     MODEL_FILE,
     RECIPE_FILE,
     RUN_FILE,
     STATE_FILE,
-    Resumed,
-    RunInfo,
     create_run,
     read_metadata,
     read_run,

@@ -9,7 +9,6 @@ import errno
 import fcntl
 import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -17,13 +16,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError, NewerFormatError
-from mygpt.recipe import ModelTable, Recipe, Table
+from mygpt.metadata import M, Manifest, ModelMetadata, RunInfo, StateMetadata, parse_metadata
+from mygpt.recipe import Recipe
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
@@ -38,9 +37,6 @@ BEST_FILE = "best"
 METADATA_KEY = "mygpt"
 """The only key: safetensors writes two or more in random order, and the file's bytes should be repeatable."""
 
-FORMAT: Final = 1
-"""Of checkpoints: raised when an older mygpt could not read a newer one's."""
-
 STEP_NAME = re.compile(r"step-(\d{6,})")
 FAILED_NAME = re.compile(r"failed-step-(\d{6,})")
 TEMPORARY_NAME = re.compile(r"\.tmp-(step-\d{6,}|failed-step-\d{6,}|old-.*|[a-z]+(\.[a-z]+)?)")
@@ -50,122 +46,6 @@ RUN_ENTRY = re.compile(
     rf"recipe\.toml|run\.json|metrics\.jsonl|timing\.jsonl|latest|best"
     rf"|{STEP_NAME.pattern}|{FAILED_NAME.pattern}|{TEMPORARY_NAME.pattern}"
 )
-
-
-class TokenizerMetadata(Table):
-    """What a tokenizer is made again from."""
-
-    type: Literal["char"] = "char"
-    vocab: Annotated[str, Field(min_length=1)]
-
-
-class _Metadata(Table):
-    """What mygpt writes of a file's content as canonical JSON: the same content is always the same text."""
-
-    format: Literal[1] = FORMAT
-    step: Annotated[int, Field(ge=0)]
-    """The optimizer step after which it was saved."""
-
-    def to_json(self) -> str:
-        return json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
-
-
-class ModelMetadata(_Metadata):
-    """What a model file says of itself, beside its weights."""
-
-    model: ModelTable
-    tokenizer: TokenizerMetadata
-
-
-class Best(Table):
-    """The evaluation with the lowest held-out loss."""
-
-    step: Annotated[int, Field(ge=1)]
-    val: float
-
-
-class StateMetadata(_Metadata):
-    """What a state file says of itself, beside optimizer moments and generator states."""
-
-    processes: Annotated[int, Field(ge=1)]
-    best: Best | None = None
-    """Only with `save_best`."""
-
-    @property
-    def best_step(self) -> int | None:
-        return self.best.step if self.best else None
-
-
-class FileEntry(Table):
-    """What a manifest says of one file."""
-
-    bytes: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-Reason = Literal["scheduled", "best", "interrupted", "failed"]
-
-
-class Manifest(_Metadata):
-    """What a step directory must hold to be whole."""
-
-    reason: Reason
-    """Why it was saved: by `save_every` or as the last step; as the best so far; by a signal; before a step that
-    broke. Those of "best" and "interrupted" go when they are superseded."""
-    files: dict[Literal["model.safetensors", "state.safetensors"], FileEntry]
-
-
-class Resumed(Table):
-    """That a run went on after a checkpoint, and what was different from then on."""
-
-    after_step: Annotated[int, Field(ge=0)]
-    checkpoint: str | None = None
-    """The step directory of another run from which this one began; None: its own."""
-    changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
-    """Old and new value by name."""
-
-
-class RunInfo(Table):
-    """run.json: what, beside the recipe, the bits of a run depend on, and where it came from."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    versions: dict[str, str]
-    platform: str
-    cpu: str
-    cpu_capability: str
-    accelerator: str | None
-    git_commit: str | None
-    command: tuple[str, ...]
-    device: str
-    compile: bool
-    threads: int
-    processes: int
-    micro_batch_size: int
-    """Windows per forward pass on one process."""
-    corpus_sha256: str
-    resumed: tuple[Resumed, ...] = ()
-
-    def environment(self) -> dict[str, Any]:
-        """What the last bits of a result depend on, by name."""
-        names = (
-            *("cpu", "cpu_capability", "accelerator", "git_commit"),
-            *("device", "compile", "threads", "processes", "micro_batch_size"),
-        )
-        return {**self.versions, **{name: getattr(self, name) for name in names}}
-
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=2, exclude=None if self.resumed else {"resumed"}) + "\n"
-
-    def effective(self, *names: str) -> dict[str, Any]:
-        """The values of these names when the run last went on."""
-        values = {**self.environment(), "corpus_sha256": self.corpus_sha256}
-        for resumed in self.resumed:
-            values |= {name: value for name, (_, value) in resumed.changed.items()}
-        return {name: values[name] for name in names if name in values}
-
-
-_M = TypeVar("_M", bound=_Metadata)
 
 
 # ---- making a run
@@ -325,7 +205,7 @@ def read_manifest(directory: Path, prefix: str = "step-") -> Manifest:
         text = _regular(path).read_bytes()
     except OSError as error:
         raise DamagedCheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    manifest = _parse_metadata(Manifest, text, path)
+    manifest = parse_metadata(Manifest, text, path)
     if directory.name != f"{prefix}{manifest.step:06d}" or set(manifest.files) != {MODEL_FILE, STATE_FILE}:
         raise DamagedCheckpointError(f"{path}: damaged: it is not the manifest of {directory.name}")
     return manifest
@@ -410,26 +290,13 @@ def read_state_metadata(file: Path) -> StateMetadata:
     return _read_metadata(file, StateMetadata)
 
 
-def _read_metadata(file: Path, kind: type[_M]) -> _M:
+def _read_metadata(file: Path, kind: type[M]) -> M:
     try:
         with safe_open(file, framework="numpy") as tensors:
             text = (tensors.metadata() or {})[METADATA_KEY]
     except (OSError, SafetensorError, KeyError) as error:
         raise DamagedCheckpointError(f"{file}: not a file that mygpt saved, or damaged ({error})") from None
-    return _parse_metadata(kind, text, file)
-
-
-def _parse_metadata(kind: type[_M], text: str | bytes, file: Path) -> _M:
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        problem = error.errors()[0]
-    where = ".".join(map(str, problem["loc"]))
-    if where == "format" and isinstance(problem["input"], int) and problem["input"] > FORMAT:
-        raise NewerFormatError(
-            f"{file}: of format {problem['input']}, and this mygpt reads up to {FORMAT}; use a newer mygpt"
-        )
-    raise DamagedCheckpointError(f"{file}: damaged: metadata {where}: {problem['msg']}")
+    return parse_metadata(kind, text, file)
 
 
 # ---- keeping a run tidy

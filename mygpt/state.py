@@ -16,8 +16,9 @@ from mygpt.checkpoint import (
 )
 from mygpt.data import BatchStream
 from mygpt.errors import DamagedCheckpointError
+from mygpt.metadata import Best, StateMetadata
 from mygpt.model import GPT
-from mygpt.rundir import MODEL_FILE, STATE_FILE, Best, StateMetadata
+from mygpt.rundir import MODEL_FILE, STATE_FILE
 from mygpt.runtime import dropout_generator_state, set_dropout_generator_state
 
 

@@ -10,10 +10,11 @@ from mygpt.compare import Difference, compare_files, compare_records
 from mygpt.corpus import load_corpus
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, NonFiniteError
 from mygpt.loop import train
+from mygpt.metadata import RunInfo
 from mygpt.metrics import read_records
 from mygpt.recipe import Recipe
 from mygpt.resume import recorded_recipe
-from mygpt.rundir import MODEL_FILE, STATE_FILE, RunInfo, read_run, step_directories, verify_checkpoint
+from mygpt.rundir import MODEL_FILE, STATE_FILE, read_run, step_directories, verify_checkpoint
 
 
 class Verification(NamedTuple):

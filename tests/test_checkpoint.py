@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from mygpt.checkpoint import Saver, TrainingState, load_checkpoint, optimizer_tensors
 from mygpt.compare import compare, table
 from mygpt.errors import CheckpointError, DamagedCheckpointError, NewerFormatError
+from mygpt.metadata import StateMetadata
 from mygpt.model import GPT
 from mygpt.optim import build_optimizer
 from mygpt.recipe import ModelTable, OptimizerTable
-from mygpt.rundir import METADATA_KEY, StateMetadata, find_model_file, read_metadata
+from mygpt.rundir import METADATA_KEY, find_model_file, read_metadata
 from mygpt.tokenizer import CharTokenizer
 
 TABLE = ModelTable(embed_dim=8, num_heads=2, num_layers=1, max_seq_len=4)

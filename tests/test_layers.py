@@ -21,6 +21,7 @@ ORDER = [
     "optim",
     "runtime",
     "evaluate",
+    "metadata",
     "rundir",
     "checkpoint",
     "state",
