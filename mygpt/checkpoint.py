@@ -208,7 +208,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     file = find_model_file(Path(path))
     if (file.parent / MANIFEST_FILE).exists() or file != Path(path):
-        verify_file(file, read_manifest(file.parent))
+        verify_file(file, read_manifest(file.parent, prefix=None))
     metadata = read_metadata(file)
     tokenizer = CharTokenizer(metadata.tokenizer.vocab)
     weights = read_weights(file, metadata.model, tokenizer.vocab_size)

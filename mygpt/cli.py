@@ -167,8 +167,9 @@ def _compare(arguments: list[str]) -> int:
             print(f"{what}different: {len(parts.differences)} of {parts.tensors} tensors ({steps})")
             print("\n".join([*([] if what else result.settings), *table(parts.differences)]))
     if result.records is not None:
-        count, difference = result.records
-        print(f"metrics different: {difference}" if difference else f"metrics identical: {count} common records")
+        count, (count_a, count_b), difference = result.records
+        of = "" if count == count_a == count_b else f", common of {count_a} and {count_b}"
+        print(f"metrics different: {difference}" if difference else f"metrics identical: {count} records{of}")
     return 0 if result.identical else 1
 
 

@@ -39,6 +39,8 @@ class RecordsCompared(NamedTuple):
 
     steps: int
     """Steps that both have recorded."""
+    totals: tuple[int, int]
+    """Records of each."""
     difference: str
     """The first of these that is not the same, and how; "": none."""
 
@@ -113,12 +115,13 @@ def compare_files(a: Path, b: Path) -> Parts:
 def compare_records(records_a: list[Record], records_b: list[Record]) -> RecordsCompared:
     """Compare what two runs have recorded of the same steps. How often they record does not count."""
     other = {record.step: record for record in records_b}
+    totals = len(records_a), len(records_b)
     common = [(record, other[record.step]) for record in records_a if record.step in other]
     for a, b in common:
         for (name, value_a), (_, value_b) in zip(a, b, strict=True):
             if value_a != value_b and None not in (value_a, value_b):
-                return RecordsCompared(len(common), f"step {a.step}: {name} {value_a} against {value_b}")
-    return RecordsCompared(len(common), "")
+                return RecordsCompared(len(common), totals, f"step {a.step}: {name} {value_a} against {value_b}")
+    return RecordsCompared(len(common), totals, "")
 
 
 def table(differences: list[Difference]) -> Iterator[str]:

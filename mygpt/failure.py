@@ -189,8 +189,8 @@ def _count(values: torch.Tensor) -> str:
 
 
 def _find_failed(path: Path) -> Path:
-    if FAILED_NAME.fullmatch(path.name):
-        return path
+    if FAILED_NAME.fullmatch(path.resolve().name):
+        return path.resolve()
     try:
         found = [(int(match[1]), entry) for entry in path.iterdir() if (match := FAILED_NAME.fullmatch(entry.name))]
     except OSError as error:

@@ -105,10 +105,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
                 allow_changes=allow_changes,
                 warn=_note,
             )
-        return _train(accelerator, start, dataset, micro_batch_size, until or recipe.train.steps)
+        return _train(accelerator, start, dataset, micro_batch_size, until)
 
 
-def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch_size: int, until: int) -> Path:
+def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch_size: int, until: int | None) -> Path:
     """The main job: build the parts, then step, evaluate, report, save."""
     recipe, is_main = start.recipe, accelerator.is_main_process
     steps, run = recipe.train.steps, Path(recipe.checkpoint.output)
@@ -146,7 +146,7 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
         Saver(run, recipe.model, dataset.tokenizer, recipe.checkpoint.keep_last) as saver,
         stop_on_signal() as stop,
     ):
-        while step < min(steps, until) and not (update and update.stop):
+        while step < min(steps, until or steps) and not (update and update.stop):
             step += 1
             before = generator_states(accelerator.device, stream)
             lr = scheduler.get_last_lr()[0]
@@ -204,7 +204,7 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
             f"stopped by {number.name}; saved {step_directory(run, step)}, and the same command continues",
             exit_code=128 + number,
         )
-    if is_main:
+    if is_main and until is None:
         _note(
             f"saved {run}"
             if update

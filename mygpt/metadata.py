@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 
 from mygpt.errors import DamagedCheckpointError, NewerFormatError
-from mygpt.recipe import ModelTable, Table
+from mygpt.recipe import Count, ModelTable, Table
 
 FORMAT: Final = 1
 """Of checkpoints: raised when an older mygpt could not read a newer one's."""
@@ -81,7 +81,9 @@ class Resumed(Table):
 
     after_step: Annotated[int, Field(ge=0)]
     checkpoint: str | None = None
-    """The step directory of another run from which this one began; None: its own."""
+    """The step directory of another run after which this one began, absolute; None: its own."""
+    manifest_sha256: str | None = None
+    """Of that step directory's manifest.json, and so of all that is in it."""
     changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
     """Old and new value by name."""
 
@@ -100,9 +102,9 @@ class RunInfo(Table):
     command: tuple[str, ...]
     device: str
     compile: bool
-    threads: int
-    processes: int
-    micro_batch_size: int
+    threads: Annotated[int, Field(ge=1, le=1024)]
+    processes: Count
+    micro_batch_size: Count
     """Windows per forward pass on one process."""
     corpus_sha256: str
     resumed: tuple[Resumed, ...] = ()

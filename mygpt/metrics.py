@@ -56,12 +56,21 @@ class Reporter:
         self._is_main = is_main
         self._tokens_per_step = recipe.train.batch_size * recipe.train.seq_len
         self._files: list[tuple[Path, TextIO]] = []
+        self._tokens_before = 0
         elapsed = 0.0
         if is_main:
-            for record in rewind(run / METRICS_FILE, Record, step):
+            is_complete = step >= recipe.train.steps
+            records = rewind(run / METRICS_FILE, Record, step, cut=not is_complete)
+            for record in records:
                 if is_printed(record.step, recipe, evaluated=record.val is not None):
                     print(step_line(record, recipe))
-            timings = rewind(run / TIMING_FILE, Timing, step)
+            last = records[-1] if records else None
+            if step - (last.step if last else 0) >= recipe.train.log_every:
+                told = f"its last record is of step {last.step}" if last else "it has no record"
+                print(f"{run / METRICS_FILE}: {told}, and the checkpoint is of step {step}", file=sys.stderr)
+            # Not 0 only after another batch size.
+            self._tokens_before = last.tokens - last.step * self._tokens_per_step if last else 0
+            timings = rewind(run / TIMING_FILE, Timing, step, cut=not is_complete)
             elapsed = timings[-1].elapsed_seconds if timings else 0.0
             self._files = [(path, path.open("a", encoding="utf-8")) for path in (run / METRICS_FILE, run / TIMING_FILE)]
             sys.stdout.flush()
@@ -125,7 +134,7 @@ class Reporter:
             grad_norm=grad_norm,
             val=val,
             val_stderr=val_stderr,
-            tokens=step * self._tokens_per_step,
+            tokens=self._tokens_before + step * self._tokens_per_step,
         )
         timing = Timing(
             step=step,
@@ -172,8 +181,8 @@ def read_records(run: Path) -> list[Record]:
 _Line = TypeVar("_Line", Record, Timing)
 
 
-def rewind(path: Path, kind: type[_Line], step: int) -> list[_Line]:
-    """Cut a file of records off after `step`, or where a line is no record; returns what it keeps.
+def rewind(path: Path, kind: type[_Line], step: int, *, cut: bool = True) -> list[_Line]:
+    """The records up to `step`, or to a line that is none; `cut` the file off there.
 
     Raises:
         DamagedCheckpointError: the disk refused it.
@@ -181,14 +190,14 @@ def rewind(path: Path, kind: type[_Line], step: int) -> list[_Line]:
     kept: list[_Line] = []
     size = 0
     try:
-        if path.is_symlink():
+        if cut and path.is_symlink():
             path.unlink()  # what is appended is to stay in the run directory
         if path.exists():
             for line in path.read_bytes().splitlines(keepends=True):
                 try:
                     record = kind.model_validate_json(line)
                 except ValidationError:
-                    if line.endswith(b"\n"):  # a killed run leaves no whole line that is wrong
+                    if cut and line.endswith(b"\n"):  # a killed run leaves no whole line that is wrong
                         aside = set_aside(path, copy=True)
                         print(
                             f"{path}: line {len(kept) + 1} is no record; the file is kept as {aside}", file=sys.stderr
@@ -198,7 +207,8 @@ def rewind(path: Path, kind: type[_Line], step: int) -> list[_Line]:
                     break
                 kept.append(record)
                 size += len(line)
-            os.truncate(path, size)
+            if cut:
+                os.truncate(path, size)
     except OSError as error:
         raise DamagedCheckpointError(f"{path}: cannot be continued: {error.strerror}") from None
     return kept

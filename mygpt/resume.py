@@ -9,11 +9,14 @@ from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError,
 from mygpt.metadata import Resumed, RunInfo
 from mygpt.recipe import TABLE_OF_KEY, CheckpointTable, Recipe, load_recipe
 from mygpt.rundir import (
+    FAILED_NAME,
+    MANIFEST_FILE,
     MODEL_FILE,
     RECIPE_FILE,
     RUN_FILE,
     STATE_FILE,
     create_run,
+    file_sha256,
     read_metadata,
     read_run,
     read_state_metadata,
@@ -102,7 +105,12 @@ def find_start(
         changed["steps"] = (old.train.steps, recipe.train.steps)
         _tell_steps(old, recipe, step, warn)
     if not in_place:
-        begun = Resumed(after_step=step, checkpoint=str(source.checkpoint), changed=changed)
+        begun = Resumed(
+            after_step=step,
+            checkpoint=str(source.checkpoint),
+            manifest_sha256=file_sha256(source.checkpoint / MANIFEST_FILE),
+            changed=changed,
+        )
         return Start(source.checkpoint, step, False, overwrite, recipe, info.model_copy(update={"resumed": (begun,)}))
     # run.json says what was different when the run went on; a run that was killed and continued says nothing.
     resumed = (*before.resumed, *([Resumed(after_step=step, changed=changed)] if changed and not complete else []))
@@ -123,7 +131,8 @@ def begin_run(start: Start) -> None:
     if not start.in_place:
         create_run(run, start.recipe, start.info, overwrite=start.overwrite, after=start.checkpoint)
         return
-    if start.step < start.recipe.train.steps:
+    steps = start.recipe.train.steps
+    if start.step < steps or recorded_recipe(run).train.steps != steps:
         record_run(run, start.recipe, start.info)
     best = None
     if start.checkpoint is not None:
@@ -153,27 +162,45 @@ def _find_source(run: Path, resume: str, overwrite: bool, warn: Warn) -> _Source
         begun = read_run(run).resumed
         if source.checkpoint is None and begun and begun[0].checkpoint:
             # It began after another run's checkpoint, and was killed before it had one of its own.
-            return _named_source(Path(begun[0].checkpoint), warn)
+            return _named_source(origin(run, begun[0]), warn)
         return source
     return None if resume in ("auto", "never") else _named_source(Path(resume), warn)
+
+
+def origin(run: Path, begun: Resumed) -> Path:
+    """The step directory of another run after which `run` began.
+
+    Raises:
+        MismatchError: it is gone, or is another now.
+    """
+    path = Path(begun.checkpoint or "")
+    try:
+        found = file_sha256(path / MANIFEST_FILE)
+    except (OSError, ValueError):
+        found = None
+    if found != begun.manifest_sha256:
+        raise MismatchError(f"{path}: the checkpoint after which {run} began is {'another now' if found else 'gone'}")
+    return path
 
 
 def _named_source(path: Path, warn: Warn) -> _Source:
     """The run and the checkpoint that a user means by the path of either."""
     try:
+        path = path.resolve()
+        if FAILED_NAME.fullmatch(path.name):
+            raise CheckpointError(f"resume: {path} is the record of a step that failed; name a step directory")
         if (path / RUN_FILE).exists():
             checkpoint = newest_checkpoint(path, warn)
             if checkpoint is None:
                 raise CheckpointError(f"resume: {path} has no checkpoint yet")
             return _Source(path, checkpoint, False)
-        directory = path.resolve()
-        is_in_run = (directory.parent / RUN_FILE).exists() and directory.is_dir()
+        is_in_run = (path.parent / RUN_FILE).exists() and path.is_dir()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"resume: got {str(path)!r}: {error}") from None
     if not is_in_run:
         raise CheckpointError(f'resume: got {str(path)!r}, expected "auto", "never", or a run or step directory')
-    verify_checkpoint(directory)
-    return _Source(directory.parent, directory, False)
+    verify_checkpoint(path)
+    return _Source(path.parent, path, False)
 
 
 def newest_checkpoint(run: Path, warn: Warn) -> Path | None:

@@ -134,7 +134,10 @@ def create_run(run: Path, recipe: Recipe, info: RunInfo, *, overwrite: bool, aft
     """
     with _naming_disk(run):
         if not overwrite and step_directories(run):
-            raise CheckpointError(f"output: {run} already holds a run; choose another --output, or --overwrite it")
+            raise CheckpointError(
+                f"output: {run} holds checkpoints but no {RECIPE_FILE}; restore it, choose another --output, or "
+                "--overwrite the run"
+            )
         # In an order in which a kill leaves the old run with fewer checkpoints, or the new one without its recipe.toml,
         # which is made then: run.json, which marks the directory as a run, is always there, recipe.toml comes last.
         for _, directory in reversed(step_directories(run)):
@@ -191,14 +194,14 @@ def step_directories(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for path in run.iterdir() if (match := STEP_NAME.fullmatch(path.name)))
 
 
-def read_manifest(directory: Path, prefix: str = "step-") -> Manifest:
-    """The manifest of a step directory, whose name is that prefix and the step.
+def read_manifest(directory: Path, prefix: str | None = "step-") -> Manifest:
+    """The manifest of a step directory, whose name is that prefix and the step; None: any name, also of a link.
 
     Raises:
         DamagedCheckpointError: it is no step directory, or its manifest cannot be read.
         NewerFormatError: a later version of mygpt wrote it.
     """
-    if directory.is_symlink() or not directory.is_dir():
+    if prefix is not None and (directory.is_symlink() or not directory.is_dir()):
         raise DamagedCheckpointError(f"{directory}: is a link or a file; expected a step directory of mygpt")
     path = directory / MANIFEST_FILE
     try:
@@ -206,8 +209,10 @@ def read_manifest(directory: Path, prefix: str = "step-") -> Manifest:
     except OSError as error:
         raise DamagedCheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     manifest = parse_metadata(Manifest, text, path)
-    if directory.name != f"{prefix}{manifest.step:06d}" or set(manifest.files) != {MODEL_FILE, STATE_FILE}:
-        raise DamagedCheckpointError(f"{path}: damaged: it is not the manifest of {directory.name}")
+    if prefix is not None and directory.name != f"{prefix}{manifest.step:06d}":
+        raise DamagedCheckpointError(f"{path}: is that of step {manifest.step}, not of {directory.name}")
+    if set(manifest.files) != {MODEL_FILE, STATE_FILE}:
+        raise DamagedCheckpointError(f"{path}: damaged: it does not list {MODEL_FILE} and {STATE_FILE}")
     return manifest
 
 
@@ -263,6 +268,8 @@ def find_model_file(path: Path) -> Path:
         name = (path / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         what = "has no checkpoint" if path.is_dir() else "no such run, step directory or model file"
+        if path.is_dir() and step_directories(path):
+            what = f"has checkpoints, but no file `{LATEST_FILE}` that names the newest; name a step directory"
         raise CheckpointError(f"{path}: {what}; expected what `mygpt train` has written") from None
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r}: not a path: {error}") from None

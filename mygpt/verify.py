@@ -13,7 +13,7 @@ from mygpt.loop import train
 from mygpt.metadata import RunInfo
 from mygpt.metrics import read_records
 from mygpt.recipe import Recipe
-from mygpt.resume import recorded_recipe
+from mygpt.resume import origin, recorded_recipe
 from mygpt.rundir import MODEL_FILE, STATE_FILE, read_run, step_directories, verify_checkpoint
 
 
@@ -52,8 +52,14 @@ def verify(run: Path, steps: int | None = None) -> Verification:
         NonFiniteError: its numbers break.
     """
     recipe, info = recorded_recipe(run), read_run(run)
-    if load_corpus(recipe.data.corpus).sha256 != info.corpus_sha256:
-        raise MismatchError(f"{run}: was trained on another text than {recipe.data.corpus} is now")
+    corpus = load_corpus(recipe.data.corpus).sha256
+    if corpus != info.corpus_sha256:
+        changed = corpus == info.effective("corpus_sha256")["corpus_sha256"]
+        raise MismatchError(
+            f"{run}: went on with another text than it began with, so that its recipe does not repeat it"
+            if changed
+            else f"{run}: was trained on another text than {recipe.data.corpus} is now"
+        )
     begun_after = info.resumed[0].after_step if info.resumed and info.resumed[0].checkpoint else 0
     records = read_records(run)
     checkpoints = dict(step_directories(run))
@@ -71,7 +77,7 @@ def verify(run: Path, steps: int | None = None) -> Verification:
         output = Path(folder) / "run"
         try:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                train(_again(recipe, info, output), allow_changes=True, until=until)
+                train(_again(run, recipe, info, output), allow_changes=True, until=until)
         except InterruptedRunError as stopped:
             raise InterruptedRunError("stopped before anything was compared", stopped.exit_code) from None
         except NonFiniteError as broken:
@@ -90,11 +96,11 @@ def verify(run: Path, steps: int | None = None) -> Verification:
         )
 
 
-def _again(recipe: Recipe, info: RunInfo, output: Path) -> Recipe:
+def _again(run: Path, recipe: Recipe, info: RunInfo, output: Path) -> Recipe:
     """The recipe with the number of threads that it had, from where it began, and with every checkpoint kept."""
-    began = info.resumed[0].checkpoint if info.resumed else None
+    began = str(origin(run, info.resumed[0])) if info.resumed and info.resumed[0].checkpoint else "auto"
     runtime = recipe.runtime.model_copy(update={"threads": info.threads})
-    keys = {"output": str(output), "keep_last": 0, "resume": began or "auto"}
+    keys = {"output": str(output), "keep_last": 0, "resume": began}
     return recipe.model_copy(update={"runtime": runtime, "checkpoint": recipe.checkpoint.model_copy(update=keys)})
 
 

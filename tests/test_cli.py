@@ -232,7 +232,7 @@ def test_shown_recipe_is_the_recipe_of_the_run(call, text_file):
     code, out, _ = call("compare", "run", "again")
     assert code == 0
     values = r"identical: \d+ tensors, [\d,]+ values \(step 6\)\n"
-    assert re.fullmatch(rf"{values}optimizer and generators {values}metrics identical: 6 common records\n", out)
+    assert re.fullmatch(rf"{values}optimizer and generators {values}metrics identical: 6 records\n", out)
 
 
 def test_compare_shows_the_differences(call, text_file):

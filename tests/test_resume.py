@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from fault_points import ARGUMENTS, contents
 from fault_points import run as run_process
 
 from mygpt.checkpoint import load_checkpoint
-from mygpt.errors import CheckpointError, RecipeError
+from mygpt.errors import CheckpointError, MismatchError, NonFiniteError, RecipeError
 from mygpt.loop import train
 from mygpt.metrics import read_records
 from mygpt.resume import find_start
-from mygpt.rundir import read_run
+from mygpt.rundir import read_run, verify_checkpoint
 
 
 def steps_of(run) -> list[int]:
@@ -76,9 +77,8 @@ def test_a_branch_that_is_killed_early_starts_where_it_began(tmp_path, text_file
     """Also when the source has gone on since; and while its directory was being made."""
     (tmp_path / "text.txt").write_bytes(text_file.read_bytes())
     source = (*ARGUMENTS, "--keep-last", 0, "--output", "source")
-    assert run_process(source, tmp_path, "before-step", 6) == -9
-    assert steps_of(tmp_path / "source") == [3, 4]
-    branch = (*ARGUMENTS, "--resume", "source", "--output")
+    assert run_process(source, tmp_path, "before-step", 9) == -9
+    branch = (*ARGUMENTS, "--resume", "source/step-000004", "--output")
     assert run_process((*branch, "quiet"), tmp_path) == 0
     for point in ("made-run.json", "copying-records", "made-recipe", "before-step"):
         assert run_process((*branch, "killed"), tmp_path, point) == -9
@@ -177,3 +177,65 @@ def test_more_steps_after_an_evaluation_out_of_turn_are_told(tiny, capsys):
     train(tiny(val_split=0.2, val_every=4))
     train(tiny(val_split=0.2, val_every=4, steps=8))
     assert re.search(r"steps 6 -> 8: the held-out loss at step 6, then the last, drew from", capsys.readouterr().err)
+
+
+def test_missing_records_are_told(tiny, capsys):
+    """The weights go on exactly; that the record of how they came about is gone is said."""
+    run = train(tiny(save_every=2), until=4)
+    (run / "metrics.jsonl").unlink()
+    train(tiny(save_every=2))
+    assert "metrics.jsonl: it has no record, and the checkpoint is of step 4" in capsys.readouterr().err
+    assert [record.step for record in read_records(run)] == [5, 6]
+
+
+def test_records_of_a_complete_run_are_left_alone(tiny):
+    """Nothing would make them again."""
+    run = train(tiny(save_every=2))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([lines[0], "\n", *lines[1:]]))
+    before = contents(run)
+    train(tiny(save_every=2))
+    assert contents(run) == before
+
+
+def test_tokens_are_counted_over_a_change_of_the_batch(tiny):
+    """Tokens trained on so far, whatever each step had."""
+    train(tiny(save_every=2), until=2)
+    run = train(tiny(save_every=2, batch_size=2), allow_changes=True)
+    assert [record.tokens for record in read_records(run)] == [64, 128, 160, 192, 224, 256]
+
+
+def test_an_origin_that_is_gone_or_another_is_named(tiny, tmp_path):
+    """A branch without checkpoints of its own cannot go on from what is not what it began with."""
+    source = train(tiny(save_every=2, output=str(tmp_path / "source")), until=4)
+    branch = tiny(resume=str(source), output=str(tmp_path / "branch"), lr=1e30)
+    with pytest.raises(NonFiniteError):
+        train(branch, allow_changes=True)
+    with pytest.raises(NonFiniteError):  # and not that a run is in the way
+        train(branch, allow_changes=True)
+    manifest = source / "step-000004" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(MismatchError, match=r"the checkpoint after which .*branch began is another now"):
+        train(branch, allow_changes=True)
+    manifest.unlink()
+    with pytest.raises(MismatchError, match=r"the checkpoint after which .*branch began is gone"):
+        train(branch, allow_changes=True)
+
+
+def test_a_checkpoint_may_be_copied_and_linked_for_generating(tiny, tmp_path, monkeypatch):
+    """Its name matters only in its run; without a run's `latest`, the message says what to name."""
+    run = train(tiny())
+    shutil.copytree(run / "step-000006", tmp_path / "mine")
+    (tmp_path / "link").symlink_to("mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    for path in (tmp_path / "mine", tmp_path / "link", ".", "model.safetensors"):
+        assert load_checkpoint(path).step == 6
+    (run / "latest").unlink()
+    with pytest.raises(CheckpointError, match="has checkpoints, but no file `latest`"):
+        load_checkpoint(run)
+    (run / "recipe.toml").unlink()
+    with pytest.raises(CheckpointError, match=r"holds checkpoints but no recipe\.toml; restore it"):
+        train(tiny())
+    (run / "step-000006").rename(run / "step-000004")
+    with pytest.raises(CheckpointError, match=r"is that of step 6, not of step-000004"):
+        verify_checkpoint(run / "step-000004")

@@ -100,7 +100,7 @@ def test_runs_are_compared_with_optimizer_and_metrics(tiny, tmp_path, answer):
     a, b = (train(tiny(log_every=every, output=str(tmp_path / f"{every}"))) for every in (1, 2))
     code, out = answer("compare", a, b)
     assert code == 0
-    assert out.splitlines()[2] == "metrics identical: 4 common records"
+    assert out.splitlines()[2] == "metrics identical: 4 records, common of 6 and 4"
     state = b / "step-000006" / "state.safetensors"
     tensors, metadata = load_file(state), read_state_metadata(state)
     tensors["optimizer.norm.bias.exp_avg"][0] += 1
