@@ -13,7 +13,7 @@ from mygpt.data import Dataset, draw_starts
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.metadata import Manifest
 from mygpt.model import GPT
-from mygpt.recipe import Count, Table
+from mygpt.recipe import Count, Table, TrainTable
 from mygpt.rundir import FAILED_NAME, MODEL_FILE, STATE_FILE, read_metadata, remove, verify_checkpoint
 from mygpt.runtime import make_deterministic, set_dropout_generator_state
 from mygpt.state import dropout_name
@@ -39,25 +39,23 @@ class FailedStep(Table):
 
 def record_failure(
     run: Path,
-    step: int,
     problem: str,
     gpt: GPT,
     state: TrainingState,
     dataset: Dataset,
-    batch_shape: tuple[int, int, int],
+    table: TrainTable,
+    micro_batch_size: int,
     precision: Literal["fp32", "bf16"],
 ) -> None:
-    """Keep a step that broke before its update as `run`/failed-step-NNNNNN.
-
-    `state` is that before the step; `batch_shape` is (batch_size, seq_len, micro_batch_size).
+    """Keep a step that broke before its update as `run`/failed-step-NNNNNN; `state` is that before it.
 
     Raises:
         DamagedCheckpointError: the disk refused it.
     """
-    batch_size, seq_len, micro_batch_size = batch_shape
+    step, seq_len = state.metadata.step + 1, table.seq_len
     generator = torch.Generator()
     generator.set_state(state.tensors["generator.stream"])
-    starts = draw_starts(dataset.train, batch_size, seq_len, generator).tolist()
+    starts = draw_starts(dataset.train, table.batch_size, seq_len, generator).tolist()
     failed = FailedStep(
         step=step,
         problem=problem,

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, TorchDynamoPlugin
 from torch.nn.utils import get_total_norm
 
-from mygpt.checkpoint import Saver
+from mygpt.checkpoint import Saver, TrainingState
 from mygpt.data import Batch, BatchStream, Dataset, Rows, held_out_batches, load_dataset
 from mygpt.errors import (
     DamagedCheckpointError,
@@ -162,16 +162,7 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
             if not update.is_finite:
                 saver.wait()
                 state = training_state(accelerator, gpt, optimizer, before, step - 1, best)
-                shape = (recipe.train.batch_size, recipe.train.seq_len, micro_batch_size)
-                what = f"the loss is {update.loss}, the gradient norm {update.grad_norm}"
-                look = f"`mygpt replay {run}` looks into it"
-                if is_main:
-                    try:
-                        record_failure(run, step, what, gpt, state, dataset, shape, recipe.runtime.precision)
-                    except DamagedCheckpointError as error:
-                        look = f"no record of it: {error}"
-                accelerator.wait_for_everyone()
-                raise NonFiniteError(f"step {step}: {what}; not updated: {look}; {CURE}")
+                raise broken_step(accelerator, recipe, gpt, state, dataset, micro_batch_size, update)
             scheduler.step()
             reporter.step_done()
 
@@ -268,6 +259,28 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad()
     return update
+
+
+def broken_step(
+    accelerator: Accelerator,
+    recipe: Recipe,
+    gpt: GPT,
+    state: TrainingState,
+    dataset: Dataset,
+    micro_batch_size: int,
+    update: Update,
+) -> NonFiniteError:
+    """Keep a step whose numbers broke, with the `state` before it, for `mygpt replay`; returns the error to raise."""
+    run, step = Path(recipe.checkpoint.output), state.metadata.step + 1
+    problem = f"the loss is {update.loss}, the gradient norm {update.grad_norm}"
+    look = f"`mygpt replay {run}` looks into it"
+    if accelerator.is_main_process:
+        try:
+            record_failure(run, problem, gpt, state, dataset, recipe.train, micro_batch_size, recipe.runtime.precision)
+        except DamagedCheckpointError as error:
+            look = f"no record of it: {error}"
+    accelerator.wait_for_everyone()
+    return NonFiniteError(f"step {step}: {problem}; not updated: {look}; {CURE}")
 
 
 def settle_buckets(

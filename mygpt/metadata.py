@@ -147,4 +147,4 @@ def parse_metadata(kind: type[M], text: str | bytes, file: Path) -> M:
         raise NewerFormatError(
             f"{file}: of format {problem['input']}, and this mygpt reads up to {FORMAT}; use a newer mygpt"
         )
-    raise DamagedCheckpointError(f"{file}: damaged: metadata {where}: {problem['msg']}")
+    raise DamagedCheckpointError(f"{file}: damaged: metadata {where or 'content'}: {problem['msg']}")

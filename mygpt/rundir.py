@@ -178,7 +178,7 @@ def read_run(run: Path) -> RunInfo:
     except ValidationError as error:
         problem = error.errors()[0]
         raise DamagedCheckpointError(
-            f"{path}: damaged: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            f"{path}: damaged: {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}"
         ) from None
 
 

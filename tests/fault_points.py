@@ -54,6 +54,8 @@ def _server():
     with pytest.MonkeyPatch.context() as patch:
         # Before Python 3.14 the server looks for what it preloads along PYTHONPATH alone.
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        # What is installed is to be tested, not what lies in the working directory.
+        patch.setenv("PYTHONSAFEPATH", "1")
         forkserver.ensure_running()
     return context
 
