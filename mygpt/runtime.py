@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -161,11 +162,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        self._launcher = _launcher_pid()
         self._received_at = 0.0
 
     def pending(self) -> bool:
-        """Whether to stop; also when `accelerate launch` has gone, which does not pass on the signal that ended it."""
+        """Whether to stop; also when the launcher has gone: `accelerate launch` passes no signal on, a dead one none."""
         if self._launcher not in (None, os.getppid()):
             self.signal = self.signal or signal.SIGTERM
         return self.signal is not None
@@ -182,6 +183,18 @@ class StopRequest:
 
 
 ECHO_SECONDS = 2.0
+
+
+def _launcher_pid() -> int | None:
+    """The launcher that started this process; None: there is none, and a parent that ends means nothing."""
+    if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        return None
+    pid = os.getppid()
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # no /proc: the variables have to do
+        return pid
+    return pid if re.search(rb"accelerate|torchrun|torch\.distributed", command) else None
 
 
 @contextmanager

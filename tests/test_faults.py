@@ -256,10 +256,10 @@ def test_a_second_signal_ends_at_once(folder, monkeypatch):
 
 @pytest.mark.fault(13, 14)
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_a_launcher_passes_signals_on(folder, launcher, number):
-    """One process or several: they stop at the same step, save and leave; the launcher fails."""
+def test_a_signal_to_a_launcher_saves_and_stops(folder, launcher, number):
+    """One process or several: they stop at the same step, save and leave; also when the launcher is killed."""
     place = folder(launcher)
     command = {
         "torchrun": [BIN / "torchrun", "--nproc-per-node", 2],
@@ -277,12 +277,8 @@ def test_a_launcher_passes_signals_on(folder, launcher, number):
         process.send_signal(number)
     _, messages = process.communicate(timeout=60)
     assert process.returncode != 0
-    deadline = time.monotonic() + 30
-    while "stopped by" not in messages and time.monotonic() < deadline:  # accelerate does not wait for its process
-        time.sleep(0.1)
-        names = sorted(path.name for path in (place / "run").glob("step-*"))
-        if names and int(names[-1].removeprefix("step-")) % 20:
-            break
+    # All processes hold stderr: it has ended, so they have. A launcher that was killed passed on no signal.
+    assert f"stopped by {'SIGTERM' if number == signal.SIGKILL else number.name}; saved run/step-" in messages
     saved = max(int(path.name.removeprefix("step-")) for path in (place / "run").glob("step-*"))
     manifest = json.loads((place / "run" / f"step-{saved:06d}" / "manifest.json").read_text())
     assert manifest["reason"] == ("scheduled" if saved % 20 == 0 else "interrupted")
