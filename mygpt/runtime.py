@@ -166,7 +166,7 @@ class StopRequest:
         self._received_at = 0.0
 
     def pending(self) -> bool:
-        """Whether to stop; also when the launcher has gone: `accelerate launch` passes no signal on, a dead one none."""
+        """Whether to stop; also when the launcher has gone: `accelerate launch` passes none on, a dead one cannot."""
         if self._launcher not in (None, os.getppid()):
             self.signal = self.signal or signal.SIGTERM
         return self.signal is not None
