@@ -43,7 +43,7 @@ def write(path, content):
     return path
 
 
-# The numbers are those under which docs and issues speak of these mistakes.
+# The numbers are the rows of docs/faults.md.
 BAD_RECIPES = {
     "38-unknown-key": ("[train]\nmax_gradnorm = 1.0", "unknown key 'max_gradnorm'; did you mean 'max_grad_norm'?"),
     "38-unknown-table": ("[trian]\nsteps = 1", "unknown table 'trian'; did you mean 'train'?"),
