@@ -86,10 +86,8 @@ def verify(run: Path, steps: int | None = None) -> Verification:
             return Verification(until, 0, 0, "", None, [], [])
         again = dict(step_directories(output))
         common = sorted(checkpoints.keys() & again.keys())
-        step, tensors = None, []
-        for step in common:
-            if tensors := _compare_checkpoints(checkpoints[step], again[step]):
-                break
+        compared_in_order = ((step, _compare_checkpoints(checkpoints[step], again[step])) for step in common)
+        step, tensors = next(((step, tensors) for step, tensors in compared_in_order if tensors), (None, []))
         compared = compare_records(records, read_records(output))
         return Verification(
             until, compared.steps, len(common), compared.difference, step, tensors, _changes(info, read_run(output))

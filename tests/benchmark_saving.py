@@ -1,12 +1,13 @@
 """What a checkpoint costs: mygpt's, torch.save's and Accelerate's save_state, in turns in one process.
 
-    python scripts/benchmark_saving.py recipes/default.toml --rounds 5
-    python scripts/benchmark_saving.py recipes/default.toml --embed-dim 768 --num-heads 12 --num-layers 12 \
+    python tests/benchmark_saving.py recipes/default.toml --rounds 5
+    python tests/benchmark_saving.py recipes/default.toml --embed-dim 768 --num-heads 12 --num-layers 12 \
         --max-seq-len 1024 --seq-len 64 --batch-size 1 --vocab 50257 --rounds 3   # 124 million weights
 
 All save the weights and AdamW's moments of a model that has made a step. "stall" is how long training waits. After each
 save the loop trains for a few steps, whose time tells what writing beside it costs. "whole" is when the save is done:
-mygpt's is then hashed and synced to the disk, the others' is with the system.
+mygpt's is then hashed and synced to the disk, the others' is with the system. They pickle, which mygpt never does:
+hence this lies with the tests, and what it writes is deleted unread.
 """
 
 import shutil
