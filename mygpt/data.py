@@ -1,6 +1,5 @@
 """A corpus as tokens: its training part, its held-out part, and the windows drawn from them."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -33,14 +32,29 @@ class Batch(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of every global batch that one of `num_processes` processes takes."""
+    """The rows of every global batch that one of `num_processes` processes takes: consecutive micro-batches of it."""
 
+    micro_batch_size: int
     process_index: int = 0
     num_processes: int = 1
 
+    def micro_batches(self, rows: int) -> range:
+        """Which of the micro-batches of so many rows are this process's: as many as another's, or one more."""
+        count = -(-rows // self.micro_batch_size)
+        first, end = (count * index // self.num_processes for index in (self.process_index, self.process_index + 1))
+        return range(first, end)
+
     def of(self, rows: torch.Tensor) -> torch.Tensor:
-        """This process's consecutive share of `rows`; the shares of all processes join to `rows`."""
-        return rows.tensor_split(self.num_processes)[self.process_index]
+        """This process's share of `rows`; the shares of all processes join to `rows`."""
+        own = self.micro_batches(len(rows))
+        return rows[own.start * self.micro_batch_size : own.stop * self.micro_batch_size]
+
+
+class Places(NamedTuple):
+    """Where windows of one length begin; (batch,)."""
+
+    starts: torch.Tensor
+    seq_len: int
 
 
 def load_dataset(table: DataTable, seq_len: int) -> Dataset:
@@ -117,33 +131,32 @@ class BatchStream:
         return windows(self.data, self.rows.of(starts), self.seq_len)
 
 
-def held_out_batches(val: torch.Tensor, table: ValidationTable, stream: BatchStream, seed: int) -> Iterator[Batch]:
-    """The windows of one evaluation, as `table.sampling` says, in batches like those of the training `stream`."""
+def held_out_places(val: torch.Tensor, table: ValidationTable, stream: BatchStream, seed: int) -> list[Places]:
+    """The windows of one evaluation, as `table.sampling` says; random ones in batches as large as those of `stream`."""
     if table.sampling == "full":
-        return all_windows(val, stream.batch_size, stream.seq_len, stream.rows)
+        return all_places(val, stream.seq_len)
     # Seeded anew each time, its own stream gives the same windows at every evaluation: the curve compares like with
     # like, and a step's value does not depend on how often there is one.
     own_stream = table.sampling == "own-stream"
     generator = torch.Generator().manual_seed(seed + 1) if own_stream else stream.generator
-    return random_batches(val, stream.batch_size, stream.seq_len, table.eval_batches, generator, stream.rows)
+    return random_places(val, stream.batch_size, stream.seq_len, table.eval_batches, generator)
 
 
-def random_batches(
-    data: torch.Tensor, batch_size: int, seq_len: int, count: int, generator: torch.Generator | None, rows: Rows
-) -> Iterator[Batch]:
-    """This process's rows of `count` global batches drawn with `generator`."""
-    for _ in range(count):
-        yield windows(data, rows.of(draw_starts(data, batch_size, seq_len, generator)), seq_len)
+def random_places(
+    data: torch.Tensor, batch_size: int, seq_len: int, count: int, generator: torch.Generator | None
+) -> list[Places]:
+    """The windows of `count` batches drawn with `generator`."""
+    draws = [draw_starts(data, batch_size, seq_len, generator) for _ in range(count)]
+    return [Places(torch.cat(draws), seq_len)]
 
 
-def all_windows(data: torch.Tensor, batch_size: int, seq_len: int, rows: Rows) -> Iterator[Batch]:
-    """This process's rows of `data` cut into consecutive windows, so that each token after the first is a target once.
+def all_places(data: torch.Tensor, seq_len: int) -> list[Places]:
+    """`data` cut into consecutive windows, so that each token after the first is a target once.
 
-    The last window is shorter where seq_len does not divide n - 1; it is a batch of its own.
+    The last window is shorter where seq_len does not divide n - 1.
     """
     targets = len(data) - 1
     whole = targets - targets % seq_len
-    for starts in torch.arange(0, whole, seq_len).split(batch_size):
-        yield windows(data, rows.of(starts), seq_len)
-    if whole < targets:
-        yield windows(data, rows.of(torch.tensor([whole])), targets - whole)
+    tail = torch.arange(whole, targets)[:1]
+    groups = Places(torch.arange(0, whole, seq_len), seq_len), Places(tail, targets - whole)
+    return [places for places in groups if len(places.starts)]

@@ -13,7 +13,8 @@ from mygpt.data import Dataset, draw_starts
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.metadata import Manifest
 from mygpt.model import GPT
-from mygpt.recipe import Count, Table, TrainTable
+from mygpt.recipe import Count, RuntimeTable, Table, TrainTable
+from mygpt.reduction import dropout_seed
 from mygpt.rundir import FAILED_NAME, MODEL_FILE, STATE_FILE, read_metadata, remove, verify_checkpoint
 from mygpt.runtime import make_deterministic, set_dropout_generator_state
 from mygpt.state import dropout_name
@@ -33,6 +34,9 @@ class FailedStep(Table):
     """Their text: seq_len characters, and the one after."""
     micro_batch_size: Count
     processes: Count
+    """Each with its share of the windows, and dropout drawing from a generator of its own."""
+    dropout_seeds: tuple[int, ...] = ()
+    """With reduction = "exact", that of each micro-batch, in place of these generators."""
     device: str
     precision: Literal["fp32", "bf16"]
 
@@ -45,7 +49,7 @@ def record_failure(
     dataset: Dataset,
     table: TrainTable,
     micro_batch_size: int,
-    precision: Literal["fp32", "bf16"],
+    runtime: RuntimeTable,
 ) -> None:
     """Keep a step that broke before its update as `run`/failed-step-NNNNNN; `state` is that before it.
 
@@ -62,9 +66,14 @@ def record_failure(
         starts=tuple(starts),
         windows=tuple(dataset.tokenizer.decode(dataset.train[at : at + seq_len + 1].cpu()) for at in starts),
         micro_batch_size=micro_batch_size,
-        processes=state.metadata.processes,
+        processes=state.metadata.processes or 1,
+        dropout_seeds=tuple(
+            dropout_seed(table.data_seed, step, index) for index in range(table.batch_size // micro_batch_size)
+        )
+        if runtime.reduction == "exact"
+        else (),
         device=next(gpt.parameters()).device.type,
-        precision=precision,
+        precision=runtime.precision,
     )
     target = run / f"failed-step-{step:06d}"
     if target.is_symlink() or target.exists():
@@ -125,9 +134,11 @@ def replay(path: Path, device: torch.device) -> Finding:
         state = generators.get(dropout_name(device, process))
         if state is not None:
             set_dropout_generator_state(device, state)
-        elif metadata.model.dropout:
+        elif metadata.model.dropout and (not failed.dropout_seeds or failed.device != device.type):
             watch.lines.append(f"dropout drew on {failed.device}: here on {device.type} it drops other activations")
         for rows in share.split(failed.micro_batch_size):
+            if failed.dropout_seeds:
+                torch.manual_seed(failed.dropout_seeds[micro_batches])
             micro_batches += 1
             with torch.autocast(device.type, torch.bfloat16, enabled=failed.precision == "bf16"):
                 logits = gpt(rows[:, :-1])

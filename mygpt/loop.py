@@ -5,7 +5,8 @@ import math
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,10 +16,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, TorchDynamoPlugin
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
 
 from mygpt.checkpoint import Saver, TrainingState
-from mygpt.data import Batch, BatchStream, Dataset, Rows, held_out_batches, load_dataset
+from mygpt.data import Batch, BatchStream, Dataset, Places, Rows, held_out_places, load_dataset
 from mygpt.errors import (
     DamagedCheckpointError,
     InterruptedRunError,
@@ -33,8 +36,9 @@ from mygpt.failure import record_failure
 from mygpt.metadata import Best, Reason, RunInfo
 from mygpt.metrics import Reporter, due, header_lines, is_printed
 from mygpt.model import GPT
-from mygpt.optim import build_optimizer, build_scheduler
+from mygpt.optim import build_optimizer, build_scheduler, update_unless
 from mygpt.recipe import Recipe, RuntimeTable, TrainTable, check_recipe
+from mygpt.reduction import RANGE, ExactSum, dropout_seed, fixed_micro_batch
 from mygpt.resume import Start, begin_run, find_start
 from mygpt.rundir import METRICS_FILE, check_output, locked, step_directory
 from mygpt.runtime import (
@@ -48,6 +52,7 @@ from mygpt.runtime import (
     stop_on_signal,
 )
 from mygpt.state import (
+    GeneratorStates,
     generator_states,
     restore,
     set_generator_states,
@@ -71,10 +76,11 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
     """
     check_recipe(recipe)
     processes, local_processes = launched_processes()
-    micro_batch_size = per_process_micro_batch(recipe.train, processes)
+    exact = recipe.runtime.reduction == "exact"
+    micro_batch_size = resolve_micro_batch(recipe.train, processes, exact=exact)
     device = resolve_device(recipe.runtime.device, recipe.runtime.precision, local_processes)
     dataset = load_dataset(recipe.data, recipe.train.seq_len)
-    threads = set_threads(recipe.runtime.threads, local_processes)
+    threads = set_threads(recipe.runtime.threads, local_processes, pinned=exact and device.type == "cpu")
     make_deterministic(device)
     info = RunInfo(
         **describe_environment(device),
@@ -83,9 +89,11 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
         threads=threads,
         processes=processes,
         micro_batch_size=micro_batch_size,
+        reduction=recipe.runtime.reduction,
         corpus_sha256=dataset.sha256,
     )
-    micro_batches = recipe.train.batch_size // processes // micro_batch_size
+    # An exact sum is divided once, at its end.
+    micro_batches = 1 if exact else recipe.train.batch_size // processes // micro_batch_size
     with ExitStack() as stack:
         stack.enter_context(naming_memory(recipe.train))
         stack.enter_context(naming_lost_processes(processes))
@@ -116,7 +124,8 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
     gpt = GPT(recipe.model, dataset.tokenizer.vocab_size).to(accelerator.device)
     optimizer = build_optimizer(gpt, recipe.optimizer)
     dataset = dataset.to(accelerator.device)
-    rows = Rows(accelerator.process_index, accelerator.num_processes)
+    exact = recipe.runtime.reduction == "exact"
+    rows = Rows(micro_batch_size, accelerator.process_index, accelerator.num_processes)
     stream = BatchStream(
         dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=recipe.train.data_seed, rows=rows
     )
@@ -133,23 +142,26 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
     if recipe.runtime.compile:
         gpt.compile()
     # `gpt` stays the bare module, whose weights have their plain names whatever `model` wraps around it.
-    model, optimizer, scheduler = accelerator.prepare(gpt, optimizer, scheduler)
-    if checkpoint and accelerator.num_processes > 1:
+    model, optimizer, scheduler = prepare(accelerator, gpt, optimizer, scheduler, exact=exact)
+    if checkpoint and isinstance(model, DistributedDataParallel):
         settle_buckets(accelerator, model, optimizer, stream, micro_batch_size)
 
     if is_main:
         begin_run(start)
         _introduce(start, accelerator, dataset, gpt)
-    update = None
+    stopped = False
+    # Steps whose numbers the host has not read yet, each with the generators' states before it.
+    unread: list[tuple[GeneratorStates, Update]] = []
+    next_reading, read_at = 0, time.perf_counter()
     with (
         Reporter(recipe, run, is_main=is_main, step=step) as reporter,
         Saver(run, recipe.model, dataset.tokenizer, recipe.checkpoint.keep_last) as saver,
         stop_on_signal() as stop,
     ):
-        while step < min(steps, until or steps) and not (update and update.stop):
+        while step < min(steps, until or steps) and not stopped:
             step += 1
-            before = generator_states(accelerator.device, stream)
-            lr = scheduler.get_last_lr()[0]
+            before = generator_states(accelerator.device, stream, exact=exact)
+            lr = float(scheduler.get_last_lr()[0])
             update = train_step(
                 accelerator,
                 model,
@@ -157,39 +169,51 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
                 stream.batch(),
                 micro_batch_size=micro_batch_size,
                 max_grad_norm=recipe.train.max_grad_norm,
-                stop=stop.pending(),
+                exact=exact_step(recipe, rows, step) if exact else None,
             )
-            if not update.is_finite:
-                saver.wait()
-                state = training_state(accelerator, gpt, optimizer, before, step - 1, best)
-                raise broken_step(accelerator, recipe, gpt, state, dataset, micro_batch_size, update)
+            unread.append((before, update))
             scheduler.step()
             reporter.step_done()
 
             evaluated = due(step, recipe.validation.val_every, steps)
             scheduled = due(step, recipe.checkpoint.save_every or steps, steps)
             printed = is_printed(step, recipe, evaluated=evaluated)
+            recorded = printed or scheduled or due(step, recipe.train.log_every, steps)
+            stop_alone = accelerator.num_processes == 1 and stop.pending()
+            if not (recorded or step in (until, next_reading) or stop_alone):
+                continue
+
+            seconds = (time.perf_counter() - read_at) / len(unread)
+            reading = read_updates(accelerator, [update for _, update in unread], stop.pending(), seconds)
+            for number, (measured, (before, _)) in enumerate(zip(reading.steps, unread, strict=True), 1):
+                if not measured.is_sound:
+                    saver.wait()
+                    broken = step - len(unread) + number
+                    state = training_state(accelerator, gpt, optimizer, before, broken - 1, best)
+                    raise broken_step(accelerator, recipe, gpt, state, dataset, micro_batch_size, measured)
+            unread, stopped, measured = [], reading.stop, reading.steps[-1]
             improved = False
-            if printed or scheduled or due(step, recipe.train.log_every, steps):
-                values = {"loss": update.loss, "grad_norm": update.grad_norm, "lr": lr}
+            if recorded:
+                values = {"loss": measured.loss, "grad_norm": measured.grad_norm, "lr": lr}
                 if evaluated:
                     with reporter.paused():
-                        batches = held_out_batches(dataset.val, recipe.validation, stream, recipe.train.data_seed)
-                        values |= evaluate(accelerator, model, batches, micro_batch_size, step)
+                        places = held_out_places(dataset.val, recipe.validation, stream, recipe.train.data_seed)
+                        values |= evaluate(accelerator, model, dataset.val, places, micro_batch_size, step)
                     if recipe.checkpoint.save_best and (best is None or values["val"] < best.val):
                         improved, best = True, Best(step=step, val=values["val"])
                 reporter.log(step, printed=printed, **values)
-            if scheduled or improved or update.stop or step == until:
+            if scheduled or improved or stopped or step == until:
                 with reporter.paused():
                     reason: Reason = "scheduled" if scheduled else "best" if improved else "interrupted"
-                    now = generator_states(accelerator.device, stream)
+                    now = generator_states(accelerator.device, stream, exact=exact)
                     state = training_state(accelerator, gpt, optimizer, now, step, best)
                     if is_main:
                         saver.save(gpt.state_dict(), state, reason)
             saver.check()
+            read_at, next_reading = time.perf_counter(), step + max(1, int(PATIENCE / reading.seconds_per_step))
         saver.wait()
     accelerator.wait_for_everyone()
-    if update and update.stop:
+    if stopped:
         number = signal.Signals(stop.signal or signal.SIGTERM)
         raise InterruptedRunError(
             f"stopped by {number.name}; saved {step_directory(run, step)}, and the same command continues",
@@ -198,26 +222,34 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
     if is_main and until is None:
         _note(
             f"saved {run}"
-            if update
+            if step > start.step
             else f"{run} is complete; raise --steps to train on, or --overwrite it to start again"
         )
     return run
 
 
+PATIENCE = 1.0
+"""Seconds of training after which a signal to another process, or a number that broke, is noticed at the latest."""
+
+
 class Update(NamedTuple):
-    """What one optimizer step measured."""
+    """What one optimizer step measured: scalars on the device, which the host reads when it needs them."""
 
-    loss: float
-    """Mean loss of the global batch before the update."""
-    grad_norm: float
-    """Global L2 norm of its gradient, before clipping."""
-    stop: bool
-    """Whether some process was asked to stop."""
+    loss: torch.Tensor
+    """Mean loss before the update, of this process's share of the global batch or, summed exactly, of all of it."""
+    grad_norm: torch.Tensor
+    """Global L2 norm of the global batch's gradient, before clipping."""
+    out_of_range: torch.Tensor
+    """Micro-batches that an exact sum could not hold."""
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether the loss and the norm are numbers; if not, there was no update."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+class ExactStep(NamedTuple):
+    """What this process has to know of a step to sum its gradients exactly."""
+
+    micro_batches: int
+    """Of the global batch."""
+    dropout_seeds: tuple[int, ...]
+    """Of this process's micro-batches."""
 
 
 def train_step(
@@ -228,37 +260,109 @@ def train_step(
     *,
     micro_batch_size: int,
     max_grad_norm: float = 0.0,
-    stop: bool = False,
+    exact: ExactStep | None = None,
 ) -> Update:
     """One optimizer step on this process's rows of the global batch.
 
     The rows go through the model `micro_batch_size` at a time; gradients are averaged over these and over processes,
-    and clipped to a global L2 norm of `max_grad_norm` (0: not clipped). The weights are updated only if the loss and
-    the norm are finite. All processes return the same.
+    and clipped to a global L2 norm of `max_grad_norm` (0: not clipped). Once a loss or norm is not finite nothing is
+    updated any more; the host does not wait to know.
     """
-    losses = []
-    for inputs, targets in zip(*(rows.split(micro_batch_size) for rows in batch), strict=True):
-        # On all but the last micro-batch this keeps the processes from averaging their gradients.
-        with accelerator.accumulate(model):
-            loss = model(inputs, targets)
-            accelerator.backward(loss)
-        losses.append(loss.detach())
+    splits = (rows.split(micro_batch_size) for rows in batch)
+    pieces = [Batch(*pair) for pair in zip(*splits, strict=True)] if len(batch.inputs) else []
+    if exact is None:
+        loss, out_of_range = average(accelerator, model, pieces), None
+    else:
+        loss, out_of_range = exact_average(accelerator, model, pieces, exact)
     if max_grad_norm:
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
     else:
         grad_norm = get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
-    loss = torch.stack(losses).mean()
-    # Told in one message, so that all processes break off, or stop, at the same step.
-    told = torch.stack([loss, loss.new_tensor(float(stop))])
-    if accelerator.num_processes > 1:
-        told = accelerator.reduce(told, "mean")
-    # The one wait for the device: what it has to say decides whether there is an update.
-    mean_loss, mean_stop, norm = torch.stack([*told, grad_norm]).tolist()
-    update = Update(mean_loss, norm, mean_stop > 0)
-    if update.is_finite:
-        optimizer.step()
+    broken = ~torch.isfinite(grad_norm)
+    if out_of_range is not None:
+        broken |= out_of_range > 0
+    update_unless(optimizer, broken)
     optimizer.zero_grad()
-    return update
+    return Update(loss, grad_norm, out_of_range if out_of_range is not None else torch.zeros_like(loss))
+
+
+def average(accelerator: Accelerator, model: torch.nn.Module, pieces: Iterable[Batch]) -> torch.Tensor:
+    """Give the model the gradient averaged over micro-batches and processes; returns this process's mean loss."""
+    losses = []
+    for inputs, targets in pieces:
+        # On all but the last micro-batch this keeps the processes from averaging their gradients.
+        with accelerator.accumulate(model):
+            loss = model(inputs, targets)
+            losses.append(loss.detach())
+            # An infinite loss can have a finite gradient: times 1, which is exact, or times nan, for all to see.
+            accelerator.backward(loss * (losses[-1] * 0 + 1))
+    return torch.stack(losses).mean()
+
+
+def exact_average(
+    accelerator: Accelerator, model: torch.nn.Module, pieces: Sequence[Batch], exact: ExactStep
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the model the gradient averaged over micro-batches and processes, the same bits on any number of these.
+
+    Returns the mean loss of them all, and how many micro-batches were out of range.
+    """
+    total = ExactSum(model.parameters(), exact.micro_batches)
+    for (inputs, targets), seed in zip(pieces, exact.dropout_seeds, strict=True):
+        torch.manual_seed(seed)
+        loss = model(inputs, targets)
+        accelerator.backward(loss)
+        total.add(loss.detach())
+    return total.mean_over(accelerator.reduce if accelerator.num_processes > 1 else None)
+
+
+def exact_step(recipe: Recipe, rows: Rows, step: int) -> ExactStep:
+    """This process's part in the exact sum of a step."""
+    table = recipe.train
+    seeds = (dropout_seed(table.data_seed, step, index) for index in rows.micro_batches(table.batch_size))
+    return ExactStep(table.batch_size // rows.micro_batch_size, tuple(seeds))
+
+
+class Measured(NamedTuple):
+    """An `Update` as the host has read it; the same on all processes."""
+
+    loss: float
+    """Mean loss of the global batch."""
+    grad_norm: float
+    out_of_range: float
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the loss and the norm are numbers; if not, there was no update."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm) and not self.out_of_range
+
+
+class Reading(NamedTuple):
+    """What the host has read of the steps since it last looked; the same on all processes."""
+
+    steps: list[Measured]
+    stop: bool
+    """Whether some process was asked to stop."""
+    seconds_per_step: float
+
+
+def read_updates(accelerator: Accelerator, updates: Sequence[Update], stop: bool, seconds: float) -> Reading:
+    """Wait for the device and read what `updates` measured, averaged over the processes, in one message."""
+    own = torch.stack([value for update in updates for value in update])
+    own = torch.cat([own, own.new_tensor([stop, seconds])])
+    shared = accelerator.gather(own) if accelerator.num_processes > 1 else own
+    # Correctly rounded, so that a mean does not depend on the order, and that of equal values is the value.
+    columns = zip(*shared.view(accelerator.num_processes, -1).tolist(), strict=True)
+    *values, stop_mean, seconds_mean = (mean(column) for column in columns)
+    steps = [Measured(*three) for three in zip(values[::3], values[1::3], values[2::3], strict=True)]
+    return Reading(steps, stop_mean > 0, seconds_mean)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, rounded once; not a number if one of them is none, or if they are infinite both ways."""
+    try:
+        return math.fsum(values) / len(values)
+    except (OverflowError, ValueError):
+        return math.nan
 
 
 def broken_step(
@@ -268,19 +372,26 @@ def broken_step(
     state: TrainingState,
     dataset: Dataset,
     micro_batch_size: int,
-    update: Update,
+    measured: Measured,
 ) -> NonFiniteError:
     """Keep a step whose numbers broke, with the `state` before it, for `mygpt replay`; returns the error to raise."""
     run, step = Path(recipe.checkpoint.output), state.metadata.step + 1
-    problem = f"the loss is {update.loss}, the gradient norm {update.grad_norm}"
+    problem = f"the loss is {measured.loss}, the gradient norm {measured.grad_norm}"
+    if measured.out_of_range:
+        count = recipe.train.batch_size // micro_batch_size
+        problem = (
+            f"{measured.out_of_range:.0f} of {count} micro-batches have a loss or gradients that are no numbers, or "
+            f"beyond the {RANGE / count:,.0f} that an exact sum holds"
+        )
     look = f"`mygpt replay {run}` looks into it"
+    cure = f'{CURE}, or use reduction = "fast"' if measured.out_of_range else CURE
     if accelerator.is_main_process:
         try:
-            record_failure(run, problem, gpt, state, dataset, recipe.train, micro_batch_size, recipe.runtime.precision)
+            record_failure(run, problem, gpt, state, dataset, recipe.train, micro_batch_size, recipe.runtime)
         except DamagedCheckpointError as error:
             look = f"no record of it: {error}"
     accelerator.wait_for_everyone()
-    return NonFiniteError(f"step {step}: {problem}; not updated: {look}; {CURE}")
+    return NonFiniteError(f"step {step}: {problem}; not updated: {look}; {cure}")
 
 
 def settle_buckets(
@@ -303,25 +414,42 @@ def settle_buckets(
 
 
 def evaluate(
-    accelerator: Accelerator, model: torch.nn.Module, batches: Iterable[Batch], micro_batch_size: int, step: int
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    data: torch.Tensor,
+    places: Iterable[Places],
+    micro_batch_size: int,
+    step: int,
 ) -> dict[str, Any]:
-    """The held-out loss over the batches of all processes, and its standard error, as a record has them.
+    """The held-out loss over the windows at `places`, and its standard error, as a record has them.
 
     Raises:
         NonFiniteError: the loss is not finite.
     """
-    mean, stderr = held_out_loss(model, batches, micro_batch_size, accelerator)
-    if not math.isfinite(mean):
-        raise NonFiniteError(f"step {step}: the held-out loss is {mean}; {CURE}")
-    return {"val": mean, "val_stderr": stderr}
+    val, stderr = held_out_loss(model, data, places, micro_batch_size, accelerator)
+    if not math.isfinite(val):
+        raise NonFiniteError(f"step {step}: the held-out loss is {val}; {CURE}")
+    return {"val": val, "val_stderr": stderr}
 
 
-def per_process_micro_batch(table: TrainTable, processes: int) -> int:
-    """The windows of one forward pass on one of `processes`.
+def prepare(
+    accelerator: Accelerator, gpt: GPT, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, *, exact: bool
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, LambdaLR]:
+    """Have Accelerate wrap the parts of a run."""
+    if not exact:
+        return accelerator.prepare(gpt, optimizer, scheduler)
+    # As for evaluation: precision, and nothing that would sum gradients by itself.
+    return accelerator.prepare_model(gpt, evaluation_mode=True), *accelerator.prepare(optimizer, scheduler)
+
+
+def resolve_micro_batch(table: TrainTable, processes: int, *, exact: bool = False) -> int:
+    """The windows of one forward pass on one of `processes`; for `exact` sums the same on any number of them.
 
     Raises:
         RecipeError: the batch cannot be divided so.
     """
+    if exact:
+        return table.micro_batch_size or fixed_micro_batch(table.batch_size)
     if table.batch_size % processes:
         raise RecipeError(f"batch_size: got {table.batch_size}, expected a multiple of the {processes} processes")
     rows = table.batch_size // processes

@@ -48,7 +48,8 @@ class Best(Table):
 class StateMetadata(_Metadata):
     """What a state file says of itself, beside optimizer moments and generator states."""
 
-    processes: Annotated[int, Field(ge=1)]
+    processes: Annotated[int, Field(ge=1)] | None
+    """Whose dropout generators it holds; None with reduction = "exact", where there are none."""
     best: Best | None = None
     """Only with `save_best`."""
 
@@ -106,6 +107,7 @@ class RunInfo(Table):
     processes: Count
     micro_batch_size: Count
     """Windows per forward pass on one process."""
+    reduction: Literal["fast", "exact"] = "fast"
     corpus_sha256: str
     resumed: tuple[Resumed, ...] = ()
 
@@ -113,7 +115,7 @@ class RunInfo(Table):
         """What the last bits of a result depend on, by name."""
         names = (
             *("cpu", "cpu_capability", "accelerator", "git_commit"),
-            *("device", "compile", "threads", "processes", "micro_batch_size"),
+            *("device", "compile", "threads", "processes", "micro_batch_size", "reduction"),
         )
         return {**self.versions, **{name: getattr(self, name) for name in names}}
 

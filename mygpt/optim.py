@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -69,6 +70,18 @@ def build_optimizer(model: torch.nn.Module, table: OptimizerTable) -> torch.opti
         weight_decay=table.weight_decay,
         fused=True,
     )
+
+
+def update_unless(optimizer: torch.optim.Optimizer, broken: torch.Tensor) -> None:
+    """An optimizer step, which changes nothing if `broken` (a bool scalar), now or at an earlier step, is true.
+
+    The host does not wait to know: the fused kernel looks at `found_inf` on the device, as for torch's GradScaler.
+    """
+    own: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
+    own.found_inf = torch.maximum(getattr(own, "found_inf", broken.float()), broken.float())
+    # That mps's kernel looks, too, has not been tried.
+    if broken.device.type != "mps" or not own.found_inf.item():
+        optimizer.step()
 
 
 def build_scheduler(

@@ -66,8 +66,9 @@ class TrainTable(Table):
     batch_size: Count = 16
     """Windows per optimizer step, over all processes together."""
     micro_batch_size: Count | None = None
-    """Windows per forward pass on one process; absent: batch_size / processes. Smaller saves memory (gradients are
-    accumulated) and must divide batch_size / processes."""
+    """Windows per forward pass on one process; absent: batch_size / processes, or with reduction = "exact" a quarter of
+    batch_size. Smaller saves memory (gradients are accumulated). Must divide batch_size and, but with "exact",
+    batch_size / processes."""
     seq_len: Count = 64
     """Tokens per window; at most max_seq_len."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
@@ -134,10 +135,13 @@ class RuntimeTable(Table):
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": matrix products in bfloat16 (autocast); weights and optimizer stay fp32."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads per process; absent: the machine's cores / processes on it. The last bits of a CPU result depend
-    on it."""
+    """CPU threads per process; absent: the machine's cores / processes on it, or with reduction = "exact" 1. The last
+    bits of a CPU result depend on it."""
     compile: bool = False
     """Compile the model with torch.compile: slow to start, faster per step."""
+    reduction: Literal["fast", "exact"] = "fast"
+    """How gradients are summed over micro-batches and processes. "fast": as floats, so that the last bits depend on the
+    number of processes. "exact": as integers, the same bits on any number of processes, for more time per step."""
 
 
 class CheckpointTable(Table):

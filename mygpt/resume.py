@@ -29,7 +29,7 @@ from mygpt.rundir import (
 # Keys that say what is shown and kept, and change no number; what `steps` changes is told apart.
 HARMLESS_KEYS = {*CheckpointTable.model_fields, "print_every", "log_every", "log_grad_norm", "log_val_stderr", "steps"}
 # Keys whose meaning on this machine, or whose content, run.json has: that is what is compared.
-RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "corpus"}
+RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "reduction", "corpus"}
 # Keys that shift the training batches with sampling = "shared-stream", and else change no weight.
 EVALUATION_KEYS = {"val_every", "eval_batches", "sampling"}
 
@@ -291,8 +291,11 @@ def _check_changes(
     for problem in problems:
         warn(problem)
     environment = dict(_changed(before.effective(*info.environment()), info.environment()))
-    if environment:
-        told = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in environment.items())
+    # Exact sums do not depend on who computed what.
+    exact = before.effective("reduction")["reduction"] == info.reduction == "exact"
+    inexact = {name: change for name, change in environment.items() if name != "processes" or not exact}
+    if inexact:
+        told = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in inexact.items())
         warn(f"the last bits may differ from those of a run that was never interrupted: {told}")
     return keys | content | environment
 

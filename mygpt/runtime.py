@@ -46,12 +46,15 @@ def resolve_device(name: str, precision: str, local_processes: int = 1) -> torch
     return torch.device(name)
 
 
-def set_threads(threads: int | None, local_processes: int) -> int:
-    """Set and return the CPU threads of this process; None: the cores that it may use / processes on this machine.
+def set_threads(threads: int | None, local_processes: int, *, pinned: bool = False) -> int:
+    """Set and return the CPU threads of this process; None: the cores that it may use / processes on this machine, or 1
+    if they are to be the same on any number of processes (`pinned`).
 
     Done in-process, since `accelerate launch` and torchrun set OMP_NUM_THREADS=1.
     """
-    if threads is None:
+    if threads is None and pinned:
+        threads = 1
+    elif threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = max(1, cores // local_processes)
     torch.set_num_threads(threads)

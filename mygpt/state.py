@@ -26,16 +26,18 @@ class GeneratorStates(NamedTuple):
     """Where the batch stream and this process's dropout stand; uint8, 1-d."""
 
     stream: torch.Tensor
-    dropout: torch.Tensor
+    dropout: torch.Tensor | None
+    """None with reduction = "exact": dropout is seeded for each micro-batch."""
 
 
-def generator_states(device: torch.device, stream: BatchStream) -> GeneratorStates:
-    return GeneratorStates(stream.generator.get_state(), dropout_generator_state(device))
+def generator_states(device: torch.device, stream: BatchStream, *, exact: bool = False) -> GeneratorStates:
+    return GeneratorStates(stream.generator.get_state(), None if exact else dropout_generator_state(device))
 
 
 def set_generator_states(device: torch.device, stream: BatchStream, states: GeneratorStates) -> None:
     stream.generator.set_state(states.stream)
-    set_dropout_generator_state(device, states.dropout)
+    if states.dropout is not None:
+        set_dropout_generator_state(device, states.dropout)
 
 
 def training_state(
@@ -46,10 +48,15 @@ def training_state(
     step: int,
     best: Best | None,
 ) -> TrainingState:
-    """The state after `step`, with the dropout generators of all processes, each of which has to call this."""
+    """The state after `step`, with the dropout generators of all processes, each of which has to call this.
+
+    With reduction = "exact" there are none, and nothing in it depends on the number of processes.
+    """
     tensors = optimizer_tensors(optimizer, [name for name, _ in gpt.named_parameters()])
-    gathered = accelerator.gather(generators.dropout.to(accelerator.device)).cpu()
     tensors["generator.stream"] = generators.stream
+    if generators.dropout is None:
+        return TrainingState(tensors, StateMetadata(step=step, processes=None, best=best))
+    gathered = accelerator.gather(generators.dropout.to(accelerator.device)).cpu()
     for process, state in enumerate(gathered.chunk(accelerator.num_processes)):
         tensors[dropout_name(accelerator.device, process)] = state
     return TrainingState(tensors, StateMetadata(step=step, processes=accelerator.num_processes, best=best))

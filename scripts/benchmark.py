@@ -76,7 +76,9 @@ def mygpt_step(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, devic
     if recipe.runtime.compile:
         model.compile()
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    stream = BatchStream(dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=Rows())
+    stream = BatchStream(
+        dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=Rows(recipe.train.batch_size)
+    )
 
     def step() -> None:
         train_step(
@@ -96,7 +98,9 @@ def plain_step(recipe: Recipe, dataset: Dataset, device: torch.device) -> Callab
     """The same model, batches and optimizer without Accelerate: what a careful user would write by hand."""
     model = GPT(recipe.model, dataset.tokenizer.vocab_size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr, fused=True)
-    stream = BatchStream(dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=Rows())
+    stream = BatchStream(
+        dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=Rows(recipe.train.batch_size)
+    )
     forward = torch.compile(model) if recipe.runtime.compile else model
 
     def step() -> None:

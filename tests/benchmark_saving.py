@@ -63,7 +63,9 @@ def measure(recipe: Recipe, options: Options, accelerator: Accelerator, device: 
     scheduler = build_scheduler(optimizer, recipe.schedule, 1e-4, recipe.train.steps)
     model, optimizer, scheduler = accelerator.prepare(gpt, optimizer, scheduler)
     tokens = torch.randint(0, options.vocab, (100_000,), device=device)
-    stream = BatchStream(tokens, recipe.train.batch_size, recipe.train.seq_len, seed=0, rows=Rows())
+    stream = BatchStream(
+        tokens, recipe.train.batch_size, recipe.train.seq_len, seed=0, rows=Rows(recipe.train.batch_size)
+    )
 
     def train(count: int) -> float:
         started_at = time.perf_counter()

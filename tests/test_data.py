@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mygpt import get_batch
-from mygpt.data import BatchStream, Rows, all_windows, held_out_batches, split
+from mygpt.data import BatchStream, Rows, all_places, held_out_places, split, windows
 from mygpt.errors import CorpusError
 from mygpt.recipe import ValidationTable
 
@@ -43,41 +43,52 @@ def test_get_batch_is_the_course_batch():
 
 @given(
     world=st.sampled_from([1, 2, 3, 4]),
-    rows_each=st.integers(1, 4),
+    micro_batch=st.integers(1, 3),
+    micro_batches=st.integers(1, 9),
     seq_len=st.integers(1, 30),
     length=st.integers(40, 500),
     batches=st.integers(1, 4),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_rows_of_all_processes_join_to_the_one_process_batch(world, rows_each, seq_len, length, batches, seed):
-    """The global batch does not depend on the number of processes, at any position of the stream."""
-    data, size = torch.arange(length), world * rows_each
-    alone = BatchStream(data, size, seq_len, seed=seed, rows=Rows())
-    together = [BatchStream(data, size, seq_len, seed=seed, rows=Rows(r, world)) for r in range(world)]
+def test_rows_of_all_processes_join_to_the_one_process_batch(
+    world, micro_batch, micro_batches, seq_len, length, batches, seed
+):
+    """The global batch does not depend on the number of processes, at any position of the stream.
+
+    Each has whole micro-batches of it, as many as any other or one more; where there are too few, some have none.
+    """
+    data, size = torch.arange(length), micro_batch * micro_batches
+    rows = [Rows(micro_batch, process, world) for process in range(world)]
+    alone = BatchStream(data, size, seq_len, seed=seed, rows=Rows(micro_batch))
+    together = [BatchStream(data, size, seq_len, seed=seed, rows=own) for own in rows]
+    assert [index for own in rows for index in own.micro_batches(size)] == list(range(micro_batches))
     for _ in range(batches):
         whole, parts = alone.batch(), [stream.batch() for stream in together]
-        assert all(len(part.inputs) == rows_each for part in parts)
+        for own, part in zip(rows, parts, strict=True):
+            assert len(part.inputs) == micro_batch * len(own.micro_batches(size))
+            assert micro_batches // world <= len(own.micro_batches(size)) <= -(-micro_batches // world)
         for expected, joined in zip(whole, map(torch.cat, zip(*parts, strict=True)), strict=True):
             assert torch.equal(joined, expected)
 
 
-@given(length=st.integers(3, 200), seq_len=st.integers(1, 40), batch=st.integers(1, 5), world=st.integers(1, 4))
-def test_full_sampling_has_every_target_once(length, seq_len, batch, world):
-    """Cut into windows, each token but the first is a target exactly once, over all processes together."""
-    parts = [b for r in range(world) for b in all_windows(torch.arange(length), batch, seq_len, Rows(r, world))]
+@given(length=st.integers(3, 200), seq_len=st.integers(1, 40))
+def test_full_sampling_has_every_target_once(length, seq_len):
+    """Cut into windows, each token but the first is a target exactly once."""
+    data = torch.arange(length)
+    parts = [windows(data, *places) for places in all_places(data, seq_len)]
     assert sorted(t for part in parts for t in part.targets.flatten().tolist()) == list(range(1, length))
     assert all(torch.equal(part.inputs + 1, part.targets) for part in parts)
 
 
 def test_only_shared_stream_moves_the_training_batches():
     """Other ways of sampling leave the stream where it was; own-stream gives the same windows every time."""
-    stream = BatchStream(DATA, 4, 8, seed=42, rows=Rows())
+    stream = BatchStream(DATA, 4, 8, seed=42, rows=Rows(4))
 
     def sample(sampling):
         table = ValidationTable(sampling=sampling, eval_batches=2)
         before = stream.generator.get_state()
-        batches = [batch.inputs.tolist() for batch in held_out_batches(DATA, table, stream, seed=42)]
-        return batches, torch.equal(before, stream.generator.get_state())
+        (places,) = held_out_places(DATA, table, stream, seed=42)[:1]
+        return places.starts.tolist(), torch.equal(before, stream.generator.get_state())
 
     own, own_untouched = sample("own-stream")
     shared, shared_untouched = sample("shared-stream")
@@ -85,4 +96,4 @@ def test_only_shared_stream_moves_the_training_batches():
     assert own_untouched
     assert not shared_untouched
     assert sample("own-stream")[0] == own != shared
-    assert len(own) == 2
+    assert len(own) == 2 * 4

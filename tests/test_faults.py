@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from mygpt.checkpoint import load_checkpoint
 from mygpt.cli import main
 from mygpt.errors import CheckpointError, MismatchError, NonFiniteError, RecipeError
+from mygpt.failure import replay
 from mygpt.loop import train
 from mygpt.metrics import read_records
 from mygpt.rundir import METADATA_KEY
@@ -799,6 +800,13 @@ def make_infinite_gradient(model, _batch):
     model.norm.weight.data.mul_(1e30)
 
 
+def make_large(model, _batch):
+    # Logits far apart, so that what comes back through the norm is large, but no overflow.
+    model.token_embedding.weight.data.mul_(1e-6)
+    model.position_embedding.weight.data.mul_(1e-6)
+    model.norm.weight.data.mul_(1e9)
+
+
 @pytest.mark.fault(59, 60, 61)
 @pytest.mark.parametrize(
     ("how", "problem", "first"),
@@ -826,6 +834,35 @@ def test_numbers_that_break_stop_before_the_update(monkeypatch, tiny, capsys, ho
     out = capsys.readouterr().out
     assert out.startswith("step 5: the loss is ")
     assert re.search(rf"^first non-finite: .*{first}", out, re.MULTILINE), out
+
+
+@pytest.mark.fault(59, 60, 61)
+@pytest.mark.parametrize("how", [make_nan, make_infinite, make_infinite_gradient])
+def test_numbers_that_break_unseen_are_told_of_their_step(monkeypatch, tiny, tmp_path, how):
+    """The host reads every other step; what broke in between has updated nothing, and is told and kept as it was."""
+    runs = {}
+    for log_every in (1, 1000):
+        recipe = {"log_every": log_every, "output": str(tmp_path / str(log_every))}
+        message, run = broken_step(monkeypatch, tiny, 5, how=how, recipe=recipe)
+        runs[message.replace(str(run), "RUN")] = contents(run / "failed-step-000005")
+    (kept,) = {json.dumps(files, sort_keys=True, default=repr) for files in runs.values()}
+    assert len(runs) == 1
+    assert "model.safetensors" in kept
+
+
+@pytest.mark.fault(59, 60, 61)
+@pytest.mark.parametrize("how", [make_nan, make_infinite, make_infinite_gradient, make_large])
+def test_exact_sums_stop_before_the_update_too(monkeypatch, tiny, how):
+    """Also for a gradient that is finite, but larger than they hold."""
+    message, run = broken_step(monkeypatch, tiny, 5, how=how, recipe={"reduction": "exact", "log_every": 1000})
+    assert re.match(
+        r"step 5: [14] of 4 micro-batches have a loss or gradients that are no numbers, or beyond the 1,048,576 "
+        r"that an exact sum holds; not updated: `mygpt replay .*` looks into it; .*, or use reduction = \"fast\"",
+        message,
+    )
+    found = replay(run, torch.device("cpu"))
+    assert bool(found.broken) is (how is not make_large)
+    assert len(found.failed.dropout_seeds) == 4
 
 
 @pytest.mark.fault(59)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import reference
 import yaml
-from conftest import REPOSITORY, TINY, run_process
+from conftest import REPOSITORY, TINY, recipe_of, run_process
 
 from mygpt.compare import compare
 from mygpt.errors import LaunchError
+from mygpt.loop import train
 from mygpt.metrics import read_records
 from mygpt.runtime import check_processes, launched_processes, set_threads
 
@@ -67,6 +68,79 @@ def test_any_number_of_processes_trains_on_the_same_batches(text_file, tmp_path,
         assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
     assert max(d.max_abs for d in compare(tmp_path / "alone", tmp_path / "together").weights.differences) < 1e-3
     assert json.loads((tmp_path / "together" / "run.json").read_text())["processes"] == processes
+
+
+EXACT = TINY | {
+    "reduction": "exact",
+    "steps": 12,
+    "dropout": 0.1,
+    "max_grad_norm": 1.0,
+    "schedule": "cosine",
+    "warmup": 4,
+    "val_split": 0.1,
+    "val_every": 5,
+    "log_grad_norm": True,
+}
+
+
+def files_of(run) -> dict[str, bytes]:
+    """What may not depend on the number of processes: all but how long it took, and what run.json says of them."""
+    files = (path for path in run.rglob("*") if path.is_file() and path.name not in ("timing.jsonl", "run.json"))
+    return {str(path.relative_to(run)): path.read_bytes().replace(str(run).encode(), b"RUN") for path in files}
+
+
+def launch_exact(processes, folder, recipe, until=None) -> str:
+    """Train `recipe` on so many processes, up to step `until`, and return what was printed."""
+    (folder / "recipe.toml").write_text(recipe.to_toml())
+    script = folder / "script.py"
+    script.write_text(f"""
+from mygpt.loop import train
+from mygpt.recipe import load_recipe
+train(load_recipe("recipe.toml"), until={until})
+""")
+    result = run_process([BIN / "torchrun", "--nproc-per-node", processes, script], folder)
+    assert result.returncode == 0, result.stderr
+    assert "last bits may differ" not in result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "sampling"), [(2, "shared-stream"), (3, "own-stream"), (4, "full")])
+def test_exact_sums_are_the_same_bits_on_any_number_of_processes(text_file, tmp_path, capfd, processes, sampling):
+    """Weights, moments, records and printed lines, with dropout, clipping, a schedule and held-out losses.
+
+    Four micro-batches cannot be dealt evenly to three processes, and need not.
+    """
+    recipes = {
+        name: recipe_of(**EXACT, sampling=sampling, corpus=str(text_file), output=str(tmp_path / name))
+        for name in ("alone", "together")
+    }
+    alone = train(recipes["alone"])
+    printed = capfd.readouterr().out
+    assert launch_exact(processes, tmp_path, recipes["together"]) == printed
+    assert files_of(tmp_path / "together") == files_of(alone)
+    assert {"metrics.jsonl", "step-000012/model.safetensors"} <= files_of(alone).keys()
+    # The negative control: "fast" sums are other bits, by accumulation alone.
+    fast = recipe_of(**EXACT | {"reduction": "fast", "dropout": 0.0}, corpus=str(text_file), output=str(tmp_path / "f"))
+    exact = recipe_of(**EXACT | {"dropout": 0.0}, corpus=str(text_file), output=str(tmp_path / "e"))
+    assert compare(train(fast), train(exact)).weights.differences
+
+
+@pytest.mark.slow
+def test_exact_runs_move_between_numbers_of_processes(text_file, tmp_path, capfd):
+    """Stopped on three processes in warmup, on two later, and ended by one: the bytes of a run never stopped."""
+    keys = EXACT | {"corpus": str(text_file), "save_best": True, "keep_last": 1}
+    whole = train(recipe_of(**keys, output=str(tmp_path / "whole")))
+    printed = capfd.readouterr().out
+    moved = recipe_of(**keys, output=str(tmp_path / "moved"))
+    launch_exact(3, tmp_path, moved, until=3)
+    launch_exact(2, tmp_path, moved, until=8)
+    capfd.readouterr()
+    train(moved)
+    assert capfd.readouterr().out == printed
+    assert files_of(tmp_path / "moved") == files_of(whole)
+    changes = [entry["changed"] for entry in json.loads((tmp_path / "moved" / "run.json").read_text())["resumed"]]
+    assert changes == [{"processes": [3, 2]}, {"processes": [2, 1]}]
 
 
 @pytest.mark.slow

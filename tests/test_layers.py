@@ -19,6 +19,7 @@ ORDER = [
     "data",
     "model",
     "optim",
+    "reduction",
     "runtime",
     "evaluate",
     "metadata",

@@ -16,7 +16,7 @@ from mygpt.checkpoint import load_checkpoint
 from mygpt.compare import compare
 from mygpt.data import Batch
 from mygpt.errors import CheckpointError, LaunchError, NonFiniteError, RecipeError
-from mygpt.loop import accelerator_for, per_process_micro_batch, train, train_step
+from mygpt.loop import accelerator_for, resolve_micro_batch, train, train_step
 from mygpt.metrics import Timing, read_records
 from mygpt.model import GPT
 from mygpt.optim import build_optimizer
@@ -178,7 +178,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
                 micro_batch_size=micro_batch_size,
                 max_grad_norm=0.5,
             )
-        return [update.loss, update.grad_norm, *model.parameters()]
+        return [*update, *model.parameters()]
 
     whole = weights_after_step(6)
     for micro_batch_size in (1, 2, 3):
@@ -252,14 +252,14 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny, tmp_path):
 )
 def test_micro_batch_is_the_process_share_unless_given(batch, micro, processes, expected):
     """The global batch is the recipe's on any number of processes."""
-    assert per_process_micro_batch(TrainTable(batch_size=batch, micro_batch_size=micro), processes) == expected
+    assert resolve_micro_batch(TrainTable(batch_size=batch, micro_batch_size=micro), processes) == expected
 
 
 @pytest.mark.parametrize(("batch", "micro", "processes"), [(16, None, 3), (16, 8, 4), (12, 4, 4)])
 def test_batch_that_processes_cannot_share_is_refused(batch, micro, processes):
     """Rather than training on another batch than the recipe's."""
     with pytest.raises(RecipeError, match=r"batch_size: got \d+, expected"):
-        per_process_micro_batch(TrainTable(batch_size=batch, micro_batch_size=micro), processes)
+        resolve_micro_batch(TrainTable(batch_size=batch, micro_batch_size=micro), processes)
 
 
 def test_user_configuration_of_accelerate_does_not_reach_the_numbers(tiny, tmp_path, monkeypatch):
