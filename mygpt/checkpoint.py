@@ -294,8 +294,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) ->
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: Tensors) -> None:
-    """Give the optimizer the moments that `optimizer_tensors` took."""
+    """Give the optimizer the moments that `optimizer_tensors` took, each sharded as its parameter is."""
+    (group,) = optimizer.param_groups
     states = {
-        index: {moment: tensors[f"optimizer.{name}.{moment}"] for moment in MOMENTS} for index, name in enumerate(names)
+        index: {moment: _shard(tensors[f"optimizer.{name}.{moment}"], parameter) for moment in MOMENTS}
+        for index, (name, parameter) in enumerate(zip(names, group["params"], strict=True))
     }
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _shard(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    if not hasattr(parameter, "device_mesh") or not tensor.dim():
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has all of it, so that none has to send anything.
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)

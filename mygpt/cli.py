@@ -4,15 +4,16 @@ import contextlib
 import difflib
 import io
 import os
+import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mygpt.errors import MygptError
+from mygpt.errors import MygptError, PeerError
 
 if TYPE_CHECKING:
     from mygpt.recipe import Recipe
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except MygptError as error:
         code = error.exit_code
-        _complain(str(error))
+        _complain(str(error), is_of_other=isinstance(error, PeerError))
     except BrokenPipeError:
         # Whoever read our output has gone, as in `mygpt generate ... | head`; nothing more can be written there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,7 +82,8 @@ def _train(arguments: list[str]) -> int:
         allow_changes: bool = False
         """Continue a run though its recipe or corpus has changed since it was saved."""
 
-    recipe, options = parse_recipe(arguments, "mygpt train", Options)
+    with _telling_other_processes():
+        recipe, options = parse_recipe(arguments, "mygpt train", Options)
     # Kernels that mps lacks run on the CPU; torch reads this when it is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     from mygpt.loop import train
@@ -390,6 +392,20 @@ def _parse(kind: type, arguments: list[str], prog: str, description: str) -> Any
     raise MygptError("; ".join(" ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split()) for text in paragraphs))
 
 
+@contextlib.contextmanager
+def _telling_other_processes() -> Iterator[None]:
+    """Tell a mistake to the other processes of a launch, which may have made none and would wait for this one."""
+    try:
+        yield
+    except MygptError:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        from mygpt.launch import launched_processes, peers_of
+
+        with peers_of(launched_processes()):
+            raise
+
+
 def _make_streams_safe() -> None:
     """Have printing succeed where output is closed, and where its encoding lacks a character of the corpus."""
     for name in ("stdout", "stderr"):
@@ -399,16 +415,18 @@ def _make_streams_safe() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _complain(message: str) -> None:
+def _complain(message: str, *, is_of_other: bool = False) -> None:
     """Print an error, with what a terminal would act on escaped.
 
     Under a launcher every process usually finds the same mistake, and the launcher ends them all when one fails: the
     first of each machine speaks at once, the others only if they are still there after it would have.
     """
     rank = ""
+    several_machines = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not is_of_other and (several_machines or os.environ.get("LOCAL_RANK", "0") != "0"):
+        rank = f"rank {os.environ.get('RANK', '?')} on {platform.node()}: "
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)
-        rank = f"rank {os.environ.get('RANK', '?')}: "
     lines = message.splitlines()
     for line in lines[:MAX_LINES]:
         print(f"mygpt: {rank}{''.join(c if c.isprintable() else repr(c)[1:-1] for c in line)}", file=sys.stderr)

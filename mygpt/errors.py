@@ -39,6 +39,14 @@ class LostProcessError(MygptError):
     exit_code = 1
 
 
+class PeerError(MygptError):
+    """Another process of the run has ended with an error: this is its message, with its machine, and its exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class CheckpointError(MygptError):
     """A path is not a run or a checkpoint, or writing there would overwrite one."""
 

@@ -67,13 +67,14 @@ def window_losses(
     device = next(model.parameters()).device
     process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     pieces = places.starts.split(micro_batch_size)
-    losses_N = torch.zeros(len(places.starts), device=device)
+    dtype = next(model.parameters()).dtype
+    losses_N = torch.zeros(len(places.starts), dtype=dtype, device=device)
     for first in range(0, len(pieces), processes):
         # Where pieces run out a process repeats the last, since gathering sharded weights needs them all.
         own = min(first + process, len(pieces) - 1)
         inputs_BT, targets_BT = (rows.to(device) for rows in windows(data, pieces[own], places.seq_len))
         logits_BTV = model(inputs_BT)
-        losses_BT = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+        losses_BT = F.cross_entropy(logits_BTV.to(losses_N.dtype).flatten(0, 1), targets_BT.flatten(), reduction="none")
         if own == first + process:
             losses_N[own * micro_batch_size :][: len(inputs_BT)] = losses_BT.view(targets_BT.shape).sum(1)
     # Every window has its loss from one process and zeros from the others: the sum is exact in any order.

@@ -8,12 +8,12 @@ from pydantic import Field, ValidationError
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
-from mygpt.checkpoint import TrainingState, model_metadata, read_tensors, read_weights, write_checkpoint
+from mygpt.checkpoint import Tensors, TrainingState, model_metadata, read_tensors, read_weights, write_checkpoint
 from mygpt.data import Dataset, draw_starts
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.metadata import Manifest
 from mygpt.model import GPT
-from mygpt.recipe import Count, RuntimeTable, Table, TrainTable
+from mygpt.recipe import Count, Recipe, Table
 from mygpt.reduction import dropout_seed
 from mygpt.rundir import FAILED_NAME, MODEL_FILE, STATE_FILE, read_metadata, remove, verify_checkpoint
 from mygpt.runtime import make_deterministic, set_dropout_generator_state
@@ -44,18 +44,19 @@ class FailedStep(Table):
 def record_failure(
     run: Path,
     problem: str,
-    gpt: GPT,
+    weights: Tensors,
     state: TrainingState,
     dataset: Dataset,
-    table: TrainTable,
+    recipe: Recipe,
     micro_batch_size: int,
-    runtime: RuntimeTable,
+    device: str,
 ) -> None:
     """Keep a step that broke before its update as `run`/failed-step-NNNNNN; `state` is that before it.
 
     Raises:
         DamagedCheckpointError: the disk refused it.
     """
+    table, runtime = recipe.train, recipe.runtime
     step, seq_len = state.metadata.step + 1, table.seq_len
     generator = torch.Generator()
     generator.set_state(state.tensors["generator.stream"])
@@ -72,7 +73,7 @@ def record_failure(
         )
         if runtime.reduction == "exact"
         else (),
-        device=next(gpt.parameters()).device.type,
+        device=device,
         precision=runtime.precision,
     )
     target = run / f"failed-step-{step:06d}"
@@ -80,8 +81,8 @@ def record_failure(
         remove(target)
     write_checkpoint(
         target,
-        {name: weight.cpu() for name, weight in gpt.state_dict().items()},
-        model_metadata(gpt.config, dataset.tokenizer, step - 1),
+        {name: weight.cpu() for name, weight in weights.items()},
+        model_metadata(recipe.model, dataset.tokenizer, step - 1),
         TrainingState({name: tensor.cpu() for name, tensor in state.tensors.items()}, state.metadata),
         Manifest(step=step, reason="failed", files={}),
         {BATCH_FILE: failed.model_dump_json(indent=2) + "\n"},

@@ -8,51 +8,49 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, TorchDynamoPlugin
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
-from mygpt.checkpoint import Saver, TrainingState
-from mygpt.data import Batch, BatchStream, Dataset, Places, Rows, held_out_places, load_dataset
+from mygpt import launch
+from mygpt.checkpoint import Saver, Tensors, TrainingState, load_optimizer_tensors
+from mygpt.data import Batch, BatchStream, Dataset, Places, Rows, held_out_places
 from mygpt.errors import (
     DamagedCheckpointError,
     InterruptedRunError,
     LaunchError,
-    LostProcessError,
     NonFiniteError,
     OutOfMemoryError,
-    RecipeError,
 )
 from mygpt.evaluate import held_out_loss
 from mygpt.failure import record_failure
-from mygpt.metadata import Best, Reason, RunInfo
+from mygpt.launch import check_processes, is_restart, is_sharded, launched_processes, peers_of
+from mygpt.metadata import Best, Reason
 from mygpt.metrics import Reporter, due, header_lines, is_printed
 from mygpt.model import GPT
 from mygpt.optim import build_optimizer, build_scheduler, update_unless
 from mygpt.recipe import Recipe, RuntimeTable, TrainTable, check_recipe
-from mygpt.reduction import RANGE, ExactSum, dropout_seed, fixed_micro_batch
+from mygpt.reduction import RANGE, ExactSum, dropout_seed
 from mygpt.resume import Start, begin_run, find_start
 from mygpt.rundir import METRICS_FILE, check_output, locked, step_directory
-from mygpt.runtime import (
-    check_processes,
-    describe_environment,
-    is_restart,
-    launched_processes,
-    make_deterministic,
-    resolve_device,
-    set_threads,
-    stop_on_signal,
-)
+from mygpt.runtime import stop_on_signal
+from mygpt.startup import set_up
 from mygpt.state import (
     GeneratorStates,
+    full_tensor,
+    full_weights,
     generator_states,
     restore,
     set_generator_states,
@@ -75,30 +73,16 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
         MygptError: anything that the user can act on.
     """
     check_recipe(recipe)
-    processes, local_processes = launched_processes()
-    exact = recipe.runtime.reduction == "exact"
-    micro_batch_size = resolve_micro_batch(recipe.train, processes, exact=exact)
-    device = resolve_device(recipe.runtime.device, recipe.runtime.precision, local_processes)
-    dataset = load_dataset(recipe.data, recipe.train.seq_len)
-    threads = set_threads(recipe.runtime.threads, local_processes, pinned=exact and device.type == "cpu")
-    make_deterministic(device)
-    info = RunInfo(
-        **describe_environment(device),
-        device=device.type,
-        compile=recipe.runtime.compile,
-        threads=threads,
-        processes=processes,
-        micro_batch_size=micro_batch_size,
-        reduction=recipe.runtime.reduction,
-        corpus_sha256=dataset.sha256,
-    )
-    # An exact sum is divided once, at its end.
-    micro_batches = 1 if exact else recipe.train.batch_size // processes // micro_batch_size
+    launched = launched_processes()
     with ExitStack() as stack:
+        peers = stack.enter_context(peers_of(launched))
         stack.enter_context(naming_memory(recipe.train))
-        stack.enter_context(naming_lost_processes(processes))
+        device, dataset, info, _ = set_up(recipe, launched, peers)
+        exact = recipe.runtime.reduction == "exact"
+        # An exact sum is divided once, at its end.
+        micro_batches = 1 if exact else recipe.train.batch_size // info.processes // info.micro_batch_size
         accelerator = stack.enter_context(accelerator_for(recipe.runtime, device, micro_batches))
-        check_processes(processes, accelerator.num_processes)
+        check_processes(launched.processes, accelerator.num_processes)
         start = Start(None, 0, False, overwrite, recipe, info)
         if accelerator.is_main_process:
             run = Path(recipe.checkpoint.output)
@@ -113,7 +97,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
                 allow_changes=allow_changes,
                 warn=_note,
             )
-        return _train(accelerator, start, dataset, micro_batch_size, until)
+        return _train(accelerator, start, dataset, info.micro_batch_size, until)
 
 
 def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch_size: int, until: int | None) -> Path:
@@ -122,6 +106,7 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
     steps, run = recipe.train.steps, Path(recipe.checkpoint.output)
     torch.manual_seed(recipe.train.init_seed)
     gpt = GPT(recipe.model, dataset.tokenizer.vocab_size).to(accelerator.device)
+    gpt.activation_checkpointing = recipe.runtime.activation_checkpointing
     optimizer = build_optimizer(gpt, recipe.optimizer)
     dataset = dataset.to(accelerator.device)
     exact = recipe.runtime.reduction == "exact"
@@ -129,10 +114,10 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
     stream = BatchStream(
         dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=recipe.train.data_seed, rows=rows
     )
-    step, best = 0, None
+    step, best, moments = 0, None, None
     checkpoint = shared_path(accelerator, start.checkpoint)
     if checkpoint:
-        step, best = restore(accelerator, checkpoint, gpt, optimizer, stream)
+        step, best, moments = restore(accelerator, checkpoint, gpt, stream)
         if checkpoint.parent.resolve() != run.resolve():
             best = None  # `best` names a step of this run
     else:
@@ -143,6 +128,8 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
         gpt.compile()
     # `gpt` stays the bare module, whose weights have their plain names whatever `model` wraps around it.
     model, optimizer, scheduler = prepare(accelerator, gpt, optimizer, scheduler, exact=exact)
+    if moments:
+        load_optimizer_tensors(optimizer, gpt.state_dict(), moments)
     if checkpoint and isinstance(model, DistributedDataParallel):
         settle_buckets(accelerator, model, optimizer, stream, micro_batch_size)
 
@@ -190,7 +177,8 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
                     saver.wait()
                     broken = step - len(unread) + number
                     state = training_state(accelerator, gpt, optimizer, before, broken - 1, best)
-                    raise broken_step(accelerator, recipe, gpt, state, dataset, micro_batch_size, measured)
+                    weights = full_weights(gpt)
+                    raise broken_step(accelerator, recipe, weights, state, dataset, micro_batch_size, measured)
             unread, stopped, measured = [], reading.stop, reading.steps[-1]
             improved = False
             if recorded:
@@ -207,8 +195,9 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
                     reason: Reason = "scheduled" if scheduled else "best" if improved else "interrupted"
                     now = generator_states(accelerator.device, stream, exact=exact)
                     state = training_state(accelerator, gpt, optimizer, now, step, best)
+                    weights = full_weights(gpt)
                     if is_main:
-                        saver.save(gpt.state_dict(), state, reason)
+                        saver.save(weights, state, reason)
             saver.check()
             read_at, next_reading = time.perf_counter(), step + max(1, int(PATIENCE / reading.seconds_per_step))
         saver.wait()
@@ -278,6 +267,7 @@ def train_step(
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
     else:
         grad_norm = get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    grad_norm = full_tensor(grad_norm)
     broken = ~torch.isfinite(grad_norm)
     if out_of_range is not None:
         broken |= out_of_range > 0
@@ -368,7 +358,7 @@ def mean(values: Sequence[float]) -> float:
 def broken_step(
     accelerator: Accelerator,
     recipe: Recipe,
-    gpt: GPT,
+    weights: Tensors,
     state: TrainingState,
     dataset: Dataset,
     micro_batch_size: int,
@@ -387,7 +377,7 @@ def broken_step(
     cure = f'{CURE}, or use reduction = "fast"' if measured.out_of_range else CURE
     if accelerator.is_main_process:
         try:
-            record_failure(run, problem, gpt, state, dataset, recipe.train, micro_batch_size, recipe.runtime)
+            record_failure(run, problem, weights, state, dataset, recipe, micro_batch_size, accelerator.device.type)
         except DamagedCheckpointError as error:
             look = f"no record of it: {error}"
     accelerator.wait_for_everyone()
@@ -436,36 +426,17 @@ def prepare(
     accelerator: Accelerator, gpt: GPT, optimizer: torch.optim.Optimizer, scheduler: LambdaLR, *, exact: bool
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, LambdaLR]:
     """Have Accelerate wrap the parts of a run."""
-    if not exact:
-        return accelerator.prepare(gpt, optimizer, scheduler)
-    # As for evaluation: precision, and nothing that would sum gradients by itself.
-    return accelerator.prepare_model(gpt, evaluation_mode=True), *accelerator.prepare(optimizer, scheduler)
-
-
-def resolve_micro_batch(table: TrainTable, processes: int, *, exact: bool = False) -> int:
-    """The windows of one forward pass on one of `processes`; for `exact` sums the same on any number of them.
-
-    Raises:
-        RecipeError: the batch cannot be divided so.
-    """
     if exact:
-        return table.micro_batch_size or fixed_micro_batch(table.batch_size)
-    if table.batch_size % processes:
-        raise RecipeError(f"batch_size: got {table.batch_size}, expected a multiple of the {processes} processes")
-    rows = table.batch_size // processes
-    size = table.micro_batch_size or rows
-    if rows % size:
-        raise RecipeError(
-            f"micro_batch_size: got {size}, expected a divisor of the {rows} windows that each of the {processes} "
-            f"processes has of batch_size = {table.batch_size}"
-        )
-    return size
+        # As for evaluation: precision, and nothing that would sum gradients by itself.
+        return accelerator.prepare_model(gpt, evaluation_mode=True), *accelerator.prepare(optimizer, scheduler)
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        # Accelerate would have FSDP cast weights, gradients and the loss itself: this is what it does elsewhere.
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        gpt.forward = autocast(gpt.forward)  # type: ignore[method-assign]
+    return accelerator.prepare(gpt, optimizer, scheduler)
 
 
 CURE = "lower lr, add warmup, or clip with max_grad_norm = 1.0"
-
-PROCESS_TIMEOUT = timedelta(minutes=10)
-"""How long a process waits for the others."""
 
 
 @contextmanager
@@ -484,20 +455,6 @@ def naming_memory(table: TrainTable) -> Iterator[None]:
 
 
 @contextmanager
-def naming_lost_processes(processes: int) -> Iterator[None]:
-    """Turn a collective that failed, because a process has ended or hangs, into an error that says so."""
-    try:
-        yield
-    except RuntimeError as error:
-        if processes == 1 or not re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Tt]imed out", str(error)):
-            raise
-        raise LostProcessError(
-            "another process of this run has ended or has not answered: look at what it said; the same command "
-            f"continues from the last checkpoint ({str(error).splitlines()[0]})"
-        ) from error
-
-
-@contextmanager
 def accelerator_for(table: RuntimeTable, device: torch.device, micro_batches: int) -> Iterator[Accelerator]:
     """An Accelerator that heeds the recipe alone: what the environment or a user's own configuration asks for in
     precision, accumulation or compilation would otherwise change the numbers.
@@ -508,17 +465,20 @@ def accelerator_for(table: RuntimeTable, device: torch.device, micro_batches: in
     if AcceleratorState._shared_state:
         raise LaunchError("this process already has an Accelerator, whose settings would win; train in another process")
     accelerator = Accelerator(
+        fsdp_plugin=sharding_plugin() if is_sharded() else None,
         cpu=device.type == "cpu",
         # The model is moved before its optimizer is built; having prepare() look into that imports DTensor, 0.4 s.
         device_placement=False,
         mixed_precision="bf16" if table.precision == "bf16" else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=micro_batches, sync_with_dataloader=False),
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=launch.PROCESS_TIMEOUT)],
         # A prepared scheduler would else step once per process; the loop steps it once per optimizer step.
         step_scheduler_with_optimizer=False,
     )
     try:
+        if is_sharded() and not accelerator.is_fsdp2:
+            raise LaunchError("the launch configuration asks for FSDP, and Accelerate did not take it up")
         yield accelerator
     finally:
         # Leaving the process group while models are alive aborts some two-process runs at exit.
@@ -526,6 +486,27 @@ def accelerator_for(table: RuntimeTable, device: torch.device, micro_batches: in
         gc.collect()
         accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def sharding_plugin() -> FullyShardedDataParallelPlugin:
+    """FSDP2 in which each block is sharded, and gathered for the time in which it is computed.
+
+    Precision and activation checkpointing are the recipe's: see `prepare` and `GPT`. Accelerate's own checkpointing
+    draws other dropout in the second forward pass than in the first.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        cpu_offload=False,
+        activation_checkpointing=False,
+        cpu_ram_efficient_loading=False,
+        mixed_precision_policy=MixedPrecisionPolicy(),
+        state_dict_type="SHARDED_STATE_DICT",
+    )
 
 
 def _introduce(start: Start, accelerator: Accelerator, dataset: Dataset, model: GPT) -> None:
@@ -542,7 +523,8 @@ def _introduce(start: Start, accelerator: Accelerator, dataset: Dataset, model: 
     )
     print("\n".join(lines), flush=True)
     if accelerator.num_processes > 1:
-        _note(f"{accelerator.num_processes} processes share each batch")
+        of_weights = "; the weights are sharded over them" if accelerator.is_fsdp2 else ""
+        _note(f"{accelerator.num_processes} processes share each batch{of_weights}")
     if start.checkpoint and start.step < recipe.train.steps:
         _note(f"continuing after step {start.step} from {start.checkpoint}; the lines up to it are from {METRICS_FILE}")
     if not recipe.validation.val_every:

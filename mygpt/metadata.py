@@ -105,6 +105,8 @@ class RunInfo(Table):
     compile: bool
     threads: Annotated[int, Field(ge=1, le=1024)]
     processes: Count
+    sharded: bool = False
+    """Whether each process held a part of the weights (FSDP)."""
     micro_batch_size: Count
     """Windows per forward pass on one process."""
     reduction: Literal["fast", "exact"] = "fast"
@@ -115,7 +117,7 @@ class RunInfo(Table):
         """What the last bits of a result depend on, by name."""
         names = (
             *("cpu", "cpu_capability", "accelerator", "git_commit"),
-            *("device", "compile", "threads", "processes", "micro_batch_size", "reduction"),
+            *("device", "compile", "threads", "processes", "sharded", "micro_batch_size", "reduction"),
         )
         return {**self.versions, **{name: getattr(self, name) for name in names}}
 

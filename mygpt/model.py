@@ -8,6 +8,7 @@ Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mygpt.recipe import ModelTable
 
@@ -23,6 +24,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
+        self.activation_checkpointing = False
+        """Whether training keeps of each block only its input, and computes the rest again on the way back."""
         self.token_embedding = nn.Embedding(vocab_size, config.embed_dim)
         self.position_embedding = nn.Embedding(config.max_seq_len, config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -37,7 +40,10 @@ class GPT(nn.Module):
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTD = self.dropout(self.token_embedding(tokens_BT) + self.position_embedding(positions_T))
         for block in self.blocks:
-            x_BTD = block(x_BTD)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD)
         logits_BTV = F.linear(self.norm(x_BTD), self.token_embedding.weight)
         if targets_BT is None:
             return logits_BTV

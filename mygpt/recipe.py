@@ -139,6 +139,9 @@ class RuntimeTable(Table):
     bits of a CPU result depend on it."""
     compile: bool = False
     """Compile the model with torch.compile: slow to start, faster per step."""
+    activation_checkpointing: bool = False
+    """Keep of each block only its input, and compute the rest again on the way back: less memory, more time, the same
+    numbers."""
     reduction: Literal["fast", "exact"] = "fast"
     """How gradients are summed over micro-batches and processes. "fast": as floats, so that the last bits depend on the
     number of processes. "exact": as integers, the same bits on any number of processes, for more time per step."""

@@ -27,7 +27,10 @@ from mygpt.rundir import (
 )
 
 # Keys that say what is shown and kept, and change no number; what `steps` changes is told apart.
-HARMLESS_KEYS = {*CheckpointTable.model_fields, "print_every", "log_every", "log_grad_norm", "log_val_stderr", "steps"}
+HARMLESS_KEYS = {
+    *CheckpointTable.model_fields,
+    *("print_every", "log_every", "log_grad_norm", "log_val_stderr", "activation_checkpointing", "steps"),
+}
 # Keys whose meaning on this machine, or whose content, run.json has: that is what is compared.
 RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "reduction", "corpus"}
 # Keys that shift the training batches with sampling = "shared-stream", and else change no weight.

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,52 +68,6 @@ def make_deterministic(device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def launched_processes(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """The processes that the launcher says it started, in all and on this machine; 1 and 1 without a launcher.
-
-    Raises:
-        LaunchError: `accelerate launch` was asked for several processes on CPUs but starts a single one, or for a
-            way to train that mygpt does not have.
-    """
-    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
-        if environ.get(variable, "false").lower() == "true":
-            name = variable.removeprefix("ACCELERATE_USE_")
-            raise LaunchError(
-                f"the launch configuration asks for {name}, which mygpt does not use; use recipes/launch/"
-            )
-    if "WORLD_SIZE" in environ:
-        counts = environ["WORLD_SIZE"], environ.get("LOCAL_WORLD_SIZE", "1")
-        if not all(count.isdecimal() and int(count) > 0 for count in counts):
-            raise LaunchError(f"WORLD_SIZE and LOCAL_WORLD_SIZE: got {counts}, expected numbers from a launcher")
-        return int(counts[0]), int(counts[1])
-    # accelerate's one-process launcher names an address for the others only when it was asked for several.
-    if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ:
-        raise LaunchError(
-            "accelerate launch was asked for several processes but started one, as it does with --cpu or "
-            "distributed_type: MULTI_CPU; use --config_file recipes/launch/cpu2.yaml, or --multi_gpu with "
-            "ACCELERATE_USE_CPU=true (and if it was asked for one, unset MASTER_PORT)"
-        )
-    return 1, 1
-
-
-def check_processes(launched: int, joined: int) -> None:
-    """Compare the processes that the launcher started with those that joined.
-
-    Raises:
-        LaunchError: they differ, so that each would train a model of its own.
-    """
-    if launched != joined:
-        raise LaunchError(
-            f"the launcher started {launched} processes but {joined} joined this run; on CPUs use --config_file "
-            "recipes/launch/cpu2.yaml, on GPUs recipes/launch/ddp.yaml"
-        )
-
-
-def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun (--max_restarts) or Slurm (requeue) has started this command before."""
-    return any(environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -7,13 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from mygpt.checkpoint import (
-    TrainingState,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    read_state,
-    read_weights,
-)
+from mygpt.checkpoint import Tensors, TrainingState, optimizer_tensors, read_state, read_weights
 from mygpt.data import BatchStream
 from mygpt.errors import DamagedCheckpointError
 from mygpt.metadata import Best, StateMetadata
@@ -52,7 +46,8 @@ def training_state(
 
     With reduction = "exact" there are none, and nothing in it depends on the number of processes.
     """
-    tensors = optimizer_tensors(optimizer, [name for name, _ in gpt.named_parameters()])
+    moments = optimizer_tensors(optimizer, gpt.state_dict())
+    tensors = {name: full_tensor(tensor) for name, tensor in moments.items()}
     tensors["generator.stream"] = generators.stream
     if generators.dropout is None:
         return TrainingState(tensors, StateMetadata(step=step, processes=None, best=best))
@@ -62,10 +57,28 @@ def training_state(
     return TrainingState(tensors, StateMetadata(step=step, processes=accelerator.num_processes, best=best))
 
 
-def restore(
-    accelerator: Accelerator, checkpoint: Path, gpt: GPT, optimizer: torch.optim.Optimizer, stream: BatchStream
-) -> tuple[int, Best | None]:
-    """Put the parts of a run into the state of a checkpoint; returns its step, and the best step up to then.
+def full_weights(gpt: GPT) -> dict[str, torch.Tensor]:
+    """The weights by name; where they are sharded every process has to call this."""
+    return {name: full_tensor(weight) for name, weight in gpt.state_dict().items()}
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, gathered from all processes if it is sharded (a DTensor)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class Restored(NamedTuple):
+    """What a checkpoint says beside the weights and the generators."""
+
+    step: int
+    best: Best | None
+    """The best step up to then."""
+    moments: Tensors
+    """The optimizer's, to be loaded once it is what it will be."""
+
+
+def restore(accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchStream) -> Restored:
+    """Put the weights and generators of a run into the state of a checkpoint.
 
     On another kind of device or number of processes dropout goes on with generators of its own.
 
@@ -75,7 +88,6 @@ def restore(
     weights = read_weights(checkpoint / MODEL_FILE, gpt.config, gpt.vocab_size)
     tensors, metadata = read_state(checkpoint, weights)
     gpt.load_state_dict(weights)
-    load_optimizer_tensors(optimizer, [name for name, _ in gpt.named_parameters()], tensors)
     name = dropout_name(accelerator.device, accelerator.process_index)
     try:
         stream.generator.set_state(tensors["generator.stream"])
@@ -85,7 +97,7 @@ def restore(
             torch.manual_seed(metadata.step * accelerator.num_processes + accelerator.process_index)
     except (KeyError, RuntimeError, TypeError) as error:
         raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: no generator's state: {error}") from None
-    return metadata.step, metadata.best
+    return Restored(metadata.step, metadata.best, tensors)
 
 
 def dropout_name(device: torch.device, process: int) -> str:

@@ -220,7 +220,7 @@ POINTS = {
     "metrics-disk-full": _limit_file_size(700),
     "file-size-limit": _limit_file_size(40_000),
     "slow-saves": _slow_saves,
-    "forget-moments": _forget(state, "load_optimizer_tensors"),
+    "forget-moments": _forget(loop, "load_optimizer_tensors"),
     "forget-dropout": _forget(state, "set_dropout_generator_state"),
     "forget-stream": _forget_stream,
     "forget-rate": _forget_rate,

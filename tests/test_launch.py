@@ -11,9 +11,10 @@ from conftest import REPOSITORY, TINY, recipe_of, run_process
 
 from mygpt.compare import compare
 from mygpt.errors import LaunchError
+from mygpt.launch import Launched, check_processes, launched_processes
 from mygpt.loop import train
 from mygpt.metrics import read_records
-from mygpt.runtime import check_processes, launched_processes, set_threads
+from mygpt.runtime import set_threads
 
 BIN = Path(sys.executable).parent
 SCRIPT = REPOSITORY / "scripts" / "train.py"
@@ -250,15 +251,17 @@ def test_launch_files_name_known_keys_only():
 
 def test_launched_processes_are_counted_from_the_environment():
     """torchrun's WORLD_SIZE; one without a launcher; an error for what would train something else."""
-    assert launched_processes({}) == (1, 1)
-    assert launched_processes({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_PORT": "1"}) == (8, 4)
-    assert launched_processes({"ACCELERATE_MIXED_PRECISION": "no"}) == (1, 1)
-    for count in ("0", "many", "-1"):
-        with pytest.raises(LaunchError, match="WORLD_SIZE"):
-            launched_processes({"WORLD_SIZE": count})
+    assert launched_processes({}) == Launched(1, 1, 0)
+    several = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5", "MASTER_PORT": "1"}
+    assert launched_processes(several) == Launched(8, 4, 5)
+    assert launched_processes({"ACCELERATE_MIXED_PRECISION": "no"}) == Launched(1, 1, 0)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"):
+        for count in ("many", "-1", "8" if name == "RANK" else "0"):
+            with pytest.raises(LaunchError, match="WORLD_SIZE"):
+                launched_processes(several | {name: count})
     with pytest.raises(LaunchError, match=r"cpu2\.yaml"):
         launched_processes({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"})
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
         with pytest.raises(LaunchError, match=name):
             launched_processes({f"ACCELERATE_USE_{name}": "true", "WORLD_SIZE": "2"})
 

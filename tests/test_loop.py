@@ -16,11 +16,12 @@ from mygpt.checkpoint import load_checkpoint
 from mygpt.compare import compare
 from mygpt.data import Batch
 from mygpt.errors import CheckpointError, LaunchError, NonFiniteError, RecipeError
-from mygpt.loop import accelerator_for, resolve_micro_batch, train, train_step
+from mygpt.loop import accelerator_for, train, train_step
 from mygpt.metrics import Timing, read_records
 from mygpt.model import GPT
 from mygpt.optim import build_optimizer
 from mygpt.recipe import ModelTable, OptimizerTable, RuntimeTable, TrainTable
+from mygpt.startup import resolve_micro_batch
 
 
 def model_bytes(run) -> bytes:

@@ -1,0 +1,253 @@
+"""The processes of a run: what a launcher started, and what they tell each other beside the training.
+
+They talk through the store of the launcher, which is there before they form a group and after that has broken, so that
+a mistake or a failure on one machine is told on all by the name of that machine, and not by a timeout somewhere else.
+"""
+
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from mygpt.errors import LaunchError, LostProcessError, MygptError, PeerError
+
+PROCESS_TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for the others."""
+NOTICE_SECONDS = 30.0
+"""After this long it says for whom it waits."""
+GRACE_SECONDS = 3.0
+"""How long a mistake waits for the same one of others, and a process that ends for others to hear why."""
+
+
+class Launched(NamedTuple):
+    """What the launcher says it started."""
+
+    processes: int = 1
+    local_processes: int = 1
+    """On this machine."""
+    rank: int = 0
+
+    @property
+    def several_machines(self) -> bool:
+        return self.processes > self.local_processes
+
+
+def launched_processes(environ: Mapping[str, str] = os.environ) -> Launched:
+    """What the environment says that the launcher started; one process without a launcher.
+
+    Raises:
+        LaunchError: `accelerate launch` was asked for several processes on CPUs but starts a single one, or for a
+            way to train that mygpt does not have.
+    """
+    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        if _is_true(environ, variable):
+            name = variable.removeprefix("ACCELERATE_USE_")
+            raise LaunchError(
+                f"the launch configuration asks for {name}, which mygpt does not use; use recipes/launch/"
+            )
+    if is_sharded(environ) and environ.get("FSDP_VERSION", "1") != "2":
+        raise LaunchError(
+            "the launch configuration asks for FSDP version 1; mygpt uses version 2 (fsdp_version: 2, as in "
+            "recipes/launch/fsdp2.yaml)"
+        )
+    if "WORLD_SIZE" in environ:
+        names = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
+        values = [environ.get(name, default) for name, default in names.items()]
+        processes, local, rank = (int(value) if value.isdecimal() else -1 for value in values)
+        if not (1 <= local <= processes and 0 <= rank < processes):
+            raise LaunchError(f"{', '.join(names)}: got {', '.join(values)}, expected numbers from a launcher")
+        return Launched(processes, local, rank)
+    # accelerate's one-process launcher names an address for the others only when it was asked for several.
+    if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ:
+        raise LaunchError(
+            "accelerate launch was asked for several processes but started one, as it does with --cpu or "
+            "distributed_type: MULTI_CPU; use --config_file recipes/launch/cpu2.yaml, or --multi_gpu with "
+            "ACCELERATE_USE_CPU=true (and if it was asked for one, unset MASTER_PORT)"
+        )
+    return Launched()
+
+
+def is_sharded(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launch configuration asks for sharded weights (FSDP)."""
+    return _is_true(environ, "ACCELERATE_USE_FSDP")
+
+
+def ignored_settings(precision: str, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """What the launch configuration asks for and the recipe decides instead, a sentence each."""
+    asked = {
+        "mixed_precision": (environ.get("ACCELERATE_MIXED_PRECISION", "no"), ("no", precision), "precision"),
+        "dynamo_backend": (environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").lower(), ("no",), "compile"),
+        "gradient_accumulation_steps": (
+            environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
+            ("1",),
+            "micro_batch_size",
+        ),
+    }
+    return [
+        f"{name}: {value} of the launch configuration is not used: the recipe's {key} decides"
+        for name, (value, harmless, key) in asked.items()
+        if value not in harmless
+    ]
+
+
+def check_processes(launched: int, joined: int) -> None:
+    """Compare the processes that the launcher started with those that joined.
+
+    Raises:
+        LaunchError: they differ, so that each would train a model of its own.
+    """
+    if launched != joined:
+        raise LaunchError(
+            f"the launcher started {launched} processes but {joined} joined this run; on CPUs use --config_file "
+            "recipes/launch/cpu2.yaml, on GPUs recipes/launch/ddp.yaml"
+        )
+
+
+def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun (--max_restarts) or Slurm (requeue) has started this command before."""
+    return any(environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+class Peers:
+    """The processes of this run, each of which can tell the others something."""
+
+    def __init__(self, launched: Launched, store: Store):
+        self.launched = launched
+        self._store = store
+        self._nodes: list[str] = []
+
+    def exchange(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """Tell all processes `own`, once, and return what each told, by rank. Every process has to call this.
+
+        Raises:
+            PeerError: another has ended with an error; it is told as its.
+            LostProcessError: another has told nothing for too long.
+        """
+        started_at, noticed = time.monotonic(), False
+        self._store.set(f"facts/{self.launched.rank}", json.dumps(own))
+        while missing := self._without("facts"):
+            if self._told("error"):
+                raise self.reason()
+            waited = time.monotonic() - started_at
+            names = "rank " + ", ".join(map(str, missing))
+            if waited > PROCESS_TIMEOUT.total_seconds():
+                raise LostProcessError(f"{names} of this run did not come within {waited:.0f} s; look at what it said")
+            if waited > NOTICE_SECONDS and not noticed:
+                print(f"rank {self.launched.rank} waits for {names}", file=sys.stderr, flush=True)
+                noticed = True
+            time.sleep(0.02)
+        facts = list(self._told("facts").values())
+        self._nodes = [entry["node"] for entry in facts]
+        return facts
+
+    def announce(self, error: Exception) -> None:
+        """Tell the others that this process ends with `error`."""
+        told = {"node": platform.node(), "message": str(error), "exit_code": getattr(error, "exit_code", 1)}
+        self._store.set(f"error/{self.launched.rank}", json.dumps(told))
+
+    def reason(self, error: Exception | None = None) -> MygptError:
+        """Why this process has lost another, which a collective's `error` showed: what that said, or who it is."""
+        detail = re.sub(r"^\[.*?\] |\. This is typically .*", "", str(error).splitlines()[0]) if error else ""
+        if re.search("connectFullMesh|timed out connecting", detail):
+            return LostProcessError(
+                "the processes cannot reach each other: set GLOO_SOCKET_IFNAME (with GPUs NCCL_SOCKET_IFNAME) to the "
+                f"name of the network interface that the machines share ({detail})"
+            )
+        try:
+            # Those who lost it, too, say so: who does not is the one.
+            told = self._wait_for("lost")
+            if errors := self._told("error"):
+                lines: dict[str, list[str]] = {}
+                for rank, entry in errors.items():
+                    lines.setdefault(entry["message"], []).append(f"rank {rank} on {entry['node']}")
+                text = "\n".join(f"{', '.join(who)}: {message}" for message, who in lines.items())
+                return PeerError(text, max(entry["exit_code"] for entry in errors.values()))
+            missing = [rank for rank in range(self.launched.processes) if rank not in told]
+            silent = ", ".join(f"rank {rank} on {self._nodes[rank]}" for rank in missing) or "another process"
+        except (RuntimeError, IndexError):
+            silent = f"the launcher at {_store_address()}"
+        return LostProcessError(
+            f"{silent} has ended, or has not answered for too long: look at what it said; the same command continues "
+            f"from the last checkpoint{detail and f' ({detail})'}"
+        )
+
+    def leave(self) -> None:
+        """End with an error. The first process, with which the store may go, gives the others time to hear of it."""
+        with suppress(RuntimeError):
+            self._wait_for("left") if self.launched.rank == 0 else self._say("left")
+
+    def _say(self, what: str) -> None:
+        self._store.set(f"{what}/{self.launched.rank}", "{}")
+
+    def _wait_for(self, what: str) -> dict[int, Any]:
+        """Say `what`, and wait for a moment until all others have said it, or have told their error."""
+        self._say(what)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while (missing := self._without(what)) and time.monotonic() < deadline:
+            if what == "lost" and set(missing) <= self._told("error").keys():
+                break
+            time.sleep(0.05)
+        return self._told(what)
+
+    def _without(self, what: str) -> list[int]:
+        return [rank for rank in range(self.launched.processes) if not self._store.check([f"{what}/{rank}"])]
+
+    def _told(self, what: str) -> dict[int, Any]:
+        """What the processes that have told `what` have told, by rank."""
+        missing = self._without(what)
+        ranks = (rank for rank in range(self.launched.processes) if rank not in missing)
+        return {rank: json.loads(self._store.get(f"{what}/{rank}")) for rank in ranks}
+
+
+@contextmanager
+def peers_of(launched: Launched) -> Iterator[Peers]:
+    """The processes of this run; an error inside is told to the others, and another's is raised here as its.
+
+    Raises:
+        PeerError: another process has ended with an error.
+        LostProcessError: another has ended without a word, or does not answer.
+    """
+    peers = Peers(launched, _open_store() if launched.processes > 1 else HashStore())
+    try:
+        yield peers
+    except Exception as error:
+        if isinstance(error, RuntimeError) and re.search(LOST, str(error)):
+            reason = peers.reason(error)
+            peers.leave()
+            raise reason from error
+        with suppress(RuntimeError):
+            if not isinstance(error, PeerError | LostProcessError):
+                peers.announce(error)
+        peers.leave()
+        raise
+
+
+LOST = r"gloo|NCCL|TCPStore|[Cc]onnection (was )?(closed|reset)|[Tt]imed out|[Bb]roken pipe"
+"""How torch says that a collective failed because a process has ended or hangs."""
+
+
+def _open_store() -> Store:
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=PROCESS_TIMEOUT))
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(f"{_store_address()}: the processes cannot meet: {str(error).splitlines()[0]}") from None
+    store.set_timeout(timedelta(seconds=GRACE_SECONDS))
+    # A launcher that restarts processes keeps its store.
+    return PrefixStore(f"mygpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _store_address() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def _is_true(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "false").lower() in ("true", "1")
