@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,8 @@ BIN = Path(sys.executable).parent
 SCRIPT = REPOSITORY / "scripts" / "train.py"
 LAUNCH = REPOSITORY / "recipes" / "launch"
 ADDRESSES = ["10.77.0.1", "10.77.0.2"]
-STEPS = 400
-KEYS = TINY | {"steps": STEPS, "save_every": 20, "log_every": 10, "dropout": 0.1, "print_every": 100}
+STEPS = 200
+KEYS = TINY | {"steps": STEPS, "save_every": 10, "log_every": 10, "dropout": 0.1, "print_every": 100}
 FLAGS = [str(part) for key, value in KEYS.items() for part in (f"--{key.replace('_', '-')}", value)]
 ENDED = "another process of this run has ended or has not answered"
 
@@ -42,10 +42,12 @@ def assert_same_run(place, expected):
         assert (place / "run" / name).read_bytes() == (expected / "run" / name).read_bytes(), name
 
 
-def wait_for(happened, seconds=90):
+def wait_for(happened, *processes, seconds=90):
+    """Wait for something that happens while these processes run."""
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "what is waited for does not happen"
+        assert all(process.poll() is None for process in processes), "a process has ended too early"
         time.sleep(0.005)
 
 
@@ -123,7 +125,7 @@ def test_a_machine_that_dies_ends_the_others_and_nothing_is_lost(nodes, text_fil
     latest, before = tmp_path / "run" / "latest", None
     for victim in (1, 0):
         with launched(nodes, tmp_path, text_file) as processes:
-            wait_for(lambda: latest.exists() and latest.read_text() != before)  # noqa: B023 - called at once
+            wait_for(lambda: latest.exists() and latest.read_text() != before, *processes)  # noqa: B023 - called at once
             processes[victim].kill()
             assert processes[1 - victim].wait(60) != 0
         messages = (tmp_path / f"err{1 - victim}").read_text()
@@ -149,7 +151,7 @@ def test_a_cable_that_is_pulled_ends_both_after_a_bounded_time(nodes, text_file,
     link = ["ip", "-n", nodes[1], "link", "set", "e0"]
     try:
         with launched(nodes, tmp_path, text_file, "--steps", "100000", script=script) as processes:
-            wait_for((tmp_path / "run" / "latest").exists)
+            wait_for((tmp_path / "run" / "latest").exists, *processes)
             assert run_process([*link, "down"], tmp_path, 30).returncode == 0
             assert all(process.wait(30) != 0 for process in processes)
     finally:
@@ -192,10 +194,12 @@ for pid in pathlib.Path(os.environ["FAKE_SLURM"], "tasks").read_text().split():
 """
 
 SCONTROL = """
-import os, pathlib, sys
+import os, pathlib, sys, time
 folder = pathlib.Path(os.environ["FAKE_SLURM"])
 if sys.argv[1:3] == ["show", "hostnames"]:
-    print("127.0.0.1", "127.0.0.2", sep="\\n")
+    print("127.0.0.1", flush=True)
+    time.sleep(0.1)  # a reader that has gone by now breaks the pipe
+    print("127.0.0.2")
 elif sys.argv[1:] == ["show", "job", os.environ["SLURM_JOB_ID"]]:
     print("JobId=7 JobName=mygpt", "   JobState=" + os.environ.get("FAKE_STATE", "RUNNING"), sep="\\n")
 else:
@@ -243,7 +247,8 @@ def sbatch(tmp_path):
     for process in started:
         if process.poll() is None:
             for pid in start.tasks.read_text().split() if start.tasks.exists() else ():
-                os.kill(int(pid), signal.SIGTERM)
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGTERM)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
 
@@ -252,7 +257,7 @@ def test_a_slurm_job_goes_on_after_its_time_limit(text_file, undisturbed, tmp_pa
     """SIGTERM to the batch script: the run is saved, the job queued again, and ends with the bytes of one job."""
     arguments = [text_file, *FLAGS, "--output", tmp_path / "run"]
     process, log = sbatch(*arguments)
-    wait_for((tmp_path / "run" / "latest").exists)
+    wait_for((tmp_path / "run" / "latest").exists, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
     assert "stopped by SIGTERM; saved" in log.read_text()
@@ -282,7 +287,7 @@ def test_a_slurm_job_that_fails_is_not_queued_again(text_file, tmp_path, sbatch)
 def test_a_slurm_job_is_queued_again_only_when_interrupted(sbatch, code, state, signals, requeued):
     """Not one that is done when it is signalled, nor one that scancel ends, which sends SIGTERM as well."""
     process, log = sbatch("any.txt", srun=SRUN_STUB, FAKE_CODE=str(code), FAKE_STATE=state)
-    wait_for(lambda: sbatch.tasks.exists() and sbatch.tasks.read_text())
+    wait_for(lambda: sbatch.tasks.exists() and sbatch.tasks.read_text(), process)
     for _ in range(signals):
         process.send_signal(signal.SIGTERM)
     assert process.wait(30) == code, log.read_text()

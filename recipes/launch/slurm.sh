@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# sbatch recipes/launch/slurm.sh recipes/hardened.toml [flags], from the checkout, with its environment activated: before
-# the time limit the run saves and stops, and the job queues again to continue it (resume = "auto", the default).
+# sbatch recipes/launch/slurm.sh recipes/hardened.toml [flags], from the checkout, its environment activated: before the
+# time limit the run saves and stops, and the job queues again to continue it (resume = "auto", the default).
 # On nodes without GPUs delete --gpus-per-node, and add the recipe's --device cpu.
 #SBATCH --job-name=mygpt
 #SBATCH --nodes=2
@@ -16,7 +16,8 @@ set -euo pipefail
 
 nodes=$SLURM_JOB_NUM_NODES
 processes=$((nodes * ${SLURM_GPUS_ON_NODE:-1}))
-address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address=${hosts%%$'\n'*}
 # One of its own for each job on a node, and below those that the kernel gives out.
 port=$((15000 + SLURM_JOB_ID % 15000))
 
