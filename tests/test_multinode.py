@@ -231,7 +231,6 @@ def sbatch(tmp_path):
                 env=os.environ
                 | {"PATH": f"{folder}:{BIN}:{os.environ['PATH']}", "FAKE_SLURM": str(folder)}
                 | {"SLURM_JOB_ID": job, "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
-                | {"GLOO_SOCKET_IFNAME": "lo"}
                 | environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
