@@ -29,6 +29,7 @@ Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
   verify RUN                    whether running a recorded run again gives the same, bit for bit
   replay RUN                    where the numbers of a step that failed broke first
   plot RUN...                   draw loss and learning rate
+  doctor [RECIPE]               what a launch would train on: devices, processes, their shares of the work
   recipe show|list|schema       the resolved recipe, the recipes that come with mygpt, the JSON Schema
 
 mygpt COMMAND --help tells more. On several devices: accelerate launch -m mygpt train RECIPE.toml
@@ -89,6 +90,20 @@ def _train(arguments: list[str]) -> int:
     from mygpt.loop import train
 
     train(recipe, overwrite=options.overwrite, allow_changes=options.allow_changes)
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["quickstart", *arguments]  # its corpus is there without a download
+    with _telling_other_processes():
+        recipe, _ = parse_recipe(arguments, "mygpt doctor")
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    from mygpt.doctor import diagnose
+
+    lines = diagnose(recipe)
+    if lines:
+        print("\n".join(lines))
     return 0
 
 
@@ -288,6 +303,7 @@ COMMANDS = {
     "verify": _verify,
     "replay": _replay,
     "plot": _plot,
+    "doctor": _doctor,
     "recipe": _recipe,
 }
 RECIPE_COMMANDS = {"show": _recipe_show, "list": _recipe_list, "schema": _recipe_schema}

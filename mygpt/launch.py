@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -85,6 +86,11 @@ def ignored_settings(precision: str, environ: Mapping[str, str] = os.environ) ->
     """What the launch configuration asks for and the recipe decides instead, a sentence each."""
     asked = {
         "mixed_precision": (environ.get("ACCELERATE_MIXED_PRECISION", "no"), ("no", precision), "precision"),
+        "fsdp_activation_checkpointing": (
+            environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower(),
+            ("false",),
+            "activation_checkpointing",
+        ),
         "dynamo_backend": (environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").lower(), ("no",), "compile"),
         "gradient_accumulation_steps": (
             environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
@@ -136,7 +142,7 @@ class Peers:
         self._store.set(f"facts/{self.launched.rank}", json.dumps(own))
         while missing := self._without("facts"):
             if self._told("error"):
-                raise self.reason()
+                raise self._reason()
             waited = time.monotonic() - started_at
             names = "rank " + ", ".join(map(str, missing))
             if waited > PROCESS_TIMEOUT.total_seconds():
@@ -149,19 +155,29 @@ class Peers:
         self._nodes = [entry["node"] for entry in facts]
         return facts
 
-    def announce(self, error: Exception) -> None:
-        """Tell the others that this process ends with `error`."""
-        told = {"node": platform.node(), "message": str(error), "exit_code": getattr(error, "exit_code", 1)}
-        self._store.set(f"error/{self.launched.rank}", json.dumps(told))
+    def leave(self, error: Exception) -> Exception:
+        """End with an error: tell the others, or find out what another has told; returns what is to be raised."""
+        is_lost = isinstance(error, RuntimeError) and re.search(LOST, str(error)) is not None
+        answers: list[Exception] = []
+        # Aside, and for so long only, since over a network that is gone the store may never answer.
+        thread = threading.Thread(target=lambda: answers.append(self._leave(error, is_lost)), daemon=True)
+        thread.start()
+        thread.join(3 * GRACE_SECONDS)
+        return answers[0] if answers else self._lost(f"the launcher at {_store_address()}", error) if is_lost else error
 
-    def reason(self, error: Exception | None = None) -> MygptError:
-        """Why this process has lost another, which a collective's `error` showed: what that said, or who it is."""
-        detail = re.sub(r"^\[.*?\] |\. This is typically .*", "", str(error).splitlines()[0]) if error else ""
-        if re.search("connectFullMesh|timed out connecting", detail):
-            return LostProcessError(
-                "the processes cannot reach each other: set GLOO_SOCKET_IFNAME (with GPUs NCCL_SOCKET_IFNAME) to the "
-                f"name of the network interface that the machines share ({detail})"
-            )
+    def _leave(self, error: Exception, is_lost: bool) -> Exception:
+        with suppress(RuntimeError):
+            if is_lost:
+                error = self._reason(error)
+            elif not isinstance(error, PeerError | LostProcessError):
+                told = {"node": platform.node(), "message": str(error), "exit_code": getattr(error, "exit_code", 1)}
+                self._store.set(f"error/{self.launched.rank}", json.dumps(told))
+            # With the first process the store may go: it gives the others time to hear of it.
+            self._wait_for("left") if self.launched.rank == 0 else self._say("left")
+        return error
+
+    def _reason(self, error: Exception | None = None) -> MygptError:
+        """Why this process has lost another, as a collective's `error` showed: what that said, or who it is."""
         try:
             # Those who lost it, too, say so: who does not is the one.
             told = self._wait_for("lost")
@@ -172,18 +188,22 @@ class Peers:
                 text = "\n".join(f"{', '.join(who)}: {message}" for message, who in lines.items())
                 return PeerError(text, max(entry["exit_code"] for entry in errors.values()))
             missing = [rank for rank in range(self.launched.processes) if rank not in told]
-            silent = ", ".join(f"rank {rank} on {self._nodes[rank]}" for rank in missing) or "another process"
+            who = ", ".join(f"rank {rank} on {self._nodes[rank]}" for rank in missing) or "another process"
         except (RuntimeError, IndexError):
-            silent = f"the launcher at {_store_address()}"
+            who = f"the launcher at {_store_address()}"
+        return self._lost(who, error)
+
+    def _lost(self, who: str, error: Exception | None) -> LostProcessError:
+        detail = re.sub(r"^\[.*?\] |\. This is typically .*", "", str(error).splitlines()[0]) if error else ""
+        if re.search("connectFullMesh|timed out connecting", detail):
+            return LostProcessError(
+                "the processes cannot reach each other: set GLOO_SOCKET_IFNAME (with GPUs NCCL_SOCKET_IFNAME) to the "
+                f"name of the network interface that the machines share ({detail})"
+            )
         return LostProcessError(
-            f"{silent} has ended, or has not answered for too long: look at what it said; the same command continues "
+            f"{who} has ended, or has not answered for too long: look at what it said; the same command continues "
             f"from the last checkpoint{detail and f' ({detail})'}"
         )
-
-    def leave(self) -> None:
-        """End with an error. The first process, with which the store may go, gives the others time to hear of it."""
-        with suppress(RuntimeError):
-            self._wait_for("left") if self.launched.rank == 0 else self._say("left")
 
     def _say(self, what: str) -> None:
         self._store.set(f"{what}/{self.launched.rank}", "{}")
@@ -220,15 +240,10 @@ def peers_of(launched: Launched) -> Iterator[Peers]:
     try:
         yield peers
     except Exception as error:
-        if isinstance(error, RuntimeError) and re.search(LOST, str(error)):
-            reason = peers.reason(error)
-            peers.leave()
-            raise reason from error
-        with suppress(RuntimeError):
-            if not isinstance(error, PeerError | LostProcessError):
-                peers.announce(error)
-        peers.leave()
-        raise
+        reason = peers.leave(error)
+        if reason is error:
+            raise
+        raise reason from error
 
 
 LOST = r"gloo|NCCL|TCPStore|[Cc]onnection (was )?(closed|reset)|[Tt]imed out|[Bb]roken pipe"

@@ -77,7 +77,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
     with ExitStack() as stack:
         peers = stack.enter_context(peers_of(launched))
         stack.enter_context(naming_memory(recipe.train))
-        device, dataset, info, _ = set_up(recipe, launched, peers)
+        device, dataset, info, _, notes = set_up(recipe, launched, peers)
         exact = recipe.runtime.reduction == "exact"
         # An exact sum is divided once, at its end.
         micro_batches = 1 if exact else recipe.train.batch_size // info.processes // info.micro_batch_size
@@ -85,6 +85,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
         check_processes(launched.processes, accelerator.num_processes)
         start = Start(None, 0, False, overwrite, recipe, info)
         if accelerator.is_main_process:
+            for text in notes:
+                _note(text)
             run = Path(recipe.checkpoint.output)
             check_output(run, replace=overwrite or recipe.checkpoint.resume != "never")
             stack.enter_context(locked(run))

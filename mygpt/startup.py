@@ -8,7 +8,7 @@ import torch
 
 from mygpt.data import Dataset, load_dataset
 from mygpt.errors import LaunchError, RecipeError
-from mygpt.launch import Launched, Peers, is_sharded
+from mygpt.launch import Launched, Peers, ignored_settings, is_sharded
 from mygpt.metadata import RunInfo
 from mygpt.recipe import TABLE_OF_KEY, Recipe, TrainTable
 from mygpt.reduction import fixed_micro_batch
@@ -23,6 +23,8 @@ class Setup(NamedTuple):
     info: RunInfo
     facts: list["Facts"]
     """Of all processes, by rank."""
+    notes: list[str]
+    """What is not as it may have been meant."""
 
 
 class Facts(NamedTuple):
@@ -75,7 +77,14 @@ def set_up(recipe: Recipe, launched: Launched, peers: Peers) -> Setup:
     )
     facts = [Facts(**told) for told in peers.exchange(own._asdict())]
     check_alike(facts, exact=exact)
-    return Setup(device, dataset, info, facts)
+    notes = ignored_settings(runtime.precision)
+    micro_batches = recipe.train.batch_size // micro_batch_size
+    if micro_batches < launched.processes:
+        notes.append(
+            f"{micro_batches} of {launched.processes} processes have a micro-batch in each step, the others nothing to "
+            "do: lower micro_batch_size, which changes the last bits, or start fewer"
+        )
+    return Setup(device, dataset, info, facts, notes)
 
 
 def check_sharding(recipe: Recipe, device: torch.device) -> None:

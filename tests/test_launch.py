@@ -1,6 +1,7 @@
 """Launchers: accelerate launch and torchrun, one process and several, and the traps among their settings."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -219,6 +220,38 @@ def test_shipped_recipes_give_the_reference_numbers(text, text_file, tmp_path, r
 
 
 @pytest.mark.slow
+def test_the_doctor_says_what_a_launch_would_train_on(text_file, tmp_path):
+    """Machine, device, threads and share of each process, what is not used of the launch file, and who is idle."""
+    launcher = ["accelerate", "launch", "--config_file", LAUNCH / "cpu2.yaml", "--num_processes", 3]
+    launcher += ["--mixed_precision", "bf16", "-m", "mygpt", "doctor", text_file]
+    flags = [*TINY_FLAGS, "--reduction", "exact", "--micro-batch-size", 2]
+    result = run_process([BIN / launcher[0], *launcher[1:], *flags], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "launch:       3 processes on 1 machine, gradients summed exactly" in result.stdout
+    assert re.search(r"^network: +gloo; adding one number takes [\d.]+ ms$", result.stdout, re.MULTILINE)
+    assert "batch:        4 windows of 16 tokens a step, 2 to a micro-batch" in result.stdout
+    ranks = re.findall(r"^rank (\d) .*: cpu \(.*\), 1 thread, (\d) micro-batch", result.stdout, re.MULTILINE)
+    assert ranks == [("0", "0"), ("1", "1"), ("2", "1")]
+    assert "note:         mixed_precision: bf16 of the launch configuration is not used" in result.stdout
+    assert "note:         2 of 3 processes have a micro-batch in each step" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_doctor_refuses_what_train_refuses(text_file, command):
+    """One process: what is found; FSDP on CPUs, which Accelerate would silently not do; a mistake in the recipe."""
+    found = command("doctor", text_file, *TINY_FLAGS)
+    assert found.returncode == 0
+    assert "launch:       1 process on 1 machine, alone\n" in found.stdout
+    refused = command("doctor", text_file, *TINY_FLAGS, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert (
+        "asks for FSDP on cpu, where Accelerate would silently not shard; use recipes/launch/cpu2.yaml"
+        in refused.stderr
+    )
+    assert command("doctor", text_file, "--warmup", 1000, "--steps", 1).returncode == 2
+
+
+@pytest.mark.slow
 def test_mistakes_under_a_launcher_are_told_once(text_file, tmp_path):
     """Each process finds the mistake; one prints it, nothing is created, and the launcher fails."""
     result = launch("torchrun", "--nproc-per-node", 3, target=text_file, cwd=tmp_path, flags=TINY_FLAGS)
@@ -242,7 +275,7 @@ def test_launch_files_name_known_keys_only():
     from accelerate.commands.config.config_args import ClusterConfig
 
     paths = sorted(LAUNCH.glob("*.yaml"))
-    assert {"cpu1", "cpu2", "ddp"} <= {path.stem for path in paths}
+    assert {path.stem for path in paths} == {"cpu1", "cpu2", "ddp", "fsdp2", "multinode"}
     for path in paths:
         config = ClusterConfig.from_yaml_file(str(path))
         assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]

@@ -33,6 +33,7 @@ ORDER = [
     "compare",
     "resume",
     "loop",
+    "doctor",
     "verify",
     "generation",
     "report",
@@ -51,7 +52,7 @@ WITHOUT_TORCH = {
     "resume",
     "report",
 }
-WITH_ACCELERATE = {"evaluate", "state", "loop"}
+WITH_ACCELERATE = {"evaluate", "state", "loop", "doctor"}
 
 
 def imports(module: str) -> set[str]:
