@@ -1,0 +1,139 @@
+"""Time per training step on several processes of this machine, with fast and with exact sums.
+
+    python scripts/benchmark_devices.py recipes/default.toml [--processes 1 2 4] [--any-recipe-flag]
+
+Launches the processes itself, each number of them in turn, `--rounds` times. In each launch the two ways to sum take
+turns, a block of steps each: read the ratios. One process gets all cores; several, and a second launch of one, a
+thread each. What went over the loopback interface meanwhile is counted, on Linux and where nothing else uses it.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from mygpt.cli import parse_recipe
+from mygpt.data import BatchStream, Dataset, Rows, load_dataset
+from mygpt.launch import launched_processes
+from mygpt.loop import accelerator_for, exact_step, prepare, train_step
+from mygpt.model import GPT
+from mygpt.optim import build_optimizer, build_scheduler
+from mygpt.recipe import Recipe
+from mygpt.runtime import make_deterministic, resolve_device, set_threads
+from mygpt.startup import resolve_micro_batch
+
+LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
+
+
+@dataclass(frozen=True)
+class Options:
+    processes: tuple[int, ...] = (1, 2, 4)
+    """Numbers of processes to launch."""
+    rounds: int = 3
+    """Launches of each."""
+    turns: int = 5
+    """Turns of each way to sum in one launch."""
+    steps_per_turn: int = 40
+    """Steps in one turn."""
+
+
+def main() -> None:
+    recipe, options = parse_recipe(sys.argv[1:], "benchmark_devices.py", Options)
+    if "WORLD_SIZE" in os.environ:
+        work(recipe, options)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    launches = [(1, cores), *((count, 1) for count in options.processes)]
+    results: dict[tuple[int, int], list[dict[str, list[float]]]] = {launch: [] for launch in launches}
+    for _ in range(options.rounds):
+        for processes, threads in launches:
+            command = [
+                "torchrun",
+                "--nproc-per-node",
+                str(processes),
+                __file__,
+                *sys.argv[1:],
+                "--threads",
+                str(threads),
+            ]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            results[processes, threads].append(json.loads(output.splitlines()[-1]))
+    print("processes threads    fast ms   exact ms exact/fast    kB over loopback, fast and exact")
+    for (processes, threads), rounds in results.items():
+        ratio = statistics.median(e / f for r in rounds for e, f in zip(r["exact"], r["fast"], strict=True))
+        fast, exact = (statistics.median(t for r in rounds for t in r[way]) * 1e3 for way in ("fast", "exact"))
+        sent = [statistics.median(n for r in rounds for n in r[f"{way} bytes"]) / 1e3 for way in ("fast", "exact")]
+        row = f"{processes:>9} {threads:>7} {fast:>10.2f} {exact:>10.2f} {ratio:>10.3f}"
+        print(f"{row} {sent[0]:>12,.0f} {sent[1]:>9,.0f}")
+
+
+def work(recipe: Recipe, options: Options) -> None:
+    """What each of the processes does; the first prints the seconds and bytes per step of each turn as JSON."""
+    launched = launched_processes()
+    device = resolve_device(recipe.runtime.device, recipe.runtime.precision, launched.local_processes)
+    set_threads(recipe.runtime.threads, launched.local_processes)
+    make_deterministic(device)
+    dataset = load_dataset(recipe.data, recipe.train.seq_len).to(device)
+    with accelerator_for(recipe.runtime, device, micro_batches=1) as accelerator:
+        steps = {way: stepper(recipe, accelerator, dataset, exact=way == "exact") for way in ("fast", "exact")}
+        measured: dict[str, list[float]] = {f"{way}{what}": [] for way in steps for what in ("", " bytes")}
+        for turn in range(options.turns + 1):
+            for way, step in steps.items():
+                accelerator.wait_for_everyone()
+                sent, started_at = bytes_sent(), time.perf_counter()
+                for _ in range(options.steps_per_turn):
+                    step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                accelerator.wait_for_everyone()
+                if turn:  # the first one warms up
+                    measured[way].append((time.perf_counter() - started_at) / options.steps_per_turn)
+                    measured[f"{way} bytes"].append((bytes_sent() - sent) / options.steps_per_turn)
+        if accelerator.is_main_process:
+            print(json.dumps(measured))
+
+
+def stepper(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, *, exact: bool) -> Callable[[], None]:
+    """One training step of a model of its own."""
+    gpt = GPT(recipe.model, dataset.tokenizer.vocab_size).to(accelerator.device)
+    optimizer = build_optimizer(gpt, recipe.optimizer)
+    scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, recipe.train.steps)
+    model, optimizer, scheduler = prepare(accelerator, gpt, optimizer, scheduler, exact=exact)
+    size = resolve_micro_batch(recipe.train, accelerator.num_processes, exact=exact)
+    rows = Rows(size, accelerator.process_index, accelerator.num_processes)
+    stream = BatchStream(dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=rows)
+    max_grad_norm, done = recipe.train.max_grad_norm, 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        accelerator.gradient_accumulation_steps = 1 if exact else len(rows.micro_batches(recipe.train.batch_size))
+        part = exact_step(recipe, rows, done) if exact else None
+        train_step(
+            accelerator,
+            model,
+            optimizer,
+            stream.batch(),
+            micro_batch_size=size,
+            max_grad_norm=max_grad_norm,
+            exact=part,
+        )
+        scheduler.step()
+
+    return step
+
+
+def bytes_sent() -> int:
+    return int(LOOPBACK.read_text()) if LOOPBACK.exists() else 0
+
+
+if __name__ == "__main__":
+    main()
