@@ -45,7 +45,7 @@ from mygpt.recipe import Recipe, RuntimeTable, TrainTable, check_recipe
 from mygpt.reduction import RANGE, ExactSum, dropout_seed
 from mygpt.resume import Start, begin_run, find_start
 from mygpt.rundir import METRICS_FILE, check_output, locked, step_directory
-from mygpt.runtime import stop_on_signal
+from mygpt.runtime import StopRequest, stop_on_signal
 from mygpt.startup import set_up
 from mygpt.state import (
     GeneratorStates,
@@ -75,6 +75,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
     check_recipe(recipe)
     launched = launched_processes()
     with ExitStack() as stack:
+        # Outermost: when a process has failed, and the launcher ends the others, these can still say why.
+        stop = stack.enter_context(stop_on_signal())
         peers = stack.enter_context(peers_of(launched))
         stack.enter_context(naming_memory(recipe.train))
         device, dataset, info, _, notes = set_up(recipe, launched, peers)
@@ -99,10 +101,17 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
                 allow_changes=allow_changes,
                 warn=_note,
             )
-        return _train(accelerator, start, dataset, info.micro_batch_size, until)
+        return _train(accelerator, start, dataset, info.micro_batch_size, until, stop)
 
 
-def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch_size: int, until: int | None) -> Path:
+def _train(
+    accelerator: Accelerator,
+    start: Start,
+    dataset: Dataset,
+    micro_batch_size: int,
+    until: int | None,
+    stop: StopRequest,
+) -> Path:
     """The main job: build the parts, then step, evaluate, report, save."""
     recipe, is_main = start.recipe, accelerator.is_main_process
     steps, run = recipe.train.steps, Path(recipe.checkpoint.output)
@@ -145,8 +154,8 @@ def _train(accelerator: Accelerator, start: Start, dataset: Dataset, micro_batch
     with (
         Reporter(recipe, run, is_main=is_main, step=step) as reporter,
         Saver(run, recipe.model, dataset.tokenizer, recipe.checkpoint.keep_last) as saver,
-        stop_on_signal() as stop,
     ):
+        stop.heeded = True
         while step < min(steps, until or steps) and not stopped:
             step += 1
             before = generator_states(accelerator.device, stream, exact=exact)

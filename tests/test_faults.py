@@ -308,16 +308,17 @@ def test_two_runs_in_one_directory_are_refused(folder):
 
 
 def two_processes(folder, patch, *flags):
-    """Run two processes under torchrun with a patch of the program; returns the folder, the result and its seconds."""
+    """Run two processes under torchrun with a patch of the program; returns the folder, the result and its seconds.
+
+    What they say is that of the first of them, and of the launcher.
+    """
     place = folder("two")
     (place / "patched.py").write_text(
         f"import os, signal, sys, time\nfrom mygpt import checkpoint, launch, loop\n{patch}\n"
         "from mygpt.cli import main\nmain(['train', *sys.argv[1:]])\n"
     )
     command = [
-        BIN / "torchrun",
-        "--nproc-per-node",
-        2,
+        *(BIN / "torchrun", "--nproc-per-node", 2, "--local-ranks-filter", 0),
         place / "patched.py",
         "text.txt",
         *FLAGS,
@@ -328,6 +329,27 @@ def two_processes(folder, patch, *flags):
     started_at = time.monotonic()
     result = run_process(command, place, timeout=120)
     return place, result, time.monotonic() - started_at
+
+
+@pytest.mark.fault(16)
+@pytest.mark.slow
+def test_memory_that_one_process_lacks_is_told_by_its_name(folder):
+    """By the others, who would else only know that it has gone."""
+    patch = """
+step = loop.train_step
+def filling_step(*args, **kwargs):
+    if os.environ["RANK"] == "1" and os.path.exists("run/latest"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return step(*args, **kwargs)
+loop.train_step = filling_step
+"""
+    _, result, seconds = two_processes(folder, f"import torch\n{patch}", "--steps", 100_000, "--save-every", 20)
+    assert result.returncode != 0
+    assert seconds < 45
+    told = (
+        f"mygpt: rank 1 on {platform.node()}: out of memory with batch_size = 4, seq_len = 16; lower micro_batch_size"
+    )
+    assert told in result.stderr
 
 
 @pytest.mark.fault(17)
