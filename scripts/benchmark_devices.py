@@ -66,12 +66,14 @@ def main() -> None:
             ]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results[processes, threads].append(json.loads(output.splitlines()[-1]))
-    print("processes threads    fast ms   exact ms exact/fast    kB over loopback, fast and exact")
+    print("processes threads    fast ms   exact ms exact/fast  fast/first  kB over loopback, fast and exact")
+    first = [statistics.median(r["fast"]) for r in results[launches[0]]]
     for (processes, threads), rounds in results.items():
         ratio = statistics.median(e / f for r in rounds for e, f in zip(r["exact"], r["fast"], strict=True))
+        to_first = statistics.median(statistics.median(r["fast"]) / f for r, f in zip(rounds, first, strict=True))
         fast, exact = (statistics.median(t for r in rounds for t in r[way]) * 1e3 for way in ("fast", "exact"))
         sent = [statistics.median(n for r in rounds for n in r[f"{way} bytes"]) / 1e3 for way in ("fast", "exact")]
-        row = f"{processes:>9} {threads:>7} {fast:>10.2f} {exact:>10.2f} {ratio:>10.3f}"
+        row = f"{processes:>9} {threads:>7} {fast:>10.2f} {exact:>10.2f} {ratio:>10.3f} {to_first:>11.3f}"
         print(f"{row} {sent[0]:>12,.0f} {sent[1]:>9,.0f}")
 
 
