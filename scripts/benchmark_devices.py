@@ -2,9 +2,10 @@
 
     python scripts/benchmark_devices.py recipes/default.toml [--processes 1 2 4] [--any-recipe-flag]
 
-Launches the processes itself, each number of them in turn, `--rounds` times. In each launch the two ways to sum take
-turns, a block of steps each: read the ratios. One process gets all cores; several, and a second launch of one, a
-thread each. What went over the loopback interface meanwhile is counted, on Linux and where nothing else uses it.
+Launches the processes itself, each number of them in turn, `--rounds` times. In each launch both ways to sum, and steps
+on the same share of the batch that tell the others nothing, take turns, a block of steps each: read the ratios. One
+process gets all cores; several, and a second launch of one, a thread each. What went over the loopback interface
+meanwhile is counted, on Linux and where nothing else uses it.
 """
 
 import json
@@ -30,6 +31,7 @@ from mygpt.recipe import Recipe
 from mygpt.runtime import make_deterministic, resolve_device, set_threads
 from mygpt.startup import resolve_micro_batch
 
+WAYS = ("alone", "fast", "exact")
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 
@@ -66,15 +68,21 @@ def main() -> None:
             ]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results[processes, threads].append(json.loads(output.splitlines()[-1]))
-    print("processes threads    fast ms   exact ms exact/fast  fast/first  kB over loopback, fast and exact")
-    first = [statistics.median(r["fast"]) for r in results[launches[0]]]
+    print(
+        "processes threads   alone ms    fast ms   exact ms fast/alone exact/fast fast/first   kB sent, fast and exact"
+    )
+    first = [statistics.median(launch["fast"]) for launch in results[launches[0]]]
     for (processes, threads), rounds in results.items():
-        ratio = statistics.median(e / f for r in rounds for e, f in zip(r["exact"], r["fast"], strict=True))
-        to_first = statistics.median(statistics.median(r["fast"]) / f for r, f in zip(rounds, first, strict=True))
-        fast, exact = (statistics.median(t for r in rounds for t in r[way]) * 1e3 for way in ("fast", "exact"))
-        sent = [statistics.median(n for r in rounds for n in r[f"{way} bytes"]) / 1e3 for way in ("fast", "exact")]
-        row = f"{processes:>9} {threads:>7} {fast:>10.2f} {exact:>10.2f} {ratio:>10.3f} {to_first:>11.3f}"
-        print(f"{row} {sent[0]:>12,.0f} {sent[1]:>9,.0f}")
+        cells = [f"{processes:>9} {threads:>7}"]
+        cells += [f"{statistics.median(t for launch in rounds for t in launch[way]) * 1e3:>10.2f}" for way in WAYS]
+        for way, base in (("fast", "alone"), ("exact", "fast")):
+            pairs = (pair for launch in rounds for pair in zip(launch[way], launch[base], strict=True))
+            cells.append(f"{statistics.median(a / b for a, b in pairs):>10.3f}")
+        to_first = (statistics.median(launch["fast"]) / f for launch, f in zip(rounds, first, strict=True))
+        cells.append(f"{statistics.median(to_first):>10.3f}")
+        for way in ("fast", "exact"):
+            cells.append(f"{statistics.median(n for launch in rounds for n in launch[f'{way} bytes']) / 1e3:>10,.0f}")
+        print(" ".join(cells))
 
 
 def work(recipe: Recipe, options: Options) -> None:
@@ -85,7 +93,7 @@ def work(recipe: Recipe, options: Options) -> None:
     make_deterministic(device)
     dataset = load_dataset(recipe.data, recipe.train.seq_len).to(device)
     with accelerator_for(recipe.runtime, device, micro_batches=1) as accelerator:
-        steps = {way: stepper(recipe, accelerator, dataset, exact=way == "exact") for way in ("fast", "exact")}
+        steps = {way: stepper(recipe, accelerator, dataset, way) for way in WAYS}
         measured: dict[str, list[float]] = {f"{way}{what}": [] for way in steps for what in ("", " bytes")}
         for turn in range(options.turns + 1):
             for way, step in steps.items():
@@ -103,12 +111,14 @@ def work(recipe: Recipe, options: Options) -> None:
             print(json.dumps(measured))
 
 
-def stepper(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, *, exact: bool) -> Callable[[], None]:
+def stepper(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, way: str) -> Callable[[], None]:
     """One training step of a model of its own."""
+    exact = way == "exact"
     gpt = GPT(recipe.model, dataset.tokenizer.vocab_size).to(accelerator.device)
     optimizer = build_optimizer(gpt, recipe.optimizer)
     scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, recipe.train.steps)
-    model, optimizer, scheduler = prepare(accelerator, gpt, optimizer, scheduler, exact=exact)
+    # What is prepared for exact sums does not tell the others anything by itself.
+    model, optimizer, scheduler = prepare(accelerator, gpt, optimizer, scheduler, exact=way != "fast")
     size = resolve_micro_batch(recipe.train, accelerator.num_processes, exact=exact)
     rows = Rows(size, accelerator.process_index, accelerator.num_processes)
     stream = BatchStream(dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=rows)
