@@ -58,6 +58,8 @@ def set_threads(threads: int | None, local_processes: int, *, pinned: bool = Fal
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = max(1, cores // local_processes)
     torch.set_num_threads(threads)
+    # Where this is not set, as by torchrun for one process, Accelerate sets another number of threads.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     return threads
 
 
