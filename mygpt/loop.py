@@ -183,13 +183,12 @@ def _train(
 
             seconds = (time.perf_counter() - read_at) / len(unread)
             reading = read_updates(accelerator, [update for _, update in unread], stop.pending(), seconds)
-            for number, (measured, (before, _)) in enumerate(zip(reading.steps, unread, strict=True), 1):
-                if not measured.is_sound:
-                    saver.wait()
-                    broken = step - len(unread) + number
-                    state = training_state(accelerator, gpt, optimizer, before, broken - 1, best)
-                    weights = full_weights(gpt)
-                    raise broken_step(accelerator, recipe, weights, state, dataset, micro_batch_size, measured)
+            if (index := reading.first_broken) is not None:
+                saver.wait()
+                before, measured = unread[index][0], reading.steps[index]
+                state = training_state(accelerator, gpt, optimizer, before, step - len(unread) + index, best)
+                weights = full_weights(gpt)
+                raise broken_step(accelerator, recipe, weights, state, dataset, micro_batch_size, measured)
             unread, stopped, measured = [], reading.stop, reading.steps[-1]
             improved = False
             if recorded:
@@ -344,6 +343,11 @@ class Reading(NamedTuple):
     stop: bool
     """Whether some process was asked to stop."""
     seconds_per_step: float
+
+    @property
+    def first_broken(self) -> int | None:
+        """Which of `steps` was the first whose numbers broke, from which on nothing was updated; None: none."""
+        return next((index for index, measured in enumerate(self.steps) if not measured.is_sound), None)
 
 
 def read_updates(accelerator: Accelerator, updates: Sequence[Update], stop: bool, seconds: float) -> Reading:

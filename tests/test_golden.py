@@ -56,9 +56,10 @@ LAUNCHERS = {
     "accelerate": [BIN / "accelerate", "launch"],
     "two-processes": [BIN / "accelerate", "launch", "--config_file", RECIPES / "launch" / "cpu2.yaml"],
 }
+EXACT = ["--reduction", "exact"]
 WAYS = {
-    ("default", name): ([*launcher, SCRIPT, RECIPES / "default.toml", *CPU], DEFAULT)
-    for name, launcher in LAUNCHERS.items()
+    ("default", "python"): ([sys.executable, SCRIPT, RECIPES / "default.toml", *CPU], DEFAULT),
+    ("default", "exact"): ([*LAUNCHERS["two-processes"], SCRIPT, RECIPES / "default.toml", *CPU, *EXACT], DEFAULT),
 }
 WAYS |= {
     # One of them also keeps the weights of step 1999, which does not change any.
@@ -68,6 +69,10 @@ WAYS |= {
     )
     for name, launcher in LAUNCHERS.items()
 }
+WAYS["hardened", "exact"] = (
+    [*LAUNCHERS["two-processes"], "--num_processes", 3, SCRIPT, RECIPES / "hardened.toml", *CPU, *EXACT],
+    HARDENED,
+)
 FLAGS = ["--val-split", 0.1, "--val-every", 500, "--schedule", "cosine", "--warmup", 100, "--max-grad-norm", 1.0]
 
 
@@ -91,7 +96,7 @@ def runs(shakespeare, tmp_path_factory):
 
 @pytest.mark.parametrize(("recipe", "launcher"), WAYS)
 def test_recipe_prints_the_published_numbers(runs, recipe, launcher):
-    """Every character of the output, by plain python, accelerate launch and on two processes.
+    """Every character of the output, by plain python and accelerate launch, on two processes, and with exact sums.
 
     If this fails, the numbers of the published runs have changed: that is a bug, whatever else improved. Look for the
     order in which random numbers are drawn (weights, batches, held-out batches) before looking at arithmetic.
