@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mygpt.errors import MygptError, PeerError
+from mygpt.errors import InterruptedRunError, MygptError, PeerError
 
 if TYPE_CHECKING:
     from mygpt.recipe import Recipe
@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except MygptError as error:
         code = error.exit_code
-        _complain(str(error), is_of_other=isinstance(error, PeerError))
+        # All processes stop for a signal together; one says so.
+        if not isinstance(error, InterruptedRunError) or os.environ.get("RANK", "0") == "0":
+            _complain(str(error), is_of_other=isinstance(error, PeerError))
     except BrokenPipeError:
         # Whoever read our output has gone, as in `mygpt generate ... | head`; nothing more can be written there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -207,7 +209,8 @@ def _verify(arguments: list[str]) -> int:
     from mygpt.compare import table
     from mygpt.verify import verify
 
-    result = verify(options.run, options.steps)
+    with _telling_other_processes():
+        result = verify(options.run, options.steps)
     if os.environ.get("RANK", "0") != "0":
         return 0
     if result.identical:

@@ -105,7 +105,8 @@ def draw_starts(
 
 def windows(data: torch.Tensor, starts: torch.Tensor, seq_len: int) -> Batch:
     """The windows of `data` (n,) that begin at `starts` (batch,)."""
-    places = starts.to(data.device)[:, None] + torch.arange(seq_len + 1, device=data.device)
+    # A copy that blocked would have the host wait for the steps before.
+    places = starts.to(data.device, non_blocking=True)[:, None] + torch.arange(seq_len + 1, device=data.device)
     tokens_BT1 = data[places].long()
     return Batch(tokens_BT1[:, :-1], tokens_BT1[:, 1:])
 

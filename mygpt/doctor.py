@@ -54,7 +54,8 @@ def describe(recipe: Recipe, launched: Launched, setup: Setup, seconds: float, *
     if launched.processes > 1:
         yield f"network:      {facts[0].backend}; adding one number takes {seconds * 1e3:.2f} ms"
     yield f"precision:    {recipe.runtime.precision}"
-    yield f"corpus:       {recipe.data.corpus}, sha256 {info.corpus_sha256[:12]}, the same on every process"
+    everywhere = ", the same on every process" if launched.processes > 1 else ""
+    yield f"corpus:       {recipe.data.corpus}, sha256 {info.corpus_sha256[:12]}{everywhere}"
     windows = f"{table.batch_size} windows of {table.seq_len} tokens"
     yield f"batch:        {windows} a step, {info.micro_batch_size} to a micro-batch"
     for rank, entry in enumerate(facts):

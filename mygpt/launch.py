@@ -4,6 +4,7 @@ They talk through the store of the launcher, which is there before they form a g
 a mistake or a failure on one machine is told on all by the name of that machine, and not by a timeout somewhere else.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -60,12 +61,25 @@ def launched_processes(environ: Mapping[str, str] = os.environ) -> Launched:
             "the launch configuration asks for FSDP version 1; mygpt uses version 2 (fsdp_version: 2, as in "
             "recipes/launch/fsdp2.yaml)"
         )
+    # Accelerate looks at these, too.
+    for name, harmless in (("LOCAL_RANK", None), ("OMPI_COMM_WORLD_SIZE", "1"), ("PMI_SIZE", "1")):
+        if "WORLD_SIZE" not in environ and environ.get(name, harmless) != harmless:
+            raise LaunchError(
+                f"{name} is set, and WORLD_SIZE is not, as by mpirun or by hand; start with accelerate launch or "
+                f"torchrun, or unset {name}"
+            )
     if "WORLD_SIZE" in environ:
         names = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
         values = [environ.get(name, default) for name, default in names.items()]
         processes, local, rank = (int(value) if value.isdecimal() else -1 for value in values)
         if not (1 <= local <= processes and 0 <= rank < processes):
             raise LaunchError(f"{', '.join(names)}: got {', '.join(values)}, expected numbers from a launcher")
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
+        if processes > 1 and missing:
+            raise LaunchError(
+                f"WORLD_SIZE is {processes}, and {', '.join(missing)} not set; start with accelerate launch or "
+                "torchrun, or unset WORLD_SIZE"
+            )
         return Launched(processes, local, rank)
     # accelerate's one-process launcher names an address for the others only when it was asked for several.
     if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ:
@@ -131,16 +145,16 @@ class Peers:
         self._store = store
         self._nodes: list[str] = []
 
-    def exchange(self, own: dict[str, Any]) -> list[dict[str, Any]]:
-        """Tell all processes `own`, once, and return what each told, by rank. Every process has to call this.
+    def exchange(self, own: dict[str, Any], topic: str = "facts") -> list[dict[str, Any]]:
+        """Tell all processes `own`, once for a topic, and return what each told, by rank. Every process has to call it.
 
         Raises:
             PeerError: another has ended with an error; it is told as its.
             LostProcessError: another has told nothing for too long.
         """
         started_at, noticed = time.monotonic(), False
-        self._store.set(f"facts/{self.launched.rank}", json.dumps(own))
-        while missing := self._without("facts"):
+        self._store.set(f"{topic}/{self.launched.rank}", json.dumps(own))
+        while missing := self._without(topic):
             if self._told("error"):
                 raise self._reason()
             waited = time.monotonic() - started_at
@@ -151,9 +165,9 @@ class Peers:
                 print(f"rank {self.launched.rank} waits for {names}", file=sys.stderr, flush=True)
                 noticed = True
             time.sleep(0.02)
-        facts = list(self._told("facts").values())
-        self._nodes = [entry["node"] for entry in facts]
-        return facts
+        told = list(self._told(topic).values())
+        self._nodes = self._nodes or [entry.get("node", "?") for entry in told]
+        return told
 
     def leave(self, error: Exception) -> Exception:
         """End with an error: tell the others, or find out what another has told; returns what is to be raised."""
@@ -170,7 +184,9 @@ class Peers:
             if is_lost:
                 error = self._reason(error)
             elif not isinstance(error, PeerError | LostProcessError):
-                told = {"node": platform.node(), "message": str(error), "exit_code": getattr(error, "exit_code", 1)}
+                known = isinstance(error, MygptError)
+                message = str(error) if known else " ".join(f"{type(error).__name__}: {error}".split())
+                told = {"node": platform.node(), "message": message, "exit_code": getattr(error, "exit_code", 1)}
                 self._store.set(f"error/{self.launched.rank}", json.dumps(told))
             # With the first process the store may go: it gives the others time to hear of it.
             self._wait_for("left") if self.launched.rank == 0 else self._say("left")
@@ -246,7 +262,7 @@ def peers_of(launched: Launched) -> Iterator[Peers]:
         raise reason from error
 
 
-LOST = r"gloo|NCCL|TCPStore|[Cc]onnection (was )?(closed|reset)|[Tt]imed out|[Bb]roken pipe"
+LOST = r"[Gg]loo|NCCL|TCPStore|[Cc]onnection (was )?(closed|reset)|Timed out waiting \d+ms|[Bb]roken pipe"
 """How torch says that a collective failed because a process has ended or hangs."""
 
 
@@ -256,8 +272,11 @@ def _open_store() -> Store:
     except (RuntimeError, ValueError) as error:
         raise LaunchError(f"{_store_address()}: the processes cannot meet: {str(error).splitlines()[0]}") from None
     store.set_timeout(timedelta(seconds=GRACE_SECONDS))
-    # A launcher that restarts processes keeps its store.
-    return PrefixStore(f"mygpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # A launcher that restarts processes keeps its store, as does a script that trains twice.
+    return PrefixStore(f"mygpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_openings)}", store)
+
+
+_openings = itertools.count()
 
 
 def _store_address() -> str:

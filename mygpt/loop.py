@@ -50,11 +50,10 @@ from mygpt.startup import set_up
 from mygpt.state import (
     GeneratorStates,
     full_tensor,
-    full_weights,
+    gathered,
     generator_states,
     restore,
     set_generator_states,
-    shared_path,
     training_state,
 )
 
@@ -101,6 +100,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
                 allow_changes=allow_changes,
                 warn=_note,
             )
+        # Told as mistakes are, and not by a broadcast, in which the others would wait for one who has found a mistake.
+        told = peers.exchange({"checkpoint": str(start.checkpoint or "")}, "start")[0]["checkpoint"]
+        start = start._replace(checkpoint=Path(told) if told else None)
         return _train(accelerator, start, dataset, info.micro_batch_size, until, stop)
 
 
@@ -126,7 +128,7 @@ def _train(
         dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=recipe.train.data_seed, rows=rows
     )
     step, best, moments = 0, None, None
-    checkpoint = shared_path(accelerator, start.checkpoint)
+    checkpoint = start.checkpoint
     if checkpoint:
         step, best, moments = restore(accelerator, checkpoint, gpt, stream)
         if checkpoint.parent.resolve() != run.resolve():
@@ -150,7 +152,7 @@ def _train(
     stopped = False
     # Steps whose numbers the host has not read yet, each with the generators' states before it.
     unread: list[tuple[GeneratorStates, Update]] = []
-    next_reading, read_at = 0, time.perf_counter()
+    next_reading, read_at = step + 1, time.perf_counter()
     with (
         Reporter(recipe, run, is_main=is_main, step=step) as reporter,
         Saver(run, recipe.model, dataset.tokenizer, recipe.checkpoint.keep_last) as saver,
@@ -181,13 +183,12 @@ def _train(
             if not (recorded or step in (until, next_reading) or stop_alone):
                 continue
 
-            seconds = (time.perf_counter() - read_at) / len(unread)
-            reading = read_updates(accelerator, [update for _, update in unread], stop.pending(), seconds)
+            reading = read_updates(accelerator, [update for _, update in unread], stop.pending(), read_at)
             if (index := reading.first_broken) is not None:
                 saver.wait()
                 before, measured = unread[index][0], reading.steps[index]
                 state = training_state(accelerator, gpt, optimizer, before, step - len(unread) + index, best)
-                weights = full_weights(gpt)
+                weights = gathered(accelerator, gpt.state_dict())
                 raise broken_step(accelerator, recipe, weights, state, dataset, micro_batch_size, measured)
             unread, stopped, measured = [], reading.stop, reading.steps[-1]
             improved = False
@@ -205,7 +206,7 @@ def _train(
                     reason: Reason = "scheduled" if scheduled else "best" if improved else "interrupted"
                     now = generator_states(accelerator.device, stream, exact=exact)
                     state = training_state(accelerator, gpt, optimizer, now, step, best)
-                    weights = full_weights(gpt)
+                    weights = gathered(accelerator, gpt.state_dict())
                     if is_main:
                         saver.save(weights, state, reason)
             saver.check()
@@ -350,9 +351,14 @@ class Reading(NamedTuple):
         return next((index for index, measured in enumerate(self.steps) if not measured.is_sound), None)
 
 
-def read_updates(accelerator: Accelerator, updates: Sequence[Update], stop: bool, seconds: float) -> Reading:
-    """Wait for the device and read what `updates` measured, averaged over the processes, in one message."""
+def read_updates(accelerator: Accelerator, updates: Sequence[Update], stop: bool, read_at: float) -> Reading:
+    """Wait for the device and read what `updates` measured, averaged over the processes, in one message.
+
+    `read_at` is when the last reading was done with, by `time.perf_counter`.
+    """
     own = torch.stack([value for update in updates for value in update])
+    own[-1].item()  # so that the time is that of the steps, not of asking for them
+    seconds = (time.perf_counter() - read_at) / len(updates)
     own = torch.cat([own, own.new_tensor([stop, seconds])])
     shared = accelerator.gather(own) if accelerator.num_processes > 1 else own
     # Correctly rounded, so that a mean does not depend on the order, and that of equal values is the value.
@@ -389,7 +395,7 @@ def broken_step(
             f"beyond the {RANGE / count:,.0f} that an exact sum holds"
         )
     look = f"`mygpt replay {run}` looks into it"
-    cure = f'{CURE}, or use reduction = "fast"' if measured.out_of_range else CURE
+    cure = f'{CURE}; or, if they are numbers, use reduction = "fast"' if measured.out_of_range else CURE
     if accelerator.is_main_process:
         try:
             record_failure(run, problem, weights, state, dataset, recipe, micro_batch_size, accelerator.device.type)
@@ -451,7 +457,7 @@ def prepare(
     return accelerator.prepare(gpt, optimizer, scheduler)
 
 
-CURE = "lower lr, add warmup, or clip with max_grad_norm = 1.0"
+CURE = "lower lr, or add warmup and clipping (max_grad_norm) where there is none"
 
 
 @contextmanager
@@ -491,15 +497,23 @@ def accelerator_for(table: RuntimeTable, device: torch.device, micro_batches: in
         # A prepared scheduler would else step once per process; the loop steps it once per optimizer step.
         step_scheduler_with_optimizer=False,
     )
+    orderly = accelerator.num_processes == 1
     try:
         if is_sharded() and not accelerator.is_fsdp2:
             raise LaunchError("the launch configuration asks for FSDP, and Accelerate did not take it up")
         yield accelerator
+        orderly = True
+    except InterruptedRunError:
+        orderly = True  # all processes stop together
+        raise
     finally:
-        # Leaving the process group while models are alive aborts some two-process runs at exit.
-        accelerator.free_memory()
-        gc.collect()
-        accelerator.end_training()
+        # While others are in a collective, leaving the group, or waiting for the device, can hang with NCCL: a process
+        # that fails tells them first, and its end is the end of the group.
+        if orderly:
+            # Leaving the process group while models are alive aborts some two-process runs at exit.
+            accelerator.free_memory()
+            gc.collect()
+            accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

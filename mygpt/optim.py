@@ -78,9 +78,12 @@ def update_unless(optimizer: torch.optim.Optimizer, broken: torch.Tensor) -> Non
     The host does not wait to know: the fused kernel looks at `found_inf` on the device, as for torch's GradScaler.
     """
     own: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
-    own.found_inf = torch.maximum(getattr(own, "found_inf", broken.float()), broken.float())
-    # That mps's kernel looks, too, has not been tried.
-    if broken.device.type != "mps" or not own.found_inf.item():
+    held = torch.maximum(getattr(own, "held", broken.float()), broken.float())
+    own.held = held
+    if broken.device.type != "mps":
+        own.found_inf = held
+        optimizer.step()
+    elif not held.item():  # mps's kernel has not always looked
         optimizer.step()
 
 

@@ -300,6 +300,8 @@ def _check_changes(
     if inexact:
         told = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in inexact.items())
         warn(f"the last bits may differ from those of a run that was never interrupted: {told}")
+        if recipe.model.dropout and {"processes", "reduction", "device"} & inexact.keys():
+            warn("and dropout, whose masks belong to a process or a micro-batch, drops other activations from here on")
     return keys | content | environment
 
 

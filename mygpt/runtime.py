@@ -74,13 +74,14 @@ def make_deterministic(device: torch.device) -> None:
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """What, beside the recipe, the bits of a result depend on: versions, processor and accelerator."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # which is the GPU that Accelerate will take
     return {
         "versions": {"mygpt": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "accelerator": torch.cuda.get_device_name(local_rank) if device.type == "cuda" else None,
         "git_commit": _git_commit(),
         "command": tuple(sys.argv),
     }

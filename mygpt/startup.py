@@ -72,7 +72,12 @@ def set_up(recipe: Recipe, launched: Launched, peers: Peers) -> Setup:
         device=info.accelerator or f"{device.type} ({info.cpu}, {info.cpu_capability})",
         backend="nccl" if device.type == "cuda" else "gloo",
         corpus_sha256=dataset.sha256,
-        recipe={key: getattr(getattr(recipe, table), key) for key, table in TABLE_OF_KEY.items()},
+        recipe={
+            key: getattr(getattr(recipe, table), key)
+            for key, table in TABLE_OF_KEY.items()
+            # The main process alone looks at the first two; content and meaning of the others are told apart.
+            if key not in ("output", "resume", "corpus", "threads")
+        },
         environment=info.environment(),
     )
     facts = [Facts(**told) for told in peers.exchange(own._asdict())]
@@ -122,17 +127,19 @@ def check_alike(facts: list[Facts], *, exact: bool) -> None:
 
 def _differences(facts: list[Facts], *, exact: bool) -> Iterator[str]:
     if text := _told_apart(facts, [entry.corpus_sha256[:12] for entry in facts]):
-        yield f"corpus: the processes read different texts, by sha256: {text}; give all machines the same file"
+        yield f"corpus: the processes read different texts, by sha256: {text}; give all of them the same file"
     for key in facts[0].recipe:
         if text := _told_apart(facts, [entry.recipe[key] for entry in facts]):
-            yield f"[{TABLE_OF_KEY[key]}] {key}: differs: {text}; start all machines with the same recipe and flags"
+            yield f"[{TABLE_OF_KEY[key]}] {key}: differs: {text}; start all processes with the same recipe and flags"
     kinds = [entry.environment["device"] for entry in facts]
     if text := _told_apart(facts, kinds):
         yield f"device: differs: {text}; set device in the recipe, or mend the machine that has lost its own"
     elif exact:
         # The processor computes nothing where there is a GPU.
         left_out = {"device", "git_commit", *(("cpu", "cpu_capability", "threads") if kinds[0] == "cuda" else ())}
-        for name in facts[0].environment.keys() - left_out:
+        for name in facts[0].environment:
+            if name in left_out:
+                continue
             if text := _told_apart(facts, [entry.environment.get(name) for entry in facts]):
                 yield (
                     f"{name}: differs: {text}; exact sums need machines that compute the same bits: make them alike, "

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 
 from mygpt.checkpoint import Tensors, TrainingState, optimizer_tensors, read_state, read_weights
 from mygpt.data import BatchStream
@@ -47,23 +46,34 @@ def training_state(
     With reduction = "exact" there are none, and nothing in it depends on the number of processes.
     """
     moments = optimizer_tensors(optimizer, gpt.state_dict())
-    tensors = {name: full_tensor(tensor) for name, tensor in moments.items()}
+    tensors = gathered(accelerator, moments)
     tensors["generator.stream"] = generators.stream
     if generators.dropout is None:
         return TrainingState(tensors, StateMetadata(step=step, processes=None, best=best))
-    gathered = accelerator.gather(generators.dropout.to(accelerator.device)).cpu()
-    for process, state in enumerate(gathered.chunk(accelerator.num_processes)):
+    states = accelerator.gather(generators.dropout.to(accelerator.device)).cpu()
+    for process, state in enumerate(states.chunk(accelerator.num_processes)):
         tensors[dropout_name(accelerator.device, process)] = state
     return TrainingState(tensors, StateMetadata(step=step, processes=accelerator.num_processes, best=best))
 
 
-def full_weights(gpt: GPT) -> dict[str, torch.Tensor]:
-    """The weights by name; where they are sharded every process has to call this."""
-    return {name: full_tensor(weight) for name, weight in gpt.state_dict().items()}
+def gathered(accelerator: Accelerator, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The tensors; of those that are sharded the main process gets all, on the CPU, and the others nothing.
+
+    One after the other, since a device may not have room for them all. Every process has to call this.
+    """
+    whole = {}
+    for name, tensor in tensors.items():
+        is_sharded = hasattr(tensor, "full_tensor")
+        full = full_tensor(tensor)
+        if not is_sharded:
+            whole[name] = full
+        elif accelerator.is_main_process:
+            whole[name] = full.cpu()
+    return whole
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, gathered from all processes if it is sharded (a DTensor)."""
+    """The tensor, gathered from all processes, each of which has to call this, if it is sharded (a DTensor)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -103,18 +113,3 @@ def restore(accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchS
 def dropout_name(device: torch.device, process: int) -> str:
     """The tensor that holds the state of a process's dropout generator."""
     return f"generator.{device.type}.{process}"
-
-
-def shared_path(accelerator: Accelerator, path: Path | None) -> Path | None:
-    """The main process's `path`, told to all processes; None: none."""
-    if accelerator.num_processes == 1:
-        return path
-    text = str(path or "").encode()
-    buffer = torch.zeros(PATH_BYTES, dtype=torch.uint8)
-    buffer[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-    told = bytes(broadcast(buffer.to(accelerator.device)).tolist()).rstrip(b"\0")
-    return Path(told.decode()) if told else None
-
-
-PATH_BYTES = 4096
-"""The longest path that Linux takes."""

@@ -9,6 +9,7 @@ import pytest
 from fault_points import ARGUMENTS, contents
 from fault_points import run as run_process
 
+from mygpt import loop
 from mygpt.checkpoint import load_checkpoint
 from mygpt.errors import CheckpointError, MismatchError, NonFiniteError, RecipeError
 from mygpt.loop import train
@@ -239,3 +240,14 @@ def test_a_checkpoint_may_be_copied_and_linked_for_generating(tiny, tmp_path, mo
     (run / "step-000006").rename(run / "step-000004")
     with pytest.raises(CheckpointError, match=r"is that of step 6, not of step-000004"):
         verify_checkpoint(run / "step-000004")
+
+
+def test_a_run_that_goes_on_is_listened_to_from_its_first_step(tiny, tmp_path, monkeypatch):
+    """Where nothing is recorded for long, the host still reads, and so hears of a signal, every second."""
+    keys = {"steps": 40, "log_every": 1000, "print_every": 1000}
+    train(tiny(**keys), until=3)
+    read, steps = loop.read_updates, []
+    monkeypatch.setattr(loop, "read_updates", lambda *args: steps.append(len(args[1])) or read(*args))
+    monkeypatch.setattr(loop, "PATIENCE", 0.0)
+    train(tiny(**keys), until=9)
+    assert steps == [1] * 6

@@ -86,7 +86,7 @@ def test_a_failure_in_training_is_the_reason_of_those_who_lost_the_process(monke
     """Whatever it was: also what no one foresaw."""
     lost, own = together(monkeypatch, lose, lambda peers: exchange(peers) and fail(KeyError("b"))(peers))
     assert isinstance(own, KeyError)
-    assert str(lost) == f"rank 1 on {os.uname().nodename}: 'b'"
+    assert str(lost) == f"rank 1 on {os.uname().nodename}: KeyError: 'b'"
     assert lost.exit_code == 1
 
 
