@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import DistError, HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from mygpt.errors import LaunchError, LostProcessError, MygptError, PeerError
@@ -171,7 +171,8 @@ class Peers:
 
     def leave(self, error: Exception) -> Exception:
         """End with an error: tell the others, or find out what another has told; returns what is to be raised."""
-        is_lost = isinstance(error, RuntimeError) and re.search(LOST, str(error)) is not None
+        is_runtime_error = isinstance(error, RuntimeError)
+        is_lost = isinstance(error, DistError) or (is_runtime_error and re.search(LOST, str(error)) is not None)
         answers: list[Exception] = []
         # Aside, and for so long only, since over a network that is gone the store may never answer.
         thread = threading.Thread(target=lambda: answers.append(self._leave(error, is_lost)), daemon=True)

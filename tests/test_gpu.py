@@ -79,9 +79,11 @@ def test_compiled_stays_at_the_eager_numbers(tiny, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.*:UserWarning")
-def test_cuda_runs_resume_to_the_last_bit(tiny, tmp_path, precision, compiled):
+@pytest.mark.parametrize("reduction", ["fast", "exact"])
+def test_cuda_runs_resume_to_the_last_bit(tiny, tmp_path, precision, compiled, reduction):
     """Stopped in warmup and again later, a run writes the files of one never stopped: dropout draws on the GPU."""
     keys = KEYS | {"precision": precision, "compile": compiled, "dropout": 0.1, "micro_batch_size": 8, "save_every": 25}
+    keys |= {"reduction": reduction}
     whole = train(tiny(**keys, output=str(tmp_path / "whole")))
     for until in (5, 30, None):
         torch.compiler.reset()

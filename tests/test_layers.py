@@ -88,6 +88,6 @@ def test_light_modules_import_no_torch(tmp_path):
 
 
 @pytest.mark.parametrize("module", sorted(set(ORDER) - WITH_ACCELERATE))
-def test_accelerate_stays_in_three_modules(module):
-    """Only the loop, evaluation and checkpoints know of Accelerate."""
+def test_accelerate_stays_where_processes_meet(module):
+    """Only the loop, evaluation, what is gathered of the state, and the doctor know of Accelerate."""
     assert "accelerate" not in {name.split(".")[0] for name in imports(module)}
