@@ -56,11 +56,7 @@ LAUNCHERS = {
     "accelerate": [BIN / "accelerate", "launch"],
     "two-processes": [BIN / "accelerate", "launch", "--config_file", RECIPES / "launch" / "cpu2.yaml"],
 }
-EXACT = ["--reduction", "exact"]
-WAYS = {
-    ("default", "python"): ([sys.executable, SCRIPT, RECIPES / "default.toml", *CPU], DEFAULT),
-    ("default", "exact"): ([*LAUNCHERS["two-processes"], SCRIPT, RECIPES / "default.toml", *CPU, *EXACT], DEFAULT),
-}
+WAYS = {("default", "python"): ([sys.executable, SCRIPT, RECIPES / "default.toml", *CPU], DEFAULT)}
 WAYS |= {
     # One of them also keeps the weights of step 1999, which does not change any.
     ("hardened", name): (
@@ -70,7 +66,16 @@ WAYS |= {
     for name, launcher in LAUNCHERS.items()
 }
 WAYS["hardened", "exact"] = (
-    [*LAUNCHERS["two-processes"], "--num_processes", 3, SCRIPT, RECIPES / "hardened.toml", *CPU, *EXACT],
+    [
+        *LAUNCHERS["two-processes"],
+        "--num_processes",
+        3,
+        SCRIPT,
+        RECIPES / "hardened.toml",
+        *CPU,
+        "--reduction",
+        "exact",
+    ],
     HARDENED,
 )
 FLAGS = ["--val-split", 0.1, "--val-every", 500, "--schedule", "cosine", "--warmup", 100, "--max-grad-norm", 1.0]

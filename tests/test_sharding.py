@@ -44,15 +44,15 @@ def run(processes, text_file, folder, *flags, sharded=True, **environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_sharded_weights_give_the_numbers_of_one_process(text_file, tmp_path, processes):
+def test_sharded_weights_give_the_numbers_of_one_process(text_file, tmp_path):
     """In float64, where a wrong average cannot hide in rounding: losses, held-out losses, norms, weights and moments.
 
     With accumulation, clipping and activation checkpointing.
     """
     run(1, text_file, tmp_path, "--output", "alone", sharded=False, FLOAT64="1")
     flags = ["--output", "sharded", "--activation-checkpointing"]
-    many = run(processes, text_file, tmp_path, *flags, FLOAT64="1")
+    # Three, among which the weights cannot be shared evenly.
+    many = run(3, text_file, tmp_path, *flags, FLOAT64="1")
     assert "sharded over" in many.stderr
     assert read_run(tmp_path / "sharded").sharded
     for one, other in zip(*(read_records(tmp_path / name) for name in ("alone", "sharded")), strict=True):
