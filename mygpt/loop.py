@@ -271,7 +271,8 @@ def train_step(
     splits = (rows.split(micro_batch_size) for rows in batch)
     pieces = [Batch(*pair) for pair in zip(*splits, strict=True)] if len(batch.inputs) else []
     if exact is None:
-        loss, out_of_range = average(accelerator, model, pieces), None
+        loss = average(accelerator, model, pieces)
+        out_of_range = torch.zeros_like(loss)
     else:
         loss, out_of_range = exact_average(accelerator, model, pieces, exact)
     if max_grad_norm:
@@ -279,12 +280,9 @@ def train_step(
     else:
         grad_norm = get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
     grad_norm = full_tensor(grad_norm)
-    broken = ~torch.isfinite(grad_norm)
-    if out_of_range is not None:
-        broken |= out_of_range > 0
-    update_unless(optimizer, broken)
+    update_unless(optimizer, ~torch.isfinite(grad_norm) | (out_of_range > 0))
     optimizer.zero_grad()
-    return Update(loss, grad_norm, out_of_range if out_of_range is not None else torch.zeros_like(loss))
+    return Update(loss, grad_norm, out_of_range)
 
 
 def average(accelerator: Accelerator, model: torch.nn.Module, pieces: Iterable[Batch]) -> torch.Tensor:

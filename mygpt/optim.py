@@ -78,13 +78,12 @@ def update_unless(optimizer: torch.optim.Optimizer, broken: torch.Tensor) -> Non
     The host does not wait to know: the fused kernel looks at `found_inf` on the device, as for torch's GradScaler.
     """
     own: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
-    held = torch.maximum(getattr(own, "held", broken.float()), broken.float())
-    own.held = held
+    own.held = torch.maximum(getattr(own, "held", broken.float()), broken.float())
     if broken.device.type != "mps":
-        own.found_inf = held
-        optimizer.step()
-    elif not held.item():  # mps's kernel has not always looked
-        optimizer.step()
+        own.found_inf = own.held
+    elif own.held.item():  # mps's kernel has not always looked
+        return
+    optimizer.step()
 
 
 def build_scheduler(
