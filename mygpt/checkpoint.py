@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mygpt.errors import DamagedCheckpointError, NonFiniteError
+from mygpt.errors import DamagedCheckpointError, MismatchError, NonFiniteError
 from mygpt.metadata import FileEntry, Manifest, ModelMetadata, Reason, StateMetadata, TokenizerMetadata
 from mygpt.model import GPT
-from mygpt.recipe import ModelTable
+from mygpt.recipe import ModelTable, Recipe
 from mygpt.rundir import (
     LATEST_FILE,
     MANIFEST_FILE,
@@ -67,9 +67,9 @@ class Saver:
     """
 
     run: Path
-    config: ModelTable
+    recipe: Recipe
     tokenizer: CharTokenizer
-    keep_last: int = 0
+    corpus_sha256: str
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _writing: Future[None] | None = None
     # Kept from one save to the next: filling memory that the system has just handed out takes ten times longer.
@@ -91,7 +91,14 @@ class Saver:
         """
         self.wait()
         model_copy, state_copy = self._copy("model.", weights), self._copy("state.", state.tensors)
-        manifest = Manifest(step=state.metadata.step, reason=reason, files={})
+        manifest = Manifest(
+            step=state.metadata.step,
+            reason=reason,
+            finished=state.metadata.step == self.recipe.train.steps,
+            recipe=self.recipe,
+            corpus_sha256=self.corpus_sha256,
+            files={},
+        )
         self._writing = self._thread.submit(
             self._write, model_copy, TrainingState(state_copy, state.metadata), manifest
         )
@@ -127,13 +134,13 @@ class Saver:
                 sync(self.run / METRICS_FILE)
         except OSError as error:
             raise _unsaved(self.run / METRICS_FILE, error) from error
-        write_checkpoint(target, weights, model_metadata(self.config, self.tokenizer, step), state, manifest)
+        write_checkpoint(target, weights, model_metadata(self.recipe.model, self.tokenizer, step), state, manifest)
         try:
             point_to(self.run, step, best)
         except OSError as error:
             raise _unsaved(self.run / LATEST_FILE, error) from error
         with suppress(OSError):  # the next save, or the next start, tries again
-            prune(self.run, self.keep_last, step, best)
+            prune(self.run, self.recipe.checkpoint.keep_last, step, best)
 
 
 def model_metadata(config: ModelTable, tokenizer: CharTokenizer, step: int) -> ModelMetadata:
@@ -203,8 +210,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         CheckpointError: there is none.
-        DamagedCheckpointError: it cannot be read, is not what was saved, or its tensors are not those of its
-            architecture.
+        DamagedCheckpointError: it cannot be read, or is not what was saved.
+        MismatchError: its tensors are not those of its architecture.
     """
     file = find_model_file(Path(path))
     if (file.parent / MANIFEST_FILE).exists() or file != Path(path):
@@ -222,7 +229,8 @@ def read_weights(file: Path, config: ModelTable, vocab_size: int, *, finite: boo
     """The weights in a model file, which must be those of this architecture.
 
     Raises:
-        DamagedCheckpointError: it cannot be read, or they are not; or, if they must be `finite`, some are not.
+        DamagedCheckpointError: it cannot be read; or, if they must be `finite`, some are not.
+        MismatchError: they are not, as after a change of the model's code.
     """
     weights = read_tensors(file)
     # Before building what the metadata asks for: a damaged number of layers could take hours to build.
@@ -230,7 +238,12 @@ def read_weights(file: Path, config: ModelTable, vocab_size: int, *, finite: boo
         raise DamagedCheckpointError(f"{file}: damaged: its metadata describes no model with these weights")
     with torch.device("meta"):
         expected = GPT(config, vocab_size).state_dict()
-    _expect(file, weights, {name: (weight.shape, torch.float32) for name, weight in expected.items()})
+    if name := _first_unlike(weights, {name: (weight.shape, torch.float32) for name, weight in expected.items()}):
+        got, wanted = (_describe(tensors.get(name)) for tensors in (weights, expected))
+        raise MismatchError(
+            f"{file}: {name}: got {got}, expected {wanted}: these weights are of another version of the model than "
+            "this mygpt's; use the version that wrote them (git_commit in run.json)"
+        )
     for name, weight in weights.items():
         if finite and not torch.isfinite(weight).all():
             raise DamagedCheckpointError(f"{file}: damaged: {name} has values that are infinite or not numbers")
@@ -252,7 +265,8 @@ def read_state(directory: Path, weights: Tensors) -> TrainingState:
         for name, weight in weights.items()
         for moment in MOMENTS
     }
-    _expect(file, moments, expected)
+    if name := _first_unlike(moments, expected):
+        raise DamagedCheckpointError(f"{file}: damaged: {name} is missing, or not of its weight's shape")
     for name, tensor in tensors.items():
         if name not in moments and (tensor.dtype != torch.uint8 or tensor.dim() != 1):
             raise DamagedCheckpointError(f"{file}: damaged: {name} is no generator's state")
@@ -276,10 +290,15 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise DamagedCheckpointError(f"{file}: damaged: {error}") from None
 
 
-def _expect(file: Path, tensors: Tensors, expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors or (tensors[name].shape, tensors[name].dtype) != expected.get(name):
-            raise DamagedCheckpointError(f"{file}: damaged: {name} is missing, or not of the architecture's shape")
+def _describe(tensor: torch.Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _first_unlike(tensors: Tensors, expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> str | None:
+    """The first tensor, by name, that is missing, not expected, or of another shape or type; None: all are right."""
+    names = sorted(expected.keys() | tensors.keys())
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    return next((name for name in names if found.get(name) != expected.get(name)), None)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, torch.Tensor]:

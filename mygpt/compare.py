@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from mygpt.errors import DamagedCheckpointError
 from mygpt.metadata import ModelMetadata
 from mygpt.metrics import Record, read_records
-from mygpt.rundir import RUN_FILE, STATE_FILE, find_model_file, read_metadata
+from mygpt.recipe import RUN_FILE
+from mygpt.rundir import STATE_FILE, find_model_file, read_metadata
 
 
 class Difference(NamedTuple):

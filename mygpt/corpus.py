@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mygpt.errors import CorpusError, DownloadError
+from mygpt.recipe import NAMED_CORPORA
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -39,9 +40,6 @@ def load_corpus(name: str) -> Corpus:
     if name == "python-docs":
         return _python_docs()
     return _read_text(Path(name))
-
-
-NAMED_CORPORA = ("tinyshakespeare", "python-docs")
 
 
 def find_tinyshakespeare() -> Path:

@@ -7,6 +7,7 @@ import torch
 from mygpt.corpus import load_corpus
 from mygpt.errors import CorpusError
 from mygpt.recipe import DataTable, ValidationTable
+from mygpt.seeds import held_out_seed
 from mygpt.tokenizer import CharTokenizer
 
 
@@ -132,14 +133,14 @@ class BatchStream:
         return windows(self.data, self.rows.of(starts), self.seq_len)
 
 
-def held_out_places(val: torch.Tensor, table: ValidationTable, stream: BatchStream, seed: int) -> list[Places]:
+def held_out_places(val: torch.Tensor, table: ValidationTable, stream: BatchStream) -> list[Places]:
     """The windows of one evaluation, as `table.sampling` says; random ones in batches as large as those of `stream`."""
     if table.sampling == "full":
         return all_places(val, stream.seq_len)
-    # Seeded anew each time, its own stream gives the same windows at every evaluation: the curve compares like with
-    # like, and a step's value does not depend on how often there is one.
+    # Seeded anew each time, its own stream gives the same windows at every evaluation of every run: a curve compares
+    # like with like, runs can be compared window by window, and a value does not depend on how often there is one.
     own_stream = table.sampling == "own-stream"
-    generator = torch.Generator().manual_seed(seed + 1) if own_stream else stream.generator
+    generator = torch.Generator().manual_seed(held_out_seed()) if own_stream else stream.generator
     return random_places(val, stream.batch_size, stream.seq_len, table.eval_batches, generator)
 
 

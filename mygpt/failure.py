@@ -14,9 +14,9 @@ from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.metadata import Manifest
 from mygpt.model import GPT
 from mygpt.recipe import Count, Recipe, Table
-from mygpt.reduction import dropout_seed
 from mygpt.rundir import FAILED_NAME, MODEL_FILE, STATE_FILE, read_metadata, remove, verify_checkpoint
 from mygpt.runtime import make_deterministic, set_dropout_generator_state
+from mygpt.seeds import micro_batch_dropout_seed
 from mygpt.state import dropout_name
 from mygpt.tokenizer import CharTokenizer
 
@@ -69,7 +69,8 @@ def record_failure(
         micro_batch_size=micro_batch_size,
         processes=state.metadata.processes or 1,
         dropout_seeds=tuple(
-            dropout_seed(table.data_seed, step, index) for index in range(table.batch_size // micro_batch_size)
+            micro_batch_dropout_seed(table.data_seed, step, index)
+            for index in range(table.batch_size // micro_batch_size)
         )
         if runtime.reduction == "exact"
         else (),
@@ -84,7 +85,14 @@ def record_failure(
         {name: weight.cpu() for name, weight in weights.items()},
         model_metadata(recipe.model, dataset.tokenizer, step - 1),
         TrainingState({name: tensor.cpu() for name, tensor in state.tensors.items()}, state.metadata),
-        Manifest(step=step, reason="failed", files={}),
+        Manifest(
+            step=step,
+            reason="failed",
+            finished=False,
+            recipe=recipe,
+            corpus_sha256=dataset.sha256,
+            files={},
+        ),
         {BATCH_FILE: failed.model_dump_json(indent=2) + "\n"},
     )
 

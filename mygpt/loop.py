@@ -42,10 +42,11 @@ from mygpt.metrics import Reporter, due, header_lines, is_printed
 from mygpt.model import GPT
 from mygpt.optim import build_optimizer, build_scheduler, update_unless
 from mygpt.recipe import Recipe, RuntimeTable, TrainTable, check_recipe
-from mygpt.reduction import RANGE, ExactSum, dropout_seed
+from mygpt.reduction import RANGE, ExactSum
 from mygpt.resume import Start, begin_run, find_start
 from mygpt.rundir import METRICS_FILE, check_output, locked, step_directory
 from mygpt.runtime import StopRequest, stop_on_signal
+from mygpt.seeds import micro_batch_dropout_seed, process_dropout_seed
 from mygpt.startup import set_up
 from mygpt.state import (
     GeneratorStates,
@@ -101,8 +102,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
                 warn=_note,
             )
         # Told as mistakes are, and not by a broadcast, in which the others would wait for one who has found a mistake.
-        told = peers.exchange({"checkpoint": str(start.checkpoint or "")}, "start")[0]["checkpoint"]
-        start = start._replace(checkpoint=Path(told) if told else None)
+        own = {"checkpoint": str(start.checkpoint or ""), "keeps_best": start.keeps_best}
+        told = peers.exchange(own, "start")[0]
+        checkpoint = Path(told["checkpoint"]) if told["checkpoint"] else None
+        start = start._replace(checkpoint=checkpoint, keeps_best=told["keeps_best"])
         return _train(accelerator, start, dataset, info.micro_batch_size, until, stop)
 
 
@@ -130,12 +133,11 @@ def _train(
     step, best, moments = 0, None, None
     checkpoint = start.checkpoint
     if checkpoint:
-        step, best, moments = restore(accelerator, checkpoint, gpt, stream)
-        if checkpoint.parent.resolve() != run.resolve():
-            best = None  # `best` names a step of this run
+        step, best, moments = restore(accelerator, checkpoint, gpt, stream, recipe.train.data_seed)
+        best = best if start.keeps_best else None
     else:
         # Only dropout draws from the global generator, and each process's rows need masks of their own.
-        torch.manual_seed(recipe.train.data_seed + accelerator.process_index)
+        torch.manual_seed(process_dropout_seed(recipe.train.data_seed, accelerator.process_index))
     scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, steps, steps_done=step)
     if recipe.runtime.compile:
         gpt.compile()
@@ -155,7 +157,7 @@ def _train(
     next_reading, read_at = step + 1, time.perf_counter()
     with (
         Reporter(recipe, run, is_main=is_main, step=step) as reporter,
-        Saver(run, recipe.model, dataset.tokenizer, recipe.checkpoint.keep_last) as saver,
+        Saver(run, recipe, dataset.tokenizer, dataset.sha256) as saver,
     ):
         stop.heeded = True
         while step < min(steps, until or steps) and not stopped:
@@ -196,7 +198,7 @@ def _train(
                 values = {"loss": measured.loss, "grad_norm": measured.grad_norm, "lr": lr}
                 if evaluated:
                     with reporter.paused():
-                        places = held_out_places(dataset.val, recipe.validation, stream, recipe.train.data_seed)
+                        places = held_out_places(dataset.val, recipe.validation, stream)
                         values |= evaluate(accelerator, model, dataset.val, places, micro_batch_size, step)
                     if recipe.checkpoint.save_best and (best is None or values["val"] < best.val):
                         improved, best = True, Best(step=step, val=values["val"])
@@ -213,7 +215,7 @@ def _train(
             read_at, next_reading = time.perf_counter(), step + max(1, int(PATIENCE / reading.seconds_per_step))
         saver.wait()
     accelerator.wait_for_everyone()
-    if stopped:
+    if stopped and step < steps:  # a run that a signal found at its last step is complete
         number = signal.Signals(stop.signal or signal.SIGTERM)
         raise InterruptedRunError(
             f"stopped by {number.name}; saved {step_directory(run, step)}, and the same command continues",
@@ -317,7 +319,7 @@ def exact_average(
 def exact_step(recipe: Recipe, rows: Rows, step: int) -> ExactStep:
     """This process's part in the exact sum of a step."""
     table = recipe.train
-    seeds = (dropout_seed(table.data_seed, step, index) for index in rows.micro_batches(table.batch_size))
+    seeds = (micro_batch_dropout_seed(table.data_seed, step, index) for index in rows.micro_batches(table.batch_size))
     return ExactStep(table.batch_size // rows.micro_batch_size, tuple(seeds))
 
 

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 
 from mygpt.errors import DamagedCheckpointError, NewerFormatError
-from mygpt.recipe import Count, ModelTable, Table
+from mygpt.recipe import Count, ModelTable, Recipe, Table
 
-FORMAT: Final = 1
-"""Of checkpoints: raised when an older mygpt could not read a newer one's."""
+FORMAT: Final = 2
+"""Of checkpoints: raised when an older mygpt could not read a newer one's. Format 1 is read, too: its manifests do not
+hold the recipe, the corpus, and whether the run is finished."""
 
 
 class TokenizerMetadata(Table):
@@ -23,7 +24,7 @@ class TokenizerMetadata(Table):
 class _Metadata(Table):
     """What mygpt writes of a file's content as canonical JSON: the same content is always the same text."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1, 2] = FORMAT
     step: Annotated[int, Field(ge=0)]
     """The optimizer step after which it was saved."""
 
@@ -74,7 +75,18 @@ class Manifest(_Metadata):
     reason: Reason
     """Why it was saved: by `save_every` or as the last step; as the best so far; by a signal; before a step that
     broke. Those of "best" and "interrupted" go when they are superseded."""
+    finished: bool | None = None
+    """Whether the run ended with this step, and not by a signal; None in format 1."""
+    recipe: Recipe | None = None
+    """What the step was trained with; None in format 1. Paths are left out, so that the same recipe gives the same
+    bytes in any directory."""
+    corpus_sha256: str | None = None
+    """Of the text that it was trained on; None in format 1."""
     files: dict[Literal["model.safetensors", "state.safetensors"], FileEntry]
+
+    def to_json(self) -> str:
+        paths = {"recipe": {"data": {"corpus"}, "checkpoint": {"output", "resume"}}}
+        return json.dumps(self.model_dump(exclude=paths), sort_keys=True, separators=(",", ":"))
 
 
 class Resumed(Table):
@@ -86,7 +98,7 @@ class Resumed(Table):
     manifest_sha256: str | None = None
     """Of that step directory's manifest.json, and so of all that is in it."""
     changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
-    """Old and new value by name."""
+    """Old and new value by name: of recipe keys, of `environment`, of git_commit and corpus_sha256."""
 
 
 class RunInfo(Table):
@@ -116,7 +128,7 @@ class RunInfo(Table):
     def environment(self) -> dict[str, Any]:
         """What the last bits of a result depend on, by name."""
         names = (
-            *("cpu", "cpu_capability", "accelerator", "git_commit"),
+            *("cpu", "cpu_capability", "accelerator"),
             *("device", "compile", "threads", "processes", "sharded", "micro_batch_size", "reduction"),
         )
         return {**self.versions, **{name: getattr(self, name) for name in names}}
@@ -124,12 +136,20 @@ class RunInfo(Table):
     def to_json(self) -> str:
         return self.model_dump_json(indent=2, exclude=None if self.resumed else {"resumed"}) + "\n"
 
-    def effective(self, *names: str) -> dict[str, Any]:
-        """The values of these names when the run last went on."""
-        values = {**self.environment(), "corpus_sha256": self.corpus_sha256}
-        for resumed in self.resumed:
-            values |= {name: value for name, (_, value) in resumed.changed.items()}
-        return {name: values[name] for name in names if name in values}
+    def recorded(self) -> dict[str, Any]:
+        """What is compared when a run goes on, by name."""
+        return {**self.environment(), "git_commit": self.git_commit, "corpus_sha256": self.corpus_sha256}
+
+    def recorded_at(self, step: int) -> dict[str, Any]:
+        """`recorded` as it was when `step` was trained: the run may have gone on elsewhere since, and before."""
+        values = self.recorded()
+        for resumed in self.before(step):
+            values |= {name: now for name, (_, now) in resumed.changed.items() if name in values}
+        return values
+
+    def before(self, step: int) -> tuple[Resumed, ...]:
+        """The times that the run went on before it trained `step`."""
+        return tuple(resumed for resumed in self.resumed if resumed.after_step < step)
 
 
 M = TypeVar("M", bound=_Metadata)
@@ -147,6 +167,8 @@ def parse_metadata(kind: type[M], text: str | bytes, file: Path) -> M:
     except ValidationError as error:
         problem = error.errors()[0]
     where = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        raise NewerFormatError(f"{file}: has {where}, which this mygpt does not know; use a newer mygpt")
     if where == "format" and isinstance(problem["input"], int) and problem["input"] > FORMAT:
         raise NewerFormatError(
             f"{file}: of format {problem['input']}, and this mygpt reads up to {FORMAT}; use a newer mygpt"

@@ -7,6 +7,7 @@ the plain run: constant rate, no held-out text, no clipping. `extends = "other.t
 
 import difflib
 import json
+import os
 import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,13 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountOrOff = Annotated[int, Field(ge=0, lt=2**31)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
+NAMED_CORPORA = ("tinyshakespeare", "python-docs")
+"""Texts that are found by name; a name wins over a file that is called the same."""
+
+RECIPE_FILE = "recipe.toml"
+RUN_FILE = "run.json"
+"""A recipe of that name beside a run.json is the record of the run in its directory."""
+
 
 class Table(BaseModel):
     """One table of a recipe: immutable, no unknown keys, no conversions (`true` is not 1), no nan or inf."""
@@ -37,8 +45,8 @@ class DataTable(Table):
     """What is trained on."""
 
     corpus: Annotated[str, Field(min_length=1)] = "tinyshakespeare"
-    """A text file (UTF-8; a relative path starts from the working directory), or one of the named corpora:
-    "tinyshakespeare", "python-docs"."""
+    """A text file (UTF-8), or one of the named corpora: "tinyshakespeare", "python-docs". A relative path in a recipe
+    file is looked up beside that file first, then in the working directory."""
     val_split: Probability = 0.0
     """Fraction of the text held out at its end, never trained on; 0: none."""
 
@@ -151,7 +159,8 @@ class CheckpointTable(Table):
     """What is kept on disk."""
 
     output: Annotated[str, Field(min_length=1)] = "checkpoints/default"
-    """The run directory; absent from a recipe file: checkpoints/ and the file's name without its ending."""
+    """The run directory; absent from a recipe file: checkpoints/ and the file's name without its ending. The
+    recipe.toml in a run directory always means that directory."""
     save_every: CountOrOff = 0
     """Steps between checkpoints; 0: only that of the last step, which is always saved."""
     keep_last: CountOrOff = 0
@@ -197,8 +206,8 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = shipped_recipes().get(str(path), Path(path))
     tables = _read_with_parents(path, ())
-    if "output" not in tables.get("checkpoint", {}):
-        tables.setdefault("checkpoint", {})["output"] = f"checkpoints/{path.stem}"
+    output = str(path.parent) if _is_of_a_run(path) else f"checkpoints/{path.stem}"
+    tables["checkpoint"] = {"output": output} | tables.get("checkpoint", {})
     return build_recipe(tables, source=str(path))
 
 
@@ -212,6 +221,18 @@ def build_recipe(tables: Mapping[str, Any], source: str | None = None) -> Recipe
         return Recipe.model_validate(tables)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(problem, source) for problem in error.errors())) from None
+
+
+def with_keys(recipe: Recipe, **keys: Any) -> Recipe:
+    """The recipe with other values for these keys.
+
+    Raises:
+        ValidationError: a value is not one that the key may have.
+    """
+    tables = recipe.model_dump()
+    for key, value in keys.items():
+        tables[TABLE_OF_KEY[key]][key] = value
+    return Recipe.model_validate(tables)
 
 
 def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
@@ -283,6 +304,12 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
     document = _read_toml(path)
     parent = document.pop("extends", None)
     build_recipe(document, source=str(path))
+    if _is_of_a_run(path):
+        # Wherever the run is now, and whatever extends its recipe: nothing else may write to where it was made.
+        document.get("checkpoint", {}).pop("output", None)
+    corpus = document.get("data", {}).get("corpus", NAMED_CORPORA[0])
+    if corpus not in NAMED_CORPORA and os.path.isfile(path.parent / corpus):
+        document["data"]["corpus"] = str(path.parent / corpus)
     if parent is None:
         return document
     parent_path = shipped_recipes().get(parent, path.parent / parent) if isinstance(parent, str) else None
@@ -297,6 +324,10 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
         raise RecipeError(f"{path}: extends goes deeper than {MAX_EXTENDS} recipes")
     tables = _read_with_parents(parent_path, chain)
     return {name: tables.get(name, {}) | document.get(name, {}) for name in {**tables, **document}}
+
+
+def _is_of_a_run(path: Path) -> bool:
+    return path.name == RECIPE_FILE and os.path.lexists(path.parent / RUN_FILE)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ micro-batch are rounded once, to multiples of 2**-40, and summed as int64.
 Source: the idea of pre-rounding, Demmel & Nguyen, "Fast Reproducible Floating-Point Summation" (ARITH 2013).
 """
 
-import hashlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -55,12 +54,6 @@ class ExactSum:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient.view_as(parameter)
         return loss[0], total[-1]
-
-
-def dropout_seed(data_seed: int, step: int, micro_batch: int) -> int:
-    """The seed of what dropout draws for a micro-batch of a step: its own, whichever process computes it."""
-    digest = hashlib.sha256(f"dropout {data_seed} {step} {micro_batch}".encode()).digest()
-    return int.from_bytes(digest[:4])
 
 
 def fixed_micro_batch(batch_size: int) -> int:

@@ -7,20 +7,21 @@ from typing import Any, NamedTuple
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError, RecipeError
 from mygpt.metadata import Resumed, RunInfo
-from mygpt.recipe import TABLE_OF_KEY, CheckpointTable, Recipe, load_recipe
+from mygpt.recipe import RECIPE_FILE, RUN_FILE, TABLE_OF_KEY, CheckpointTable, Recipe, load_recipe, with_keys
 from mygpt.rundir import (
     FAILED_NAME,
     MANIFEST_FILE,
     MODEL_FILE,
-    RECIPE_FILE,
-    RUN_FILE,
     STATE_FILE,
     create_run,
     file_sha256,
+    has_no_steps,
+    read_manifest,
     read_metadata,
     read_run,
     read_state_metadata,
     record_run,
+    self_contained,
     step_directories,
     tidy,
     verify_checkpoint,
@@ -53,6 +54,8 @@ class Start(NamedTuple):
     recipe: Recipe
     info: RunInfo
     """What recipe.toml and run.json are to say."""
+    keeps_best: bool = False
+    """Whether the checkpoint's best evaluation is one of this run, and of the same kind as those to come."""
 
 
 class _Source(NamedTuple):
@@ -86,7 +89,7 @@ def find_start(
         MismatchError: the architecture or the corpus does.
         DamagedCheckpointError: there are checkpoints, and none of them is whole.
     """
-    run = Path(recipe.checkpoint.output)
+    run, recipe = Path(recipe.checkpoint.output), self_contained(recipe)
     overwrite = overwrite and not (is_restart and _is_run_of(run, recipe, info))
     source = _find_source(run, recipe.checkpoint.resume, overwrite, warn)
     if source is None:
@@ -96,14 +99,23 @@ def find_start(
         raise CheckpointError(
             f"resume: {recipe.checkpoint.resume} is in the run that --overwrite would remove; choose another --output"
         )
-    old, before = recorded_recipe(source.run), read_run(source.run)
-    step = _check_checkpoint(source, recipe, vocab, in_place)
-    complete = in_place and step == recipe.train.steps == old.train.steps
+    newest, before = recorded_recipe(source.run), read_run(source.run)
+    step = _check_checkpoint(source, recipe, vocab)
+    # A step is judged by what it was trained with: the run may have gone on with another recipe since.
+    old = newest if source.checkpoint is None else recipe_of_checkpoint(source.checkpoint, newest, before)
+    complete = in_place and is_finished(source.checkpoint, newest) and recipe.train.steps == old.train.steps
     changed = _check_changes(
-        source.run, old, before, recipe, info, allow_changes, (lambda _: None) if complete else warn
+        source, old, before.recorded_at(step), recipe, info, allow_changes, (lambda _: None) if complete else warn
     )
     if source.checkpoint is None:
         return Start(None, 0, True, overwrite, recipe, info)
+    keeps_best = in_place and (complete or not _window_names(old, recipe) & changed.keys())
+    is_old_stream = recipe.validation.sampling == "own-stream" and read_manifest(source.checkpoint).format == 1
+    if is_old_stream and recipe.validation.val_every and not complete:
+        keeps_best = False
+        warn(
+            "the held-out windows of own-stream are not those of mygpt 0.1: losses before and after differ by that, too"
+        )
     if old.train.steps != recipe.train.steps:
         changed["steps"] = (old.train.steps, recipe.train.steps)
         _tell_steps(old, recipe, step, warn)
@@ -114,13 +126,18 @@ def find_start(
             manifest_sha256=file_sha256(source.checkpoint / MANIFEST_FILE),
             changed=changed,
         )
-        return Start(source.checkpoint, step, False, overwrite, recipe, info.model_copy(update={"resumed": (begun,)}))
-    # run.json says what was different when the run went on; a run that was killed and continued says nothing.
-    resumed = (*before.resumed, *([Resumed(after_step=step, changed=changed)] if changed and not complete else []))
+        info = info.model_copy(update={"resumed": (begun,)})
+        return Start(source.checkpoint, step, False, overwrite, recipe, info)
+    # run.json says what was different when the run went on; a run that was killed and continued says nothing. What came
+    # after a later step is of a continuation that has been left.
+    resumed = (*before.before(step), *([Resumed(after_step=step, changed=changed)] if changed else []))
+    if complete:
+        resumed = before.resumed
     # Where the run began stays on record.
-    checkpoint_table = recipe.checkpoint.model_copy(update={"resume": old.checkpoint.resume})
-    recipe = recipe.model_copy(update={"checkpoint": checkpoint_table})
-    return Start(source.checkpoint, step, True, False, recipe, before.model_copy(update={"resumed": resumed}))
+    recipe = with_keys(recipe, resume=newest.checkpoint.resume)
+    return Start(
+        source.checkpoint, step, True, False, recipe, before.model_copy(update={"resumed": resumed}), keeps_best
+    )
 
 
 def begin_run(start: Start) -> None:
@@ -137,16 +154,15 @@ def begin_run(start: Start) -> None:
     steps = start.recipe.train.steps
     if start.step < steps or recorded_recipe(run).train.steps != steps:
         record_run(run, start.recipe, start.info)
-    best = None
-    if start.checkpoint is not None:
-        best = read_state_metadata(start.checkpoint / STATE_FILE).best_step
-    tidy(run, start.recipe.checkpoint.keep_last, start.step, best)
+    best = read_state_metadata(start.checkpoint / STATE_FILE).best_step if start.checkpoint else None
+    tidy(run, start.recipe.checkpoint.keep_last, start.step, best if start.keeps_best else None)
 
 
 def _is_run_of(run: Path, recipe: Recipe, info: RunInfo) -> bool:
+    """Whether the run is the one that this command began, perhaps in another environment."""
     try:
-        before = read_run(run)
-        return recorded_recipe(run) == recipe and before.model_copy(update={"resumed": ()}) == info
+        recorded = with_keys(self_contained(recorded_recipe(run)), output=recipe.checkpoint.output)
+        return recorded == recipe and read_run(run).command == info.command
     except CheckpointError:
         return False
 
@@ -154,8 +170,8 @@ def _is_run_of(run: Path, recipe: Recipe, info: RunInfo) -> bool:
 def _find_source(run: Path, resume: str, overwrite: bool, warn: Warn) -> _Source | None:
     """The run itself where it is to be continued, or the one that `resume` names; None: start from the beginning."""
     # recipe.toml is the last that a new run gets: without it there is a run that was killed while it was made.
-    if os.path.lexists(run / RECIPE_FILE) and not overwrite:
-        old = recorded_recipe(run)
+    if os.path.lexists(run / RECIPE_FILE) and not overwrite and not (resume == "never" and has_no_steps(run)):
+        old = self_contained(recorded_recipe(run))
         if resume not in ("auto", old.checkpoint.resume):
             raise CheckpointError(
                 f"output: {run} already holds a run, and resume is {resume!r}; choose another --output, replace it "
@@ -249,60 +265,100 @@ def recorded_recipe(run: Path) -> Recipe:
         ) from None
 
 
-def _check_checkpoint(source: _Source, recipe: Recipe, vocab: str, in_place: bool) -> int:
+def recipe_of_checkpoint(checkpoint: Path, newest: Recipe, info: RunInfo) -> Recipe:
+    """The recipe with which a step was trained, of a run that is recorded as `newest` and `info`."""
+    manifest = read_manifest(checkpoint)
+    if manifest.recipe is None:
+        return recipe_at(manifest.step, newest, info)
+    paths = {"corpus": newest.data.corpus, "output": newest.checkpoint.output, "resume": newest.checkpoint.resume}
+    return with_keys(manifest.recipe, **paths)
+
+
+def recipe_at(step: int, newest: Recipe, info: RunInfo) -> Recipe:
+    """The recipe with which a run trained `step`: its newest recipe, without what was changed after that step."""
+    keys = {
+        name: was
+        for resumed in reversed(info.resumed)
+        for name, (was, _) in resumed.changed.items()
+        if resumed.after_step >= step and name in TABLE_OF_KEY
+    }
+    return with_keys(newest, **keys)
+
+
+def is_finished(checkpoint: Path | None, newest: Recipe) -> bool:
+    """Whether the run ended with this checkpoint; in format 1, whether it is the last step of its `newest` recipe."""
+    if checkpoint is None:
+        return False
+    manifest = read_manifest(checkpoint)
+    return manifest.step == newest.train.steps if manifest.finished is None else manifest.finished
+
+
+def _check_checkpoint(source: _Source, recipe: Recipe, vocab: str) -> int:
     """See that the checkpoint fits the recipe and the vocabulary; returns its step."""
     if source.checkpoint is None:
         return 0
+    # A branch has an output of its own already: another one would change nothing.
+    way_out = "choose another --output" if source.in_place else "set it so, or leave out --resume"
     metadata = read_metadata(source.checkpoint / MODEL_FILE)
     problems = [
-        f"[model] {key}: got {value}, expected {saved}, as in {source.checkpoint}; choose another --output"
+        f"[model] {key}: got {value}, expected {saved}, as in {source.checkpoint}; {way_out}"
         for (key, value), (_, saved) in zip(recipe.model, metadata.model, strict=True)
         if key != "dropout" and value != saved
     ]
     if vocab != metadata.tokenizer.vocab:
-        problems.append(
-            f"[data] corpus: its characters are not the vocabulary of {source.checkpoint}; choose another --output"
-        )
+        problems.append(f"[data] corpus: its characters are not the vocabulary of {source.checkpoint}; {way_out}")
     if problems:
         raise MismatchError("\n".join(problems))
     step, steps = metadata.step, recipe.train.steps
-    if step > steps or (step == steps and not in_place):
-        more_than = "at least" if in_place else "more than"
+    if step > steps or (step == steps and not source.in_place):
+        more_than, way_out = ("at least", ", or choose another --output") if source.in_place else ("more than", "")
         raise RecipeError(
-            f"[train] steps: got {steps}, expected {more_than} {step}, the step of {source.checkpoint}; raise --steps, "
-            "or choose another --output"
+            f"[train] steps: got {steps}, expected {more_than} {step}, the step of {source.checkpoint}; raise "
+            f"--steps{way_out}"
         )
     return step
 
 
 def _check_changes(
-    run: Path, old: Recipe, before: RunInfo, recipe: Recipe, info: RunInfo, allow_changes: bool, warn: Warn
+    source: _Source,
+    old: Recipe,
+    before: dict[str, Any],
+    recipe: Recipe,
+    info: RunInfo,
+    allow_changes: bool,
+    warn: Warn,
 ) -> dict[str, tuple[Any, Any]]:
-    """Refuse, or tell, what has changed since `run` was trained; returns old and new values by name."""
+    """Refuse, or tell, what differs from the recipe `old` and the environment `before` in which the source was trained;
+    returns old and new values by name."""
+    where, now = source.checkpoint or source.run, info.recorded()
     keys = dict(changed_keys(old, recipe))
     problems = [
-        f"[{TABLE_OF_KEY[key]}] {key}: got {new}, expected {was}, as {run} was trained"
+        f"[{TABLE_OF_KEY[key]}] {key}: got {new}, expected {was}, as {where} was trained"
         for key, (was, new) in keys.items()
     ]
-    content = dict(_changed(before.effective("corpus_sha256"), {"corpus_sha256": info.corpus_sha256}))
-    if content:
-        problems.append(f"[data] corpus: {recipe.data.corpus} is not the text that {run} was trained on")
+    changed = {name: (before[name], value) for name, value in now.items() if before.get(name, value) != value}
+    is_other_text = "corpus_sha256" in changed
+    if is_other_text:
+        problems.append(f"[data] corpus: {recipe.data.corpus} is not the text that {where} was trained on")
+        keys["corpus"] = (old.data.corpus, recipe.data.corpus)
     if problems and not allow_changes:
         way_out = "choose another --output, --overwrite the run, or continue it with --allow-changes"
-        kind = MismatchError if content else RecipeError
+        if not source.in_place:
+            way_out = "set it so, or branch off with --allow-changes"
+        kind = MismatchError if is_other_text else RecipeError
         raise kind("\n".join(f"{problem}; {way_out}" for problem in problems))
     for problem in problems:
         warn(problem)
-    environment = dict(_changed(before.effective(*info.environment()), info.environment()))
     # Exact sums do not depend on who computed what.
-    exact = before.effective("reduction")["reduction"] == info.reduction == "exact"
-    inexact = {name: change for name, change in environment.items() if name != "processes" or not exact}
+    exact = before["reduction"] == info.reduction == "exact"
+    inexact = changed.keys() & info.environment().keys() - ({"processes"} if exact else set())
     if inexact:
-        told = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in inexact.items())
+        told = ", ".join(f"{name} {was} -> {new}" for name, (was, new) in changed.items() if name in inexact)
         warn(f"the last bits may differ from those of a run that was never interrupted: {told}")
-        if recipe.model.dropout and {"processes", "reduction", "device"} & inexact.keys():
+        if recipe.model.dropout and {"processes", "reduction", "device"} & inexact:
             warn("and dropout, whose masks belong to a process or a micro-batch, drops other activations from here on")
-    return keys | content | environment
+    evaluation = {key: values for key, values in _differing(old, recipe) if key in EVALUATION_KEYS}
+    return keys | evaluation | changed
 
 
 def changed_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -311,16 +367,22 @@ def changed_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any
     validations = (old.validation, new.validation)
     if all(table.sampling != "shared-stream" or not table.val_every for table in validations):
         harmless |= EVALUATION_KEYS
+    return ((key, values) for key, values in _differing(old, new) if key not in harmless)
+
+
+def _differing(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
     for key, table in TABLE_OF_KEY.items():
         was, now = getattr(getattr(old, table), key), getattr(getattr(new, table), key)
-        if was != now and key not in harmless:
+        if was != now:
             yield key, (was, now)
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    for name, value in now.items():
-        if name in before and before[name] != value:
-            yield name, (before[name], value)
+def _window_names(old: Recipe, new: Recipe) -> set[str]:
+    """What held-out windows depend on: losses over other windows are no longer comparable."""
+    names = {"sampling", "val_split", "seq_len", "corpus_sha256"}
+    if any(recipe.validation.sampling != "full" for recipe in (old, new)):
+        names |= {"eval_batches", "batch_size"}
+    return names
 
 
 def _tell_steps(old: Recipe, recipe: Recipe, step: int, warn: Warn) -> None:

@@ -1,8 +1,8 @@
 """Run directories: where things are in them, how one is made, tidied and locked, and how a checkpoint in one is found.
 
 A run directory holds the resolved recipe, run.json, metrics.jsonl, timing.jsonl, one directory `step-NNNNNN` per
-checkpoint, and `latest` and `best`, which name one of these. A step directory has its name only once it is whole: it is
-written as `.tmp-step-NNNNNN`, and removed as `.tmp-old-NNNNNN`. Imports no torch.
+checkpoint, `latest` and `best`, which name one of these, and `.lock`. A step directory has its name only once it is
+whole: it is written as `.tmp-step-NNNNNN`, and removed as `.tmp-old-NNNNNN`. Imports no torch.
 """
 
 import errno
@@ -17,22 +17,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import tomli_w
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError, NewerFormatError
 from mygpt.metadata import M, Manifest, ModelMetadata, RunInfo, StateMetadata, parse_metadata
-from mygpt.recipe import Recipe
+from mygpt.recipe import NAMED_CORPORA, RECIPE_FILE, RUN_FILE, Recipe, with_keys
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
 MANIFEST_FILE = "manifest.json"
-RECIPE_FILE = "recipe.toml"
-RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
 LATEST_FILE = "latest"
 BEST_FILE = "best"
+LOCK_FILE = ".lock"
 
 METADATA_KEY = "mygpt"
 """The only key: safetensors writes two or more in random order, and the file's bytes should be repeatable."""
@@ -59,7 +59,7 @@ def check_output(run: Path, replace: bool) -> None:
     """
     try:
         # A run killed before it had its first file has only temporaries.
-        entries = [entry.name for entry in run.iterdir() if not TEMPORARY_NAME.fullmatch(entry.name)]
+        entries = [entry.name for entry in run.iterdir() if not _is_passing(entry.name)]
         parent = run
     except FileNotFoundError:
         entries = []
@@ -81,17 +81,33 @@ def check_output(run: Path, replace: bool) -> None:
         raise CheckpointError(
             f"output: {run} is not empty and not a run (it holds {entries[0]!r}); choose another --output"
         )
-    if entries and not replace:
+    if entries and not replace and not has_no_steps(run):
         raise CheckpointError(
             f"output: {run} already holds a run; choose another --output, or replace it with --overwrite"
         )
+
+
+def _is_passing(name: str) -> bool:
+    """Whether an entry of a run directory is there only while a process writes to it, or was killed at it."""
+    return name == LOCK_FILE or TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def has_no_steps(run: Path) -> bool:
+    """Whether a run was killed before its first step, so that replacing it loses nothing."""
+    return all(
+        entry.name in (RUN_FILE, RECIPE_FILE)
+        or (entry.name in (METRICS_FILE, TIMING_FILE) and entry.stat().st_size == 0)
+        for entry in run.iterdir()
+        if not _is_passing(entry.name)
+    )
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Make the run directory where there is none, and keep other processes from writing to it.
 
-    The lock is the kernel's, on the directory itself: it ends with the process, however that ends, and leaves no file.
+    The kernel releases the lock when the process ends, however that ends. It is on a file that is open for writing: on
+    NFS a lock on a directory holds for one machine only, and a file must be writable for a lock that holds for all.
 
     Raises:
         CheckpointError: another process trains into it.
@@ -99,27 +115,50 @@ def locked(run: Path) -> Iterator[None]:
     """
     is_new = not run.exists()
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        if is_new:
-            sync(run.parent)
-        descriptor = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = _lock(run)
+    except BlockingIOError:
+        raise CheckpointError(
+            f"output: another process is training into {run}; wait for it, or choose another --output"
+        ) from None
     except OSError as error:
         raise DamagedCheckpointError(f"output: {run}: cannot be written: {error.strerror}") from None
     try:
+        yield
+    finally:
+        # A run that failed before it wrote anything leaves nothing.
+        with suppress(OSError):
+            if [entry.name for entry in run.iterdir()] == [LOCK_FILE]:
+                (run / LOCK_FILE).unlink()
+                if is_new:
+                    run.rmdir()
+        os.close(descriptor)
+
+
+def _lock(run: Path) -> int:
+    """The descriptor of the lock file of `run`, locked if the disk has locks.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: the disk refused the directory or the file.
+    """
+    file = run / LOCK_FILE
+    while True:
+        if not run.exists():
+            run.mkdir(parents=True, exist_ok=True)
+            sync(run.parent)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CheckpointError(
-                f"output: another process is training into {run}; wait for it, or choose another --output"
-            ) from None
-        except OSError as error:  # some network disks have no locks
+            os.close(descriptor)
+            raise
+        except OSError as error:
             print(f"{run}: cannot be locked ({error.strerror}): see that no two runs write there", file=sys.stderr)
-        yield
-    finally:
-        # A run that failed before it wrote anything leaves nothing; a directory that is not empty stays.
-        if is_new:
-            with suppress(OSError):
-                run.rmdir()
+            return descriptor
+        # The process that held it may have removed the file since it was opened here.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), file.lstat()):
+                return descriptor
         os.close(descriptor)
 
 
@@ -150,7 +189,7 @@ def create_run(run: Path, recipe: Recipe, info: RunInfo, *, overwrite: bool, aft
         for name in (METRICS_FILE, TIMING_FILE):
             if after is not None and (after.parent / name).is_file():
                 shutil.copyfile(after.parent / name, run / name)
-        replace_text(run / RECIPE_FILE, recipe.to_toml())
+        replace_text(run / RECIPE_FILE, _run_recipe(recipe))
 
 
 def record_run(run: Path, recipe: Recipe, info: RunInfo) -> None:
@@ -161,7 +200,24 @@ def record_run(run: Path, recipe: Recipe, info: RunInfo) -> None:
     """
     with _naming_disk(run):
         replace_text(run / RUN_FILE, info.to_json())
-        replace_text(run / RECIPE_FILE, recipe.to_toml())
+        replace_text(run / RECIPE_FILE, _run_recipe(recipe))
+
+
+def _run_recipe(recipe: Recipe) -> str:
+    """What recipe.toml says: all but `output`, which is the directory in which it lies, wherever that is moved."""
+    tables = recipe.model_dump(exclude_none=True, exclude={"checkpoint": {"output"}})
+    return f"# The run in this directory, which `mygpt train` on this file continues.\n\n{tomli_w.dumps(tables)}"
+
+
+def self_contained(recipe: Recipe) -> Recipe:
+    """The recipe as a run records it: its paths do not depend on the working directory."""
+    paths = {}
+    if recipe.data.corpus not in NAMED_CORPORA:
+        paths["corpus"] = os.path.realpath(recipe.data.corpus)
+    if recipe.checkpoint.resume not in ("auto", "never"):
+        with suppress(ValueError):  # a NUL character, which looking for the run will name
+            paths["resume"] = os.path.realpath(recipe.checkpoint.resume)
+    return with_keys(recipe, **paths)
 
 
 def read_run(run: Path) -> RunInfo:
@@ -338,7 +394,8 @@ def point_to(run: Path, newest: int, best: int | None) -> None:
 def prune(run: Path, keep_last: int, newest: int, best: int | None) -> None:
     """Remove the checkpoints up to step `newest` that are no longer to be kept, and that are whole and ours.
 
-    Kept are the newest, the best, and of the scheduled ones the `keep_last` newest, or all where that is 0.
+    Kept are the newest, the best, and of the scheduled ones the `keep_last` newest, or all where that is 0. While there
+    is no `best`, what was the best under another way to evaluate is kept, too.
     """
     manifests = {}
     for _, directory in step_directories(run):
@@ -349,6 +406,8 @@ def prune(run: Path, keep_last: int, newest: int, best: int | None) -> None:
                 manifests[manifest.step] = manifest
     scheduled = [step for step, manifest in sorted(manifests.items()) if manifest.reason == "scheduled"]
     kept = {newest, best, *scheduled[-keep_last:]}
+    if best is None:
+        kept |= {step for step, manifest in manifests.items() if manifest.reason == "best"}
     for step in manifests.keys() - kept:
         remove(step_directory(run, step))
 
@@ -363,6 +422,8 @@ def tidy(run: Path, keep_last: int, newest: int, best: int | None) -> None:
         for entry in run.iterdir():
             if TEMPORARY_NAME.fullmatch(entry.name):
                 _delete(entry)
+        if best is None:
+            (run / BEST_FILE).unlink(missing_ok=True)
         if newest:
             point_to(run, newest, best)
             prune(run, keep_last, newest, best)

@@ -13,6 +13,7 @@ from mygpt.metadata import Best, StateMetadata
 from mygpt.model import GPT
 from mygpt.rundir import MODEL_FILE, STATE_FILE
 from mygpt.runtime import dropout_generator_state, set_dropout_generator_state
+from mygpt.seeds import process_dropout_seed
 
 
 class GeneratorStates(NamedTuple):
@@ -87,10 +88,10 @@ class Restored(NamedTuple):
     """The optimizer's, to be loaded once it is what it will be."""
 
 
-def restore(accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchStream) -> Restored:
+def restore(accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchStream, data_seed: int) -> Restored:
     """Put the weights and generators of a run into the state of a checkpoint.
 
-    On another kind of device or number of processes dropout goes on with generators of its own.
+    On another kind of device or number of processes dropout goes on with generators seeded from `data_seed`.
 
     Raises:
         DamagedCheckpointError: the checkpoint cannot be read.
@@ -104,7 +105,7 @@ def restore(accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchS
         if metadata.processes == accelerator.num_processes and name in tensors:
             set_dropout_generator_state(accelerator.device, tensors[name])
         else:
-            torch.manual_seed(metadata.step * accelerator.num_processes + accelerator.process_index)
+            torch.manual_seed(process_dropout_seed(data_seed, accelerator.process_index, metadata.step))
     except (KeyError, RuntimeError, TypeError) as error:
         raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: no generator's state: {error}") from None
     return Restored(metadata.step, metadata.best, tensors)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,8 @@ from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, No
 from mygpt.loop import train
 from mygpt.metadata import RunInfo
 from mygpt.metrics import read_records
-from mygpt.recipe import Recipe
-from mygpt.resume import origin, recorded_recipe
+from mygpt.recipe import TABLE_OF_KEY, Recipe, with_keys
+from mygpt.resume import origin, recipe_at, recorded_recipe
 from mygpt.rundir import MODEL_FILE, STATE_FILE, read_run, step_directories, verify_checkpoint
 
 
@@ -42,8 +43,8 @@ class Verification(NamedTuple):
 def verify(run: Path, steps: int | None = None) -> Verification:
     """Run the recorded recipe of `run`, or its first `steps` steps, in a temporary directory, and compare.
 
-    With the recorded number of threads; the number of processes is the launcher's. A run that began after another's
-    checkpoint begins there again.
+    Where the run went on with another recipe this does, too. With the recorded number of threads; the number of
+    processes is the launcher's. A run that began after another's checkpoint begins there again.
 
     Raises:
         CheckpointError: there is no run, or nothing recorded of these steps.
@@ -51,15 +52,7 @@ def verify(run: Path, steps: int | None = None) -> Verification:
         InterruptedRunError: a signal asked to stop.
         NonFiniteError: its numbers break.
     """
-    recipe, info = recorded_recipe(run), read_run(run)
-    corpus = load_corpus(recipe.data.corpus).sha256
-    if corpus != info.corpus_sha256:
-        changed = corpus == info.effective("corpus_sha256")["corpus_sha256"]
-        raise MismatchError(
-            f"{run}: went on with another text than it began with, so that its recipe does not repeat it"
-            if changed
-            else f"{run}: was trained on another text than {recipe.data.corpus} is now"
-        )
+    newest, info = recorded_recipe(run), read_run(run)
     begun_after = info.resumed[0].after_step if info.resumed and info.resumed[0].checkpoint else 0
     records = read_records(run)
     checkpoints = dict(step_directories(run))
@@ -73,11 +66,18 @@ def verify(run: Path, steps: int | None = None) -> Verification:
         )
     for directory in checkpoints.values():
         verify_checkpoint(directory)
+    parts = list(parts_of(newest, info, begun_after, until))
+    for part in parts:
+        if load_corpus(part.recipe.data.corpus).sha256 != info.recorded_at(part.until)["corpus_sha256"]:
+            raise MismatchError(f"{run}: was trained on another text than {part.recipe.data.corpus} is now")
+    began = str(origin(run, info.resumed[0])) if begun_after else "auto"
     with tempfile.TemporaryDirectory(prefix="mygpt-verify-") as folder:
         output = Path(folder) / "run"
         try:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                train(_again(run, recipe, info, output), allow_changes=True, until=until)
+                for part in parts:
+                    keys = {"output": str(output), "keep_last": 0, "resume": began if part is parts[0] else "auto"}
+                    train(with_keys(part.recipe, **keys), allow_changes=True, until=part.until)
         except InterruptedRunError as stopped:
             raise InterruptedRunError("stopped before anything was compared", stopped.exit_code) from None
         except NonFiniteError as broken:
@@ -94,12 +94,19 @@ def verify(run: Path, steps: int | None = None) -> Verification:
         )
 
 
-def _again(run: Path, recipe: Recipe, info: RunInfo, output: Path) -> Recipe:
-    """The recipe with the number of threads that it had, from where it began, and with every checkpoint kept."""
-    began = str(origin(run, info.resumed[0])) if info.resumed and info.resumed[0].checkpoint else "auto"
-    runtime = recipe.runtime.model_copy(update={"threads": info.threads})
-    keys = {"output": str(output), "keep_last": 0, "resume": began}
-    return recipe.model_copy(update={"runtime": runtime, "checkpoint": recipe.checkpoint.model_copy(update=keys)})
+class Part(NamedTuple):
+    """Steps of a run that were trained with one recipe."""
+
+    recipe: Recipe
+    until: int
+    """The last of them."""
+
+
+def parts_of(newest: Recipe, info: RunInfo, first: int, until: int) -> Iterator[Part]:
+    """The parts of the steps from `first` + 1 to `until`, with the number of threads that each had."""
+    ends = [resumed.after_step for resumed in info.resumed if first < resumed.after_step < until]
+    for end in [*ends, until]:
+        yield Part(with_keys(recipe_at(end, newest, info), threads=info.recorded_at(end)["threads"]), end)
 
 
 def _compare_checkpoints(a: Path, b: Path) -> list[Difference]:
@@ -109,10 +116,12 @@ def _compare_checkpoints(a: Path, b: Path) -> list[Difference]:
 
 
 def _changes(info: RunInfo, now: RunInfo) -> list[str]:
-    was, is_now = info.environment(), now.environment()
+    was, is_now = info.recorded(), now.recorded()
     changes = [f"{name} {was[name]} -> {value}" for name, value in is_now.items() if was.get(name, value) != value]
     return changes + [
         f"{name} {old} -> {new}, in the run itself, after step {resumed.after_step}"
         for resumed in info.resumed
         for name, (old, new) in resumed.changed.items()
+        # What the recipe says has been repeated.
+        if name not in {*TABLE_OF_KEY, "corpus_sha256"}
     ]

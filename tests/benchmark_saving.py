@@ -28,7 +28,7 @@ from mygpt.data import Batch, BatchStream, Rows
 from mygpt.loop import accelerator_for, train_step
 from mygpt.model import GPT
 from mygpt.optim import build_optimizer, build_scheduler
-from mygpt.recipe import Recipe
+from mygpt.recipe import Recipe, with_keys
 from mygpt.runtime import make_deterministic, resolve_device, set_threads
 from mygpt.state import generator_states, training_state
 from mygpt.tokenizer import CharTokenizer
@@ -76,7 +76,7 @@ def measure(recipe: Recipe, options: Options, accelerator: Accelerator, device: 
 
     train(3)
     root = Path(tempfile.mkdtemp(prefix="mygpt-saving-", dir=options.folder))
-    saver = Saver(root, recipe.model, tokenizer, keep_last=1)
+    saver = Saver(root, with_keys(recipe, keep_last=1), tokenizer, corpus_sha256="0" * 64)
     step = 0
 
     def save_mygpt() -> Callable[[], None]:

@@ -171,9 +171,9 @@ def _forget(owner, name):
 def _forget_stream(_count):
     original = state.restore
 
-    def restore(accelerator, path, gpt, stream):
+    def restore(accelerator, path, gpt, stream, seed):
         before = stream.generator.get_state()
-        result = original(accelerator, path, gpt, stream)
+        result = original(accelerator, path, gpt, stream, seed)
         stream.generator.set_state(before)
         return result
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from mygpt.checkpoint import Saver, TrainingState, load_checkpoint, optimizer_tensors
 from mygpt.compare import compare, table
-from mygpt.errors import CheckpointError, DamagedCheckpointError, NewerFormatError
+from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError, NewerFormatError
 from mygpt.metadata import StateMetadata
 from mygpt.model import GPT
 from mygpt.optim import build_optimizer
-from mygpt.recipe import ModelTable, OptimizerTable
+from mygpt.recipe import ModelTable, OptimizerTable, Recipe
 from mygpt.rundir import METADATA_KEY, find_model_file, read_metadata
 from mygpt.tokenizer import CharTokenizer
 
@@ -35,7 +35,7 @@ def save(run, gpt, step, config=TABLE, tokenizer=TOKENIZER):
     gpt.load_state_dict(before)
     tensors = optimizer_tensors(optimizer, [name for name, _ in gpt.named_parameters()])
     tensors |= {"generator.stream": torch.Generator().get_state(), "generator.cpu.0": torch.get_rng_state()}
-    with Saver(run, config, tokenizer) as saver:
+    with Saver(run, Recipe(model=config), tokenizer, corpus_sha256="0" * 64) as saver:
         saver.save(gpt.state_dict(), TrainingState(tensors, StateMetadata(step=step, processes=1)))
         saver.wait()
     return run / f"step-{step:06d}" / "model.safetensors"
@@ -203,11 +203,28 @@ def test_damaged_files_are_refused(run, damage):
     alone.write_bytes(file.read_bytes())
     for path, problem in ((run, "damaged: "), (alone, "")):
         with pytest.raises(
-            (DamagedCheckpointError, NewerFormatError), match=rf"model\.safetensors: {problem}"
+            (DamagedCheckpointError, NewerFormatError, MismatchError), match=rf"model\.safetensors: {problem}"
         ) as caught:
             load_checkpoint(path)
         assert caught.value.exit_code == 1
         assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_model_are_not_called_damaged(run, monkeypatch):
+    """After an edit of the model's code, a whole checkpoint is one of another version: what differs is named."""
+    from mygpt import model
+
+    class MLP(model.MLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.extra = torch.nn.Linear(config.embed_dim, 3)
+
+    monkeypatch.setattr(model, "MLP", MLP)
+    problem = r"blocks\.0\.mlp\.extra\.bias: got nothing, expected float32 \[3\]: .* another version of the model"
+    with pytest.raises(MismatchError, match=problem) as caught:
+        load_checkpoint(run)
+    assert "damaged" not in str(caught.value)
+    assert caught.value.exit_code == 1
 
 
 def test_equal_weights_are_identical_at_any_step(run):

@@ -223,11 +223,14 @@ def test_every_key_is_a_flag_with_help(call):
 
 
 def test_shown_recipe_is_the_recipe_of_the_run(call, text_file):
-    """`recipe show` prints what the run writes beside its results, and that file runs again to the same weights."""
+    """`recipe show` prints what the run writes beside its results, but for the output, which is where that lies; and
+    that file runs again to the same weights."""
     arguments = (text_file, *FLAGS, "--output", "run")
     shown = call("recipe", "show", *arguments)[1]
     assert call("train", *arguments)[0] == 0
-    assert Path("run/recipe.toml").read_text(encoding="utf-8") == shown
+    comment, written = Path("run/recipe.toml").read_text(encoding="utf-8").split("\n\n", 1)
+    assert comment.startswith("# The run in this directory")
+    assert written == shown.replace('output = "run"\n', "")
     assert call("train", "run/recipe.toml", "--output", "again")[0] == 0
     code, out, _ = call("compare", "run", "again")
     assert code == 0

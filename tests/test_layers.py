@@ -14,6 +14,7 @@ ORDER = [
     "__init__",
     "errors",
     "recipe",
+    "seeds",
     "corpus",
     "tokenizer",
     "data",

@@ -134,7 +134,7 @@ def test_run_directory_holds_what_made_it(tiny):
     """The recipe as resolved, the environment, and one record per logged step."""
     recipe = tiny(val_split=0.1, val_every=3, log_every=2, max_grad_norm=1.0)
     run = train(recipe)
-    names = {"recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "latest", "step-000006"}
+    names = {".lock", "recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "latest", "step-000006"}
     assert {path.name for path in run.iterdir()} == names
     info = json.loads((run / "run.json").read_text())
     assert info["threads"] == 1
@@ -235,7 +235,7 @@ def test_existing_run_is_kept_unless_told(tiny, tmp_path):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     train(tiny(steps=3), overwrite=True)
     assert {p.name for p in run.iterdir()} == {
-        *("recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "latest", "step-000003", "notes.txt")
+        *(".lock", "recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "latest", "step-000003", "notes.txt")
     }
 
 

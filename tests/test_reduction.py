@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mygpt.reduction import RANGE, SCALE, ExactSum, dropout_seed, fixed_micro_batch
+from mygpt.reduction import RANGE, SCALE, ExactSum, fixed_micro_batch
 
 SHAPES = ((3, 5), (7,), ())
 
@@ -104,10 +104,3 @@ def test_the_largest_values_that_fit_do_not_wrap(count, sign):
 def test_the_micro_batch_left_open_lets_four_share(batch, size):
     """It depends on the batch alone, divides it, and makes at least four pieces of any batch of four or more."""
     assert fixed_micro_batch(batch) == size
-
-
-def test_each_micro_batch_has_dropout_of_its_own():
-    """Another step, micro-batch or seed is another seed."""
-    seeds = [dropout_seed(*key) for key in ((42, 1, 0), (42, 1, 1), (42, 2, 0), (43, 1, 0), (42, 11, 0), (42, 1, 10))]
-    assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**32 for seed in seeds)
