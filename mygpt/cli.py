@@ -328,6 +328,11 @@ def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -
     target = arguments[0] if has_target_first else _parse_flags(arguments, prog, Recipe(), options).target
     flags = _parse_flags(arguments, prog, load_target(target), options)
     tables = {name: vars(getattr(flags, name)) for name in Recipe.model_fields}
+    if flags.seed is not None:
+        for key in ("init_seed", "data_seed"):
+            if any(argument.split("=")[0].replace("_", "-") == f"--{key}".replace("_", "-") for argument in arguments):
+                raise MygptError(f"--seed sets {key}, too; give --seed alone, or --init-seed and --data-seed")
+            tables["train"][key] = flags.seed
     recipe = build_recipe(tables)
     check_recipe(recipe, source=target)
     return recipe, getattr(flags, "run", None)
@@ -367,6 +372,7 @@ def _parse_flags(arguments: list[str], prog: str, recipe: "Recipe", options: typ
     ]
     if options is not None:
         fields.append(("run", options, field(default_factory=options)))
+    fields.append(("seed", Annotated[int | None, tyro.conf.arg(help=SEED_HELP)], field(default=None)))
     for name, recipe_table in recipe:
         keys = []
         for key, info in type(recipe_table).model_fields.items():
@@ -380,6 +386,7 @@ def _parse_flags(arguments: list[str], prog: str, recipe: "Recipe", options: typ
     return _parse(make_dataclass("Command", fields), arguments, prog, "Every key of the recipe is a flag.")
 
 
+SEED_HELP = "Sets init_seed and data_seed, for a run that differs in chance alone."
 TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
 
 
