@@ -63,9 +63,15 @@ class CharTokenizer:
         """The text of a sequence of ids.
 
         Raises:
-            IndexError: an id is not below `vocab_size`.
+            IndexError: an id is negative, or not below `vocab_size`.
         """
-        return "".join(self.vocab[int(i)] for i in ids)
+        characters = []
+        for token in map(int, ids):
+            # Python would count a negative id from the end.
+            if not 0 <= token < self.vocab_size:
+                raise IndexError(f"token id {token}: expected 0 to {self.vocab_size - 1}")
+            characters.append(self.vocab[token])
+        return "".join(characters)
 
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:

@@ -68,3 +68,10 @@ def test_empty_text_has_no_vocabulary():
     """There is nothing to learn from no text."""
     with pytest.raises(TokenizerError, match="empty"):
         CharTokenizer("")
+
+
+@pytest.mark.parametrize("unknown", [-1, -3, 3, 1000])
+def test_ids_outside_the_vocabulary_are_refused(unknown):
+    """Negative ids too, which would otherwise count from the end; the error names the id and the range."""
+    with pytest.raises(IndexError, match=rf"^token id {unknown}: expected 0 to 2$"):
+        CharTokenizer("abc").decode([0, unknown])
