@@ -27,8 +27,8 @@ def load_corpus(name: str) -> Corpus:
     """Load a named corpus or a text file; a name wins over a file that is called the same.
 
     Raises:
-        CorpusError: the file is missing, not a regular file, unreadable, empty, of one distinct character, or not
-            UTF-8.
+        CorpusError: the file is missing, not a regular file, unreadable, empty, or not UTF-8; or a named corpus is not
+            the published one.
         DownloadError: a named corpus could not be fetched, or has the wrong hash.
     """
     if name == "tinyshakespeare":
@@ -43,15 +43,21 @@ def load_corpus(name: str) -> Corpus:
 
 
 def find_tinyshakespeare() -> Path:
-    """The file of Tiny Shakespeare: from MYGPT_DATA_DIR, else the cache, else downloaded into the cache.
+    """The file of Tiny Shakespeare: in MYGPT_DATA_DIR if that is set, else in the cache, downloaded if need be.
 
     Raises:
-        DownloadError: there is no file and it cannot be fetched.
+        CorpusError: MYGPT_DATA_DIR is set, and the file is not there.
+        DownloadError: the file is not in the cache and cannot be fetched.
     """
     if folder := os.environ.get("MYGPT_DATA_DIR"):
         path = Path(folder) / "tinyshakespeare.txt"
-        if path.is_file():
-            return path
+        # Neither the cache nor a download: the same command would depend on what this machine has run before.
+        if not path.is_file():
+            raise CorpusError(
+                f"{path}: no such file, and MYGPT_DATA_DIR is set to {folder}; put the file there, correct "
+                "MYGPT_DATA_DIR, or unset it to have the file downloaded"
+            )
+        return path
     import pooch
 
     try:

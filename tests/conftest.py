@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mygpt.corpus import TINYSHAKESPEARE_SHA256, find_tinyshakespeare, load_corpus
-from mygpt.errors import CorpusError
+from mygpt.errors import DownloadError
 from mygpt.recipe import TABLE_OF_KEY, Recipe, build_recipe
 
 REPOSITORY = Path(__file__).parent.parent
@@ -61,13 +61,13 @@ def text_file(text, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shakespeare() -> Path:
-    """Tiny Shakespeare, from wherever it is to be had; the test skips where it is not."""
+    """Tiny Shakespeare, from wherever it can be had; the test skips where it cannot be downloaded."""
     beside = REPOSITORY.parent / "shared" / "data"
     if not os.environ.get("MYGPT_DATA_DIR") and (beside / "tinyshakespeare.txt").is_file():
         os.environ["MYGPT_DATA_DIR"] = str(beside)
     try:
         path = find_tinyshakespeare()
-    except CorpusError as error:
+    except DownloadError as error:  # a wrong MYGPT_DATA_DIR is a mistake, and no reason to skip
         pytest.skip(f"needs Tiny Shakespeare: {error}")
     assert load_corpus("tinyshakespeare").sha256 == TINYSHAKESPEARE_SHA256
     return path

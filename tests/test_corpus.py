@@ -81,3 +81,18 @@ def test_data_dir_comes_first_and_is_checked(tmp_path, monkeypatch):
     (tmp_path / "tinyshakespeare.txt").write_text("something else")
     with pytest.raises(CorpusError, match="not Tiny Shakespeare"):
         load_corpus("tinyshakespeare")
+
+
+def test_a_data_dir_without_the_file_is_a_mistake(served, tmp_path, monkeypatch):
+    """Whoever sets MYGPT_DATA_DIR wants that file: nothing is downloaded, nor taken from the cache, in its place."""
+    monkeypatch.setattr(corpus, "TINYSHAKESPEARE_SHA256", hashlib.sha256(b"to be").hexdigest())
+    (served / "input.txt").write_bytes(b"to be")
+    assert load_corpus("tinyshakespeare").text == "to be"  # in the cache from now on
+    monkeypatch.setenv("MYGPT_DATA_DIR", str(tmp_path / "typo"))
+    with pytest.raises(CorpusError) as caught:
+        load_corpus("tinyshakespeare")
+    assert caught.value.exit_code == 2
+    assert str(caught.value) == (
+        f"{tmp_path / 'typo' / 'tinyshakespeare.txt'}: no such file, and MYGPT_DATA_DIR is set to {tmp_path / 'typo'}; "
+        "put the file there, correct MYGPT_DATA_DIR, or unset it to have the file downloaded"
+    )
