@@ -82,7 +82,7 @@ class TrainTable(Table):
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
     """Clip the global L2 norm of the gradient to this; 0: no clipping."""
     log_grad_norm: bool = False
-    """Print and log the gradient's norm before clipping."""
+    """Print the gradient's norm before clipping; metrics.jsonl always has it."""
     print_every: Count = 500
     """Steps between printed lines; the first and the last step are always printed."""
     log_every: Count = 10
@@ -103,7 +103,7 @@ class OptimizerTable(Table):
     beta2: Probability = 0.999
     """Decay of the running mean of squared gradients."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator of the update."""
+    """Added to the denominator of the update; with reduction = "exact" at least 1e-11."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay, per step and unit of learning rate."""
 
@@ -246,6 +246,12 @@ def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
         raise RecipeError("\n".join(f"{source} [{TABLE_OF_KEY[key]}] {key}: {text}" for key, text in problems))
 
 
+MIN_EXACT_EPS = 1e-11
+"""The least eps with reduction = "exact", which rounds gradients to multiples of 2**-40. A gradient g that rounds to
+zero is at most 2**-41 (4.5e-13), and AdamW would have moved its weight by lr * g / (g + eps): with this eps by 4% of
+lr at most, with a smaller one by much of it."""
+
+
 def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
     model, train, schedule, validation = recipe.model, recipe.train, recipe.schedule, recipe.validation
     if model.embed_dim % model.num_heads:
@@ -270,6 +276,12 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "min_lr", f'got {schedule.min_lr}, expected 0 with schedule = "constant"; choose "cosine" or "linear"'
     elif schedule.min_lr > recipe.optimizer.lr:
         yield "min_lr", f"got {schedule.min_lr}, expected at most lr = {recipe.optimizer.lr}"
+    if recipe.runtime.reduction == "exact" and recipe.optimizer.eps < MIN_EXACT_EPS:
+        yield (
+            "eps",
+            f'got {recipe.optimizer.eps}, expected at least {MIN_EXACT_EPS} with reduction = "exact", which rounds '
+            'gradients to multiples of 2**-40, about 1e-12; raise eps, or use reduction = "fast"',
+        )
     if validation.val_every and not recipe.data.val_split:
         yield (
             "val_every",

@@ -7,7 +7,8 @@ import pytest
 from conftest import recipe_of
 
 from mygpt.errors import RecipeError
-from mygpt.recipe import TABLE_OF_KEY, Recipe, check_recipe, load_recipe, recipe_schema
+from mygpt.recipe import MIN_EXACT_EPS, TABLE_OF_KEY, Recipe, check_recipe, load_recipe, recipe_schema
+from mygpt.reduction import SCALE
 
 
 def write(path: Path, text: str) -> Path:
@@ -26,6 +27,14 @@ def test_every_key_has_help():
     for table in Recipe.model_fields.values():
         for key, info in type(table.default).model_fields.items():
             assert info.description, key
+
+
+@pytest.mark.parametrize(("table", "key"), [("train", "log_grad_norm"), ("validation", "log_val_stderr")])
+def test_help_of_printed_values_says_that_they_are_always_logged(table, key):
+    """These two keys decide what is printed; metrics.jsonl holds both values without them."""
+    description = type(getattr(Recipe(), table)).model_fields[key].description
+    assert description.startswith("Print the ")
+    assert description.endswith("; metrics.jsonl always has it.")
 
 
 def test_resolved_recipe_reads_back_equal(tmp_path):
@@ -86,12 +95,27 @@ def test_a_mistake_in_a_parent_names_the_parent(tmp_path):
         ({"micro_batch_size": 3}, "micro_batch_size"),
         ({"min_lr": 1e-4}, "min_lr"),
         ({"min_lr": 1e-2, "schedule": "linear"}, "min_lr"),
+        ({"eps": 9e-12, "reduction": "exact"}, "eps"),
     ],
 )
 def test_relations_between_keys_are_checked(keys, key):
     """Each relation names the key to change, in the table where it stands."""
     with pytest.raises(RecipeError, match=rf"^here \[{TABLE_OF_KEY[key]}\] {key}: got "):
         check_recipe(recipe_of(**keys), source="here")
+
+
+def test_exact_sums_need_an_eps_above_their_rounding():
+    """A gradient that rounds to zero would have moved a weight by less than a twentieth of the rate."""
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(recipe_of(eps=1e-12, reduction="exact"), source="here")
+    assert str(caught.value) == (
+        'here [optimizer] eps: got 1e-12, expected at least 1e-11 with reduction = "exact", which rounds gradients to '
+        'multiples of 2**-40, about 1e-12; raise eps, or use reduction = "fast"'
+    )
+    check_recipe(recipe_of(eps=MIN_EXACT_EPS, reduction="exact"))
+    check_recipe(recipe_of(eps=1e-12, reduction="fast"))
+    largest_lost = 0.5 / SCALE
+    assert largest_lost / (largest_lost + MIN_EXACT_EPS) < 1 / 20
 
 
 def test_plain_recipe_has_no_broken_relation():
