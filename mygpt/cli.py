@@ -237,13 +237,17 @@ def _replay(arguments: list[str]) -> int:
         """Where to compute."""
 
     options = _parse(Options, arguments, "mygpt replay", "Run the step at which a run's numbers broke again.")
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     from mygpt.failure import replay
     from mygpt.runtime import resolve_device
 
-    failed, lines, broken = replay(options.run, resolve_device(options.device, "fp32"))
+    failed, lines, broken, not_repeated = replay(options.run, resolve_device(options.device, "fp32"))
     print(f"step {failed.step}: {failed.problem}")
-    print("\n".join(lines))
-    print(f"first non-finite: {broken}" if broken else "all numbers are finite this time: not reproduced")
+    print("\n".join([*lines, *not_repeated]))
+    not_reproduced = "all numbers are finite this time: not reproduced"
+    if not_repeated:
+        not_reproduced += ", with the differences above"
+    print(f"first non-finite: {broken}" if broken else not_reproduced)
     return 0 if broken else 1
 
 

@@ -1,5 +1,6 @@
 """A step whose numbers broke: what is kept of it, and running it again to see where they broke first."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ from mygpt.metadata import Manifest
 from mygpt.model import GPT
 from mygpt.recipe import Count, Recipe, Table
 from mygpt.rundir import FAILED_NAME, MODEL_FILE, STATE_FILE, read_metadata, remove, verify_checkpoint
-from mygpt.runtime import make_deterministic, set_dropout_generator_state
+from mygpt.runtime import make_deterministic, set_dropout_generator_state, set_threads
 from mygpt.seeds import micro_batch_dropout_seed
 from mygpt.state import dropout_name
 from mygpt.tokenizer import CharTokenizer
@@ -39,6 +40,10 @@ class FailedStep(Table):
     """With reduction = "exact", that of each micro-batch, in place of these generators."""
     device: str
     precision: Literal["fp32", "bf16"]
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads of the process that wrote this; None: a record of before it was kept."""
+    compile: bool = False
+    activation_checkpointing: bool = False
 
 
 def record_failure(
@@ -76,6 +81,9 @@ def record_failure(
         else (),
         device=device,
         precision=runtime.precision,
+        threads=torch.get_num_threads(),
+        compile=runtime.compile,
+        activation_checkpointing=runtime.activation_checkpointing,
     )
     target = run / f"failed-step-{step:06d}"
     if target.is_symlink() or target.exists():
@@ -105,10 +113,15 @@ class Finding(NamedTuple):
     """What was computed on the way, up to where it broke."""
     broken: str | None
     """What was non-finite first; None: nothing."""
+    not_repeated: tuple[str, ...] = ()
+    """How the failed step was computed otherwise than here."""
 
 
 def replay(path: Path, device: torch.device) -> Finding:
-    """Run the failed step at `path`, a run or a failed-step directory, again.
+    """Run the failed step at `path`, a run or a failed-step directory, again, with its number of threads.
+
+    It runs eagerly and keeps all activations, so that every module's output is seen once: what of the failed step's
+    settings it does not repeat is in the finding.
 
     Raises:
         CheckpointError: no step has failed there.
@@ -131,7 +144,10 @@ def replay(path: Path, device: torch.device) -> Finding:
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             return Finding(failed, [], f"the weights of {name}, {_count(weight)}, already before the step")
+    if failed.threads is not None:
+        set_threads(failed.threads, failed.processes)
     make_deterministic(device)
+    not_repeated = tuple(_not_repeated(failed, device))
     gpt = GPT(metadata.model, tokenizer.vocab_size).to(device)
     gpt.load_state_dict(weights)
     generators = read_tensors(directory / STATE_FILE)
@@ -157,18 +173,28 @@ def replay(path: Path, device: torch.device) -> Finding:
                 (loss / total).backward()
             if watch.broken:
                 where = f" (micro-batch {micro_batches}, process {process})" if len(rows) < len(tokens) else ""
-                return Finding(failed, watch.lines, watch.broken + where)
+                return Finding(failed, watch.lines, watch.broken + where, not_repeated)
     norm = get_total_norm([p.grad for p in gpt.parameters() if p.grad is not None])
     if torch.isfinite(norm):
         watch.lines.append(f"gradient norm: {norm.item():.4g}")
-        return Finding(failed, watch.lines, None)
+        return Finding(failed, watch.lines, None, not_repeated)
     largest = max(gpt.named_parameters(), key=lambda item: float(item[1].grad.abs().max()))  # type: ignore[union-attr]
     return Finding(
         failed,
         watch.lines,
         f"the norm of gradients that are all finite: its square overflows; the largest is in {largest[0]}, "
         f"{largest[1].grad.abs().max().item():.3g}",  # type: ignore[union-attr]
+        not_repeated,
     )
+
+
+def _not_repeated(failed: FailedStep, device: torch.device) -> Iterator[str]:
+    if failed.device != device.type:
+        yield f"computed on {failed.device}; replayed on {device.type}"
+    if failed.compile:
+        yield "computed compiled; replayed without"
+    if failed.activation_checkpointing:
+        yield "computed with activation checkpointing; replayed without"
 
 
 class _Watch:

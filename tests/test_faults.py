@@ -28,6 +28,7 @@ from mygpt.errors import CheckpointError, MismatchError, NonFiniteError, RecipeE
 from mygpt.failure import replay
 from mygpt.loop import train
 from mygpt.metrics import read_records
+from mygpt.model import GPT
 from mygpt.rundir import METADATA_KEY
 
 BIN = Path(sys.executable).parent
@@ -888,6 +889,58 @@ def test_exact_sums_stop_before_the_update_too(monkeypatch, tiny, how):
     found = replay(run, torch.device("cpu"))
     assert bool(found.broken) is (how is not make_large)
     assert len(found.failed.dropout_seeds) == 4
+
+
+def test_numbers_of_a_failed_step_are_replayed_with_its_threads(monkeypatch, tiny):
+    """The record has the number of threads that computed the step, and replay sets the same."""
+    _, run = broken_step(monkeypatch, tiny, 5, how=make_infinite, recipe={"threads": 2})
+    torch.set_num_threads(1)
+    found = replay(run, torch.device("cpu"))
+    assert (found.failed.threads, torch.get_num_threads()) == (2, 2)
+    assert found.not_repeated == ()
+
+
+def test_numbers_that_only_compiled_code_breaks_are_not_called_sound(monkeypatch, tiny, capsys):
+    """Replay computes eagerly, without activation checkpointing: it says so beside a result that may hang on it."""
+    from mygpt import loop
+
+    # The weights are whole and only the loss is a nan, as if a compiled kernel had made it.
+    step = loop.train_step
+
+    def breaking(accelerator, model, optimizer, batch, **options):
+        update = step(accelerator, model, optimizer, batch, **options)
+        return update._replace(loss=update.loss * float("nan"), grad_norm=update.grad_norm * float("nan"))
+
+    monkeypatch.setattr(loop, "train_step", breaking)
+    monkeypatch.setattr(GPT, "compile", lambda self: None)
+    recipe = tiny(compile=True, activation_checkpointing=True)
+    with pytest.raises(NonFiniteError):
+        train(recipe)
+    capsys.readouterr()
+    monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "0")  # so that it is put back afterwards
+    monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK")
+    with pytest.raises(SystemExit) as stopped:
+        main(["replay", recipe.checkpoint.output, "--device", "cpu"])
+    assert os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] == "1"
+    assert stopped.value.code == 1
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "computed compiled; replayed without",
+        "computed with activation checkpointing; replayed without",
+        "all numbers are finite this time: not reproduced, with the differences above",
+    ]
+
+
+def test_numbers_of_an_older_record_are_replayed_too(monkeypatch, tiny):
+    """A batch.json without the settings that it did not have at first still reads; nothing is known to differ."""
+    _, run = broken_step(monkeypatch, tiny, 5, how=make_infinite)
+    file = run / "failed-step-000005" / "batch.json"
+    batch = json.loads(file.read_text())
+    for key in ("threads", "compile", "activation_checkpointing"):
+        del batch[key]
+    file.write_text(json.dumps(batch))
+    found = replay(run, torch.device("cpu"))
+    assert (found.failed.threads, found.not_repeated) == (None, ())
+    assert found.broken
 
 
 @pytest.mark.fault(59)
