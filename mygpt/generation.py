@@ -42,7 +42,7 @@ def stream_text(
     """
     if not prompt:
         raise TokenizerError("prompt: empty; expected at least one character to continue")
-    tokens = torch.from_numpy(tokenizer.encode(prompt, what="prompt")).long()
+    tokens = torch.as_tensor(tokenizer.encode(prompt, what="prompt")).long()
     return _stream(model, tokenizer, tokens, max_new_tokens, temperature, top_k, generator)
 
 

@@ -47,10 +47,15 @@ class GPT(nn.Module):
         logits_BTV = F.linear(self.norm(x_BTD), self.token_embedding.weight)
         if targets_BT is None:
             return logits_BTV
-        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+        return next_token_loss(logits_BTV, targets_BT)
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+def next_token_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy in nats (a scalar) of int64 targets."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
 
 class Block(nn.Module):

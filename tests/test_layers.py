@@ -37,6 +37,7 @@ ORDER = [
     "doctor",
     "verify",
     "generation",
+    "course",
     "report",
     "cli",
     "__main__",

@@ -1,0 +1,252 @@
+"""The course's calls run as a chapter has them, and give the numbers of `mygpt train`."""
+
+import random
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import TINY
+from safetensors import safe_open
+
+import mygpt
+from mygpt.course import (
+    GPT,
+    CharTokenizer,
+    cosine_warmup_lr,
+    estimate_val_loss,
+    generate,
+    get_batch,
+    load_checkpoint,
+    pick_device,
+    save_checkpoint,
+    set_seed,
+)
+from mygpt.errors import CheckpointError, NonFiniteError, RecipeError, TokenizerError
+from mygpt.loop import train
+from mygpt.metrics import read_records
+from mygpt.recipe import ModelTable
+
+SIZES = {"embed_dim": 16, "num_heads": 2, "num_layers": 2, "max_seq_len": 16}
+CHAPTER = {"val_split": 0.1, "val_every": 3, "schedule": "cosine", "warmup": 3, "max_grad_norm": 1.0, "steps": 8}
+
+
+def small_model(vocab_size=8, **keys) -> GPT:
+    set_seed(0)
+    return GPT(vocab_size=vocab_size, **SIZES | keys)
+
+
+def train_as_a_chapter_does(text):
+    """A chapter's loop; returns the model, its tokenizer, and each step's (step, loss, held-out loss or None, rate)."""
+    tokenizer = CharTokenizer.from_text(text)
+    data = tokenizer.encode(text)
+    boundary = int((1 - CHAPTER["val_split"]) * len(data))
+    train_data, val_data = data[:boundary], data[boundary:]
+    set_seed(0)
+    model = GPT(vocab_size=tokenizer.vocab_size, **SIZES)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    set_seed(42)
+    records = []
+    for step in range(1, CHAPTER["steps"] + 1):
+        lr = cosine_warmup_lr(step, CHAPTER["warmup"], CHAPTER["steps"], 1e-3)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        x, y = get_batch(train_data, 4, 16)
+        optimizer.zero_grad()
+        _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CHAPTER["max_grad_norm"])
+        optimizer.step()
+        val = None
+        if step % CHAPTER["val_every"] == 0 or step == CHAPTER["steps"]:
+            val = estimate_val_loss(model, val_data, 4, 16)
+        records.append((step, loss.item(), val, lr))
+    return model, tokenizer, records
+
+
+def test_a_chapter_gives_the_numbers_of_mygpt_train(text, tiny):
+    """Losses, held-out losses and rates, step by step, and those of the plainest implementation."""
+    _, _, records = train_as_a_chapter_does(text)
+    trained = read_records(train(tiny(**CHAPTER)))
+    known = {key: value for key, value in TINY.items() if key in reference.Settings.__dataclass_fields__}
+    plainest = list(reference.run(text, reference.Settings(**known | CHAPTER)))
+    assert len(records) == len(trained) == len(plainest) == 8
+    for (step, loss, val, lr), record, (_, plain_loss, plain_val, _, _) in zip(records, trained, plainest, strict=True):
+        assert (record.step, record.lr) == (step, pytest.approx(lr, rel=1e-12))
+        assert (val is None) is (record.val is None) is (plain_val is None)
+        for own, others in ((loss, (record.loss, plain_loss)), (val, (record.val, plain_val))):
+            assert own is None or [pytest.approx(own, abs=1e-5, rel=0)] * 2 == list(others)
+
+
+def test_a_chapter_saves_loads_and_generates(text, tmp_path, command):
+    """What was saved comes back, writes the same text as before, and is a checkpoint for `mygpt generate`."""
+    model, tokenizer, _ = train_as_a_chapter_does(text)
+    path = tmp_path / "saved" / "model.safetensors"
+    save_checkpoint(path, model, tokenizer, 8)
+    loaded, loaded_tokenizer, step = load_checkpoint(path)
+    assert step == 8
+    assert loaded_tokenizer.vocab == tokenizer.vocab
+    assert type(loaded) is GPT
+    assert not loaded.training
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+    written = []
+    for each in (model, loaded):
+        set_seed(1)
+        written.append(generate(each, loaded_tokenizer, "The ", max_new_tokens=20, temperature=0.8, top_k=5))
+    assert written[0] == written[1]
+    assert written[0].startswith("The ")
+    assert len(written[0]) == 24
+    most_likely = generate(model, tokenizer, "The ", max_new_tokens=20, temperature=0)
+    arguments = ("--checkpoint", path, "--prompt", "The ", "--max-new-tokens", 20, "--temperature", 0)
+    assert command("generate", *arguments, "--device", "cpu").stdout == most_likely + "\n"
+
+
+def test_a_trained_run_loads_and_is_saved_as_the_same_bytes(tiny, tmp_path):
+    """Weights have their plain names, so a run's checkpoint is a course's model and the other way round."""
+    run = train(tiny(dropout=0.2))
+    model, tokenizer, step = load_checkpoint(run)
+    assert (step, model.dropout.p) == (6, 0.2)
+    save_checkpoint(tmp_path / "copy.safetensors", model, tokenizer, step)
+    (trained,) = run.glob("step-*/model.safetensors")
+    assert (tmp_path / "copy.safetensors").read_bytes() == trained.read_bytes()
+    # And it can be trained on.
+    model.train()
+    _, loss = model(*get_batch(tokenizer.encode("some text to go on with, long enough"), 2, 8))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_tokenizer_encodes_to_what_batches_are_drawn_from():
+    """A 1-d int64 tensor; decoding takes it or a list, and refuses what is not an id."""
+    tokenizer = CharTokenizer.from_text("hello")
+    ids = tokenizer.encode("hole")
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [1, 3, 2, 0]
+    assert tokenizer.vocab_size == 4
+    assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) == "hole"
+    x, y = get_batch(tokenizer.encode("hello" * 9), batch_size=3, seq_len=5)
+    assert x.shape == y.shape == (3, 5)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    with pytest.raises(TokenizerError, match="character 'x'"):
+        tokenizer.encode("x")
+    with pytest.raises(IndexError, match="token id -1"):
+        tokenizer.decode([-1])
+
+
+def test_model_is_that_of_mygpt():
+    """The same weights from the same seed, the same logits and loss; the defaults are those of recipes."""
+    set_seed(0)
+    course = GPT(vocab_size=65)
+    torch.manual_seed(0)
+    plain = mygpt.GPT(ModelTable(), vocab_size=65)
+    assert course.config == plain.config
+    assert course.num_params() == 207_296
+    assert list(course.state_dict()) == list(plain.state_dict())
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(course.state_dict()[name], weight)
+    x, y = get_batch(torch.arange(400) % 65, 2, 16)
+    logits, loss = course(x, y)
+    alone, nothing = course(x)
+    assert logits.shape == (2, 16, 65)
+    assert nothing is None
+    assert torch.equal(logits, alone)
+    assert torch.equal(logits, plain(x))
+    assert torch.equal(loss, plain(x, y))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_estimate_is_the_mean_over_random_batches(training):
+    """In eval mode, without gradients, and the mode is restored; mygpt's own models are taken, too."""
+    model = small_model(dropout=0.3).train(training)
+    data = torch.randint(0, 8, (300,), generator=torch.Generator().manual_seed(1))
+    set_seed(7)
+    estimate = estimate_val_loss(model, data, batch_size=4, seq_len=8)
+    assert all(module.training is training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    set_seed(7)
+    model.eval()
+    losses = [model(*get_batch(data, 4, 8))[1].item() for _ in range(10)]
+    assert estimate == pytest.approx(statistics.mean(losses), abs=1e-6)
+    plain = mygpt.GPT(model.config, vocab_size=8)
+    plain.load_state_dict(model.state_dict())
+    set_seed(7)
+    assert estimate_val_loss(plain, data, 4, 8, n_eval_batches=10) == estimate
+
+
+def test_seed_sets_all_three_generators():
+    """torch's, numpy's and Python's own."""
+    draws = []
+    for seed in (3, 3, 4):
+        set_seed(seed)
+        draws.append((torch.rand(1).item(), np.random.random(), random.random()))
+    assert draws[0] == draws[1]
+    assert all(a != b for a, b in zip(draws[0], draws[2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("available", "expected"), [((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")]
+)
+def test_device_is_the_first_kind_that_there_is(monkeypatch, available, expected):
+    """cuda before mps before cpu."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available[0])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(available[0]))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available[1])
+    assert pick_device() == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_heads": 3}, "GPT [model] num_heads: got 3, expected a divisor of embed_dim = 16"),
+        ({"dropout": 1.0}, "GPT [model] dropout: got 1.0, expected less than 1"),
+    ],
+)
+def test_wrong_sizes_cost_one_line(sizes, message):
+    """As in a recipe: what was got, and what was expected."""
+    with pytest.raises(RecipeError) as caught:
+        small_model(**sizes)
+    assert str(caught.value) == message
+
+
+def test_saving_never_spoils_what_is_there(tiny, tmp_path):
+    """Weights that are not finite, a folder, or a file of a run: an error, and what was there is as it was."""
+    model, tokenizer = small_model(), CharTokenizer.from_text("abcdefgh")
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, model, tokenizer, 1)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="has 9 characters, the model a vocab_size of 8"):
+        save_checkpoint(path, model, CharTokenizer.from_text("abcdefghi"), 2)
+    with pytest.raises(CheckpointError, match="a folder"):
+        save_checkpoint(tmp_path, model, tokenizer, 2)
+    run = train(tiny())
+    (trained,) = run.glob("step-*/model.safetensors")
+    saved = trained.read_bytes()
+    with pytest.raises(CheckpointError, match="belongs to a run"):
+        save_checkpoint(trained, model, tokenizer, 2)
+    assert trained.read_bytes() == saved
+    torch.nn.init.constant_(model.norm.bias, float("nan"))
+    with pytest.raises(NonFiniteError, match=r"norm\.bias"):
+        save_checkpoint(path, model, tokenizer, 2)
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_compiled_models_are_saved_under_their_plain_names(tmp_path):
+    """torch.compile renames the weights of what it returns, which no other program would read."""
+    model, tokenizer = small_model(), CharTokenizer.from_text("abcdefgh")
+    save_checkpoint(tmp_path / "a.safetensors", torch.compile(model, backend="eager"), tokenizer, 3)
+    save_checkpoint(tmp_path / "b.safetensors", model, tokenizer, 3)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
+
+
+def test_importing_it_is_all_that_a_notebook_needs(tmp_path):
+    """In a folder of its own, with no launcher and no recipe: every name is there."""
+    code = "from mygpt.course import *; x = CharTokenizer.from_text('ab').encode('abab'); print(GPT(2)(x[None])[1])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("None\n", "")
