@@ -7,21 +7,24 @@ tensor, and random numbers come from torch's global generator.
 Suffixes name the axes of a tensor: B batch, T tokens, V vocabulary, N any number.
 """
 
+import json
 import random
+from collections.abc import Iterable
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save
 from torch import nn
 
-from mygpt import checkpoint, evaluate, generation
+from mygpt import checkpoint, evaluate
 from mygpt import model as plain
 from mygpt.data import get_batch
-from mygpt.errors import CheckpointError, DamagedCheckpointError, NonFiniteError
+from mygpt.errors import CheckpointError, DamagedCheckpointError, NonFiniteError, TokenizerError
+from mygpt.generation import sample_token
 from mygpt.optim import cosine_warmup_lr
 from mygpt.recipe import ModelTable, build_recipe, check_recipe
 from mygpt.rundir import MANIFEST_FILE, METADATA_KEY, sync
@@ -45,7 +48,12 @@ DEFAULTS = ModelTable()
 
 
 class CharTokenizer(PlainTokenizer):
-    """mygpt's character tokenizer, whose ids are tensors."""
+    """mygpt's character tokenizer, made from its characters, whose ids are tensors."""
+
+    def __init__(self, chars: Iterable[str]):
+        super().__init__("".join(chars))
+        self.chars = list(self.vocab)
+        """Its characters, in code point order; a token's id is its place here."""
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
@@ -63,6 +71,22 @@ class CharTokenizer(PlainTokenizer):
             TokenizerError: a character is not in the vocabulary; names it and its position (0-based).
         """
         return torch.from_numpy(super().encode(text, what)).long()
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the characters to `path`, as JSON."""
+        Path(path).write_text(json.dumps({"chars": self.chars}), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "CharTokenizer":
+        """The tokenizer that `save` wrote.
+
+        Raises:
+            TokenizerError: the file is not one that it wrote.
+        """
+        try:
+            return cls(json.loads(Path(path).read_text(encoding="utf-8"))["chars"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TokenizerError(f"{path}: not a tokenizer that was saved here ({error})") from None
 
 
 class GPT(plain.GPT):
@@ -95,6 +119,8 @@ class GPT(plain.GPT):
         recipe = build_recipe({"model": table, "train": {"seq_len": max_seq_len}}, source="GPT")
         check_recipe(recipe, source="GPT")
         super().__init__(recipe.model, vocab_size)
+        self.embed_dim, self.num_heads, self.num_layers = embed_dim, num_heads, num_layers
+        self.max_seq_len = max_seq_len
 
     def forward(  # type: ignore[override]
         self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None
@@ -105,14 +131,6 @@ class GPT(plain.GPT):
         """
         logits_BTV = super().forward(tokens_BT)
         return logits_BTV, None if targets_BT is None else plain.next_token_loss(logits_BTV, targets_BT)
-
-
-class Checkpoint(NamedTuple):
-    """A model, the tokenizer of its text, and the step after which it was saved."""
-
-    model: GPT
-    tokenizer: CharTokenizer
-    step: int
 
 
 def estimate_val_loss(
@@ -127,27 +145,33 @@ def estimate_val_loss(
 
 def generate(
     model: nn.Module,
-    tokenizer: PlainTokenizer,
-    prompt: str,
-    max_new_tokens: int = 200,
+    prompt_ids: torch.Tensor,
+    max_new_tokens: int,
     temperature: float = 1.0,
-    top_k: int = 10,
-    generator: torch.Generator | None = None,
-) -> str:
-    """The prompt and `max_new_tokens` characters more.
+    top_k: int | None = None,
+) -> torch.Tensor:
+    """The prompts (B, T) and `max_new_tokens` ids more, int64 (B, T + max_new_tokens).
 
-    Each is drawn from the softmax of logits / `temperature` (0: the most likely one) over the `top_k` most likely
-    characters (0: all), with `generator`, a CPU generator, or torch's global one. The model sees the last max_seq_len
-    characters, and is left in the mode in which it was.
-
-    Raises:
-        TokenizerError: the prompt is empty or has a character outside the vocabulary.
+    Each is drawn from the softmax of logits / `temperature` (0: the most likely one) over the `top_k` most likely ids
+    (None: all), with torch's global generator. The model sees the last max_seq_len ids, and is left in the mode in
+    which it was.
     """
-    logits_only: Any = _LogitsOnly(model)
-    return generation.generate(logits_only, tokenizer, prompt, max_new_tokens, temperature, top_k, generator)
+    device, was_training = prompt_ids.device, model.training
+    logits_only, limit = _LogitsOnly(model), _uncompiled(model).config.max_seq_len
+    ids_BT = prompt_ids
+    model.eval()
+    try:
+        with torch.no_grad():
+            for _ in range(max_new_tokens):
+                logits_BV = logits_only(ids_BT[:, -limit:])[:, -1].float().cpu()
+                drawn = [sample_token(logits_V, temperature, top_k or 0, None) for logits_V in logits_BV]
+                ids_BT = torch.cat([ids_BT, torch.stack(drawn).to(device)], dim=1)
+    finally:
+        model.train(was_training)
+    return ids_BT
 
 
-def set_seed(seed: int) -> None:
+def set_seed(seed: int = 0) -> None:
     """Seed torch's generators (of all devices), numpy's and Python's.
 
     Raises:
@@ -158,12 +182,16 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def pick_device() -> torch.device:
-    """cuda where there is one, else mps, else cpu."""
-    return resolve_device("auto", "fp32")
+def pick_device(arg: str = "auto") -> torch.device:
+    """The device of that name; "auto": cuda where there is one, else mps, else cpu.
+
+    Raises:
+        LaunchError: it is not there.
+    """
+    return resolve_device(arg, "fp32")
 
 
-def save_checkpoint(path: str | PathLike[str], model: nn.Module, tokenizer: PlainTokenizer, step: int) -> None:
+def save_checkpoint(model: nn.Module, tokenizer: PlainTokenizer, path: str | PathLike[str], step: int = 0) -> None:
     """Save a model as the safetensors file `path`, which `mygpt generate --checkpoint` reads, too.
 
     The file holds weights (fp32), architecture, vocabulary and step, but not the optimizer's state. Missing folders are
@@ -204,8 +232,8 @@ def save_checkpoint(path: str | PathLike[str], model: nn.Module, tokenizer: Plai
         raise DamagedCheckpointError(f"{path}: cannot be saved: {error}; what was saved before is as it was") from error
 
 
-def load_checkpoint(path: str | PathLike[str]) -> Checkpoint:
-    """Load (model, tokenizer, step) from what `save_checkpoint` or `mygpt train` saved: a file, a step or a run.
+def load_checkpoint(path: str | PathLike[str]) -> tuple[GPT, CharTokenizer]:
+    """Load (model, tokenizer) from what `save_checkpoint` or `mygpt train` saved: a file, a step or a run.
 
     The model is on the CPU in eval mode: call its `train` before training on, and `to` for another device.
 
@@ -213,11 +241,11 @@ def load_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         CheckpointError: there is no such checkpoint.
         DamagedCheckpointError: it cannot be read, or is not what was saved.
     """
-    saved, tokenizer, step = checkpoint.load_checkpoint(Path(path))
+    saved, tokenizer, _ = checkpoint.load_checkpoint(Path(path))
     with torch.device("meta"):
         model = GPT(saved.vocab_size, **saved.config.model_dump())
     model.load_state_dict(saved.state_dict(), assign=True)
-    return Checkpoint(model.eval(), CharTokenizer(tokenizer.vocab), step)
+    return model.eval(), CharTokenizer(tokenizer.vocab)
 
 
 class _LogitsOnly(nn.Module):
@@ -227,7 +255,6 @@ class _LogitsOnly(nn.Module):
         super().__init__()
         self.model = model
         self.training = model.training  # the mode that will be restored
-        self.config = getattr(model, "config", None)
 
     def forward(self, tokens_BT: torch.Tensor) -> Any:
         output = self.model(tokens_BT)

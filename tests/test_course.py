@@ -85,10 +85,9 @@ def test_a_chapter_saves_loads_and_generates(text, tmp_path, command):
     """What was saved comes back, writes the same text as before, and is a checkpoint for `mygpt generate`."""
     model, tokenizer, _ = train_as_a_chapter_does(text)
     path = tmp_path / "saved" / "model.safetensors"
-    save_checkpoint(path, model, tokenizer, 8)
-    loaded, loaded_tokenizer, step = load_checkpoint(path)
-    assert step == 8
-    assert loaded_tokenizer.vocab == tokenizer.vocab
+    save_checkpoint(model, tokenizer, path, step=8)
+    loaded, loaded_tokenizer = load_checkpoint(path)
+    assert loaded_tokenizer.chars == tokenizer.chars
     assert type(loaded) is GPT
     assert not loaded.training
     for name, weight in model.state_dict().items():
@@ -96,21 +95,46 @@ def test_a_chapter_saves_loads_and_generates(text, tmp_path, command):
     written = []
     for each in (model, loaded):
         set_seed(1)
-        written.append(generate(each, loaded_tokenizer, "The ", max_new_tokens=20, temperature=0.8, top_k=5))
+        prompt = loaded_tokenizer.encode("The ").unsqueeze(0)
+        out = generate(each, prompt, max_new_tokens=20, temperature=0.8, top_k=5)
+        written.append(loaded_tokenizer.decode(out[0]))
     assert written[0] == written[1]
     assert written[0].startswith("The ")
     assert len(written[0]) == 24
-    most_likely = generate(model, tokenizer, "The ", max_new_tokens=20, temperature=0)
+    most_likely = tokenizer.decode(generate(model, tokenizer.encode("The ")[None], 20, temperature=0)[0])
     arguments = ("--checkpoint", path, "--prompt", "The ", "--max-new-tokens", 20, "--temperature", 0)
     assert command("generate", *arguments, "--device", "cpu").stdout == most_likely + "\n"
+
+
+def test_prompts_are_continued_side_by_side():
+    """Each row of a batch of prompts, beyond the longest context too; the model keeps its mode."""
+    model = small_model(dropout=0.5).train()
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    out = generate(model, prompts, max_new_tokens=30, temperature=0)
+    assert out.shape == (2, 33)
+    assert torch.equal(out[:, :3], prompts)
+    assert torch.equal(out[1:], generate(model, prompts[1:], max_new_tokens=30, temperature=0))
+    assert model.training
+
+
+def test_a_tokenizer_is_saved_and_loaded(tmp_path):
+    """As JSON; what is no such file is named."""
+    tokenizer = CharTokenizer.from_text("hé\nllo")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = CharTokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.chars == tokenizer.chars == ["\n", "h", "l", "o", "é"]
+    (tmp_path / "other.json").write_text("[1]")
+    for name in ("other.json", "missing.json"):
+        with pytest.raises(TokenizerError, match=f"{name}: not a tokenizer that was saved here"):
+            CharTokenizer.load(tmp_path / name)
 
 
 def test_a_trained_run_loads_and_is_saved_as_the_same_bytes(tiny, tmp_path):
     """Weights have their plain names, so a run's checkpoint is a course's model and the other way round."""
     run = train(tiny(dropout=0.2))
-    model, tokenizer, step = load_checkpoint(run)
-    assert (step, model.dropout.p) == (6, 0.2)
-    save_checkpoint(tmp_path / "copy.safetensors", model, tokenizer, step)
+    model, tokenizer = load_checkpoint(run)
+    assert model.dropout.p == 0.2
+    save_checkpoint(model, tokenizer, tmp_path / "copy.safetensors", step=6)
     (trained,) = run.glob("step-*/model.safetensors")
     assert (tmp_path / "copy.safetensors").read_bytes() == trained.read_bytes()
     # And it can be trained on.
@@ -195,7 +219,8 @@ def test_device_is_the_first_kind_that_there_is(monkeypatch, available, expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available[0])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(available[0]))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available[1])
-    assert pick_device() == torch.device(expected)
+    assert pick_device() == pick_device("auto") == torch.device(expected)
+    assert pick_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -216,21 +241,21 @@ def test_saving_never_spoils_what_is_there(tiny, tmp_path):
     """Weights that are not finite, a folder, or a file of a run: an error, and what was there is as it was."""
     model, tokenizer = small_model(), CharTokenizer.from_text("abcdefgh")
     path = tmp_path / "model.safetensors"
-    save_checkpoint(path, model, tokenizer, 1)
+    save_checkpoint(model, tokenizer, path)
     before = path.read_bytes()
     with pytest.raises(CheckpointError, match="has 9 characters, the model a vocab_size of 8"):
-        save_checkpoint(path, model, CharTokenizer.from_text("abcdefghi"), 2)
+        save_checkpoint(model, CharTokenizer.from_text("abcdefghi"), path)
     with pytest.raises(CheckpointError, match="a folder"):
-        save_checkpoint(tmp_path, model, tokenizer, 2)
+        save_checkpoint(model, tokenizer, tmp_path)
     run = train(tiny())
     (trained,) = run.glob("step-*/model.safetensors")
     saved = trained.read_bytes()
     with pytest.raises(CheckpointError, match="belongs to a run"):
-        save_checkpoint(trained, model, tokenizer, 2)
+        save_checkpoint(model, tokenizer, trained)
     assert trained.read_bytes() == saved
     torch.nn.init.constant_(model.norm.bias, float("nan"))
     with pytest.raises(NonFiniteError, match=r"norm\.bias"):
-        save_checkpoint(path, model, tokenizer, 2)
+        save_checkpoint(model, tokenizer, path)
     assert path.read_bytes() == before
     assert not list(tmp_path.glob(".tmp-*"))
 
@@ -238,8 +263,8 @@ def test_saving_never_spoils_what_is_there(tiny, tmp_path):
 def test_compiled_models_are_saved_under_their_plain_names(tmp_path):
     """torch.compile renames the weights of what it returns, which no other program would read."""
     model, tokenizer = small_model(), CharTokenizer.from_text("abcdefgh")
-    save_checkpoint(tmp_path / "a.safetensors", torch.compile(model, backend="eager"), tokenizer, 3)
-    save_checkpoint(tmp_path / "b.safetensors", model, tokenizer, 3)
+    save_checkpoint(torch.compile(model, backend="eager"), tokenizer, tmp_path / "a.safetensors")
+    save_checkpoint(model, tokenizer, tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(model.state_dict())
