@@ -56,6 +56,8 @@ class Places(NamedTuple):
 
     starts: torch.Tensor
     seq_len: int
+    consecutive: bool = False
+    """Whether each begins where the one before ends, and not at random."""
 
 
 def load_dataset(table: DataTable, seq_len: int) -> Dataset:
@@ -160,5 +162,5 @@ def all_places(data: torch.Tensor, seq_len: int) -> list[Places]:
     targets = len(data) - 1
     whole = targets - targets % seq_len
     tail = torch.arange(whole, targets)[:1]
-    groups = Places(torch.arange(0, whole, seq_len), seq_len), Places(tail, targets - whole)
+    groups = Places(torch.arange(0, whole, seq_len), seq_len, True), Places(tail, targets - whole, True)
     return [places for places in groups if len(places.starts)]

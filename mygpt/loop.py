@@ -195,7 +195,7 @@ def _train(
             unread, stopped, measured = [], reading.stop, reading.steps[-1]
             improved = False
             if recorded:
-                values = {"loss": measured.loss, "grad_norm": measured.grad_norm, "lr": lr}
+                values: dict[str, Any] = {"loss": measured.loss, "grad_norm": measured.grad_norm, "lr": lr}
                 if evaluated:
                     with reporter.paused():
                         places = held_out_places(dataset.val, recipe.validation, stream)
@@ -437,10 +437,10 @@ def evaluate(
     Raises:
         NonFiniteError: the loss is not finite.
     """
-    val, stderr = held_out_loss(model, data, places, micro_batch_size, accelerator)
+    val, stderr, dof = held_out_loss(model, data, places, micro_batch_size, accelerator)
     if not math.isfinite(val):
         raise NonFiniteError(f"step {step}: the held-out loss is {val}; {CURE}")
-    return {"val": val, "val_stderr": stderr}
+    return {"val": val, "val_stderr": stderr, "val_dof": dof}
 
 
 def prepare(

@@ -30,6 +30,8 @@ class Record(Table):
     """Held-out loss after this step's update, in nats per token."""
     val_stderr: Annotated[float, Field(ge=0)] | None = None
     """Standard error of the held-out loss."""
+    val_dof: Annotated[int, Field(ge=1)] | None = None
+    """Its degrees of freedom: a 95% interval is val_stderr times the 97.5% quantile of Student's t to either side."""
     grad_norm: float | None = None
     """Global L2 norm of this step's gradient before clipping."""
 
@@ -117,6 +119,7 @@ class Reporter:
         grad_norm: float | None = None,
         val: float | None = None,
         val_stderr: float | None = None,
+        val_dof: int | None = None,
     ) -> None:
         """Record a step, and print it if it is to be `printed`.
 
@@ -134,6 +137,7 @@ class Reporter:
             grad_norm=grad_norm,
             val=val,
             val_stderr=val_stderr,
+            val_dof=val_dof,
             tokens=self._tokens_before + step * self._tokens_per_step,
         )
         timing = Timing(

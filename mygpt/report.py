@@ -1,7 +1,7 @@
 """Pictures of runs, drawn from their directories."""
 
 from collections.abc import Sequence
-from math import nan
+from math import inf, nan
 from pathlib import Path
 
 from mygpt.errors import MygptError
@@ -9,13 +9,13 @@ from mygpt.metrics import Record, read_records
 
 
 def plot(runs: Sequence[Path], out: Path) -> None:
-    """Draw training and held-out loss (with its standard error) and the learning rate of `runs` against the step.
+    """Draw training and held-out loss (with its 95% interval) and the learning rate of `runs` against the step.
 
     `out` ends in .png, .svg or .pdf.
 
     Raises:
         CheckpointError: a run has no records.
-        MygptError: matplotlib is not installed, or `out` cannot be written.
+        MygptError: matplotlib or scipy is not installed, or `out` cannot be written.
     """
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
@@ -26,8 +26,9 @@ def plot(runs: Sequence[Path], out: Path) -> None:
     try:
         import matplotlib
         from matplotlib.figure import Figure
-    except ImportError:
-        raise MygptError("plot needs matplotlib: pip install 'mygpt[report]'") from None
+        from scipy.stats import t as student
+    except ImportError as error:
+        raise MygptError(f"plot needs {error.name}: pip install 'mygpt[report]'") from None
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     loss_axes, lr_axes = figure.subplots(2, sharex=True, height_ratios=(3, 1))
@@ -37,12 +38,14 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         steps = [r.step for r in run]
         lines += loss_axes.plot(steps, [r.loss for r in run], color=color, alpha=0.35, lw=1)
         labels.append(f"{name}: training")
-        held_out = [(r.step, r.val, nan if r.val_stderr is None else r.val_stderr) for r in run if r.val is not None]
+        held_out = [r for r in run if r.val is not None]
         if held_out:
-            at, values, errors = zip(*held_out, strict=True)
+            # Records of mygpt 0.1 do not have the degrees of freedom, which are many there.
+            errors = [student.ppf(0.975, r.val_dof or inf) * (r.val_stderr or nan) for r in held_out]
+            at, values = [r.step for r in held_out], [r.val for r in held_out]
             bars = loss_axes.errorbar(at, values, yerr=errors, color=color, marker="o", ms=3.5, capsize=2)
             lines.append(bars)
-            labels.append(f"{name}: held-out")
+            labels.append(f"{name}: held-out, 95% interval")
         lr_axes.plot(steps, [r.lr for r in run], color=color)
     # A fresh model's loss is far above all that follows: let the curve come down from beyond the frame.
     frames = [_frame(run) for run in records]

@@ -75,7 +75,7 @@ def test_rows_of_all_processes_join_to_the_one_process_batch(
 def test_full_sampling_has_every_target_once(length, seq_len):
     """Cut into windows, each token but the first is a target exactly once."""
     data = torch.arange(length)
-    parts = [windows(data, *places) for places in all_places(data, seq_len)]
+    parts = [windows(data, places.starts, places.seq_len) for places in all_places(data, seq_len)]
     assert sorted(t for part in parts for t in part.targets.flatten().tolist()) == list(range(1, length))
     assert all(torch.equal(part.inputs + 1, part.targets) for part in parts)
 
