@@ -1,0 +1,74 @@
+"""How often the 95% interval of a held-out loss holds the truth, on real losses.
+
+    mygpt train hardened --val-split 0.9 --lr 3e-3 --output checkpoints/little
+    python scripts/coverage.py checkpoints/little
+
+The truth is the loss over all of a run's held-out text, so hold out much of it. Stretches of that text are evaluated
+in full, and random batches are drawn from it; each gives an interval. Beside the intervals that mygpt prints are those
+that take consecutive windows as independent, which they are not.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from scipy.stats import t as student
+
+from mygpt.checkpoint import load_checkpoint
+from mygpt.data import all_places, load_dataset
+from mygpt.errors import MygptError
+from mygpt.evaluate import HeldOutLoss, ratio_estimate, window_losses
+from mygpt.resume import recorded_recipe
+
+STRETCHES = (100, 400, 1742)
+"""Windows of a stretch; the last is what a val_split of 0.1 leaves of Tiny Shakespeare."""
+DRAWS = 2000
+BATCH = 16
+
+
+def main() -> None:
+    for run in map(Path, sys.argv[1:]):
+        loss_N, seq_len = held_out_losses(run)
+        truth = loss_N.mean().item() / seq_len
+        print(f"{run}: held-out loss {truth:.4f} over {len(loss_N):,} windows")
+        for name, results in estimates(loss_N, seq_len):
+            held = [abs(result.mean - truth) <= interval(result) for result in results]
+            error = sum(result.stderr or 0 for result in results) / len(results)
+            print(f"  {name:<42} {sum(held) / len(held):6.1%} of {len(held):5}   mean standard error {error:.4f}")
+
+
+def held_out_losses(run: Path) -> tuple[torch.Tensor, int]:
+    """The total loss of each whole window of a run's held-out text, in order, and the tokens of a window."""
+    recipe, (model, _, _) = recorded_recipe(run), load_checkpoint(run)
+    seq_len = recipe.train.seq_len
+    val = load_dataset(recipe.data, seq_len).val
+    if len(val) < 2 * STRETCHES[-1] * seq_len:
+        raise MygptError(f"{run}: holds out {len(val):,} tokens; expected {2 * STRETCHES[-1] * seq_len:,} or more")
+    return window_losses(model, val, all_places(val, seq_len)[0], 256, None).double(), seq_len
+
+
+def estimates(loss_N: torch.Tensor, seq_len: int) -> Iterator[tuple[str, list[HeldOutLoss]]]:
+    """Many estimates of each kind, by its name."""
+
+    def estimate(losses: torch.Tensor, *, consecutive: bool) -> HeldOutLoss:
+        return ratio_estimate(losses, torch.full_like(losses, seq_len), consecutive=consecutive)
+
+    for windows in STRETCHES:
+        starts = range(0, len(loss_N) - windows + 1, max(1, windows // 4))
+        stretches = [loss_N[start : start + windows] for start in starts]
+        for consecutive, manner in ((True, "batches"), (False, "as if independent")):
+            yield f"{windows} consecutive windows, {manner}", [estimate(s, consecutive=consecutive) for s in stretches]
+    generator = torch.Generator().manual_seed(0)
+    for batches in (1, 10, 50):
+        draws = (torch.randint(len(loss_N), (batches * BATCH,), generator=generator) for _ in range(DRAWS))
+        yield f"{batches} random batches of {BATCH}", [estimate(loss_N[draw], consecutive=False) for draw in draws]
+
+
+def interval(result: HeldOutLoss) -> float:
+    """Half of the width of the 95% interval."""
+    return float(student.ppf(0.975, result.dof)) * (result.stderr or 0)
+
+
+if __name__ == "__main__":
+    main()
