@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 from torch.distributed import DistError, HashStore, PrefixStore, Store  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from mygpt.errors import LaunchError, LostProcessError, MygptError, PeerError
 
@@ -267,17 +267,31 @@ LOST = r"[Gg]loo|NCCL|TCPStore|[Cc]onnection (was )?(closed|reset)|Timed out wai
 """How torch says that a collective failed because a process has ended or hangs."""
 
 
-def _open_store() -> Store:
-    try:
-        store, _, _ = next(rendezvous("env://", timeout=PROCESS_TIMEOUT))
-    except (RuntimeError, ValueError) as error:
-        raise LaunchError(f"{_store_address()}: the processes cannot meet: {str(error).splitlines()[0]}") from None
-    store.set_timeout(timedelta(seconds=GRACE_SECONDS))
-    # A launcher that restarts processes keeps its store, as does a script that trains twice.
-    return PrefixStore(f"mygpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_openings)}", store)
+def _meet(url: str = "", timeout: timedelta = PROCESS_TIMEOUT, **_: Any) -> Iterator[tuple[Store, int, int]]:
+    """A connection to the launcher's store, for this attempt and this use alone; the rank; the number of processes.
+
+    A launcher that restarts processes keeps its store, as does a script that trains twice: without a prefix a process
+    would call those that have ended, at the addresses that they have left there.
+    """
+    store, rank, processes = next(rendezvous("env://", timeout=timeout))
+    prefix = f"mygpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_openings)}"
+    yield PrefixStore(prefix, store), rank, processes
 
 
 _openings = itertools.count()
+
+INIT_METHOD = "mygpt://"
+"""How torch.distributed.init_process_group meets the other processes; Accelerate passes it on."""
+register_rendezvous_handler("mygpt", _meet)  # type: ignore[no-untyped-call]
+
+
+def _open_store() -> Store:
+    try:
+        store, _, _ = next(_meet())
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(f"{_store_address()}: the processes cannot meet: {str(error).splitlines()[0]}") from None
+    store.set_timeout(timedelta(seconds=GRACE_SECONDS))
+    return store
 
 
 def _store_address() -> str:

@@ -493,7 +493,7 @@ def accelerator_for(table: RuntimeTable, device: torch.device, micro_batches: in
         mixed_precision="bf16" if table.precision == "bf16" else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=micro_batches, sync_with_dataloader=False),
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=launch.PROCESS_TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(init_method=launch.INIT_METHOD, timeout=launch.PROCESS_TIMEOUT)],
         # A prepared scheduler would else step once per process; the loop steps it once per optimizer step.
         step_scheduler_with_optimizer=False,
     )
