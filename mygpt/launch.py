@@ -26,6 +26,8 @@ PROCESS_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others."""
 NOTICE_SECONDS = 30.0
 """After this long it says for whom it waits."""
+POLL_SECONDS = 0.5
+"""How long another's error may go unnoticed by a process that waits."""
 GRACE_SECONDS = 3.0
 """How long a mistake waits for the same one of others, and a process that ends for others to hear why."""
 
@@ -138,7 +140,10 @@ def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 class Peers:
-    """The processes of this run, each of which can tell the others something."""
+    """The processes of this run, each of which can tell the others something.
+
+    What a process sends to the store, and asks of it, is a few requests, however many processes there are.
+    """
 
     def __init__(self, launched: Launched, store: Store):
         self.launched = launched
@@ -152,27 +157,29 @@ class Peers:
             PeerError: another has ended with an error; it is told as its.
             LostProcessError: another has told nothing for too long.
         """
+        keys = [f"{topic}/{rank}" for rank in range(self.launched.processes)]
         started_at, noticed = time.monotonic(), False
-        self._store.set(f"{topic}/{self.launched.rank}", json.dumps(own))
-        while missing := self._without(topic):
-            if self._told("error"):
+        self._store.set(keys[self.launched.rank], json.dumps(own))
+        while not self._store.check(keys):
+            if self._said("error"):
                 raise self._reason()
             waited = time.monotonic() - started_at
-            names = "rank " + ", ".join(map(str, missing))
             if waited > PROCESS_TIMEOUT.total_seconds():
-                raise LostProcessError(f"{names} of this run did not come within {waited:.0f} s; look at what it said")
+                raise LostProcessError(
+                    f"{self._without(keys)} of this run did not come within {waited:.0f} s; look at what it said"
+                )
             if waited > NOTICE_SECONDS and not noticed:
-                print(f"rank {self.launched.rank} waits for {names}", file=sys.stderr, flush=True)
+                print(f"rank {self.launched.rank} waits for {self._without(keys)}", file=sys.stderr, flush=True)
                 noticed = True
-            time.sleep(0.02)
-        told = list(self._told(topic).values())
+            # Soon at first, then at intervals: all processes ask the one store.
+            time.sleep(min(0.02 + waited / 4, POLL_SECONDS))
+        told = [json.loads(value) for value in self._store.multi_get(keys)]
         self._nodes = self._nodes or [entry.get("node", "?") for entry in told]
         return told
 
     def leave(self, error: Exception) -> Exception:
         """End with an error: tell the others, or find out what another has told; returns what is to be raised."""
-        is_runtime_error = isinstance(error, RuntimeError)
-        is_lost = isinstance(error, DistError) or (is_runtime_error and re.search(LOST, str(error)) is not None)
+        is_lost = is_of_collective(error)
         answers: list[Exception] = []
         # Aside, and for so long only, since over a network that is gone the store may never answer.
         thread = threading.Thread(target=lambda: answers.append(self._leave(error, is_lost)), daemon=True)
@@ -187,8 +194,7 @@ class Peers:
             elif not isinstance(error, PeerError | LostProcessError):
                 known = isinstance(error, MygptError)
                 message = str(error) if known else " ".join(f"{type(error).__name__}: {error}".split())
-                told = {"node": platform.node(), "message": message, "exit_code": getattr(error, "exit_code", 1)}
-                self._store.set(f"error/{self.launched.rank}", json.dumps(told))
+                self._say("error", node=platform.node(), message=message, exit_code=getattr(error, "exit_code", 1))
             # With the first process the store may go: it gives the others time to hear of it.
             self._wait_for("left") if self.launched.rank == 0 else self._say("left")
         return error
@@ -198,9 +204,9 @@ class Peers:
         try:
             # Those who lost it, too, say so: who does not is the one.
             told = self._wait_for("lost")
-            if errors := self._told("error"):
+            if errors := self._said("error"):
                 lines: dict[str, list[str]] = {}
-                for rank, entry in errors.items():
+                for rank, entry in sorted(errors.items()):
                     lines.setdefault(entry["message"], []).append(f"rank {rank} on {entry['node']}")
                 text = "\n".join(f"{', '.join(who)}: {message}" for message, who in lines.items())
                 return PeerError(text, max(entry["exit_code"] for entry in errors.values()))
@@ -222,27 +228,27 @@ class Peers:
             f"from the last checkpoint{detail and f' ({detail})'}"
         )
 
-    def _say(self, what: str) -> None:
-        self._store.set(f"{what}/{self.launched.rank}", "{}")
+    def _say(self, what: str, **told: Any) -> None:
+        line = json.dumps({"rank": self.launched.rank, **told}) + "\n"
+        self._store.append(what, line)  # type: ignore[attr-defined]
+
+    def _said(self, what: str) -> dict[int, Any]:
+        """What the processes that have said `what` have told, by rank."""
+        lines = self._store.get(what).splitlines() if self._store.check([what]) else []
+        return {entry["rank"]: entry for entry in map(json.loads, lines)}
 
     def _wait_for(self, what: str) -> dict[int, Any]:
         """Say `what`, and wait for a moment until all others have said it, or have told their error."""
         self._say(what)
         deadline = time.monotonic() + GRACE_SECONDS
-        while (missing := self._without(what)) and time.monotonic() < deadline:
-            if what == "lost" and set(missing) <= self._told("error").keys():
+        while len(said := self._said(what)) < self.launched.processes and time.monotonic() < deadline:
+            if what == "lost" and len(said | self._said("error")) == self.launched.processes:
                 break
             time.sleep(0.05)
-        return self._told(what)
+        return said
 
-    def _without(self, what: str) -> list[int]:
-        return [rank for rank in range(self.launched.processes) if not self._store.check([f"{what}/{rank}"])]
-
-    def _told(self, what: str) -> dict[int, Any]:
-        """What the processes that have told `what` have told, by rank."""
-        missing = self._without(what)
-        ranks = (rank for rank in range(self.launched.processes) if rank not in missing)
-        return {rank: json.loads(self._store.get(f"{what}/{rank}")) for rank in ranks}
+    def _without(self, keys: list[str]) -> str:
+        return "rank " + ", ".join(str(rank) for rank, key in enumerate(keys) if not self._store.check([key]))
 
 
 @contextmanager
@@ -253,7 +259,10 @@ def peers_of(launched: Launched) -> Iterator[Peers]:
         PeerError: another process has ended with an error.
         LostProcessError: another has ended without a word, or does not answer.
     """
-    peers = Peers(launched, _open_store() if launched.processes > 1 else HashStore())
+    if launched.processes == 1:
+        yield Peers(launched, HashStore())
+        return
+    peers = Peers(launched, _open_store())
     try:
         yield peers
     except Exception as error:
@@ -263,8 +272,15 @@ def peers_of(launched: Launched) -> Iterator[Peers]:
         raise reason from error
 
 
-LOST = r"[Gg]loo|NCCL|TCPStore|[Cc]onnection (was )?(closed|reset)|Timed out waiting \d+ms|[Bb]roken pipe"
-"""How torch says that a collective failed because a process has ended or hangs."""
+def is_of_collective(error: Exception) -> bool:
+    """Whether a collective or the store has failed, as when another process ends or hangs.
+
+    NCCL and the store raise torch's own errors, gloo a RuntimeError that begins with the place in gloo's source.
+    """
+    return isinstance(error, DistError) or (type(error) is RuntimeError and bool(re.match(OF_GLOO, str(error))))
+
+
+OF_GLOO = r"\[\S*/gloo/\S+:\d+\] |Gloo connectFullMesh failed"
 
 
 def _meet(url: str = "", timeout: timedelta = PROCESS_TIMEOUT, **_: Any) -> Iterator[tuple[Store, int, int]]:

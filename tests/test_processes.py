@@ -1,16 +1,25 @@
 """Several processes: restarts by the launcher, weights that differ, and whose error it is."""
 
+import os
+import platform
 import re
 import socket
+import subprocess
 import sys
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, recipe_of, run_process
-from torch.distributed import PrefixStore
+from test_startup import exchange, fail, lose, together
+from torch.distributed import DistNetworkError, PrefixStore, TCPStore
 
 from mygpt import launch
+from mygpt.errors import PeerError
+from mygpt.launch import Launched, Peers, is_of_collective, peers_of
 from mygpt.loop import accelerator_for, train
 from mygpt.recipe import RuntimeTable
 
@@ -77,6 +86,7 @@ def test_accelerate_meets_where_mygpt_says(monkeypatch):
     """The canary for `INIT_METHOD`: Accelerate passes it on, so that each group has keys of its own in the store."""
     environment = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+    environment |= {"OMP_NUM_THREADS": "1"}  # Accelerate would say that it sets it
     for name, value in (environment | {"TORCHELASTIC_RESTART_COUNT": "2"}).items():
         monkeypatch.setenv(name, value)
     prefixes = []
@@ -89,3 +99,155 @@ def test_accelerate_meets_where_mygpt_says(monkeypatch):
         assert not torch.distributed.is_initialized()
     assert len(set(prefixes)) == 2
     assert all(re.fullmatch(r"mygpt/2/\d+", prefix) for prefix in prefixes)
+
+
+# ---- 70: whose error it is
+
+
+LOOK_LIKE_LOST = [
+    RuntimeError("tracker: [Errno 32] Broken pipe"),
+    RuntimeError("upload failed: Connection reset by peer"),
+    RuntimeError("cannot log to wandb: Timed out waiting 5000ms; is NCCL or gloo there?"),
+    RuntimeError("saved by: [/a/gloo/pair.cc:1] Connection closed by peer"),
+    OSError("Connection reset by peer"),
+]
+
+
+@pytest.mark.fault(70)
+@pytest.mark.parametrize("error", [*LOOK_LIKE_LOST, DistNetworkError("Broken pipe")])
+def test_one_process_has_lost_nobody(error):
+    """Whatever its error looks like, it stays what it is."""
+    with pytest.raises(type(error)) as raised, peers_of(Launched()):
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.fault(70)
+@pytest.mark.parametrize("error", LOOK_LIKE_LOST)
+def test_an_error_that_looks_like_a_lost_process_is_told_as_its_own(monkeypatch, error):
+    """The process that has it raises it; the other, which has lost that process, tells whose it is."""
+    lost, own = together(monkeypatch, lose, lambda peers: exchange(peers) and fail(error)(peers))
+    assert own is error
+    assert isinstance(lost, PeerError)
+    assert str(lost) == f"rank 1 on {platform.node()}: {type(error).__name__}: {error}"
+
+
+FAILING = """
+step = loop.train_step
+def failing_step(*args, **kwargs):
+    if os.environ.get("RANK", "1") == "1" and os.path.exists("run/latest"):
+        raise RuntimeError("tracker: Broken pipe")
+    return step(*args, **kwargs)
+loop.train_step = failing_step
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.fault(70)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_of_one_process_keeps_its_traceback(text_file, tmp_path, processes):
+    """Exit 1 with its message and where it was raised; the other process tells whose it is."""
+    if processes == 1:
+        (tmp_path / "patched.py").write_text(
+            f"import os, sys\nfrom mygpt import loop\n{FAILING}\n"
+            "from mygpt.cli import main\nmain(['train', *sys.argv[1:]])\n"
+        )
+        result = run_process([sys.executable, "patched.py", text_file, *FLAGS, "--output", "run"], tmp_path)
+    else:
+        result = torchrun(processes, text_file, tmp_path, FAILING, "--steps", 100_000)
+        assert f"mygpt: rank 1 on {platform.node()}: RuntimeError: tracker: Broken pipe" in result.stderr
+    assert result.returncode == 1
+    assert "in failing_step" in result.stderr
+    assert re.search(r"^(\[rank1\]: )?RuntimeError: tracker: Broken pipe$", result.stderr, re.MULTILINE)
+    assert "has ended, or has not answered" not in result.stderr
+
+
+COLLECTIVE = """
+import os, sys, time
+from datetime import timedelta
+import torch
+from mygpt.launch import is_of_collective
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+ones = torch.ones(1000)
+torch.distributed.all_reduce(ones)
+if os.environ["RANK"] == "1":
+    time.sleep(5 if sys.argv[1] == "hangs" else 0)
+    os._exit(9)
+try:
+    while True:
+        torch.distributed.all_reduce(ones)
+except Exception as error:
+    print(is_of_collective(error), error, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "hangs"])
+def test_what_gloo_raises_is_known_for_a_lost_process(tmp_path, how):
+    """The canary for `OF_GLOO`, which knows it by the beginning of its text."""
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", COLLECTIVE, how]
+    other = subprocess.Popen(command, env=environment | {"RANK": "1"}, cwd=tmp_path)
+    result = run_process(command, tmp_path, 60, environment | {"RANK": "0"})
+    assert other.wait(30) == 9
+    assert result.stdout.startswith("True ["), result.stdout + result.stderr
+
+
+def test_what_the_store_raises_is_known_for_a_lost_process():
+    """Of torch's own kind, also when the launcher has gone with its store."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=1))
+    del server
+    with pytest.raises(RuntimeError) as raised:
+        client.get("nothing")
+    assert is_of_collective(raised.value)
+
+
+class CountingStore:
+    """A client of a store, which counts what it asks of the server."""
+
+    def __init__(self, port):
+        self._store, self.requests = TCPStore("127.0.0.1", port, is_master=False), 0
+
+    def __getattr__(self, name):
+        self.requests += 1
+        return getattr(self._store, name)
+
+
+@pytest.mark.slow
+def test_many_processes_ask_little_of_the_store():
+    """64 of them, on one store: some requests each, not some for each other; and an error is heard within a second."""
+    count, delay = 64, 1.5
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    peers = [Peers(Launched(count, count, rank), CountingStore(server.port)) for rank in range(count)]
+    results, ended = [None] * count, [0.0] * count
+
+    def meet(rank):
+        time.sleep(delay * (rank == 1))
+        results[rank] = peers[rank].exchange({"node": f"node{rank}"})
+
+    def fall_out(rank):
+        try:
+            if rank == 1:
+                time.sleep(delay)
+                raise KeyError("b")
+            peers[rank].exchange({}, "more")
+        except Exception as error:
+            ended[rank] = time.monotonic()
+            results[rank] = peers[rank].leave(error)
+
+    def run(work):
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+
+    run(meet)
+    assert results == [[{"node": f"node{rank}"} for rank in range(count)]] * count
+    assert max(entry._store.requests for entry in peers) < count
+    run(fall_out)
+    assert isinstance(results[1], KeyError)
+    others = [result for rank, result in enumerate(results) if rank != 1]
+    assert {str(error) for error in others} == {f"rank 1 on {platform.node()}: KeyError: 'b'"}
+    assert max(ended) - ended[1] < 2

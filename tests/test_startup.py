@@ -60,7 +60,9 @@ def fail(error):
 
 def lose(peers: Peers):
     exchange(peers)
-    raise RuntimeError("[/a/path.cc:1] Read error [10.0.0.1]:5: Connection reset by peer. This is typically a riddle")
+    raise RuntimeError(
+        "[/a/gloo/pair.cc:1] Read error [10.0.0.1]:5: Connection reset by peer. This is typically a riddle"
+    )
 
 
 def test_every_process_knows_what_every_process_told(monkeypatch):
