@@ -47,6 +47,12 @@ class PeerError(MygptError):
         self.exit_code = exit_code
 
 
+class DisagreementError(MygptError):
+    """The processes of a run with exact sums do not hold the same weights."""
+
+    exit_code = 1
+
+
 class CheckpointError(MygptError):
     """A path is not a run or a checkpoint, or writing there would overwrite one."""
 

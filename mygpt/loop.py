@@ -25,6 +25,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from mygpt import launch
+from mygpt.agreement import OTHER_CHECKPOINT, OTHER_LATER, OTHER_START, check_agreement
 from mygpt.checkpoint import Saver, Tensors, TrainingState, load_optimizer_tensors
 from mygpt.data import Batch, BatchStream, Dataset, Places, Rows, held_out_places
 from mygpt.errors import (
@@ -47,7 +48,7 @@ from mygpt.resume import Start, begin_run, find_start
 from mygpt.rundir import METRICS_FILE, check_output, locked, step_directory
 from mygpt.runtime import StopRequest, stop_on_signal
 from mygpt.seeds import micro_batch_dropout_seed, process_dropout_seed
-from mygpt.startup import set_up
+from mygpt.startup import Facts, set_up
 from mygpt.state import (
     GeneratorStates,
     full_tensor,
@@ -79,7 +80,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
         stop = stack.enter_context(stop_on_signal())
         peers = stack.enter_context(peers_of(launched))
         stack.enter_context(naming_memory(recipe.train))
-        device, dataset, info, _, notes = set_up(recipe, launched, peers)
+        device, dataset, info, facts, notes = set_up(recipe, launched, peers)
         exact = recipe.runtime.reduction == "exact"
         # An exact sum is divided once, at its end.
         micro_batches = 1 if exact else recipe.train.batch_size // info.processes // info.micro_batch_size
@@ -106,7 +107,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
         told = peers.exchange(own, "start")[0]
         checkpoint = Path(told["checkpoint"]) if told["checkpoint"] else None
         start = start._replace(checkpoint=checkpoint, keeps_best=told["keeps_best"])
-        return _train(accelerator, start, dataset, info.micro_batch_size, until, stop)
+        return _train(accelerator, start, dataset, info.micro_batch_size, facts, until, stop)
 
 
 def _train(
@@ -114,6 +115,7 @@ def _train(
     start: Start,
     dataset: Dataset,
     micro_batch_size: int,
+    facts: list[Facts],
     until: int | None,
     stop: StopRequest,
 ) -> Path:
@@ -147,6 +149,12 @@ def _train(
         load_optimizer_tensors(optimizer, gpt.state_dict(), moments)
     if checkpoint and isinstance(model, DistributedDataParallel):
         settle_buckets(accelerator, model, optimizer, stream, micro_batch_size)
+    if exact:
+        now = generator_states(accelerator.device, stream, exact=True)
+        state = training_state(accelerator, gpt, optimizer, now, step, best)
+        held = [*gpt.state_dict().values(), *state.tensors.values()]
+        remedy = OTHER_CHECKPOINT if checkpoint else OTHER_START
+        check_agreement(accelerator, held, facts, when=f"before step {step + 1}", remedy=remedy)
 
     if is_main:
         begin_run(start)
@@ -209,6 +217,9 @@ def _train(
                     now = generator_states(accelerator.device, stream, exact=exact)
                     state = training_state(accelerator, gpt, optimizer, now, step, best)
                     weights = gathered(accelerator, gpt.state_dict())
+                    if exact:
+                        held = [*weights.values(), *state.tensors.values()]
+                        check_agreement(accelerator, held, facts, when=f"step {step}", remedy=OTHER_LATER)
                     if is_main:
                         saver.save(weights, state, reason)
             saver.check()

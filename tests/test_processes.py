@@ -17,7 +17,7 @@ from conftest import TINY, recipe_of, run_process
 from test_startup import exchange, fail, lose, together
 from torch.distributed import DistNetworkError, PrefixStore, TCPStore
 
-from mygpt import launch
+from mygpt import agreement, launch
 from mygpt.errors import PeerError
 from mygpt.launch import Launched, Peers, is_of_collective, peers_of
 from mygpt.loop import accelerator_for, train
@@ -40,15 +40,21 @@ def undisturbed(text_file, tmp_path_factory) -> Path:
     return train(recipe_of(**KEYS, corpus=str(text_file), output=str(tmp_path_factory.mktemp("undisturbed") / "run")))
 
 
-def torchrun(processes, text_file, place, patch, *flags, launcher=(), code="main(['train', *sys.argv[1:]])"):
+def torchrun(processes, text_file, place, patch, *flags, launcher=()):
     """Run so many processes with a patch of the program; returns what the launcher printed and how it ended."""
     (place / "patched.py").write_text(
         f"import os, signal, sys\nfrom mygpt import cli, launch, loop\nlaunch.GRACE_SECONDS = 1.0\n{patch}\n"
-        f"from mygpt.cli import main\n{code}\n"
+        "from mygpt.cli import main\nmain(['train', *sys.argv[1:]])\n"
     )
     launcher = launcher or ("--master-port", free_port())
     command = [BIN / "torchrun", "--nproc-per-node", processes, *launcher, "patched.py", text_file, *FLAGS]
     return run_process([*command, "--output", "run", *flags], place, timeout=180)
+
+
+def assert_same_run(run, expected):
+    """Weights, state and records are those of the other run, byte for byte."""
+    for name in ("step-000006/model.safetensors", "step-000006/state.safetensors", "metrics.jsonl"):
+        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
 
 
 # ---- 64: restarts
@@ -78,8 +84,7 @@ def test_a_launcher_restarts_killed_processes_three_times_over(text_file, tmp_pa
     result = torchrun(processes, text_file, tmp_path, DYING, launcher=launcher)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "killed").read_text() == "0\n1\n2\n"
-    for name in ("step-000006/model.safetensors", "step-000006/state.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "run" / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
 def test_accelerate_meets_where_mygpt_says(monkeypatch):
@@ -99,6 +104,96 @@ def test_accelerate_meets_where_mygpt_says(monkeypatch):
         assert not torch.distributed.is_initialized()
     assert len(set(prefixes)) == 2
     assert all(re.fullmatch(r"mygpt/2/\d+", prefix) for prefix in prefixes)
+
+
+# ---- 69: weights that differ
+
+
+FLIPPING = """
+import torch
+def flip(tensor):
+    tensor.detach().view(torch.int32).view(-1)[7] ^= 1
+GPT, restore, step, calls = loop.GPT, loop.restore, loop.train_step, []
+def other_start(*args):
+    model = GPT(*args)
+    flip(next(model.parameters()))
+    return model
+def other_checkpoint(*args):
+    restored = restore(*args)
+    flip(next(tensor for name, tensor in restored.moments.items() if name.endswith(".exp_avg")))
+    return restored
+def flipping_step(accelerator, model, optimizer, batch, **keys):
+    update = step(accelerator, model, optimizer, batch, **keys)
+    calls.append(1)
+    if len(calls) == 4:
+        parameter = next(model.parameters())
+        flip(parameter if what == "weight" else optimizer.state[parameter][what])
+    return update
+def patch(rank, name, value):
+    if os.environ["RANK"] == str(rank):
+        setattr(loop, name, value)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.fault(69)
+def test_processes_that_start_with_other_weights_are_refused(text_file, tmp_path):
+    """One bit of one process, before anything is written: all of them end, and say which."""
+    result = torchrun(3, text_file, tmp_path, f"{FLIPPING}\npatch(1, 'GPT', other_start)")
+    assert result.returncode == 1
+    assert (
+        f"mygpt: before step 1: the processes hold different weights or optimizer state, rank 1 on {platform.node()} "
+        f"against rank 0, 2 on {platform.node()}; their processors or versions compute other initial weights"
+    ) in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(69)
+@pytest.mark.parametrize("what", ["weight", "exp_avg"])
+def test_a_bit_that_flips_in_one_process_is_not_saved(text_file, tmp_path, undisturbed, what):
+    """Nothing of that step; the same command continues from the checkpoint before, to the bytes of a sound run."""
+    result = torchrun(3, text_file, tmp_path, f"{FLIPPING}\nwhat = '{what}'\npatch(2, 'train_step', flipping_step)")
+    assert result.returncode == 1
+    assert (
+        f"mygpt: step 4: the processes hold different weights or optimizer state, rank 2 on {platform.node()} "
+        f"against rank 0, 1 on {platform.node()}; nothing of this step is saved"
+    ) in result.stderr
+    saved = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+    assert saved == ["step-000001", "step-000002", "step-000003"]
+
+    result = torchrun(3, text_file, tmp_path, f"{FLIPPING}\npatch(1, 'restore', other_checkpoint)")
+    assert result.returncode == 1
+    assert "mygpt: before step 4: the processes hold different weights or optimizer state, rank 1" in result.stderr
+    assert "they have read different checkpoints" in result.stderr
+
+    result = torchrun(3, text_file, tmp_path, "")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
+def test_a_checksum_depends_on_every_bit_and_place(monkeypatch, dtype):
+    """Of all tensors, across the borders of chunks, and on their order."""
+    monkeypatch.setattr(agreement, "CHUNK", 16)
+    tensors = [torch.arange(size).remainder(7).to(dtype) for size in (1, 50, 33)]
+
+    def value():
+        return agreement.checksum(tensors, torch.device("cpu")).item()
+
+    seen, count = {value()}, 1
+    for tensor in tensors:
+        bits = tensor.view(torch.uint8)
+        for place in range(len(bits)):
+            for bit in range(8):
+                bits[place] ^= 1 << bit
+                seen.add(value())
+                bits[place] ^= 1 << bit
+                count += 1
+    assert len(seen) == count
+    assert value() in seen
+    tensors.reverse()
+    assert value() not in seen
 
 
 # ---- 70: whose error it is
