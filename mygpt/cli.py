@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import io
+import json
 import os
 import platform
 import re
@@ -455,13 +456,25 @@ def _complain(message: str, *, is_of_other: bool = False) -> None:
     several_machines = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not is_of_other and (several_machines or os.environ.get("LOCAL_RANK", "0") != "0"):
         rank = f"rank {os.environ.get('RANK', '?')} on {platform.node()}: "
+    lines = [f"{rank}{''.join(c if c.isprintable() else repr(c)[1:-1] for c in line)}" for line in message.splitlines()]
+    if len(lines) > MAX_LINES:
+        lines[MAX_LINES:] = [f"{rank}and {len(lines) - MAX_LINES} more"]
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)
-    lines = message.splitlines()
-    for line in lines[:MAX_LINES]:
-        print(f"mygpt: {rank}{''.join(c if c.isprintable() else repr(c)[1:-1] for c in line)}", file=sys.stderr)
-    if len(lines) > MAX_LINES:
-        print(f"mygpt: {rank}and {len(lines) - MAX_LINES} more", file=sys.stderr)
+    _tell_launcher("\n".join(lines))
+    for line in lines:
+        print(f"mygpt: {line}", file=sys.stderr)
+
+
+def _tell_launcher(message: str) -> None:
+    """Have torchrun and accelerate launch end with the message, which else end with how to get a traceback.
+
+    The file is what torch.distributed.elastic.multiprocessing.errors.ErrorHandler writes, without a traceback.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")
 
 
 MAX_LINES = 20

@@ -258,10 +258,11 @@ def test_the_doctor_refuses_what_train_refuses(text_file, command):
 
 @pytest.mark.slow
 def test_mistakes_under_a_launcher_are_told_once(text_file, tmp_path):
-    """Each process finds the mistake; one prints it, nothing is created, and the launcher fails."""
+    """Each process finds the mistake; one prints it, nothing is created, and the launcher fails, and repeats it."""
     result = launch("torchrun", "--nproc-per-node", 3, target=text_file, cwd=tmp_path, flags=TINY_FLAGS)
     assert result.returncode != 0
-    assert result.stderr.count("batch_size: got 4, expected a multiple of the 3 processes") == 1
+    told, mistake = "mygpt: batch_size: got 4", "batch_size: got 4, expected a multiple of the 3 processes"
+    assert (result.stderr.count(told), result.stderr.count(mistake)) == (1, 2)
     assert not list(tmp_path.glob("checkpoints"))
 
 

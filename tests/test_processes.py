@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, recipe_of, run_process
+from conftest import REPOSITORY, TINY, recipe_of, run_process
 from test_startup import exchange, fail, lose, together
 from torch.distributed import DistNetworkError, PrefixStore, TCPStore
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from mygpt import agreement, launch
+from mygpt.cli import _complain
 from mygpt.errors import PeerError
 from mygpt.launch import Launched, Peers, is_of_collective, peers_of
 from mygpt.loop import accelerator_for, train
@@ -346,3 +348,35 @@ def test_many_processes_ask_little_of_the_store():
     others = [result for rank, result in enumerate(results) if rank != 1]
     assert {str(error) for error in others} == {f"rank 1 on {platform.node()}: KeyError: 'b'"}
     assert max(ended) - ended[1] < 2
+
+
+# ---- what the launcher says at its end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_a_launcher_ends_with_the_message(text_file, tmp_path, launcher):
+    """Its summary of what failed comes last, and has the error's own line in place of how to get a traceback."""
+    arguments = [text_file, *FLAGS, "--lr", -1, "--output", "run"]
+    if launcher == "torchrun":
+        command = [BIN / "torchrun", "--nproc-per-node", 2, "--master-port", free_port()]
+    else:
+        config = REPOSITORY / "recipes" / "launch" / "cpu2.yaml"
+        command = [BIN / "accelerate", "launch", "--config_file", config, "--main_process_port", free_port()]
+    result = run_process([*command, "-m", "mygpt", "train", *arguments], tmp_path)
+    assert result.returncode == 1
+    assert "traceback : --lr: got -1.0, expected greater than or equal to 0" in result.stderr.splitlines()[-2]
+    assert "To enable traceback see" not in result.stderr
+
+
+def test_a_launcher_is_told_what_is_printed(monkeypatch, tmp_path, capsys):
+    """Lines of a message, with what a terminal would act on escaped; a file that cannot be written is no error."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    _complain("one\ntwo \x1b[31m")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert failure.message["message"] == "one\ntwo \\x1b[31m"
+    assert abs(failure.timestamp - time.time()) < 60
+    assert capsys.readouterr().err == "mygpt: one\nmygpt: two \\x1b[31m\n"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere" / "error.json"))
+    _complain("three")
+    assert capsys.readouterr().err == "mygpt: three\n"
