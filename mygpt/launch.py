@@ -100,24 +100,16 @@ def is_sharded(environ: Mapping[str, str] = os.environ) -> bool:
 
 def ignored_settings(precision: str, environ: Mapping[str, str] = os.environ) -> list[str]:
     """What the launch configuration asks for and the recipe decides instead, a sentence each."""
-    asked = {
-        "mixed_precision": (environ.get("ACCELERATE_MIXED_PRECISION", "no"), ("no", precision), "precision"),
-        "fsdp_activation_checkpointing": (
-            environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower(),
-            ("false",),
-            "activation_checkpointing",
-        ),
-        "dynamo_backend": (environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").lower(), ("no",), "compile"),
-        "gradient_accumulation_steps": (
-            environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
-            ("1",),
-            "micro_batch_size",
-        ),
-    }
+    settings = (
+        ("mixed_precision", "ACCELERATE_MIXED_PRECISION", ("no", precision), "precision"),
+        ("fsdp_activation_checkpointing", "FSDP_ACTIVATION_CHECKPOINTING", ("false",), "activation_checkpointing"),
+        ("dynamo_backend", "ACCELERATE_DYNAMO_BACKEND", ("no",), "compile"),
+        ("gradient_accumulation_steps", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1",), "micro_batch_size"),
+    )
     return [
-        f"{name}: {value} of the launch configuration is not used: the recipe's {key} decides"
-        for name, (value, harmless, key) in asked.items()
-        if value not in harmless
+        f"{name}: {environ[variable]} of the launch configuration is not used: the recipe's {key} decides"
+        for name, variable, harmless, key in settings
+        if environ.get(variable, harmless[0]).lower() not in harmless
     ]
 
 
@@ -179,17 +171,18 @@ class Peers:
 
     def leave(self, error: Exception) -> Exception:
         """End with an error: tell the others, or find out what another has told; returns what is to be raised."""
-        is_lost = is_of_collective(error)
         answers: list[Exception] = []
         # Aside, and for so long only, since over a network that is gone the store may never answer.
-        thread = threading.Thread(target=lambda: answers.append(self._leave(error, is_lost)), daemon=True)
+        thread = threading.Thread(target=lambda: answers.append(self._leave(error)), daemon=True)
         thread.start()
         thread.join(3 * GRACE_SECONDS)
-        return answers[0] if answers else self._lost(f"the launcher at {_store_address()}", error) if is_lost else error
+        if answers:
+            return answers[0]
+        return self._lost(f"the launcher at {_store_address()}", error) if is_of_collective(error) else error
 
-    def _leave(self, error: Exception, is_lost: bool) -> Exception:
+    def _leave(self, error: Exception) -> Exception:
         with suppress(RuntimeError):
-            if is_lost:
+            if is_of_collective(error):
                 error = self._reason(error)
             elif not isinstance(error, PeerError | LostProcessError):
                 known = isinstance(error, MygptError)
@@ -297,7 +290,7 @@ def _meet(url: str = "", timeout: timedelta = PROCESS_TIMEOUT, **_: Any) -> Iter
 _openings = itertools.count()
 
 INIT_METHOD = "mygpt://"
-"""How torch.distributed.init_process_group meets the other processes; Accelerate passes it on."""
+"""For `torch.distributed.init_process_group`, to which Accelerate passes it on (a test is the canary for that)."""
 register_rendezvous_handler("mygpt", _meet)  # type: ignore[no-untyped-call]
 
 
