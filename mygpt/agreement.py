@@ -1,4 +1,4 @@
-"""Whether all processes hold the same weights and optimizer state, as exact sums need: by a checksum of each."""
+"""Check that all processes hold the same weights and optimizer state, as exact sums need, by comparing checksums."""
 
 from collections.abc import Iterable
 
@@ -8,16 +8,16 @@ from accelerate import Accelerator
 from mygpt.errors import DisagreementError
 from mygpt.startup import Facts, name_ranks
 
-OTHER_START = (
+REMEDY_AT_START = (
     'their processors or versions compute other initial weights: make the machines alike, or use reduction = "fast"'
 )
-OTHER_CHECKPOINT = "they have read different checkpoints: give all machines the same run directory"
-OTHER_LATER = (
-    "nothing of this step is saved: look for failing memory or a failing processor in the machine that stands alone; "
-    "the same command continues from the last checkpoint"
+REMEDY_AFTER_RESUMING = "they have read different checkpoints: give all machines the same run directory"
+REMEDY_WHEN_SAVING = (
+    "this step is not saved: check the memory and the processor of the machine that differs; the same command "
+    "continues from the last checkpoint"
 )
 CHUNK = 2**20
-"""Elements taken at a time, so that the integers in between take little memory."""
+"""Elements per chunk, which bounds the memory of the int64 temporaries."""
 
 
 def check_agreement(

@@ -461,15 +461,15 @@ def _complain(message: str, *, is_of_other: bool = False) -> None:
         lines[MAX_LINES:] = [f"{rank}and {len(lines) - MAX_LINES} more"]
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)
-    _tell_launcher("\n".join(lines))
+    _write_error_file("\n".join(lines))
     for line in lines:
         print(f"mygpt: {line}", file=sys.stderr)
 
 
-def _tell_launcher(message: str) -> None:
-    """Have torchrun and accelerate launch end with the message, which else end with how to get a traceback.
+def _write_error_file(message: str) -> None:
+    """Give the message to torchrun or accelerate launch, whose last lines then show it as the root cause.
 
-    The file is what torch.distributed.elastic.multiprocessing.errors.ErrorHandler writes, without a traceback.
+    The format is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler, without a traceback.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}

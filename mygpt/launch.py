@@ -27,7 +27,7 @@ PROCESS_TIMEOUT = timedelta(minutes=10)
 NOTICE_SECONDS = 30.0
 """After this long it says for whom it waits."""
 POLL_SECONDS = 0.5
-"""How long another's error may go unnoticed by a process that waits."""
+"""The longest interval at which a waiting process looks for another's error."""
 GRACE_SECONDS = 3.0
 """How long a mistake waits for the same one of others, and a process that ends for others to hear why."""
 
@@ -134,7 +134,7 @@ def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
 class Peers:
     """The processes of this run, each of which can tell the others something.
 
-    What a process sends to the store, and asks of it, is a few requests, however many processes there are.
+    Each process sends the store few requests, however many processes there are.
     """
 
     def __init__(self, launched: Launched, store: Store):
@@ -163,7 +163,7 @@ class Peers:
             if waited > NOTICE_SECONDS and not noticed:
                 print(f"rank {self.launched.rank} waits for {self._without(keys)}", file=sys.stderr, flush=True)
                 noticed = True
-            # Soon at first, then at intervals: all processes ask the one store.
+            # Longer and longer, because all processes ask the same store.
             time.sleep(min(0.02 + waited / 4, POLL_SECONDS))
         told = [json.loads(value) for value in self._store.multi_get(keys)]
         self._nodes = self._nodes or [entry.get("node", "?") for entry in told]
@@ -266,9 +266,9 @@ def peers_of(launched: Launched) -> Iterator[Peers]:
 
 
 def is_of_collective(error: Exception) -> bool:
-    """Whether a collective or the store has failed, as when another process ends or hangs.
+    """Whether a collective or the store failed, as it does when another process ends or hangs.
 
-    NCCL and the store raise torch's own errors, gloo a RuntimeError that begins with the place in gloo's source.
+    NCCL and the store raise torch's own error classes; gloo raises a RuntimeError that begins with its source path.
     """
     return isinstance(error, DistError) or (type(error) is RuntimeError and bool(re.match(OF_GLOO, str(error))))
 
@@ -277,10 +277,10 @@ OF_GLOO = r"\[\S*/gloo/\S+:\d+\] |Gloo connectFullMesh failed"
 
 
 def _meet(url: str = "", timeout: timedelta = PROCESS_TIMEOUT, **_: Any) -> Iterator[tuple[Store, int, int]]:
-    """A connection to the launcher's store, for this attempt and this use alone; the rank; the number of processes.
+    """Connect to the launcher's store; yields it with this process's rank and the number of processes.
 
-    A launcher that restarts processes keeps its store, as does a script that trains twice: without a prefix a process
-    would call those that have ended, at the addresses that they have left there.
+    A launcher that restarts processes keeps its store, and a script that trains twice uses one store twice. The prefix
+    hides what is left in it: without it a process would try to connect to the addresses of ended processes.
     """
     store, rank, processes = next(rendezvous("env://", timeout=timeout))
     prefix = f"mygpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_openings)}"

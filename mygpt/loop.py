@@ -25,7 +25,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from mygpt import launch
-from mygpt.agreement import OTHER_CHECKPOINT, OTHER_LATER, OTHER_START, check_agreement
+from mygpt.agreement import REMEDY_AFTER_RESUMING, REMEDY_AT_START, REMEDY_WHEN_SAVING, check_agreement
 from mygpt.checkpoint import Saver, Tensors, TrainingState, load_optimizer_tensors
 from mygpt.data import Batch, BatchStream, Dataset, Places, Rows, held_out_places
 from mygpt.errors import (
@@ -153,7 +153,7 @@ def _train(
         now = generator_states(accelerator.device, stream, exact=True)
         state = training_state(accelerator, gpt, optimizer, now, step, best)
         held = [*gpt.state_dict().values(), *state.tensors.values()]
-        remedy = OTHER_CHECKPOINT if checkpoint else OTHER_START
+        remedy = REMEDY_AFTER_RESUMING if checkpoint else REMEDY_AT_START
         check_agreement(accelerator, held, facts, when=f"before step {step + 1}", remedy=remedy)
 
     if is_main:
@@ -219,7 +219,7 @@ def _train(
                     weights = gathered(accelerator, gpt.state_dict())
                     if exact:
                         held = [*weights.values(), *state.tensors.values()]
-                        check_agreement(accelerator, held, facts, when=f"step {step}", remedy=OTHER_LATER)
+                        check_agreement(accelerator, held, facts, when=f"step {step}", remedy=REMEDY_WHEN_SAVING)
                     if is_main:
                         saver.save(weights, state, reason)
             saver.check()

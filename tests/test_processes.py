@@ -81,7 +81,7 @@ loop.train_step = dying_step
 @pytest.mark.parametrize("launcher", [(), ("--standalone",)])
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_launcher_restarts_killed_processes_three_times_over(text_file, tmp_path, undisturbed, processes, launcher):
-    """Another process each time: the next attempt calls none of the dead, and the run ends with the bytes of one."""
+    """Another process each time; the run ends with the bytes of a run never disturbed."""
     launcher = [*(launcher or ("--master-port", free_port())), "--max-restarts", 3]
     result = torchrun(processes, text_file, tmp_path, DYING, launcher=launcher)
     assert result.returncode == 0, result.stderr
@@ -159,7 +159,7 @@ def test_a_bit_that_flips_in_one_process_is_not_saved(text_file, tmp_path, undis
     assert result.returncode == 1
     assert (
         f"mygpt: step 4: the processes hold different weights or optimizer state, rank 2 on {platform.node()} "
-        f"against rank 0, 1 on {platform.node()}; nothing of this step is saved"
+        f"against rank 0, 1 on {platform.node()}; this step is not saved"
     ) in result.stderr
     saved = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
     assert saved == ["step-000001", "step-000002", "step-000003"]
