@@ -21,9 +21,11 @@ class HeldOutLoss(NamedTuple):
     """Degrees of freedom of the standard error: of Student's t, for an interval."""
 
 
-BATCHES = 10
-"""Into which consecutive windows are put for their standard error: few, so that each is long beside the distance over
-which losses are correlated, and enough for Student's t. Schmeiser finds 10 to 30 to be a good number."""
+MAX_BATCHES = 10
+"""Batches for the standard error of consecutive windows: few, so that each is long beside the distance over which
+losses are correlated, and enough for Student's t. Schmeiser finds 10 to 30 to be a good number."""
+MIN_BATCH = 10
+"""Windows in a batch, where there are enough for two: with fewer the batches themselves are correlated."""
 
 
 def estimate_val_loss(
@@ -68,8 +70,8 @@ def ratio_estimate(loss_N: torch.Tensor, length_N: torch.Tensor, *, consecutive:
     Its standard error is that of a ratio (total loss over total tokens), so that a short window counts by its length.
     Windows that were drawn at random are independent: it is the error of the loss over the text that they come from.
     `consecutive` windows are all of a text, whose loss they give without error: it is the error of that loss as one of
-    text like it. Neighbours are correlated, so that it comes from `BATCHES` batches of consecutive windows, as if each
-    batch were one long window. Differences between parts of the source that are longer than the text do not show in it.
+    text like it. Neighbours are correlated, so that it comes from the means of up to `MAX_BATCHES` batches of them, as
+    if each batch were one long window. It does not hold how the text as a whole differs from the rest of its source.
     Sources: Cochran, "Sampling Techniques" (1977), section 2.11; Schmeiser, "Batch size effects in the analysis of
     simulation output" (Operations Research 30, 1982); Ibragimov & Mueller, "t-statistic based correlation and
     heterogeneity robust inference" (Journal of Business & Economic Statistics 28, 2010).
@@ -78,7 +80,8 @@ def ratio_estimate(loss_N: torch.Tensor, length_N: torch.Tensor, *, consecutive:
     mean = loss_N.sum().item() / total
     residual_N = loss_N - mean * length_N
     if consecutive:
-        residual_N = torch.stack([part.sum() for part in residual_N.tensor_split(min(BATCHES, len(loss_N)))])
+        batches = min(len(loss_N), max(2, min(MAX_BATCHES, len(loss_N) // MIN_BATCH)))
+        residual_N = torch.stack([batch.sum() for batch in residual_N.tensor_split(batches)])
     count = len(residual_N)
     if count == 1:
         return HeldOutLoss(mean, None)

@@ -78,8 +78,8 @@ class Manifest(_Metadata):
     finished: bool | None = None
     """Whether the run ended with this step, and not by a signal; None in format 1."""
     recipe: Recipe | None = None
-    """What the step was trained with; None in format 1. Paths are left out, so that the same recipe gives the same
-    bytes in any directory."""
+    """What the step was trained with; None in format 1. Corpus, output and resume are left out, so that the same recipe
+    gives the same bytes in any directory: where this is read they have their defaults, which mean nothing."""
     corpus_sha256: str | None = None
     """Of the text that it was trained on; None in format 1."""
     files: dict[Literal["model.safetensors", "state.safetensors"], FileEntry]
@@ -99,6 +99,8 @@ class Resumed(Table):
     """Of that step directory's manifest.json, and so of all that is in it."""
     changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
     """Old and new value by name: of recipe keys, of `environment`, of git_commit and corpus_sha256."""
+    recipe: Recipe | None = None
+    """With which the steps up to then were trained; None as mygpt 0.1 wrote it."""
 
 
 class RunInfo(Table):
@@ -123,6 +125,9 @@ class RunInfo(Table):
     """Windows per forward pass on one process."""
     reduction: Literal["fast", "exact"] = "fast"
     corpus_sha256: str
+    recipe: Recipe | None = None
+    """The newest, as recipe.toml has it: here it is replaced together with what is recorded of its changes. None as
+    mygpt 0.1 wrote it."""
     resumed: tuple[Resumed, ...] = ()
 
     def environment(self) -> dict[str, Any]:
@@ -134,7 +139,10 @@ class RunInfo(Table):
         return {**self.versions, **{name: getattr(self, name) for name in names}}
 
     def to_json(self) -> str:
-        return self.model_dump_json(indent=2, exclude=None if self.resumed else {"resumed"}) + "\n"
+        # The output is where this file lies.
+        output = {"checkpoint": {"output"}}
+        resumed = {"__all__": {"recipe": output}} if self.resumed else True
+        return self.model_dump_json(indent=2, exclude={"recipe": output, "resumed": resumed}) + "\n"
 
     def recorded(self) -> dict[str, Any]:
         """What is compared when a run goes on, by name."""
@@ -149,7 +157,15 @@ class RunInfo(Table):
 
     def before(self, step: int) -> tuple[Resumed, ...]:
         """The times that the run went on before it trained `step`."""
-        return tuple(resumed for resumed in self.resumed if resumed.after_step < step)
+        return tuple(resumed for resumed in self.history if resumed.after_step < step)
+
+    @property
+    def history(self) -> tuple[Resumed, ...]:
+        """`resumed` in the order of steps, without continuations that were given up, which mygpt 0.1 left there."""
+        kept: list[Resumed] = []
+        for resumed in self.resumed:
+            kept = [entry for entry in kept if entry.after_step < resumed.after_step] + [resumed]
+        return tuple(kept)
 
 
 M = TypeVar("M", bound=_Metadata)

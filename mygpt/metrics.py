@@ -208,6 +208,8 @@ def rewind(path: Path, kind: type[_Line], step: int, *, cut: bool = True) -> lis
                         )
                     break
                 if record.step > step or not line.endswith(b"\n"):
+                    # Records of a continuation that has been given up go, also from a complete run.
+                    cut = cut or (record.step > step and not path.is_symlink())
                     break
                 kept.append(record)
                 size += len(line)

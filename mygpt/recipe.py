@@ -205,6 +205,8 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: the file cannot be read, is not TOML, or holds anything that a recipe may not.
     """
     path = shipped_recipes().get(str(path), Path(path))
+    if path.is_symlink() and _is_of_a_run(target := Path(os.path.realpath(path))):
+        path = target
     tables = _read_with_parents(path, ())
     output = str(path.parent) if _is_of_a_run(path) else f"checkpoints/{path.stem}"
     tables["checkpoint"] = {"output": output} | tables.get("checkpoint", {})

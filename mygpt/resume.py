@@ -55,7 +55,7 @@ class Start(NamedTuple):
     info: RunInfo
     """What recipe.toml and run.json are to say."""
     keeps_best: bool = False
-    """Whether the checkpoint's best evaluation is one of this run, and of the same kind as those to come."""
+    """Whether the checkpoint's best evaluation is of this run, and over the same held-out windows as those to come."""
 
 
 class _Source(NamedTuple):
@@ -90,54 +90,72 @@ def find_start(
         DamagedCheckpointError: there are checkpoints, and none of them is whole.
     """
     run, recipe = Path(recipe.checkpoint.output), self_contained(recipe)
+    info = info.model_copy(update={"recipe": recipe})
     overwrite = overwrite and not (is_restart and _is_run_of(run, recipe, info))
     source = _find_source(run, recipe.checkpoint.resume, overwrite, warn)
     if source is None:
         return Start(None, 0, False, overwrite, recipe, info)
-    in_place = source.in_place
+    in_place, checkpoint = source.in_place, source.checkpoint
     if not in_place and source.run.resolve() == run.resolve():
         raise CheckpointError(
             f"resume: {recipe.checkpoint.resume} is in the run that --overwrite would remove; choose another --output"
         )
-    newest, before = recorded_recipe(source.run), read_run(source.run)
-    step = _check_checkpoint(source, recipe, vocab)
+    before = read_run(source.run)
+    newest = recorded_recipe(source.run)
     # A step is judged by what it was trained with: the run may have gone on with another recipe since.
-    old = newest if source.checkpoint is None else recipe_of_checkpoint(source.checkpoint, newest, before)
-    complete = in_place and is_finished(source.checkpoint, newest) and recipe.train.steps == old.train.steps
+    trained_with = recipe_of_checkpoint(checkpoint, newest, before) if checkpoint else newest
+    is_over = checkpoint is not None and is_finished(checkpoint, newest)
+    step = _check_checkpoint(source, recipe, vocab, may_end=in_place and is_over)
+    is_complete = in_place and is_over and recipe.train.steps == trained_with.train.steps
+    if recipe.train.init_seed != trained_with.train.init_seed and checkpoint and allow_changes:
+        warn(f"init_seed: stays {trained_with.train.init_seed}: the weights are those of {checkpoint}")
+        recipe = with_keys(recipe, init_seed=trained_with.train.init_seed)
     changed = _check_changes(
-        source, old, before.recorded_at(step), recipe, info, allow_changes, (lambda _: None) if complete else warn
+        source,
+        trained_with,
+        before.recorded_at(step),
+        recipe,
+        info,
+        allow_changes,
+        (lambda _: None) if is_complete else warn,
     )
-    if source.checkpoint is None:
-        return Start(None, 0, True, overwrite, recipe, info)
-    keeps_best = in_place and (complete or not _window_names(old, recipe) & changed.keys())
-    is_old_stream = recipe.validation.sampling == "own-stream" and read_manifest(source.checkpoint).format == 1
-    if is_old_stream and recipe.validation.val_every and not complete:
+    if checkpoint is None:
+        return Start(None, 0, True, False, recipe, info)
+    if is_complete:
+        # Nothing is trained any more: the recipe stays, but for what is shown and kept.
+        values = {key: getattr(getattr(recipe, TABLE_OF_KEY[key]), key) for key in HARMLESS_KEYS}
+        recipe = with_keys(trained_with, **values | {"resume": newest.checkpoint.resume})
+        info = before.model_copy(update={"recipe": recipe, "resumed": before.before(step)})
+        return Start(checkpoint, step, True, False, recipe, info, keeps_best=True)
+    keeps_best = in_place and not _window_names(trained_with, recipe) & changed.keys()
+    is_old_stream = recipe.validation.sampling == "own-stream" and read_manifest(checkpoint).format == 1
+    if is_old_stream and recipe.validation.val_every:
         keeps_best = False
         warn(
             "the held-out windows of own-stream are not those of mygpt 0.1: losses before and after differ by that, too"
         )
-    if old.train.steps != recipe.train.steps:
-        changed["steps"] = (old.train.steps, recipe.train.steps)
-        _tell_steps(old, recipe, step, warn)
+    if trained_with.train.steps != recipe.train.steps:
+        changed["steps"] = (trained_with.train.steps, recipe.train.steps)
+        _tell_steps(trained_with, recipe, step, warn)
     if not in_place:
         begun = Resumed(
             after_step=step,
-            checkpoint=str(source.checkpoint),
-            manifest_sha256=file_sha256(source.checkpoint / MANIFEST_FILE),
+            checkpoint=str(checkpoint),
+            manifest_sha256=file_sha256(checkpoint / MANIFEST_FILE),
             changed=changed,
+            recipe=trained_with,
         )
-        info = info.model_copy(update={"resumed": (begun,)})
-        return Start(source.checkpoint, step, False, overwrite, recipe, info)
-    # run.json says what was different when the run went on; a run that was killed and continued says nothing. What came
-    # after a later step is of a continuation that has been left.
-    resumed = (*before.before(step), *([Resumed(after_step=step, changed=changed)] if changed else []))
-    if complete:
-        resumed = before.resumed
+        info = info.model_copy(update={"recipe": recipe, "resumed": (begun,)})
+        return Start(checkpoint, step, False, overwrite, recipe, info)
     # Where the run began stays on record.
     recipe = with_keys(recipe, resume=newest.checkpoint.resume)
-    return Start(
-        source.checkpoint, step, True, False, recipe, before.model_copy(update={"resumed": resumed}), keeps_best
-    )
+    # run.json says what was different when the run went on; a run that was killed and continued says nothing. What came
+    # after a later step is of a continuation that has been given up.
+    resumed = before.before(step)
+    if changed:
+        resumed += (Resumed(after_step=step, changed=changed, recipe=trained_with),)
+    info = before.model_copy(update={"recipe": recipe, "resumed": resumed})
+    return Start(checkpoint, step, True, False, recipe, info, keeps_best)
 
 
 def begin_run(start: Start) -> None:
@@ -159,18 +177,25 @@ def begin_run(start: Start) -> None:
 
 
 def _is_run_of(run: Path, recipe: Recipe, info: RunInfo) -> bool:
-    """Whether the run is the one that this command began, perhaps in another environment."""
-    try:
-        recorded = with_keys(self_contained(recorded_recipe(run)), output=recipe.checkpoint.output)
-        return recorded == recipe and read_run(run).command == info.command
-    except CheckpointError:
+    """Whether the run is the one that this command began, perhaps in another environment.
+
+    Raises:
+        DamagedCheckpointError: there is a run that cannot be read, so that it cannot be said whose it is.
+    """
+    if not os.path.lexists(run / RECIPE_FILE):
         return False
+    before = read_run(run)
+    # The program may have another path by now, and so may the text.
+    paths = {"output": recipe.checkpoint.output, "corpus": recipe.data.corpus}
+    recorded = with_keys(self_contained(recorded_recipe(run)), **paths)
+    same_text = before.recorded()["corpus_sha256"] == info.corpus_sha256
+    return recorded == recipe and same_text and before.command[1:] == info.command[1:]
 
 
 def _find_source(run: Path, resume: str, overwrite: bool, warn: Warn) -> _Source | None:
     """The run itself where it is to be continued, or the one that `resume` names; None: start from the beginning."""
     # recipe.toml is the last that a new run gets: without it there is a run that was killed while it was made.
-    if os.path.lexists(run / RECIPE_FILE) and not overwrite and not (resume == "never" and has_no_steps(run)):
+    if os.path.lexists(run / RECIPE_FILE) and not overwrite and not (resume in ("auto", "never") and has_no_steps(run)):
         old = self_contained(recorded_recipe(run))
         if resume not in ("auto", old.checkpoint.resume):
             raise CheckpointError(
@@ -198,7 +223,10 @@ def origin(run: Path, begun: Resumed) -> Path:
     except (OSError, ValueError):
         found = None
     if found != begun.manifest_sha256:
-        raise MismatchError(f"{path}: the checkpoint after which {run} began is {'another now' if found else 'gone'}")
+        raise MismatchError(
+            f"{path}: the checkpoint after which {run} began is {'another now' if found else 'gone'}; put it back, or "
+            "begin again with --overwrite and the --resume of where it is now"
+        )
     return path
 
 
@@ -248,7 +276,7 @@ def newest_checkpoint(run: Path, warn: Warn) -> Path | None:
 
 
 def recorded_recipe(run: Path) -> Recipe:
-    """The recipe that a run was trained with.
+    """The newest recipe of a run.
 
     Raises:
         CheckpointError: there is no run.
@@ -256,6 +284,8 @@ def recorded_recipe(run: Path) -> Recipe:
     """
     if not os.path.lexists(run / RUN_FILE):
         raise CheckpointError(f"{run}: no such run; expected a directory that `mygpt train` has written")
+    if (recipe := read_run(run).recipe) is not None:
+        return with_keys(recipe, output=str(run))
     try:
         return load_recipe(run / RECIPE_FILE)
     except RecipeError as error:
@@ -270,35 +300,34 @@ def recipe_of_checkpoint(checkpoint: Path, newest: Recipe, info: RunInfo) -> Rec
     manifest = read_manifest(checkpoint)
     if manifest.recipe is None:
         return recipe_at(manifest.step, newest, info)
-    paths = {"corpus": newest.data.corpus, "output": newest.checkpoint.output, "resume": newest.checkpoint.resume}
+    corpus = recipe_at(manifest.step, newest, info).data.corpus
+    paths = {"corpus": corpus, "output": newest.checkpoint.output, "resume": newest.checkpoint.resume}
     return with_keys(manifest.recipe, **paths)
 
 
 def recipe_at(step: int, newest: Recipe, info: RunInfo) -> Recipe:
-    """The recipe with which a run trained `step`: its newest recipe, without what was changed after that step."""
-    keys = {
-        name: was
-        for resumed in reversed(info.resumed)
-        for name, (was, _) in resumed.changed.items()
-        if resumed.after_step >= step and name in TABLE_OF_KEY
-    }
-    return with_keys(newest, **keys)
+    """The recipe with which a run trained `step`: the one that it had when it next went on, or its newest."""
+    later = [resumed for resumed in info.history if resumed.after_step >= step]
+    if later and later[0].recipe is not None:
+        return later[0].recipe
+    # mygpt 0.1 recorded what was changed only.
+    keys = {name: was for resumed in reversed(later) for name, (was, _) in resumed.changed.items()}
+    return with_keys(newest, **{name: was for name, was in keys.items() if name in TABLE_OF_KEY})
 
 
-def is_finished(checkpoint: Path | None, newest: Recipe) -> bool:
+def is_finished(checkpoint: Path, newest: Recipe) -> bool:
     """Whether the run ended with this checkpoint; in format 1, whether it is the last step of its `newest` recipe."""
-    if checkpoint is None:
-        return False
     manifest = read_manifest(checkpoint)
     return manifest.step == newest.train.steps if manifest.finished is None else manifest.finished
 
 
-def _check_checkpoint(source: _Source, recipe: Recipe, vocab: str) -> int:
-    """See that the checkpoint fits the recipe and the vocabulary; returns its step."""
+def _check_checkpoint(source: _Source, recipe: Recipe, vocab: str, *, may_end: bool) -> int:
+    """See that the checkpoint fits the recipe, whose last step it is only if it `may_end`, and the vocabulary; returns
+    its step."""
     if source.checkpoint is None:
         return 0
     # A branch has an output of its own already: another one would change nothing.
-    way_out = "choose another --output" if source.in_place else "set it so, or leave out --resume"
+    way_out = "choose another --output" if source.in_place else "a branch goes on with what its checkpoint has"
     metadata = read_metadata(source.checkpoint / MODEL_FILE)
     problems = [
         f"[model] {key}: got {value}, expected {saved}, as in {source.checkpoint}; {way_out}"
@@ -310,8 +339,9 @@ def _check_checkpoint(source: _Source, recipe: Recipe, vocab: str) -> int:
     if problems:
         raise MismatchError("\n".join(problems))
     step, steps = metadata.step, recipe.train.steps
-    if step > steps or (step == steps and not source.in_place):
-        more_than, way_out = ("at least", ", or choose another --output") if source.in_place else ("more than", "")
+    if step > steps or (step == steps and not may_end):
+        more_than = "at least" if may_end else "more than"
+        way_out = ", or choose another --output" if source.in_place else ""
         raise RecipeError(
             f"[train] steps: got {steps}, expected {more_than} {step}, the step of {source.checkpoint}; raise "
             f"--steps{way_out}"

@@ -146,7 +146,10 @@ def _lock(run: Path) -> int:
         if not run.exists():
             run.mkdir(parents=True, exist_ok=True)
             sync(run.parent)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # a run that ended meanwhile has removed its directory
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -177,13 +180,14 @@ def create_run(run: Path, recipe: Recipe, info: RunInfo, *, overwrite: bool, aft
                 f"output: {run} holds checkpoints but no {RECIPE_FILE}; restore it, choose another --output, or "
                 "--overwrite the run"
             )
-        # In an order in which a kill leaves the old run with fewer checkpoints, or the new one without its recipe.toml,
-        # which is made then: run.json, which marks the directory as a run, is always there, recipe.toml comes last.
+        # In an order in which a kill leaves the old run with fewer checkpoints, or the new one without its steps: both
+        # run.json, which marks the directory as a run, and recipe.toml, which may be what the command names, are
+        # replaced and never missing. A new directory gets recipe.toml last.
         for _, directory in reversed(step_directories(run)):
             remove(directory)
-        (run / RECIPE_FILE).unlink(missing_ok=True)
         for entry in run.iterdir():
-            if RUN_ENTRY.fullmatch(entry.name) and entry.name != RUN_FILE:
+            kept = entry.name in (RUN_FILE, RECIPE_FILE) or (not overwrite and FAILED_NAME.fullmatch(entry.name))
+            if RUN_ENTRY.fullmatch(entry.name) and not kept:
                 remove(entry)
         replace_text(run / RUN_FILE, info.to_json())
         for name in (METRICS_FILE, TIMING_FILE):

@@ -11,9 +11,9 @@ from mygpt.data import BatchStream
 from mygpt.errors import DamagedCheckpointError
 from mygpt.metadata import Best, StateMetadata
 from mygpt.model import GPT
-from mygpt.rundir import MODEL_FILE, STATE_FILE
+from mygpt.rundir import MODEL_FILE, STATE_FILE, read_manifest
 from mygpt.runtime import dropout_generator_state, set_dropout_generator_state
-from mygpt.seeds import process_dropout_seed
+from mygpt.seeds import batch_seed_after, process_dropout_seed
 
 
 class GeneratorStates(NamedTuple):
@@ -91,7 +91,8 @@ class Restored(NamedTuple):
 def restore(accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchStream, data_seed: int) -> Restored:
     """Put the weights and generators of a run into the state of a checkpoint.
 
-    On another kind of device or number of processes dropout goes on with generators seeded from `data_seed`.
+    On another kind of device or number of processes dropout goes on with generators seeded from `data_seed`; with
+    another `data_seed` than the checkpoint's, batches do, too.
 
     Raises:
         DamagedCheckpointError: the checkpoint cannot be read.
@@ -100,9 +101,13 @@ def restore(accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchS
     tensors, metadata = read_state(checkpoint, weights)
     gpt.load_state_dict(weights)
     name = dropout_name(accelerator.device, accelerator.process_index)
+    trained_with = read_manifest(checkpoint).recipe
+    is_reseeded = trained_with is not None and trained_with.train.data_seed != data_seed
     try:
         stream.generator.set_state(tensors["generator.stream"])
-        if metadata.processes == accelerator.num_processes and name in tensors:
+        if is_reseeded:
+            stream.generator.manual_seed(batch_seed_after(data_seed, metadata.step))
+        if metadata.processes == accelerator.num_processes and name in tensors and not is_reseeded:
             set_dropout_generator_state(accelerator.device, tensors[name])
         else:
             torch.manual_seed(process_dropout_seed(data_seed, accelerator.process_index, metadata.step))

@@ -74,8 +74,12 @@ def verify(run: Path, steps: int | None = None) -> Verification:
     with tempfile.TemporaryDirectory(prefix="mygpt-verify-") as folder:
         output = Path(folder) / "run"
         try:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as quiet:
+                quiet.enter_context(contextlib.redirect_stdout(nowhere))
                 for part in parts:
+                    if part is not parts[0]:
+                        # That it goes on with another recipe is what it is to repeat.
+                        quiet.enter_context(contextlib.redirect_stderr(nowhere))
                     keys = {"output": str(output), "keep_last": 0, "resume": began if part is parts[0] else "auto"}
                     train(with_keys(part.recipe, **keys), allow_changes=True, until=part.until)
         except InterruptedRunError as stopped:
@@ -104,7 +108,7 @@ class Part(NamedTuple):
 
 def parts_of(newest: Recipe, info: RunInfo, first: int, until: int) -> Iterator[Part]:
     """The parts of the steps from `first` + 1 to `until`, with the number of threads that each had."""
-    ends = [resumed.after_step for resumed in info.resumed if first < resumed.after_step < until]
+    ends = [resumed.after_step for resumed in info.before(until) if resumed.after_step > first]
     for end in [*ends, until]:
         yield Part(with_keys(recipe_at(end, newest, info), threads=info.recorded_at(end)["threads"]), end)
 
@@ -121,6 +125,7 @@ def _changes(info: RunInfo, now: RunInfo) -> list[str]:
     return changes + [
         f"{name} {old} -> {new}, in the run itself, after step {resumed.after_step}"
         for resumed in info.resumed
+        if resumed.checkpoint is None  # else nothing of the run was trained with the old value
         for name, (old, new) in resumed.changed.items()
         # What the recipe says has been repeated.
         if name not in {*TABLE_OF_KEY, "corpus_sha256"}

@@ -69,9 +69,15 @@ def run(arguments, folder, point=None, count=1) -> int:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """The hash of every file of a run but timing.jsonl, and the names of its directories."""
+    """The hash of every file of a run but timing.jsonl, and the names of its directories.
+
+    A run names its text by an absolute path: that of the folder around the run does not count.
+    """
+    folder = str(run.resolve().parent).encode()
     return {
-        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes().replace(folder, b"FOLDER")).hexdigest()
+        if path.is_file()
+        else "directory"
         for path in run.rglob("*")
         if path.name != "timing.jsonl"
     }

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from mygpt.metrics import read_records
 from mygpt.recipe import load_recipe, with_keys
 from mygpt.resume import recorded_recipe
 from mygpt.rundir import BEST_FILE, LOCK_FILE, locked, read_manifest, read_run
-from mygpt.verify import verify
+from mygpt.verify import parts_of, verify
 
 # ---- each step is judged by what it was trained with
 
@@ -378,3 +379,182 @@ def test_run_info_of_a_step_is_what_held_then(tiny):
     info = RunInfo.model_validate_json(json.dumps(json.loads(info.to_json()) | {"resumed": resumed}))
     assert [info.recorded_at(step)["threads"] for step in (0, 2, 3, 4, 5)] == [1, 1, 2, 2, 1]
     assert "lr" not in info.recorded_at(5)
+
+
+# ---- killed while a run goes on with changes
+
+
+CHANGES = {
+    "rate": ("--lr", 5e-4, "--allow-changes"),
+    "text": ("--corpus", "other.txt", "--allow-changes"),
+    "steps": (),
+    "seed": ("--seed", 7, "--allow-changes"),
+}
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("point", ["made-run.json", "made-recipe", "before-step"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_is_killed_early_is_the_same_change_again(tmp_path, text, monkeypatch, change, point):
+    """Killed before the first checkpoint after the change: the same command goes on, and the whole is verified."""
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8", newline="")
+    (tmp_path / "other.txt").write_text(text[10_000:] + text[:10_000], encoding="utf-8", newline="")
+    command = ("text.txt", *FLAGS, "--save-every", 2, "--output", "run")
+    assert run_process((*command, "--steps", 4), tmp_path) == 0
+    changed = (*command, "--steps", 6, *CHANGES[change])
+    assert run_process(changed, tmp_path, point) == -signal.SIGKILL
+    assert run_process(changed, tmp_path) == 0, (tmp_path / "err").read_text()
+    monkeypatch.chdir(tmp_path)
+    result = verify(Path("run"))
+    assert result.identical, (result.difference, result.tensors)
+    (resumed,) = read_run(Path("run")).resumed
+    assert (resumed.after_step, resumed.recipe.train.steps) == (4, 4)
+    assert resumed.recipe.data.corpus == str(tmp_path / "text.txt")
+
+
+def test_more_steps_that_are_given_up_leave_the_shorter_run(tiny, capsys):
+    """Raised, killed, and lowered again: complete as it was, without records of the steps beyond, and verified."""
+    run = train(tiny(steps=4, save_every=4))
+    before = contents(run)
+    with pytest.raises(InterruptedRunError):
+        stopped_at(7, tiny(steps=8, save_every=4))
+    shutil.rmtree(run / "step-000007")
+    assert read_records(run)[-1].step == 7
+    train(tiny(steps=4, save_every=4, lr=5e-4), allow_changes=True)
+    assert "run is complete" in capsys.readouterr().err
+    after = contents(run)
+    assert {name: after[name] for name in before if name != "latest"} == {
+        k: v for k, v in before.items() if k != "latest"
+    }
+    assert verify(run).identical
+
+
+def stopped_at(step, recipe):
+    """Train until SIGTERM in that step."""
+    original, count = loop.train_step, []
+
+    def signalled(*args, **kwargs):
+        count.append(1)
+        if len(count) == step - 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", signalled)
+        train(recipe)
+
+
+def test_a_step_at_which_a_run_was_interrupted_is_not_its_end(tiny):
+    """There is no evaluation there, and its checkpoint goes when it is superseded: --steps must go beyond it."""
+    train(tiny(steps=4))
+    with pytest.raises(InterruptedRunError):
+        stopped_at(6, tiny(steps=8))
+    with pytest.raises(RecipeError, match="steps: got 6, expected more than 6, the step of"):
+        train(tiny(steps=6))
+
+
+@pytest.mark.fault(63)
+@pytest.mark.parametrize("change", ["program", "text moved", "run.json damaged"])
+def test_a_requeued_job_deletes_nothing_that_it_may_have_made(tiny, tmp_path, text, monkeypatch, change):
+    """Another path of the program or of the same text is the same command; and what cannot be read is not removed."""
+    corpus = tmp_path / "text.txt"
+    corpus.write_text(text, encoding="utf-8", newline="")
+    run = train(tiny(save_every=2, corpus=str(corpus)), overwrite=True, until=4)
+    before = contents(run)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    if change == "program":
+        monkeypatch.setattr("sys.argv", ["/elsewhere/mygpt", *sys.argv[1:]])
+    elif change == "text moved":
+        corpus = corpus.rename(tmp_path / "moved.txt")
+    else:
+        (run / "run.json").write_text("{")
+        with pytest.raises(CheckpointError, match=r"run\.json: damaged") as caught:
+            train(tiny(save_every=2, corpus=str(corpus)), overwrite=True)
+        assert caught.value.exit_code == 1
+        assert contents(run).keys() == before.keys()
+        return
+    train(tiny(save_every=2, corpus=str(corpus)), overwrite=True)
+    assert [json.loads(line)["step"] for line in (run / "timing.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize("point", ["made-run.json", "before-step", "old-run-half-removed"])
+def test_a_recipe_in_a_run_is_there_whenever_the_run_is_made_anew(tmp_path, text_file, point):
+    """`mygpt train run/recipe.toml --overwrite`, killed while it replaces the run: the same command works again."""
+    shutil.copy(text_file, tmp_path / "text.txt")
+    assert run_process(("text.txt", *FLAGS, "--save-every", 3, "--output", "run"), tmp_path) == 0
+    before = contents(tmp_path / "run")
+    again = ("run/recipe.toml", "--overwrite")
+    assert run_process(again, tmp_path, point) == -signal.SIGKILL
+    assert run_process(again, tmp_path) == 0, (tmp_path / "err").read_text()
+    after = contents(tmp_path / "run")
+    assert all(after[name] == before[name] for name in before if name != "run.json")
+
+
+def test_a_run_that_made_no_step_does_not_hold_one_to_its_recipe(tmp_path, text_file):
+    """Killed before step 1, then started with another rate: nothing was trained at the first one."""
+    shutil.copy(text_file, tmp_path / "text.txt")
+    command = ("text.txt", *FLAGS, "--output", "run")
+    assert run_process(command, tmp_path, "before-step") == -signal.SIGKILL
+    assert run_process((*command, "--lr", 5e-4), tmp_path) == 0
+
+
+# ---- what a branch is
+
+
+def test_a_branch_with_another_data_seed_sees_other_batches(tiny, tmp_path, capsys):
+    """The weights stay those of the checkpoint, so that init_seed has nothing left to do, which is said."""
+    run = train(tiny(save_every=2), until=4)
+    weights = set()
+    for seed in (42, 7, 8):
+        keys = {"init_seed": seed, "data_seed": seed, "output": str(tmp_path / str(seed)), "resume": str(run)}
+        branch = train(tiny(**keys), allow_changes=True)
+        weights.add((branch / "step-000006" / "model.safetensors").read_bytes())
+        assert f"init_seed: stays 0: the weights are those of {run}" in capsys.readouterr().err
+        assert recorded_recipe(branch).train.init_seed == 0
+        assert verify(branch).identical
+    assert len(weights) == 3
+
+
+def test_a_branch_is_given_advice_that_helps(tiny, tmp_path):
+    """It has an output of its own: another one, or --overwrite, would change nothing."""
+    run = train(tiny(save_every=2), until=4)
+    branch = {"output": str(tmp_path / "branch"), "resume": str(run)}
+    for keys in ({"lr": 5e-4}, {"num_layers": 3}, {"steps": 4}):
+        with pytest.raises(MygptError) as caught:
+            train(tiny(**branch, **keys))
+        assert "--output" not in str(caught.value)
+        assert "--overwrite" not in str(caught.value)
+
+
+def test_parts_of_a_run_are_repeated_with_the_keys_that_they_had(tiny):
+    """A key that was absent stays absent: what it came to depends on the processes, which may be others."""
+    run = train(tiny(save_every=2), until=2)
+    train(tiny(save_every=2, micro_batch_size=2))
+    first, second = parts_of(recorded_recipe(run), read_run(run), 0, 6)
+    assert (first.until, first.recipe.train.micro_batch_size) == (2, None)
+    assert (second.until, second.recipe.train.micro_batch_size) == (6, 2)
+
+
+def test_continuations_that_were_given_up_do_not_count(tiny):
+    """mygpt 0.1 left them in run.json, in the order of time: after step 4, then after step 2."""
+    info = read_run(train(tiny(save_every=2), until=2))
+    given_up = [{"after_step": step, "changed": {"threads": [1, threads]}} for step, threads in ((4, 2), (2, 3))]
+    info = RunInfo.model_validate_json(json.dumps(json.loads(info.to_json()) | {"resumed": given_up}))
+    assert [resumed.after_step for resumed in info.history] == [2]
+    assert info.recorded_at(6)["threads"] == 3
+
+
+def test_a_directory_that_was_removed_while_locking_is_made_again(tmp_path, monkeypatch):
+    """A run that fails at once removes its empty directory, maybe while another is about to lock it."""
+    run, opened, calls = tmp_path / "run", os.open, []
+
+    def removed_meanwhile(path, *args, **kwargs):
+        if Path(path).name == LOCK_FILE and not calls:
+            calls.append(path)
+            run.rmdir()
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", removed_meanwhile)
+    with locked(run):
+        assert (run / LOCK_FILE).exists()

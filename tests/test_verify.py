@@ -48,11 +48,11 @@ def test_the_first_step_and_tensor_that_differ_are_named(tiny, answer):
     record = json.loads(lines[3])
     lines[3] = json.dumps(record | {"loss": record["loss"] + 1e-6})
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    recipe = (run / "recipe.toml").read_text()
+    info = (run / "run.json").read_text()
     code, out = answer("verify", run)
     assert code == 1
     assert out.startswith(f"different: the first record that differs is that of step 4: loss {record['loss'] + 1e-6}")
-    (run / "recipe.toml").write_text(recipe.replace("data_seed = 42", "data_seed = 43"))
+    (run / "run.json").write_text(info.replace('"data_seed": 42', '"data_seed": 43'))
     code, out = answer("verify", run)
     assert code == 1
     assert "the first record that differs is that of step 1: loss" in out
