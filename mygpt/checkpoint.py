@@ -17,12 +17,11 @@ from safetensors.torch import save_file
 from mygpt.errors import DamagedCheckpointError, MismatchError, NonFiniteError
 from mygpt.metadata import FileEntry, Manifest, ModelMetadata, Reason, StateMetadata, TokenizerMetadata
 from mygpt.model import GPT
-from mygpt.recipe import ModelTable, Recipe
+from mygpt.recipe import METRICS_FILE, ModelTable, Recipe
 from mygpt.rundir import (
     LATEST_FILE,
     MANIFEST_FILE,
     METADATA_KEY,
-    METRICS_FILE,
     MODEL_FILE,
     STATE_FILE,
     file_sha256,

@@ -92,7 +92,7 @@ def _read_text(path: Path) -> Corpus:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise CorpusError(
-            f"{path}: no such text file; expected a path or one of the corpora: {', '.join(NAMED_CORPORA)}"
+            f"{path}: no such text file; expected --corpus to be a path or one of: {', '.join(NAMED_CORPORA)}"
         ) from None
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None

@@ -128,7 +128,16 @@ class GPT(plain.GPT):
         """Logits (B, T, V) and, with targets, their mean cross-entropy in nats (a scalar), else None.
 
         `tokens_BT` and `targets_BT` are int64 token ids; T is at most max_seq_len.
+
+        Raises:
+            ValueError: the tokens have no batch axis, or are too many.
         """
+        if tokens_BT.dim() != 2:
+            raise ValueError(
+                f"got ids of shape {tuple(tokens_BT.shape)}, expected (batch, tokens): use ids.unsqueeze(0)"
+            )
+        if not 0 < tokens_BT.shape[1] <= self.max_seq_len:
+            raise ValueError(f"got {tokens_BT.shape[1]} tokens, expected from 1 to max_seq_len = {self.max_seq_len}")
         logits_BTV = super().forward(tokens_BT)
         return logits_BTV, None if targets_BT is None else plain.next_token_loss(logits_BTV, targets_BT)
 
@@ -155,6 +164,9 @@ def generate(
     Each is drawn from the softmax of logits / `temperature` (0: the most likely one) over the `top_k` most likely ids
     (None: all), with torch's global generator. The model sees the last max_seq_len ids, and is left in the mode in
     which it was.
+
+    Raises:
+        ValueError: the prompts have no batch axis, or no ids.
     """
     device, was_training = prompt_ids.device, model.training
     logits_only, limit = _LogitsOnly(model), _uncompiled(model).config.max_seq_len
@@ -163,7 +175,7 @@ def generate(
     try:
         with torch.no_grad():
             for _ in range(max_new_tokens):
-                logits_BV = logits_only(ids_BT[:, -limit:])[:, -1].float().cpu()
+                logits_BV = logits_only(ids_BT[..., -limit:])[:, -1].float().cpu()
                 drawn = [sample_token(logits_V, temperature, top_k or 0, None) for logits_V in logits_BV]
                 ids_BT = torch.cat([ids_BT, torch.stack(drawn).to(device)], dim=1)
     finally:

@@ -42,10 +42,10 @@ from mygpt.metadata import Best, Reason
 from mygpt.metrics import Reporter, due, header_lines, is_printed
 from mygpt.model import GPT
 from mygpt.optim import build_optimizer, build_scheduler, update_unless
-from mygpt.recipe import Recipe, RuntimeTable, TrainTable, check_recipe
+from mygpt.recipe import METRICS_FILE, Recipe, RuntimeTable, TrainTable, check_recipe
 from mygpt.reduction import RANGE, ExactSum
 from mygpt.resume import Start, begin_run, find_start
-from mygpt.rundir import METRICS_FILE, check_output, locked, step_directory
+from mygpt.rundir import check_output, locked, step_directory
 from mygpt.runtime import StopRequest, stop_on_signal
 from mygpt.seeds import micro_batch_dropout_seed, process_dropout_seed
 from mygpt.startup import Facts, set_up

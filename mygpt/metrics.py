@@ -12,8 +12,8 @@ from pydantic import Field, ValidationError
 from tqdm import tqdm
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError
-from mygpt.recipe import Recipe, Table
-from mygpt.rundir import METRICS_FILE, TIMING_FILE, set_aside
+from mygpt.recipe import METRICS_FILE, Recipe, Table
+from mygpt.rundir import TIMING_FILE, set_aside
 
 
 class Record(Table):

@@ -30,7 +30,8 @@ NAMED_CORPORA = ("tinyshakespeare", "python-docs")
 
 RECIPE_FILE = "recipe.toml"
 RUN_FILE = "run.json"
-"""A recipe of that name beside a run.json is the record of the run in its directory."""
+METRICS_FILE = "metrics.jsonl"
+"""A recipe of that name beside one of the others is the record of the run in its directory."""
 
 
 class Table(BaseModel):
@@ -321,6 +322,8 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
     if _is_of_a_run(path):
         # Wherever the run is now, and whatever extends its recipe: nothing else may write to where it was made.
         document.get("checkpoint", {}).pop("output", None)
+        if children:
+            document.get("checkpoint", {}).pop("resume", None)  # nor begins where it began
     corpus = document.get("data", {}).get("corpus", NAMED_CORPORA[0])
     if corpus not in NAMED_CORPORA and os.path.isfile(path.parent / corpus):
         document["data"]["corpus"] = str(path.parent / corpus)
@@ -341,7 +344,8 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
 
 
 def _is_of_a_run(path: Path) -> bool:
-    return path.name == RECIPE_FILE and os.path.lexists(path.parent / RUN_FILE)
+    """Whether a recipe file is the record of a run, also of one that has lost some of its other files."""
+    return path.name == RECIPE_FILE and any(os.path.lexists(path.parent / name) for name in (RUN_FILE, METRICS_FILE))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -124,6 +124,8 @@ def find_start(
     if is_complete:
         # Nothing is trained any more: the recipe stays, but for what is shown and kept.
         values = {key: getattr(getattr(recipe, TABLE_OF_KEY[key]), key) for key in HARMLESS_KEYS}
+        if "corpus_sha256" not in changed:
+            values["corpus"] = recipe.data.corpus  # where the text is now
         recipe = with_keys(trained_with, **values | {"resume": newest.checkpoint.resume})
         info = before.model_copy(update={"recipe": recipe, "resumed": before.before(step)})
         return Start(checkpoint, step, True, False, recipe, info, keeps_best=True)
@@ -134,6 +136,8 @@ def find_start(
         warn(
             "the held-out windows of own-stream are not those of mygpt 0.1: losses before and after differ by that, too"
         )
+    if in_place and not keeps_best and read_state_metadata(checkpoint / STATE_FILE).best:
+        warn("`best` begins again, since the held-out windows are others: the next evaluation is the first of them")
     if trained_with.train.steps != recipe.train.steps:
         changed["steps"] = (trained_with.train.steps, recipe.train.steps)
         _tell_steps(trained_with, recipe, step, warn)
@@ -169,9 +173,7 @@ def begin_run(start: Start) -> None:
     if not start.in_place:
         create_run(run, start.recipe, start.info, overwrite=start.overwrite, after=start.checkpoint)
         return
-    steps = start.recipe.train.steps
-    if start.step < steps or recorded_recipe(run).train.steps != steps:
-        record_run(run, start.recipe, start.info)
+    record_run(run, start.recipe, start.info)
     best = read_state_metadata(start.checkpoint / STATE_FILE).best_step if start.checkpoint else None
     tidy(run, start.recipe.checkpoint.keep_last, start.step, best if start.keeps_best else None)
 

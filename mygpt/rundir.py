@@ -23,12 +23,11 @@ from safetensors import SafetensorError, safe_open
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError, NewerFormatError
 from mygpt.metadata import M, Manifest, ModelMetadata, RunInfo, StateMetadata, parse_metadata
-from mygpt.recipe import NAMED_CORPORA, RECIPE_FILE, RUN_FILE, Recipe, with_keys
+from mygpt.recipe import METRICS_FILE, NAMED_CORPORA, RECIPE_FILE, RUN_FILE, Recipe, with_keys
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
 MANIFEST_FILE = "manifest.json"
-METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
 LATEST_FILE = "latest"
 BEST_FILE = "best"
@@ -77,6 +76,10 @@ def check_output(run: Path, replace: bool) -> None:
         raise CheckpointError(f"output: {str(run)!r}: {reason}; choose another --output") from None
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"output: {parent}: cannot be written to; choose another --output")
+    if RUN_FILE not in entries and METRICS_FILE in entries:
+        raise CheckpointError(
+            f"output: {run} holds a run without its {RUN_FILE}; restore it, or choose another --output"
+        )
     if entries and RUN_FILE not in entries:
         raise CheckpointError(
             f"output: {run} is not empty and not a run (it holds {entries[0]!r}); choose another --output"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,8 +110,12 @@ class Part(NamedTuple):
 def parts_of(newest: Recipe, info: RunInfo, first: int, until: int) -> Iterator[Part]:
     """The parts of the steps from `first` + 1 to `until`, with the number of threads that each had."""
     ends = [resumed.after_step for resumed in info.before(until) if resumed.after_step > first]
+    newest_text = info.recorded_at(sys.maxsize)["corpus_sha256"]
     for end in [*ends, until]:
-        yield Part(with_keys(recipe_at(end, newest, info), threads=info.recorded_at(end)["threads"]), end)
+        recorded, recipe = info.recorded_at(end), recipe_at(end, newest, info)
+        # The same text may have moved since.
+        corpus = newest.data.corpus if recorded["corpus_sha256"] == newest_text else recipe.data.corpus
+        yield Part(with_keys(recipe, threads=recorded["threads"], corpus=corpus), end)
 
 
 def _compare_checkpoints(a: Path, b: Path) -> list[Difference]:

@@ -237,6 +237,20 @@ def test_wrong_sizes_cost_one_line(sizes, message):
     assert str(caught.value) == message
 
 
+def test_ids_of_a_wrong_shape_are_named():
+    """A forgotten batch axis, too many tokens, an empty prompt."""
+    model, ids = small_model(), torch.tensor([1, 2, 3])
+    for call in (lambda: model(ids), lambda: generate(model, ids, 5)):
+        with pytest.raises(
+            ValueError, match=r"got ids of shape \(3,\), expected \(batch, tokens\): use ids\.unsqueeze"
+        ):
+            call()
+    with pytest.raises(ValueError, match="got 17 tokens, expected from 1 to max_seq_len = 16"):
+        model(torch.zeros(1, 17, dtype=torch.int64))
+    with pytest.raises(ValueError, match="got 0 tokens"):
+        generate(model, torch.zeros(1, 0, dtype=torch.int64), 5)
+
+
 def test_saving_never_spoils_what_is_there(tiny, tmp_path):
     """Weights that are not finite, a folder, or a file of a run: an error, and what was there is as it was."""
     model, tokenizer = small_model(), CharTokenizer.from_text("abcdefgh")

@@ -611,10 +611,13 @@ def test_another_architecture_names_the_key(interrupted, tiny, tmp_path):
     """In the run's own directory, and from another run; nothing is changed."""
     _, run = interrupted
     before = contents(run)
-    for keys in ({}, {"output": str(tmp_path / "other"), "resume": str(run)}):
+    for keys, way_out in (
+        ({}, "choose another --output"),
+        ({"output": str(tmp_path / "other"), "resume": str(run)}, "a branch goes on with what its checkpoint has"),
+    ):
         with pytest.raises(
             MismatchError,
-            match=r"\[model\] num_layers: got 3, expected 2, as in .*step-000004; choose another --output",
+            match=rf"\[model\] num_layers: got 3, expected 2, as in .*step-000004; {way_out}",
         ) as caught:
             train(tiny(save_every=2, num_layers=3, **keys), allow_changes=True)
         assert caught.value.exit_code == 1
@@ -666,11 +669,11 @@ def test_a_newer_format_is_named(interrupted, name):
     directory = run / "step-000004"
     if name == "manifest.json":
         manifest = json.loads((directory / name).read_text())
-        (directory / name).write_text(json.dumps(manifest | {"format": 2}))
+        (directory / name).write_text(json.dumps(manifest | {"format": 3}))
     else:
-        rewrite(directory, metadata=lambda values: values | {"format": 2})
+        rewrite(directory, metadata=lambda values: values | {"format": 3})
     before = contents(run)
-    with pytest.raises(CheckpointError, match=rf"{name}: of format 2, and this mygpt reads up to 1") as caught:
+    with pytest.raises(CheckpointError, match=rf"{name}: of format 3, and this mygpt reads up to 2") as caught:
         train(recipe)
     assert caught.value.exit_code == 1
     assert contents(run) == before
@@ -733,7 +736,7 @@ def test_a_changed_corpus_is_refused_unless_allowed(interrupted, tiny, tmp_path,
         ({"batch_size": 8, "data_seed": 1}, r"batch_size: got 8, expected 4.*\n.*data_seed: got 1, expected 42"),
         ({"val_split": 0.1, "val_every": 2}, r"val_split: got 0\.1, expected 0\.0.*\n.*val_every: got 2, expected 0"),
         ({"precision": "bf16"}, "precision: got bf16, expected fp32"),
-        ({"steps": 3}, r"steps: got 3, expected at least 4, the step of .*step-000004; raise --steps"),
+        ({"steps": 3}, r"steps: got 3, expected more than 4, the step of .*step-000004; raise --steps"),
     ],
 )
 def test_a_changed_recipe_is_refused(interrupted, tiny, keys, answer):

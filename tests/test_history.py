@@ -18,7 +18,7 @@ from fault_points import run as run_process
 from mygpt import checkpoint, loop
 from mygpt.checkpoint import load_checkpoint
 from mygpt.cli import load_target
-from mygpt.errors import CheckpointError, InterruptedRunError, MygptError, RecipeError
+from mygpt.errors import CheckpointError, CorpusError, InterruptedRunError, MygptError, RecipeError
 from mygpt.evaluate import HeldOutLoss
 from mygpt.loop import train
 from mygpt.metadata import RunInfo
@@ -145,14 +145,16 @@ def test_runs_of_format_1_are_read(format_1, capsys):
 
 
 @pytest.mark.parametrize("change", [{"sampling": "full"}, {"eval_batches": 5}])
-def test_the_best_of_other_held_out_windows_is_not_the_best(tiny, monkeypatch, change):
+def test_the_best_of_other_held_out_windows_is_not_the_best(tiny, monkeypatch, capsys, change):
     """After a change of sampling or eval_batches the losses are of other windows: the first one is the best so far."""
     losses = iter([1.0, 1.5, 2.0, 2.5])
     monkeypatch.setattr(loop, "held_out_loss", lambda *_: HeldOutLoss(next(losses), 0.1))
     keys = {"save_every": 2, "save_best": True, "val_split": 0.2, "val_every": 2, "sampling": "own-stream"}
     run = train(tiny(**keys, steps=8), until=4)
     assert (run / BEST_FILE).read_text() == "step-000002\n"
+    capsys.readouterr()
     train(tiny(**keys | change, steps=8))
+    assert "`best` begins again" in capsys.readouterr().err
     assert (run / BEST_FILE).read_text() == "step-000006\n"
 
 
@@ -223,6 +225,41 @@ def test_a_recipe_that_extends_a_run_writes_to_a_place_of_its_own(tiny, tmp_path
     assert (mine.optimizer.lr, mine.train.steps) == (2e-3, 9)
     assert mine.checkpoint.output == "checkpoints/mine"
     assert load_recipe(run / "recipe.toml").checkpoint.output == str(run)
+
+
+@pytest.mark.fault(66)
+def test_a_text_that_has_moved_is_the_same_text(tiny, tmp_path, text):
+    """Named at its new place once, also for a complete run, it is found there for the steps before, too."""
+    corpus = tmp_path / "text.txt"
+    corpus.write_text(text, encoding="utf-8", newline="")
+    run = train(tiny(corpus=str(corpus)))
+    train(tiny(corpus=str(corpus), steps=8))
+    corpus = corpus.rename(tmp_path / "moved.txt")
+    with pytest.raises(CorpusError, match=r"text\.txt: no such text file; expected --corpus"):
+        verify(run)
+    train(with_keys(recorded_recipe(run), corpus=str(corpus)))
+    assert verify(run).identical
+
+
+@pytest.mark.fault(66)
+def test_a_recipe_of_a_run_that_lost_its_run_json_trains_nowhere_else(tiny, tmp_path, monkeypatch):
+    """It is told what is missing, and no other run begins in the working directory."""
+    run = train(tiny())
+    (run / "run.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"run holds a run without its run\.json; restore it"):
+        train(load_recipe(run / "recipe.toml"))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.fault(66)
+def test_a_recipe_that_extends_a_branch_does_not_begin_where_that_began(tiny, tmp_path):
+    """`resume` belongs to the run, as `output` does."""
+    source = train(tiny(save_every=2), until=2)
+    train(tiny(resume=str(source), output=str(tmp_path / "branch")))
+    (tmp_path / "mine.toml").write_text('extends = "branch/recipe.toml"\n')
+    assert load_recipe(tmp_path / "mine.toml").checkpoint.resume == "auto"
+    assert load_recipe(tmp_path / "branch" / "recipe.toml").checkpoint.resume == str(source)
 
 
 @pytest.mark.fault(66)
