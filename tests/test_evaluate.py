@@ -124,7 +124,7 @@ def test_errors_of_consecutive_windows_respect_their_correlation(correlation):
 @pytest.mark.parametrize("correlation", [0.0, 0.3, 0.6])
 def test_errors_of_few_consecutive_windows_respect_it_too(correlation, windows):
     """A short text: fewer batches, and Student's t, so that the interval is wide and still holds the truth."""
-    loss_MN, length_N = correlated(correlation, windows, 4000), torch.ones(windows).double()
+    loss_MN, length_N = correlated(correlation, windows, 2000), torch.ones(windows).double()
     results = [ratio_estimate(loss_N, length_N, consecutive=True) for loss_N in loss_MN]
     assert coverage(results, 128) >= 0.91
 

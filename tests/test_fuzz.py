@@ -79,7 +79,7 @@ def damages(draw):
     return damage
 
 
-@settings(MANY, max_examples=60)
+@settings(MANY, max_examples=40)
 @given(name=st.sampled_from(FILES), damage=damages(), rehash=st.booleans())
 def test_any_damaged_file_is_an_error_or_a_good_load(saved, text_file, tmp_path, name, damage, rehash):
     """By hash, and behind a manifest that was made to fit: loading, comparing and going on."""

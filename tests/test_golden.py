@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, run_process
 
+from mygpt.cli import parse_recipe
 from mygpt.compare import compare
+from mygpt.recipe import with_keys
 
 pytestmark = pytest.mark.slow
 
@@ -68,8 +70,6 @@ WAYS |= {
 WAYS["hardened", "exact"] = (
     [
         *LAUNCHERS["two-processes"],
-        "--num_processes",
-        3,
         SCRIPT,
         RECIPES / "hardened.toml",
         *CPU,
@@ -89,10 +89,7 @@ def runs(shakespeare, tmp_path_factory):
     def make(recipe, launcher):
         if (recipe, launcher) not in done:
             output = folder / f"{recipe}-{launcher}"
-            if launcher == "flags":
-                arguments = [BIN / "mygpt", "train", shakespeare, *CPU, *FLAGS]
-            else:
-                arguments, _ = WAYS[recipe, launcher]
+            arguments, _ = WAYS[recipe, launcher]
             done[recipe, launcher] = run_process([*arguments, "--output", output], folder, 900), output
         return done[recipe, launcher]
 
@@ -111,18 +108,19 @@ def test_recipe_prints_the_published_numbers(runs, recipe, launcher):
     assert process.stdout == WAYS[recipe, launcher][1]
 
 
-def test_course_command_prints_the_published_numbers(runs):
-    """The command line of the course, on the text file itself, is the hardened recipe."""
-    process, _ = runs("hardened", "flags")
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == HARDENED
+def test_course_command_is_the_hardened_recipe(shakespeare):
+    """The command line of the course, on the text file itself, asks for the run whose numbers are published.
+
+    The README's test runs it, and the recipe, for a few steps, and compares the two.
+    """
+    flags, _ = parse_recipe([str(shakespeare), *map(str, FLAGS)], "mygpt train")
+    hardened, _ = parse_recipe(["hardened", "--corpus", str(shakespeare)], "mygpt train")
+    assert with_keys(flags, output="run") == with_keys(hardened, output="run", save_every=0)
 
 
 def test_hardened_runs_give_one_file(runs):
-    """Whole runs started in three ways write the same model.safetensors, sha256 for sha256."""
-    files = [
-        runs("hardened", way)[1] / "step-002000" / "model.safetensors" for way in ("python", "accelerate", "flags")
-    ]
+    """Whole runs started in two ways write the same model.safetensors, sha256 for sha256."""
+    files = [runs("hardened", way)[1] / "step-002000" / "model.safetensors" for way in ("python", "accelerate")]
     assert len({hashlib.sha256(file.read_bytes()).hexdigest() for file in files}) == 1
 
 

@@ -26,6 +26,7 @@ ORDER = [
     "evaluate",
     "metadata",
     "startup",
+    "agreement",
     "rundir",
     "checkpoint",
     "state",
@@ -54,7 +55,7 @@ WITHOUT_TORCH = {
     "resume",
     "report",
 }
-WITH_ACCELERATE = {"evaluate", "state", "loop", "doctor"}
+WITH_ACCELERATE = {"agreement", "evaluate", "state", "loop", "doctor"}
 
 
 def imports(module: str) -> set[str]:

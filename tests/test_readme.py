@@ -80,7 +80,9 @@ def test_python_example_runs(text_file, tmp_path, command):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     result = run_process([sys.executable, "-W", "ignore::ResourceWarning", "-c", example], tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("2 0.000894")
+    assert result.stdout.startswith("ROMEO:")
+    assert "loss = " in result.stdout
+    assert (tmp_path / "checkpoints" / "mine.safetensors").is_file()
 
 
 def test_recipe_example_is_a_recipe(tmp_path):
