@@ -71,7 +71,7 @@ def ratio_estimate(loss_N: torch.Tensor, length_N: torch.Tensor, *, consecutive:
     Windows that were drawn at random are independent: it is the error of the loss over the text that they come from.
     `consecutive` windows are all of a text, whose loss they give without error: it is the error of that loss as one of
     text like it. Neighbours are correlated, so that it comes from the means of up to `MAX_BATCHES` batches of them, as
-    if each batch were one long window. It does not hold how the text as a whole differs from the rest of its source.
+    if each batch were one long window. It does not include how the whole text differs from the rest of its source.
     Sources: Cochran, "Sampling Techniques" (1977), section 2.11; Schmeiser, "Batch size effects in the analysis of
     simulation output" (Operations Research 30, 1982); Ibragimov & Mueller, "t-statistic based correlation and
     heterogeneity robust inference" (Journal of Business & Economic Statistics 28, 2010).

@@ -320,10 +320,10 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
     parent = document.pop("extends", None)
     build_recipe(document, source=str(path))
     if _is_of_a_run(path):
-        # Wherever the run is now, and whatever extends its recipe: nothing else may write to where it was made.
+        # A run's output is where its recipe.toml lies now: a copy, or a recipe that extends it, has another.
         document.get("checkpoint", {}).pop("output", None)
         if children:
-            document.get("checkpoint", {}).pop("resume", None)  # nor begins where it began
+            document.get("checkpoint", {}).pop("resume", None)  # an extending recipe is a new run
     corpus = document.get("data", {}).get("corpus", NAMED_CORPORA[0])
     if corpus not in NAMED_CORPORA and os.path.isfile(path.parent / corpus):
         document["data"]["corpus"] = str(path.parent / corpus)

@@ -40,7 +40,7 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         labels.append(f"{name}: training")
         held_out = [r for r in run if r.val is not None]
         if held_out:
-            # Records of mygpt 0.1 do not have the degrees of freedom, which are many there.
+            # Records of mygpt 0.1 lack the degrees of freedom: they get the normal quantile.
             errors = [student.ppf(0.975, r.val_dof or inf) * (r.val_stderr or nan) for r in held_out]
             at, values = [r.step for r in held_out], [r.val for r in held_out]
             bars = loss_axes.errorbar(at, values, yerr=errors, color=color, marker="o", ms=3.5, capsize=2)

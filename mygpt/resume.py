@@ -153,8 +153,8 @@ def find_start(
         return Start(checkpoint, step, False, overwrite, recipe, info)
     # Where the run began stays on record.
     recipe = with_keys(recipe, resume=newest.checkpoint.resume)
-    # run.json says what was different when the run went on; a run that was killed and continued says nothing. What came
-    # after a later step is of a continuation that has been given up.
+    # run.json records what changed; a run that was only killed and continued records nothing. Entries after a later
+    # step belong to a continuation that this one replaces.
     resumed = before.before(step)
     if changed:
         resumed += (Resumed(after_step=step, changed=changed, recipe=trained_with),)

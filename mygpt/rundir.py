@@ -58,7 +58,7 @@ def check_output(run: Path, replace: bool) -> None:
     """
     try:
         # A run killed before it had its first file has only temporaries.
-        entries = [entry.name for entry in run.iterdir() if not _is_passing(entry.name)]
+        entries = [entry.name for entry in run.iterdir() if not _is_transient(entry.name)]
         parent = run
     except FileNotFoundError:
         entries = []
@@ -90,8 +90,8 @@ def check_output(run: Path, replace: bool) -> None:
         )
 
 
-def _is_passing(name: str) -> bool:
-    """Whether an entry of a run directory is there only while a process writes to it, or was killed at it."""
+def _is_transient(name: str) -> bool:
+    """Whether an entry of a run directory is no part of the run: its lock, or a temporary file of a process."""
     return name == LOCK_FILE or TEMPORARY_NAME.fullmatch(name) is not None
 
 
@@ -101,7 +101,7 @@ def has_no_steps(run: Path) -> bool:
         entry.name in (RUN_FILE, RECIPE_FILE)
         or (entry.name in (METRICS_FILE, TIMING_FILE) and entry.stat().st_size == 0)
         for entry in run.iterdir()
-        if not _is_passing(entry.name)
+        if not _is_transient(entry.name)
     )
 
 
