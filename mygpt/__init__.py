@@ -9,30 +9,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 _MODULE_OF = {
-    "CharTokenizer": "tokenizer",
-    "GPT": "model",
+    "CharTokenizer": "data.tokenizer",
+    "GPT": "model.gpt",
     "MygptError": "errors",
-    "Recipe": "recipe",
-    "cosine_warmup_lr": "optim",
-    "estimate_val_loss": "evaluate",
-    "generate": "generation",
-    "get_batch": "data",
-    "load_checkpoint": "checkpoint",
-    "load_recipe": "recipe",
-    "train": "loop",
+    "Recipe": "recipe.tables",
+    "cosine_warmup_lr": "training.optim",
+    "estimate_val_loss": "training.evaluate",
+    "generate": "model.generation",
+    "get_batch": "data.batches",
+    "load_checkpoint": "runs.loading",
+    "load_recipe": "recipe.files",
+    "train": "training.train",
 }
 
 if TYPE_CHECKING:
-    from mygpt.checkpoint import load_checkpoint
-    from mygpt.data import get_batch
+    from mygpt.data.batches import get_batch
+    from mygpt.data.tokenizer import CharTokenizer
     from mygpt.errors import MygptError
-    from mygpt.evaluate import estimate_val_loss
-    from mygpt.generation import generate
-    from mygpt.loop import train
-    from mygpt.model import GPT
-    from mygpt.optim import cosine_warmup_lr
-    from mygpt.recipe import Recipe, load_recipe
-    from mygpt.tokenizer import CharTokenizer
+    from mygpt.model.generation import generate
+    from mygpt.model.gpt import GPT
+    from mygpt.recipe.files import load_recipe
+    from mygpt.recipe.tables import Recipe
+    from mygpt.runs.loading import load_checkpoint
+    from mygpt.training.evaluate import estimate_val_loss
+    from mygpt.training.optim import cosine_warmup_lr
+    from mygpt.training.train import train
 
 __all__ = [
     "GPT",

@@ -1,6 +1,6 @@
 """`python -m mygpt` and `accelerate launch -m mygpt`: the `mygpt` command."""
 
-from mygpt.cli import main
+from mygpt.cli.main import main
 
 if __name__ == "__main__":
     main()

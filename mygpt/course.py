@@ -20,16 +20,17 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from mygpt import checkpoint, evaluate
-from mygpt import model as plain
-from mygpt.data import get_batch
+from mygpt.data.batches import get_batch
+from mygpt.data.tokenizer import CharTokenizer as PlainTokenizer
 from mygpt.errors import CheckpointError, DamagedCheckpointError, NonFiniteError, TokenizerError
-from mygpt.generation import sample_token
-from mygpt.optim import cosine_warmup_lr
-from mygpt.recipe import ModelTable, build_recipe, check_recipe
-from mygpt.rundir import MANIFEST_FILE, METADATA_KEY, sync
-from mygpt.runtime import resolve_device
-from mygpt.tokenizer import CharTokenizer as PlainTokenizer
+from mygpt.model import gpt as plain
+from mygpt.model.generation import sample_token
+from mygpt.processes.machine import resolve_device
+from mygpt.recipe.tables import ModelTable, build_recipe, check_recipe
+from mygpt.runs import loading, saver
+from mygpt.runs.files import MANIFEST_FILE, METADATA_KEY, sync
+from mygpt.training import evaluate
+from mygpt.training.optim import cosine_warmup_lr
 
 __all__ = [
     "GPT",
@@ -229,7 +230,7 @@ def save_checkpoint(model: nn.Module, tokenizer: PlainTokenizer, path: str | Pat
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise NonFiniteError(f"{path}: weights of {name} are not finite; not saved; lower lr or clip gradients")
-    metadata = checkpoint.model_metadata(gpt.config, tokenizer, step)
+    metadata = saver.model_metadata(gpt.config, tokenizer, step)
     partial = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +254,7 @@ def load_checkpoint(path: str | PathLike[str]) -> tuple[GPT, CharTokenizer]:
         CheckpointError: there is no such checkpoint.
         DamagedCheckpointError: it cannot be read, or is not what was saved.
     """
-    saved, tokenizer, _ = checkpoint.load_checkpoint(Path(path))
+    saved, tokenizer, _ = loading.load_checkpoint(Path(path))
     with torch.device("meta"):
         model = GPT(saved.vocab_size, **saved.config.model_dump())
     model.load_state_dict(saved.state_dict(), assign=True)

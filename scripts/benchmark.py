@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from mygpt.cli import parse_recipe
-from mygpt.data import BatchStream, Dataset, Rows, load_dataset
-from mygpt.loop import accelerator_for, train_step
-from mygpt.model import GPT
-from mygpt.optim import build_optimizer, build_scheduler
-from mygpt.recipe import Recipe
-from mygpt.runtime import make_deterministic, resolve_device, set_threads
+from mygpt.data.batches import BatchStream, Rows
+from mygpt.data.dataset import Dataset, load_dataset
+from mygpt.model.gpt import GPT
+from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
+from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.tables import Recipe
+from mygpt.training.optim import build_optimizer, build_scheduler
+from mygpt.training.train import accelerator_for, train_step
 
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 

@@ -21,15 +21,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from mygpt.cli import parse_recipe
-from mygpt.data import BatchStream, Dataset, Rows, load_dataset
-from mygpt.launch import launched_processes
-from mygpt.loop import accelerator_for, exact_step, prepare, train_step
-from mygpt.model import GPT
-from mygpt.optim import build_optimizer, build_scheduler
-from mygpt.recipe import Recipe
-from mygpt.runtime import make_deterministic, resolve_device, set_threads
-from mygpt.startup import resolve_micro_batch
+from mygpt.data.batches import BatchStream, Rows
+from mygpt.data.dataset import Dataset, load_dataset
+from mygpt.model.gpt import GPT
+from mygpt.processes.environment import launched_processes
+from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
+from mygpt.processes.preflight import resolve_micro_batch
+from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.tables import Recipe
+from mygpt.training.optim import build_optimizer, build_scheduler
+from mygpt.training.train import accelerator_for, exact_step, prepare, train_step
 
 WAYS = ("alone", "fast", "exact")
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")

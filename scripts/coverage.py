@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from scipy.stats import t as student
 
-from mygpt.checkpoint import load_checkpoint
-from mygpt.data import all_places, load_dataset
+from mygpt.data.batches import all_places
+from mygpt.data.dataset import load_dataset
 from mygpt.errors import MygptError
-from mygpt.evaluate import HeldOutLoss, ratio_estimate, window_losses
-from mygpt.resume import recorded_recipe
+from mygpt.runs.loading import load_checkpoint
+from mygpt.runs.start import recorded_recipe
+from mygpt.training.evaluate import HeldOutLoss, ratio_estimate, window_losses
 
 STRETCHES = (100, 400, 1742)
 """Windows of a stretch; the last is what a val_split of 0.1 leaves of Tiny Shakespeare."""

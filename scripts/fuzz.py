@@ -19,9 +19,12 @@ except ImportError:
     sys.exit("fuzz.py: needs atheris: pip install atheris")
 
 with atheris.instrument_imports(include=["mygpt", "tomllib", "safetensors"]):
-    from mygpt import checkpoint, recipe, resume, rundir
     from mygpt.errors import MygptError
-    from mygpt.loop import train
+    from mygpt.recipe import files, tables
+    from mygpt.runs import loading, start
+    from mygpt.runs.files import file_sha256
+    from mygpt.runs.run import read_run
+    from mygpt.training.train import train
 
 FOLDER = Path(tempfile.mkdtemp(prefix="mygpt-fuzz-"))
 TINY = {
@@ -39,7 +42,7 @@ def fuzz_recipe(data: bytes) -> None:
     path = FOLDER / "recipe.toml"
     path.write_bytes(data)
     with contextlib.suppress(MygptError):
-        recipe.check_recipe(recipe.load_recipe(path))
+        tables.check_recipe(files.load_recipe(path))
 
 
 def fuzz_checkpoint(data: bytes) -> None:
@@ -55,14 +58,14 @@ def fuzz_checkpoint(data: bytes) -> None:
     manifest_file = run / "step-000002" / "manifest.json"
     if name.endswith(".safetensors"):
         manifest = json.loads(ORIGINALS["manifest.json"])
-        manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": rundir.file_sha256(file)}
+        manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         manifest_file.write_text(json.dumps(manifest))
     for job in (
-        lambda: checkpoint.load_checkpoint(run),
-        lambda: checkpoint.read_state(
-            run / "step-000002", checkpoint.read_tensors(run / "step-000002" / "model.safetensors")
+        lambda: loading.load_checkpoint(run),
+        lambda: loading.read_state(
+            run / "step-000002", loading.read_tensors(run / "step-000002" / "model.safetensors")
         ),
-        lambda: resume.find_start(resume.recorded_recipe(run), rundir.read_run(run), "ab", warn=lambda _: None),
+        lambda: start.find_start(start.recorded_recipe(run), read_run(run), "ab", warn=lambda _: None),
     ):
         with contextlib.suppress(MygptError):
             job()
@@ -77,7 +80,7 @@ def main() -> None:
     target = targets[sys.argv.pop(1)]
     (FOLDER / "text.txt").write_text("ab" * 100)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run = train(recipe.build_recipe(TINY))
+        run = train(tables.build_recipe(TINY))
     for name in NAMES:
         file = run / name
         ORIGINALS[name] = (file if file.exists() else run / "step-000002" / name).read_bytes()

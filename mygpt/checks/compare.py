@@ -1,0 +1,182 @@
+"""Bitwise comparison of two models or runs, tensor by tensor. Imports no torch, so that it answers at once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from mygpt.errors import DamagedCheckpointError
+from mygpt.recipe.files import RUN_FILE
+from mygpt.runs.files import STATE_FILE
+from mygpt.runs.records import Record, read_records
+from mygpt.runs.run import find_model_file
+from mygpt.runs.schemas import ModelMetadata
+from mygpt.runs.steps import read_metadata
+
+
+class Difference(NamedTuple):
+    """How one tensor differs."""
+
+    name: str
+    differing: str
+    """Elements whose bits differ, of how many; or what else differs, such as the shape."""
+    max_abs: float | None = None
+    """Largest absolute difference."""
+    max_ulp: int | None = None
+    """Largest distance in units in the last place: how many representable numbers apart."""
+
+
+class Parts(NamedTuple):
+    """The tensors of two files side by side."""
+
+    differences: list[Difference]
+    tensors: int
+    values: int
+
+
+class RecordsCompared(NamedTuple):
+    """The records of two runs side by side."""
+
+    steps: int
+    """Steps that both have recorded."""
+    totals: tuple[int, int]
+    """Records of each."""
+    difference: str
+    """The first of these that is not the same, and how; "": none."""
+
+
+class Comparison(NamedTuple):
+    """Two models side by side, and of two runs also what trained them."""
+
+    settings: list[str]
+    """A line for each setting of the architecture and for the vocabulary, where they differ."""
+    weights: Parts
+    steps: tuple[int, int]
+    """The steps at which they were saved, which may differ between identical models."""
+    state: Parts | None = None
+    """Optimizer moments and generator states of two runs."""
+    records: RecordsCompared | None = None
+    """Of two runs."""
+
+    @property
+    def identical(self) -> bool:
+        state = self.state.differences if self.state else []
+        return not (self.settings or self.weights.differences or state or (self.records and self.records.difference))
+
+
+def compare(a: str | Path, b: str | Path) -> Comparison:
+    """Compare the models of two run directories (their newest steps), step directories or model files.
+
+    Of two run directories, optimizer state and metrics are compared, too.
+
+    Raises:
+        CheckpointError: one of them is not there.
+        DamagedCheckpointError: one of them cannot be read.
+    """
+    file_a, file_b = find_model_file(Path(a)), find_model_file(Path(b))
+    metadata_a, metadata_b = read_metadata(file_a), read_metadata(file_b)
+    comparison = Comparison(
+        list(_compare_settings(metadata_a, metadata_b)),
+        compare_files(file_a, file_b),
+        (metadata_a.step, metadata_b.step),
+    )
+    if (Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists():
+        state = compare_files(file_a.with_name(STATE_FILE), file_b.with_name(STATE_FILE))
+        records = compare_records(read_records(Path(a)), read_records(Path(b)))
+        return comparison._replace(state=state, records=records)
+    return comparison
+
+
+def compare_files(a: Path, b: Path) -> Parts:
+    """Compare the tensors of two safetensors files by name.
+
+    Raises:
+        DamagedCheckpointError: one of them cannot be read.
+    """
+    differences = []
+    values = 0
+    try:
+        with safe_open(a, framework="numpy") as tensors_a, safe_open(b, framework="numpy") as tensors_b:
+            names_a, names_b = set(tensors_a.keys()), set(tensors_b.keys())
+            for name in sorted(names_a | names_b):
+                if name not in names_b or name not in names_a:
+                    differences.append(Difference(name, f"only in {a if name in names_a else b}"))
+                    continue
+                tensor_a = tensors_a.get_tensor(name)
+                values += tensor_a.size
+                if difference := _compare_tensors(name, tensor_a, tensors_b.get_tensor(name)):
+                    differences.append(difference)
+    # numpy has no bfloat16 or float8, which mygpt never saves.
+    except (OSError, SafetensorError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{a} or {b}: damaged, or not of mygpt: {error}") from None
+    return Parts(differences, len(names_a | names_b), values)
+
+
+def compare_records(records_a: list[Record], records_b: list[Record]) -> RecordsCompared:
+    """Compare what two runs have recorded of the same steps. How often they record does not count."""
+    other = {record.step: record for record in records_b}
+    totals = len(records_a), len(records_b)
+    common = [(record, other[record.step]) for record in records_a if record.step in other]
+    for a, b in common:
+        for (name, value_a), (_, value_b) in zip(a, b, strict=True):
+            if value_a != value_b and None not in (value_a, value_b):
+                return RecordsCompared(len(common), totals, f"step {a.step}: {name} {value_a} against {value_b}")
+    return RecordsCompared(len(common), totals, "")
+
+
+def table(differences: list[Difference]) -> Iterator[str]:
+    """The differences as aligned lines under a heading."""
+    rows = [("tensor", "differing", "max abs", "max ulp")]
+    for name, differing, max_abs, max_ulp in differences:
+        rows.append(
+            (name, differing, "" if max_abs is None else f"{max_abs:.3e}", "" if max_ulp is None else f"{max_ulp:,}")
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *cells in rows:
+        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip()
+
+
+def _compare_settings(a: ModelMetadata, b: ModelMetadata) -> Iterator[str]:
+    for (key, value_a), (_, value_b) in zip(a.model, b.model, strict=True):
+        if value_a != value_b:
+            yield f"{key}: {value_a} against {value_b}"
+    vocab_a, vocab_b = a.tokenizer.vocab, b.tokenizer.vocab
+    if vocab_a != vocab_b:
+        # A vocabulary can have thousands of characters: a few show which text it is.
+        only_a, only_b = (
+            "".join(sorted(set(mine) - set(others))[:10]) for mine, others in ((vocab_a, vocab_b), (vocab_b, vocab_a))
+        )
+        yield (
+            f"vocabulary: {len(vocab_a)} against {len(vocab_b)} characters; the first that only one has: "
+            f"{only_a!r} against {only_b!r}"
+        )
+
+
+def _compare_tensors(name: str, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Difference | None:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return Difference(name, f"{a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}")
+    bits = np.dtype(f"i{a.itemsize}")
+    bits_a, bits_b = a.reshape(-1).view(bits), b.reshape(-1).view(bits)
+    differ = bits_a != bits_b
+    if not differ.any():
+        return None
+    count = f"{np.count_nonzero(differ):,} of {a.size:,}"
+    values_a, values_b = a.reshape(-1)[differ], b.reshape(-1)[differ]
+    if not (np.isfinite(values_a).all() and np.isfinite(values_b).all()):
+        return Difference(name, count + " (not finite)", np.inf)
+    with np.errstate(over="ignore"):
+        max_abs = float(np.abs(values_a.astype(np.float64) - values_b.astype(np.float64)).max())
+    if a.dtype.kind != "f":
+        return Difference(name, count, max_abs)
+    order_a, order_b = _order(bits_a[differ]), _order(bits_b[differ])
+    # Unsigned, the difference of the larger and the smaller is right even where it overflows the signed type.
+    low, high = (part.astype(f"u{a.itemsize}") for part in (np.minimum(order_a, order_b), np.maximum(order_a, order_b)))
+    return Difference(name, count, max_abs, int((high - low).max()))
+
+
+def _order(bits: npt.NDArray[np.signedinteger[Any]]) -> npt.NDArray[np.signedinteger[Any]]:
+    """Floating-point bits as integers in the order of their values, 1 apart where the values are neighbours."""
+    return np.where(bits < 0, np.iinfo(bits.dtype).min - bits, bits)

@@ -1,0 +1,109 @@
+"""Corpora: a text file, or a named corpus, as text with its sha256.
+
+Text is UTF-8 and is taken exactly: a byte order mark is the character U+FEFF, and `\\r\\n` stays two characters, so
+the same file gives the same tokens on every system.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from mygpt.errors import CorpusError, DownloadError
+from mygpt.recipe.tables import NAMED_CORPORA
+
+TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+class Corpus(NamedTuple):
+    """A text and the sha256 of its UTF-8 bytes, in hexadecimal."""
+
+    text: str
+    sha256: str
+
+
+def load_corpus(name: str) -> Corpus:
+    """Load a named corpus or a text file; a name wins over a file that is called the same.
+
+    Raises:
+        CorpusError: the file is missing, not a regular file, unreadable, empty, or not UTF-8; or a named corpus is not
+            the published one.
+        DownloadError: a named corpus could not be fetched, or has the wrong hash.
+    """
+    if name == "tinyshakespeare":
+        path = find_tinyshakespeare()
+        corpus = _read_text(path)
+        if corpus.sha256 != TINYSHAKESPEARE_SHA256:
+            raise CorpusError(f"{path}: not Tiny Shakespeare (sha256 {TINYSHAKESPEARE_SHA256}); replace or remove it")
+        return corpus
+    if name == "python-docs":
+        return _python_docs()
+    return _read_text(Path(name))
+
+
+def find_tinyshakespeare() -> Path:
+    """The file of Tiny Shakespeare: in MYGPT_DATA_DIR if that is set, else in the cache, downloaded if need be.
+
+    Raises:
+        CorpusError: MYGPT_DATA_DIR is set, and the file is not there.
+        DownloadError: the file is not in the cache and cannot be fetched.
+    """
+    if folder := os.environ.get("MYGPT_DATA_DIR"):
+        path = Path(folder) / "tinyshakespeare.txt"
+        # Neither the cache nor a download: the same command would depend on what this machine has run before.
+        if not path.is_file():
+            raise CorpusError(
+                f"{path}: no such file, and MYGPT_DATA_DIR is set to {folder}; put the file there, correct "
+                "MYGPT_DATA_DIR, or unset it to have the file downloaded"
+            )
+        return path
+    import pooch
+
+    try:
+        file = pooch.retrieve(
+            TINYSHAKESPEARE_URL,
+            f"sha256:{TINYSHAKESPEARE_SHA256}",
+            fname="tinyshakespeare.txt",
+            path=pooch.os_cache("mygpt"),
+        )
+    except Exception as error:  # requests, urllib3 and pooch each raise their own kinds
+        raise DownloadError(
+            f"tinyshakespeare: cannot be downloaded from {TINYSHAKESPEARE_URL} ({type(error).__name__}); put the file "
+            "into a folder as tinyshakespeare.txt and set MYGPT_DATA_DIR to that folder"
+        ) from error
+    return Path(file)
+
+
+def _python_docs() -> Corpus:
+    """The reference text behind Python's `help()`: half a megabyte of English; it differs between Python versions."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise CorpusError("python-docs: this Python comes without pydoc_data; give a text file as the corpus") from None
+    text = "\n\n".join(f"{name}\n\n{topics[name]}" for name in sorted(topics))
+    return Corpus(text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _read_text(path: Path) -> Corpus:
+    try:
+        if path.exists() and not path.is_file():
+            raise CorpusError(f"{path}: not a regular file; expected a text file")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise CorpusError(
+            f"{path}: no such text file; expected --corpus to be a path or one of: {', '.join(NAMED_CORPORA)}"
+        ) from None
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a path with a NUL character
+        raise CorpusError(f"{str(path)!r}: not a path: {error}") from None
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{path}: not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}; convert it to UTF-8"
+        ) from None
+    if not text:
+        raise CorpusError(f"{path}: empty; expected a text to train on")
+    return Corpus(text, hashlib.sha256(raw).hexdigest())

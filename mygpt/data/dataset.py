@@ -1,0 +1,55 @@
+"""A corpus as tokens: its training part, its held-out part, and the windows drawn from them."""
+
+from typing import NamedTuple
+
+import torch
+
+from mygpt.data.corpus import load_corpus
+from mygpt.data.tokenizer import CharTokenizer
+from mygpt.errors import CorpusError
+from mygpt.recipe.tables import DataTable
+
+
+class Dataset(NamedTuple):
+    """The two parts of a corpus, 1-d tensors of token ids in the smallest type that holds them."""
+
+    tokenizer: CharTokenizer
+    train: torch.Tensor
+    val: torch.Tensor
+    """Empty without `val_split`."""
+    sha256: str
+    """Of the corpus."""
+
+    def to(self, device: torch.device) -> "Dataset":
+        return self._replace(train=self.train.to(device), val=self.val.to(device))
+
+
+def load_dataset(table: DataTable, seq_len: int) -> Dataset:
+    """Read the corpus, make its vocabulary, encode it and hold out its end.
+
+    Raises:
+        CorpusError: it cannot be read, or is too short for windows of seq_len.
+    """
+    corpus = load_corpus(table.corpus)
+    tokenizer = CharTokenizer(corpus.text)
+    if tokenizer.vocab_size < 2:
+        raise CorpusError(f"{table.corpus}: has a single distinct character; expected a text to learn from")
+    tokens = torch.from_numpy(tokenizer.encode(corpus.text))
+    return Dataset(tokenizer, *split(tokens, table.val_split, seq_len), corpus.sha256)
+
+
+def split(tokens: torch.Tensor, val_split: float, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training part, `int((1 - val_split) * n)` tokens from the start, and the held-out rest, maybe empty.
+
+    Raises:
+        CorpusError: a part that is in use is not longer than seq_len + 1, so that no window can be drawn from it.
+    """
+    boundary = int((1 - val_split) * len(tokens))
+    parts = tokens[:boundary], tokens[boundary:]
+    for name, part in zip(("training", "held-out"), parts if val_split else parts[:1], strict=False):
+        if len(part) <= seq_len + 1:
+            raise CorpusError(
+                f"the {name} part has {len(part):,} of the corpus's {len(tokens):,} characters, expected more than "
+                f"seq_len + 1 = {seq_len + 1}; give a longer text, a smaller seq_len or another val_split"
+            )
+    return parts

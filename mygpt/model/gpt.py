@@ -1,0 +1,108 @@
+"""The model: a decoder-only, pre-norm transformer in GPT-2's style.
+
+Suffixes name the axes of a tensor: B batch, T tokens, D embed_dim, H heads, K head_dim, V vocabulary.
+
+Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mygpt.recipe.tables import ModelTable
+
+
+class GPT(nn.Module):
+    """Predicts the next token at every position.
+
+    The head is tied to the token embedding. Weights are torch's default initialisation, drawn from the global
+    generator in the order of the modules below.
+    """
+
+    def __init__(self, config: ModelTable, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.activation_checkpointing = False
+        """Whether training keeps of each block only its input, and computes the rest again on the way back."""
+        self.token_embedding = nn.Embedding(vocab_size, config.embed_dim)
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.embed_dim)
+
+    def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, T, V) or, with targets, their mean cross-entropy in nats (a scalar).
+
+        `tokens_BT` and `targets_BT` are int64 token ids; T is at most max_seq_len.
+        """
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTD = self.dropout(self.token_embedding(tokens_BT) + self.position_embedding(positions_T))
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD)
+        logits_BTV = F.linear(self.norm(x_BTD), self.token_embedding.weight)
+        if targets_BT is None:
+            return logits_BTV
+        return next_token_loss(logits_BTV, targets_BT)
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def next_token_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy in nats (a scalar) of int64 targets."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelTable):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.embed_dim)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.embed_dim)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with scale 1/sqrt(head_dim), no biases."""
+
+    def __init__(self, config: ModelTable):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.query_key_value = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=False)
+        self.output = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
+        self.output_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        query_BHTK, key_BHTK, value_BHTK = (
+            part_BTD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part_BTD in self.query_key_value(x_BTD).chunk(3, dim=-1)
+        )
+        mixed_BHTK = F.scaled_dot_product_attention(
+            query_BHTK, key_BHTK, value_BHTK, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )
+        return self.output_dropout(self.output(mixed_BHTK.transpose(1, 2).flatten(2)))
+
+
+class MLP(nn.Module):
+    """Linear to 4 * embed_dim, exact GELU, linear back."""
+
+    def __init__(self, config: ModelTable):
+        super().__init__()
+        self.up = nn.Linear(config.embed_dim, 4 * config.embed_dim)
+        self.down = nn.Linear(4 * config.embed_dim, config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.down(F.gelu(self.up(x_BTD))))

@@ -1,0 +1,111 @@
+"""The machine under a run: device, threads, determinism, processes, and a record of them all."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mygpt import __version__
+from mygpt.errors import LaunchError
+
+RECORDED_PACKAGES = ("torch", "accelerate", "safetensors", "numpy")
+
+
+def resolve_device(name: str, precision: str, local_processes: int = 1) -> torch.device:
+    """The device that a recipe's `device` means on this machine.
+
+    Raises:
+        LaunchError: it is not there, cannot compute in `precision`, or is fewer than `local_processes`.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        there = " or ".join(kind for kind, found in available.items() if found)
+        raise LaunchError(f"device: got {name}, which this machine (or this build of torch) does not have; use {there}")
+    if precision == "bf16" and name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise LaunchError("precision: got bf16, which this GPU does not support; use fp32")
+    if precision == "bf16" and name == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise LaunchError("precision: got bf16, which mps has from macOS 14 on; use fp32")
+    if name == "cuda" and local_processes > torch.cuda.device_count():
+        raise LaunchError(
+            f"the launcher started {local_processes} processes on this machine, which has "
+            f"{torch.cuda.device_count()} GPUs; lower --num_processes"
+        )
+    return torch.device(name)
+
+
+def set_threads(threads: int | None, local_processes: int, *, pinned: bool = False) -> int:
+    """Set and return the CPU threads of this process; None: the cores that it may use / processes on this machine, or 1
+    if they are to be the same on any number of processes (`pinned`).
+
+    Done in-process, since `accelerate launch` and torchrun set OMP_NUM_THREADS=1.
+    """
+    if threads is None and pinned:
+        threads = 1
+    elif threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // local_processes)
+    torch.set_num_threads(threads)
+    # Where this is not set, as by torchrun for one process, Accelerate sets another number of threads.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    return threads
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Have CUDA choose kernels that give the same bits every time; CPU kernels do so by themselves."""
+    if device.type == "cuda":
+        # cuBLAS needs a fixed workspace, set before its first call, to repeat itself.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """What, beside the recipe, the bits of a result depend on: versions, processor and accelerator."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # which is the GPU that Accelerate will take
+    return {
+        "versions": {"mygpt": __version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "accelerator": torch.cuda.get_device_name(local_rank) if device.type == "cuda" else None,
+        "git_commit": _git_commit(),
+        "command": tuple(sys.argv),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git_commit() -> str | None:
+    """The commit of mygpt's own checkout, "-dirty" where files differ from it; None when installed from a wheel."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def dropout_generator_state(device: torch.device) -> torch.Tensor:
+    """The state of torch's global generator for the device, from which dropout draws there; uint8, 1-d."""
+    return torch.get_rng_state() if device.type == "cpu" else getattr(torch, device.type).get_rng_state()
+
+
+def set_dropout_generator_state(device: torch.device, state: torch.Tensor) -> None:
+    """Put the global generator for the device back to a state that `dropout_generator_state` gave."""
+    (torch if device.type == "cpu" else getattr(torch, device.type)).set_rng_state(state)

@@ -1,0 +1,123 @@
+"""Checkpoints: the weights and training state of a step, written beside the training and verified when read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mygpt.data.tokenizer import CharTokenizer
+from mygpt.errors import DamagedCheckpointError, MismatchError
+from mygpt.model.gpt import GPT
+from mygpt.recipe.tables import ModelTable
+from mygpt.runs.files import MANIFEST_FILE, STATE_FILE
+from mygpt.runs.run import find_model_file
+from mygpt.runs.saver import Tensors, TrainingState
+from mygpt.runs.steps import read_manifest, read_metadata, read_state_metadata, verify_file
+
+
+class Checkpoint(NamedTuple):
+    """A model to generate from, with the tokenizer of its corpus and the step after which it was saved."""
+
+    model: GPT
+    tokenizer: CharTokenizer
+    step: int
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Load the model of a run directory, step directory or model file, on the CPU in eval mode.
+
+    A file is held against the manifest beside it; one without a manifest is taken as it is if it was named itself.
+
+    Raises:
+        CheckpointError: there is none.
+        DamagedCheckpointError: it cannot be read, or is not what was saved.
+        MismatchError: its tensors are not those of its architecture.
+    """
+    file = find_model_file(Path(path))
+    if (file.parent / MANIFEST_FILE).exists() or file != Path(path):
+        verify_file(file, read_manifest(file.parent, prefix=None))
+    metadata = read_metadata(file)
+    tokenizer = CharTokenizer(metadata.tokenizer.vocab)
+    weights = read_weights(file, metadata.model, tokenizer.vocab_size)
+    with torch.device("meta"):
+        model = GPT(metadata.model, tokenizer.vocab_size)
+    model.load_state_dict(weights, assign=True)
+    return Checkpoint(model.eval(), tokenizer, metadata.step)
+
+
+def read_weights(file: Path, config: ModelTable, vocab_size: int, *, finite: bool = True) -> dict[str, torch.Tensor]:
+    """The weights in a model file, which must be those of this architecture.
+
+    Raises:
+        DamagedCheckpointError: it cannot be read; or, if they must be `finite`, some are not.
+        MismatchError: they are not, as after a change of the model's code.
+    """
+    weights = read_tensors(file)
+    # Before building what the metadata asks for: a damaged number of layers could take hours to build.
+    if config.embed_dim % config.num_heads or config.num_layers > len(weights):
+        raise DamagedCheckpointError(f"{file}: damaged: its metadata describes no model with these weights")
+    with torch.device("meta"):
+        expected = GPT(config, vocab_size).state_dict()
+    if name := _first_unlike(weights, {name: (weight.shape, torch.float32) for name, weight in expected.items()}):
+        got, wanted = (_describe(tensors.get(name)) for tensors in (weights, expected))
+        raise MismatchError(
+            f"{file}: {name}: got {got}, expected {wanted}: these weights are of another version of the model than "
+            "this mygpt's; use the version that wrote them (git_commit in run.json)"
+        )
+    for name, weight in weights.items():
+        if finite and not torch.isfinite(weight).all():
+            raise DamagedCheckpointError(f"{file}: damaged: {name} has values that are infinite or not numbers")
+    return weights
+
+
+def read_state(directory: Path, weights: Tensors) -> TrainingState:
+    """The training state in a step directory, whose moments must be those of `weights`.
+
+    Raises:
+        DamagedCheckpointError: it cannot be read, or they are not.
+    """
+    file = directory / STATE_FILE
+    metadata = read_state_metadata(file)
+    tensors = read_tensors(file)
+    moments = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
+    expected = {
+        f"optimizer.{name}.{moment}": (torch.Size() if moment == "step" else weight.shape, torch.float32)
+        for name, weight in weights.items()
+        for moment in MOMENTS
+    }
+    if name := _first_unlike(moments, expected):
+        raise DamagedCheckpointError(f"{file}: damaged: {name} is missing, or not of its weight's shape")
+    for name, tensor in tensors.items():
+        if name not in moments and (tensor.dtype != torch.uint8 or tensor.dim() != 1):
+            raise DamagedCheckpointError(f"{file}: damaged: {name} is no generator's state")
+    return TrainingState(tensors, metadata)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""What AdamW keeps of each parameter."""
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a safetensors file.
+
+    Raises:
+        DamagedCheckpointError: it cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{file}: damaged: {error}") from None
+
+
+def _describe(tensor: torch.Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _first_unlike(tensors: Tensors, expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> str | None:
+    """The first tensor, by name, that is missing, not expected, or of another shape or type; None: all are right."""
+    names = sorted(expected.keys() | tensors.keys())
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    return next((name for name in names if found.get(name) != expected.get(name)), None)

@@ -1,0 +1,104 @@
+"""What a run reports: the header, a line and a record per logged step."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import Field, ValidationError
+
+from mygpt.errors import CheckpointError, DamagedCheckpointError
+from mygpt.recipe.files import METRICS_FILE
+from mygpt.recipe.tables import Table
+from mygpt.runs.files import set_aside
+
+
+class Record(Table):
+    """One line of metrics.jsonl; a value that was not taken at this step is None."""
+
+    step: int
+    loss: float
+    """Mean loss of this step's global batch before its update, in nats per token."""
+    lr: float
+    """The learning rate of this step's update."""
+    tokens: int
+    """Tokens trained on so far, this step's included."""
+    val: float | None = None
+    """Held-out loss after this step's update, in nats per token."""
+    val_stderr: Annotated[float, Field(ge=0)] | None = None
+    """Standard error of the held-out loss."""
+    val_dof: Annotated[int, Field(ge=1)] | None = None
+    """Its degrees of freedom: a 95% interval is val_stderr times the 97.5% quantile of Student's t to either side."""
+    grad_norm: float | None = None
+    """Global L2 norm of this step's gradient before clipping."""
+
+
+class Timing(Table):
+    """One line of timing.jsonl: how long a recorded step took to reach, which no recipe can repeat."""
+
+    step: int
+    elapsed_seconds: float
+    """Since the first step began, evaluation and saving included; time in which the run was down is left out."""
+    tokens_per_second: float
+    """Training throughput since the record before, evaluation and saving left out."""
+
+
+def read_records(run: Path) -> list[Record]:
+    """The records of a run directory; a last line that a killed run did not finish is left out.
+
+    Raises:
+        CheckpointError: there are none, or a line is not a record.
+    """
+    path = run / METRICS_FILE
+    try:
+        *lines, _unfinished = path.read_bytes().split(b"\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be read: {reason}; expected a run directory") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(Record.model_validate_json(line))
+        except ValidationError:
+            raise CheckpointError(f"{path}: line {number} is not a record") from None
+    if not records:
+        raise CheckpointError(f"{path}: no step has been recorded yet")
+    return records
+
+
+_Line = TypeVar("_Line", Record, Timing)
+
+
+def rewind(path: Path, kind: type[_Line], step: int, *, cut: bool = True) -> list[_Line]:
+    """The records up to `step`, or to a line that is none; `cut` the file off there.
+
+    Raises:
+        DamagedCheckpointError: the disk refused it.
+    """
+    kept: list[_Line] = []
+    size = 0
+    try:
+        if cut and path.is_symlink():
+            path.unlink()  # what is appended is to stay in the run directory
+        if path.exists():
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    record = kind.model_validate_json(line)
+                except ValidationError:
+                    if cut and line.endswith(b"\n"):  # a killed run leaves no whole line that is wrong
+                        aside = set_aside(path, copy=True)
+                        print(
+                            f"{path}: line {len(kept) + 1} is no record; the file is kept as {aside}", file=sys.stderr
+                        )
+                    break
+                if record.step > step or not line.endswith(b"\n"):
+                    # Records of a continuation that has been given up go, also from a complete run.
+                    cut = cut or (record.step > step and not path.is_symlink())
+                    break
+                kept.append(record)
+                size += len(line)
+            if cut:
+                os.truncate(path, size)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path}: cannot be continued: {error.strerror}") from None
+    return kept

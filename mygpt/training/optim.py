@@ -1,0 +1,98 @@
+"""The learning rate as a pure function of the step, the optimizer and the scheduler."""
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from mygpt.recipe.tables import OptimizerTable, ScheduleTable
+
+
+def cosine_warmup_lr(step: int, warmup: int, total: int, max_lr: float, min_lr: float = 0.0) -> float:
+    """The rate of 1-based `step`: `max_lr * step / warmup` before step `warmup`, then half a cosine from `max_lr`
+    at `warmup` down to `min_lr` at `total`, and `min_lr` from there on.
+
+    Source: Loshchilov & Hutter, "SGDR" (https://arxiv.org/abs/1608.03983), one cycle.
+    """
+    if step < warmup:
+        return max_lr * step / warmup
+    if step >= total:
+        return min_lr
+    progress = (step - warmup) / (total - warmup)
+    return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def linear_warmup_lr(step: int, warmup: int, total: int, max_lr: float, min_lr: float = 0.0) -> float:
+    """As `cosine_warmup_lr`, with a straight line in place of the half cosine: the same area under it."""
+    if step < warmup:
+        return max_lr * step / warmup
+    if step >= total:
+        return min_lr
+    progress = (step - warmup) / (total - warmup)
+    return max_lr + (min_lr - max_lr) * progress
+
+
+def learning_rate(step: int, table: ScheduleTable, peak_lr: float, steps: int) -> float:
+    """The rate of 1-based `step` in a run of `steps` optimizer steps."""
+    if table.schedule == "cosine":
+        return cosine_warmup_lr(step, table.warmup, steps, peak_lr, table.min_lr)
+    if table.schedule == "linear":
+        return linear_warmup_lr(step, table.warmup, steps, peak_lr, table.min_lr)
+    return peak_lr * step / table.warmup if step < table.warmup else peak_lr
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without the decorators that keep the compiler out of it.
+
+    They import the compiler when these methods are first called: over a second and 70 MB at the start of every run.
+    Only the model is ever compiled here, so there is nothing to keep out.
+    """
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+def build_optimizer(model: torch.nn.Module, table: OptimizerTable) -> torch.optim.Optimizer:
+    """Fused AdamW over every parameter of `model`.
+
+    Its own rate is 1, so that the scheduler's factor is the rate itself, to the last bit.
+    """
+    return AdamW(
+        model.parameters(),
+        lr=1.0,
+        betas=(table.beta1, table.beta2),
+        eps=table.eps,
+        weight_decay=table.weight_decay,
+        fused=True,
+    )
+
+
+def update_unless(optimizer: torch.optim.Optimizer, broken: torch.Tensor) -> None:
+    """An optimizer step, which changes nothing if `broken` (a bool scalar), now or at an earlier step, is true.
+
+    The host does not wait to know: the fused kernel looks at `found_inf` on the device, as for torch's GradScaler.
+    """
+    own: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
+    own.held = torch.maximum(getattr(own, "held", broken.float()), broken.float())
+    if broken.device.type != "mps":
+        own.found_inf = own.held
+    elif own.held.item():  # mps's kernel has not always looked
+        return
+    optimizer.step()
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, table: ScheduleTable, peak_lr: float, steps: int, steps_done: int = 0
+) -> LambdaLR:
+    """Sets `learning_rate(t)` before optimizer step t; to be stepped once after each optimizer step.
+
+    The rate is a function of the step, so that the number of `steps_done` is all there is to restore.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 1.0
+    return LambdaLR(optimizer, lambda done: learning_rate(done + 1, table, peak_lr, steps), last_epoch=steps_done - 1)

@@ -1,0 +1,155 @@
+"""What continues a run beside the weights: taken from its parts, and put back into them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from mygpt.data.batches import BatchStream
+from mygpt.errors import DamagedCheckpointError
+from mygpt.model.gpt import GPT
+from mygpt.processes.machine import dropout_generator_state, set_dropout_generator_state
+from mygpt.recipe.seeds import batch_seed_after, process_dropout_seed
+from mygpt.runs.files import MODEL_FILE, STATE_FILE
+from mygpt.runs.loading import MOMENTS, read_state, read_weights
+from mygpt.runs.saver import Tensors, TrainingState
+from mygpt.runs.schemas import Best, StateMetadata
+from mygpt.runs.steps import read_manifest
+
+
+class GeneratorStates(NamedTuple):
+    """Where the batch stream and this process's dropout stand; uint8, 1-d."""
+
+    stream: torch.Tensor
+    dropout: torch.Tensor | None
+    """None with reduction = "exact": dropout is seeded for each micro-batch."""
+
+
+def generator_states(device: torch.device, stream: BatchStream, *, exact: bool = False) -> GeneratorStates:
+    return GeneratorStates(stream.generator.get_state(), None if exact else dropout_generator_state(device))
+
+
+def set_generator_states(device: torch.device, stream: BatchStream, states: GeneratorStates) -> None:
+    stream.generator.set_state(states.stream)
+    if states.dropout is not None:
+        set_dropout_generator_state(device, states.dropout)
+
+
+def training_state(
+    accelerator: Accelerator,
+    gpt: GPT,
+    optimizer: torch.optim.Optimizer,
+    generators: GeneratorStates,
+    step: int,
+    best: Best | None,
+) -> TrainingState:
+    """The state after `step`, with the dropout generators of all processes, each of which has to call this.
+
+    With reduction = "exact" there are none, and nothing in it depends on the number of processes.
+    """
+    moments = optimizer_tensors(optimizer, gpt.state_dict())
+    tensors = gathered(accelerator, moments)
+    tensors["generator.stream"] = generators.stream
+    if generators.dropout is None:
+        return TrainingState(tensors, StateMetadata(step=step, processes=None, best=best))
+    states = accelerator.gather(generators.dropout.to(accelerator.device)).cpu()
+    for process, state in enumerate(states.chunk(accelerator.num_processes)):
+        tensors[dropout_name(accelerator.device, process)] = state
+    return TrainingState(tensors, StateMetadata(step=step, processes=accelerator.num_processes, best=best))
+
+
+def gathered(accelerator: Accelerator, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The tensors; of those that are sharded the main process gets all, on the CPU, and the others nothing.
+
+    One after the other, since a device may not have room for them all. Every process has to call this.
+    """
+    whole = {}
+    for name, tensor in tensors.items():
+        is_sharded = hasattr(tensor, "full_tensor")
+        full = full_tensor(tensor)
+        if not is_sharded:
+            whole[name] = full
+        elif accelerator.is_main_process:
+            whole[name] = full.cpu()
+    return whole
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, gathered from all processes, each of which has to call this, if it is sharded (a DTensor)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class Restored(NamedTuple):
+    """What a checkpoint says beside the weights and the generators."""
+
+    step: int
+    best: Best | None
+    """The best step up to then."""
+    moments: Tensors
+    """The optimizer's, to be loaded once it is what it will be."""
+
+
+def restore(accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchStream, data_seed: int) -> Restored:
+    """Put the weights and generators of a run into the state of a checkpoint.
+
+    On another kind of device or number of processes dropout goes on with generators seeded from `data_seed`; with
+    another `data_seed` than the checkpoint's, batches do, too.
+
+    Raises:
+        DamagedCheckpointError: the checkpoint cannot be read.
+    """
+    weights = read_weights(checkpoint / MODEL_FILE, gpt.config, gpt.vocab_size)
+    tensors, metadata = read_state(checkpoint, weights)
+    gpt.load_state_dict(weights)
+    name = dropout_name(accelerator.device, accelerator.process_index)
+    trained_with = read_manifest(checkpoint).recipe
+    is_reseeded = trained_with is not None and trained_with.train.data_seed != data_seed
+    try:
+        stream.generator.set_state(tensors["generator.stream"])
+        if is_reseeded:
+            stream.generator.manual_seed(batch_seed_after(data_seed, metadata.step))
+        if metadata.processes == accelerator.num_processes and name in tensors and not is_reseeded:
+            set_dropout_generator_state(accelerator.device, tensors[name])
+        else:
+            torch.manual_seed(process_dropout_seed(data_seed, accelerator.process_index, metadata.step))
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: no generator's state: {error}") from None
+    return Restored(metadata.step, metadata.best, tensors)
+
+
+def dropout_name(device: torch.device, process: int) -> str:
+    """The tensor that holds the state of a process's dropout generator."""
+    return f"generator.{device.type}.{process}"
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The optimizer's moments by the names of its parameters, which are given in its order."""
+    (group,) = optimizer.param_groups
+    return {
+        f"optimizer.{name}.{moment}": optimizer.state[parameter][moment]
+        for name, parameter in zip(names, group["params"], strict=True)
+        if parameter in optimizer.state
+        for moment in MOMENTS
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: Tensors) -> None:
+    """Give the optimizer the moments that `optimizer_tensors` took, each sharded as its parameter is."""
+    (group,) = optimizer.param_groups
+    states = {
+        index: {moment: _shard(tensors[f"optimizer.{name}.{moment}"], parameter) for moment in MOMENTS}
+        for index, (name, parameter) in enumerate(zip(names, group["params"], strict=True))
+    }
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _shard(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    if not hasattr(parameter, "device_mesh") or not tensor.dim():
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has all of it, so that none has to send anything.
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
