@@ -1,4 +1,4 @@
-"""What several tests need: small recipes, a text, Tiny Shakespeare, and the command as a subprocess."""
+"""Fixtures of many tests: small recipes, a text, Tiny Shakespeare, and the command as a subprocess."""
 
 import os
 import subprocess
@@ -6,34 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.commands import REPOSITORY, run_process
+from support.runs import TINY, recipe_of
 
-from mygpt.corpus import TINYSHAKESPEARE_SHA256, find_tinyshakespeare, load_corpus
+from mygpt.data.corpus import TINYSHAKESPEARE_SHA256, find_tinyshakespeare, load_corpus
 from mygpt.errors import DownloadError
-from mygpt.recipe import TABLE_OF_KEY, Recipe, build_recipe
-
-REPOSITORY = Path(__file__).parent.parent
-
-# Small enough for a training run in a tenth of a second.
-TINY = {
-    "embed_dim": 16,
-    "num_heads": 2,
-    "num_layers": 2,
-    "max_seq_len": 16,
-    "seq_len": 16,
-    "batch_size": 4,
-    "steps": 6,
-    "threads": 1,
-    "log_every": 1,
-    "device": "cpu",
-}
-
-
-def recipe_of(**keys) -> Recipe:
-    """A recipe from keys without their tables, as flags give them."""
-    tables = {}
-    for key, value in keys.items():
-        tables.setdefault(TABLE_OF_KEY[key], {})[key] = value
-    return build_recipe(tables, source="test")
+from mygpt.recipe.tables import Recipe
 
 
 @pytest.fixture
@@ -81,16 +59,3 @@ def command(tmp_path):
         return run_process([sys.executable, "-m", "mygpt", *map(str, arguments)], cwd, timeout, environment)
 
     return run
-
-
-def run_process(arguments, cwd, timeout=300, environment=None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        list(map(str, arguments)),
-        cwd=cwd,
-        env=os.environ | (environment or {}),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=timeout,
-        check=False,
-    )

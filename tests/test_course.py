@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import TINY
 from safetensors import safe_open
+from support.runs import TINY
 
 import mygpt
 from mygpt.course import (
@@ -26,9 +26,9 @@ from mygpt.course import (
     set_seed,
 )
 from mygpt.errors import CheckpointError, NonFiniteError, RecipeError, TokenizerError
-from mygpt.loop import train
-from mygpt.metrics import read_records
-from mygpt.recipe import ModelTable
+from mygpt.recipe.tables import ModelTable
+from mygpt.runs.records import read_records
+from mygpt.training.train import train
 
 SIZES = {"embed_dim": 16, "num_heads": 2, "num_layers": 2, "max_seq_len": 16}
 CHAPTER = {"val_split": 0.1, "val_every": 3, "schedule": "cosine", "warmup": 3, "max_grad_norm": 1.0, "steps": 8}

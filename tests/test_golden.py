@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, run_process
+from support.commands import REPOSITORY, run_process
 
-from mygpt.cli import parse_recipe
-from mygpt.compare import compare
-from mygpt.recipe import with_keys
+from mygpt.checks.compare import compare
+from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.tables import with_keys
 
 pytestmark = pytest.mark.slow
 

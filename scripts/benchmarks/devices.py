@@ -1,0 +1,152 @@
+"""Time per training step on several processes of this machine, with fast and with exact sums.
+
+    python scripts/benchmarks/devices.py recipes/default.toml [--processes 1 2 4] [--any-recipe-flag]
+
+Launches the processes itself, each number of them in turn, `--rounds` times. In each launch both ways to sum, and steps
+on the same share of the batch that tell the others nothing, take turns, a block of steps each: read the ratios. One
+process gets all cores; several, and a second launch of one, a thread each. What went over the loopback interface
+meanwhile is counted, on Linux and where nothing else uses it.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from mygpt.data.batches import BatchStream, Rows
+from mygpt.data.dataset import Dataset, load_dataset
+from mygpt.model.gpt import GPT
+from mygpt.processes.environment import launched_processes
+from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
+from mygpt.processes.preflight import resolve_micro_batch
+from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.tables import Recipe
+from mygpt.training.optim import build_optimizer, build_scheduler
+from mygpt.training.train import accelerator_for, exact_step, prepare, train_step
+
+WAYS = ("alone", "fast", "exact")
+LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
+
+
+@dataclass(frozen=True)
+class Options:
+    processes: tuple[int, ...] = (1, 2, 4)
+    """Numbers of processes to launch."""
+    rounds: int = 3
+    """Launches of each."""
+    turns: int = 5
+    """Turns of each way to sum in one launch."""
+    steps_per_turn: int = 40
+    """Steps in one turn."""
+
+
+def main() -> None:
+    recipe, options = parse_recipe(sys.argv[1:], "devices.py", Options)
+    if "WORLD_SIZE" in os.environ:
+        work(recipe, options)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    launches = [(1, cores), *((count, 1) for count in options.processes)]
+    results: dict[tuple[int, int], list[dict[str, list[float]]]] = {launch: [] for launch in launches}
+    for _ in range(options.rounds):
+        for processes, threads in launches:
+            command = [
+                "torchrun",
+                "--nproc-per-node",
+                str(processes),
+                __file__,
+                *sys.argv[1:],
+                "--threads",
+                str(threads),
+            ]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            results[processes, threads].append(json.loads(output.splitlines()[-1]))
+    print(
+        "processes threads   alone ms    fast ms   exact ms fast/alone exact/fast fast/first   kB sent, fast and exact"
+    )
+    first = [statistics.median(launch["fast"]) for launch in results[launches[0]]]
+    for (processes, threads), rounds in results.items():
+        cells = [f"{processes:>9} {threads:>7}"]
+        cells += [f"{statistics.median(t for launch in rounds for t in launch[way]) * 1e3:>10.2f}" for way in WAYS]
+        for way, base in (("fast", "alone"), ("exact", "fast")):
+            pairs = (pair for launch in rounds for pair in zip(launch[way], launch[base], strict=True))
+            cells.append(f"{statistics.median(a / b for a, b in pairs):>10.3f}")
+        to_first = (statistics.median(launch["fast"]) / f for launch, f in zip(rounds, first, strict=True))
+        cells.append(f"{statistics.median(to_first):>10.3f}")
+        for way in ("fast", "exact"):
+            cells.append(f"{statistics.median(n for launch in rounds for n in launch[f'{way} bytes']) / 1e3:>10,.0f}")
+        print(" ".join(cells))
+
+
+def work(recipe: Recipe, options: Options) -> None:
+    """What each of the processes does; the first prints the seconds and bytes per step of each turn as JSON."""
+    launched = launched_processes()
+    device = resolve_device(recipe.runtime.device, recipe.runtime.precision, launched.local_processes)
+    set_threads(recipe.runtime.threads, launched.local_processes)
+    make_deterministic(device)
+    dataset = load_dataset(recipe.data, recipe.train.seq_len).to(device)
+    with accelerator_for(recipe.runtime, device, micro_batches=1) as accelerator:
+        steps = {way: stepper(recipe, accelerator, dataset, way) for way in WAYS}
+        measured: dict[str, list[float]] = {f"{way}{what}": [] for way in steps for what in ("", " bytes")}
+        for turn in range(options.turns + 1):
+            for way, step in steps.items():
+                accelerator.wait_for_everyone()
+                sent, started_at = bytes_sent(), time.perf_counter()
+                for _ in range(options.steps_per_turn):
+                    step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                accelerator.wait_for_everyone()
+                if turn:  # the first one warms up
+                    measured[way].append((time.perf_counter() - started_at) / options.steps_per_turn)
+                    measured[f"{way} bytes"].append((bytes_sent() - sent) / options.steps_per_turn)
+        if accelerator.is_main_process:
+            print(json.dumps(measured))
+
+
+def stepper(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, way: str) -> Callable[[], None]:
+    """One training step of a model of its own."""
+    exact = way == "exact"
+    gpt = GPT(recipe.model, dataset.tokenizer.vocab_size).to(accelerator.device)
+    optimizer = build_optimizer(gpt, recipe.optimizer)
+    scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, recipe.train.steps)
+    # What is prepared for exact sums does not tell the others anything by itself.
+    model, optimizer, scheduler = prepare(accelerator, gpt, optimizer, scheduler, exact=way != "fast")
+    size = resolve_micro_batch(recipe.train, accelerator.num_processes, exact=exact)
+    rows = Rows(size, accelerator.process_index, accelerator.num_processes)
+    stream = BatchStream(dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=rows)
+    max_grad_norm, done = recipe.train.max_grad_norm, 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        accelerator.gradient_accumulation_steps = 1 if exact else len(rows.micro_batches(recipe.train.batch_size))
+        part = exact_step(recipe, rows, done) if exact else None
+        train_step(
+            accelerator,
+            model,
+            optimizer,
+            stream.batch(),
+            micro_batch_size=size,
+            max_grad_norm=max_grad_norm,
+            exact=part,
+        )
+        scheduler.step()
+
+    return step
+
+
+def bytes_sent() -> int:
+    return int(LOOPBACK.read_text()) if LOOPBACK.exists() else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What a checkpoint costs: mygpt's, torch.save's and Accelerate's save_state, in turns in one process.
+
+    python scripts/benchmarks/saving.py recipes/default.toml --rounds 5
+    python scripts/benchmarks/saving.py recipes/default.toml --embed-dim 768 --num-heads 12 --num-layers 12 \
+        --max-seq-len 1024 --seq-len 64 --batch-size 1 --vocab 50257 --rounds 3   # 124 million weights
+
+All save the weights and AdamW's moments of a model that has made a step. "stall" is how long training waits. After each
+save the loop trains for a few steps, whose time tells what writing beside it costs. "whole" is when the save is done:
+mygpt's is then hashed and synced to the disk, the others' is with the system. They pickle, which mygpt never does:
+what this writes is deleted unread.
+"""
+
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from mygpt.data.batches import Batch, BatchStream, Rows
+from mygpt.data.tokenizer import CharTokenizer
+from mygpt.model.gpt import GPT
+from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
+from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.tables import Recipe, with_keys
+from mygpt.runs.saver import Saver
+from mygpt.training.optim import build_optimizer, build_scheduler
+from mygpt.training.state import generator_states, training_state
+from mygpt.training.train import accelerator_for, train_step
+
+
+@dataclass(frozen=True)
+class Options:
+    rounds: int = 5
+    """Saves by each; the medians are printed."""
+    vocab: int = 65
+    """Size of the vocabulary."""
+    steps_after: int = 3
+    """Steps trained after each save."""
+    folder: Path | None = None
+    """Where to write; absent: a temporary directory."""
+
+
+def main() -> None:
+    recipe, options = parse_recipe(sys.argv[1:], "saving.py", Options)
+    device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
+    set_threads(recipe.runtime.threads, 1)
+    make_deterministic(device)
+    with accelerator_for(recipe.runtime, device, 1) as accelerator:
+        measure(recipe, options, accelerator, device)
+
+
+def measure(recipe: Recipe, options: Options, accelerator: Accelerator, device: torch.device) -> None:
+    tokenizer = CharTokenizer("".join(map(chr, range(0x10000, 0x10000 + options.vocab))))
+    torch.manual_seed(0)
+    gpt = GPT(recipe.model, options.vocab).to(device)
+    optimizer = build_optimizer(gpt, recipe.optimizer)
+    scheduler = build_scheduler(optimizer, recipe.schedule, 1e-4, recipe.train.steps)
+    model, optimizer, scheduler = accelerator.prepare(gpt, optimizer, scheduler)
+    tokens = torch.randint(0, options.vocab, (100_000,), device=device)
+    stream = BatchStream(
+        tokens, recipe.train.batch_size, recipe.train.seq_len, seed=0, rows=Rows(recipe.train.batch_size)
+    )
+
+    def train(count: int) -> float:
+        started_at = time.perf_counter()
+        for _ in range(count):
+            batch: Batch = stream.batch()
+            train_step(accelerator, model, optimizer, batch, micro_batch_size=recipe.train.batch_size)
+        return time.perf_counter() - started_at
+
+    train(3)
+    root = Path(tempfile.mkdtemp(prefix="mygpt-saving-", dir=options.folder))
+    saver = Saver(root, with_keys(recipe, keep_last=1), tokenizer, corpus_sha256="0" * 64)
+    step = 0
+
+    def save_mygpt() -> Callable[[], None]:
+        nonlocal step
+        step += 1
+        state = training_state(accelerator, gpt, optimizer, generator_states(device, stream), step, None)
+        saver.save(gpt.state_dict(), state)
+        return saver.wait
+
+    def save_torch() -> Callable[[], None]:
+        state = {"model": gpt.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, root / "torch.pt")  # noqa: TID251 - it is what is measured
+        return lambda: None
+
+    def save_accelerate() -> Callable[[], None]:
+        accelerator.save_state(str(root / "accelerate"))
+        return lambda: None
+
+    contenders = {"mygpt": save_mygpt, "torch.save": save_torch, "save_state": save_accelerate}
+    figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contenders}
+    alone = []
+    try:
+        for _ in range(options.rounds + 1):
+            alone.append(train(options.steps_after))
+            for name, save in contenders.items():
+                shutil.rmtree(root / "accelerate", ignore_errors=True)
+                started_at = time.perf_counter()
+                finish = save()
+                stall = time.perf_counter() - started_at
+                trained = train(options.steps_after)
+                finish()
+                figures[name].append((stall, trained, time.perf_counter() - started_at if name == "mygpt" else stall))
+    finally:
+        saver.wait()
+        shutil.rmtree(root)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, {gpt.num_params():,} parameters")
+    # The first round fills the page cache, and mygpt's copies.
+    without = statistics.median(alone[1:]) / options.steps_after
+    print(f"{'no save':<12}{'':>24}  {without * 1e3:9.1f} ms/step")
+    for name, rows in figures.items():
+        stall, trained, whole = (statistics.median(column) for column in zip(*rows[1:], strict=True))
+        first = rows[0][0]
+        print(
+            f"{name:<12}stall {stall * 1e3:8.1f} ms (first {first * 1e3:.0f})  "
+            f"{trained / options.steps_after * 1e3:9.1f} ms/step after it, whole after {whole * 1e3:9.1f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()

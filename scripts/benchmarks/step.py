@@ -1,0 +1,148 @@
+"""Time per training step: mygpt's loop, a plain PyTorch loop around the same model, and the plainest implementation.
+
+    python scripts/benchmarks/step.py recipes/default.toml [--any-recipe-flag]
+
+The contenders take turns, a block of steps each, in one process: read the ratios, since a machine's speed drifts. On a
+GPU it also prints the model FLOPs utilisation, from 6 FLOPs per weight and token plus those of attention (Chowdhery et
+al., "PaLM", https://arxiv.org/abs/2204.02311, appendix B) and the GPU's dense bf16 peak.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import reference
+import torch
+from accelerate import Accelerator
+
+from mygpt.data.batches import BatchStream, Rows
+from mygpt.data.dataset import Dataset, load_dataset
+from mygpt.model.gpt import GPT
+from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
+from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.tables import Recipe
+from mygpt.training.optim import build_optimizer, build_scheduler
+from mygpt.training.train import accelerator_for, train_step
+
+PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+@dataclass(frozen=True)
+class Options:
+    rounds: int = 12
+    """Turns of each contender; the median is printed."""
+    steps_per_round: int = 40
+    """Steps in one turn."""
+
+
+def main() -> None:
+    recipe, options = parse_recipe(sys.argv[1:], "step.py", Options)
+    device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
+    threads = set_threads(recipe.runtime.threads, 1)
+    make_deterministic(device)
+    dataset = load_dataset(recipe.data, recipe.train.seq_len).to(device)
+    with accelerator_for(recipe.runtime, device, micro_batches=1) as accelerator:
+        contenders = {
+            "mygpt": mygpt_step(recipe, accelerator, dataset, device),
+            "plain": plain_step(recipe, dataset, device),
+        }
+        if recipe.runtime.precision == "fp32":
+            contenders["straightforward"] = straightforward_step(recipe, dataset, device)
+        for step in contenders.values():
+            time_steps(step, device, options.steps_per_round)
+        rounds = [
+            {name: time_steps(step, device, options.steps_per_round) for name, step in contenders.items()}
+            for _ in range(options.rounds)
+        ]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} threads"
+    print(f"{name}, torch {torch.__version__}, {recipe.runtime.precision}, compile={recipe.runtime.compile}")
+    tokens = recipe.train.batch_size * recipe.train.seq_len
+    for contender in contenders:
+        seconds = statistics.median(r[contender] for r in rounds)
+        ratio = statistics.median(r["mygpt"] / r[contender] for r in rounds)
+        line = f"{contender:<16}{seconds * 1e3:8.2f} ms/step {tokens / seconds:12,.0f} tokens/s   mygpt/it {ratio:.3f}"
+        peak = next((flops for gpu, flops in PEAK_BF16_FLOPS.items() if gpu in name), None)
+        if peak:
+            line += f"   MFU {flops_per_token(recipe, dataset.tokenizer.vocab_size) * tokens / seconds / peak:.3f}"
+        print(line)
+
+
+def mygpt_step(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, device: torch.device) -> Callable[[], None]:
+    model = GPT(recipe.model, dataset.tokenizer.vocab_size).to(device)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, recipe.train.steps)
+    if recipe.runtime.compile:
+        model.compile()
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    stream = BatchStream(
+        dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=Rows(recipe.train.batch_size)
+    )
+
+    def step() -> None:
+        train_step(
+            accelerator,
+            model,
+            optimizer,
+            stream.batch(),
+            micro_batch_size=recipe.train.batch_size,
+            max_grad_norm=recipe.train.max_grad_norm,
+        )
+        scheduler.step()
+
+    return step
+
+
+def plain_step(recipe: Recipe, dataset: Dataset, device: torch.device) -> Callable[[], None]:
+    """The same model, batches and optimizer without Accelerate: what a careful user would write by hand."""
+    model = GPT(recipe.model, dataset.tokenizer.vocab_size).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr, fused=True)
+    stream = BatchStream(
+        dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=Rows(recipe.train.batch_size)
+    )
+    forward = torch.compile(model) if recipe.runtime.compile else model
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.runtime.precision == "bf16"):
+            loss = forward(*stream.batch())
+        loss.backward()
+        if recipe.train.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def straightforward_step(recipe: Recipe, dataset: Dataset, device: torch.device) -> Callable[[], None]:
+    """reference.py, the program in the plainest PyTorch."""
+    known = reference.Settings.__dataclass_fields__
+    settings = {key: value for _, table in recipe for key, value in table if key in known}
+    text = dataset.tokenizer.decode(torch.cat([dataset.train, dataset.val]).tolist())
+    steps = reference.run(text, reference.Settings(**settings | {"steps": 10**9, "val_every": 0}), device=device)
+
+    def step() -> None:
+        next(steps)
+
+    return step
+
+
+def time_steps(step: Callable[[], None], device: torch.device, steps: int) -> float:
+    """Seconds per step."""
+    started_at = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started_at) / steps
+
+
+def flops_per_token(recipe: Recipe, vocab_size: int) -> float:
+    model = recipe.model
+    weights = model.num_layers * 12 * model.embed_dim**2 + vocab_size * model.embed_dim
+    return 6 * weights + 12 * model.num_layers * model.embed_dim * recipe.train.seq_len
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Running a run again, and comparing whole runs."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mygpt.checks.compare import compare
+from mygpt.checks.verify import verify
+from mygpt.cli.main import main
+from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError
+from mygpt.runs.files import METADATA_KEY
+from mygpt.runs.steps import read_state_metadata
+from mygpt.training import train as loop
+from mygpt.training.train import train
+
+
+@pytest.fixture
+def answer(tmp_path, capsys, monkeypatch):
+    """A function that runs a command in-process; returns exit code and stdout."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        return stopped.value.code or 0, capsys.readouterr().out
+
+    return call
+
+
+def test_an_untouched_run_verifies(tiny, answer):
+    """All of it, or its first steps; also one that was interrupted and continued, and one that is not finished."""
+    recipe = tiny(save_every=2, dropout=0.1, val_split=0.2, val_every=3)
+    run = train(recipe, until=5)
+    assert answer("verify", run) == (0, "identical: 5 records and 3 checkpoints up to step 5\n")
+    train(recipe)
+    assert answer("verify", run) == (0, "identical: 6 records and 3 checkpoints up to step 6\n")
+    assert answer("verify", run, "--steps", 3) == (0, "identical: 3 records and 1 checkpoints up to step 3\n")
+
+
+def test_the_first_step_and_tensor_that_differ_are_named(tiny, answer):
+    """As where the program computes something else than it did."""
+    run = train(tiny(save_every=2))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(lines[3])
+    lines[3] = json.dumps(record | {"loss": record["loss"] + 1e-6})
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    info = (run / "run.json").read_text()
+    code, out = answer("verify", run)
+    assert code == 1
+    assert out.startswith(f"different: the first record that differs is that of step 4: loss {record['loss'] + 1e-6}")
+    (run / "run.json").write_text(info.replace('"data_seed": 42', '"data_seed": 43'))
+    code, out = answer("verify", run)
+    assert code == 1
+    assert "the first record that differs is that of step 1: loss" in out
+    assert "the first checkpoint that differs is that of step 2\ntensor " in out
+    assert re.search(r"^token_embedding\.weight +[\d,]+ of ", out, re.MULTILINE)
+    assert re.search(r"^optimizer\.token_embedding\.weight\.exp_avg ", out, re.MULTILINE)
+
+
+def test_what_has_changed_since_is_listed(tiny, answer):
+    """Versions and processor; threads are set as they were."""
+    run = train(tiny())
+    info = json.loads((run / "run.json").read_text())
+    info["versions"]["torch"], info["cpu"] = "2.9.0", "another"
+    (run / "run.json").write_text(json.dumps(info))
+    code, out = answer("verify", run)
+    assert code == 0
+    assert re.search(r"^changed since: torch 2\.9\.0 -> 2\.", out, re.MULTILINE)
+    assert "changed since: cpu another -> " in out
+    assert "threads" not in out
+
+
+def test_a_branch_is_verified_from_where_it_began(tiny, tmp_path, answer):
+    """Records that it took over are not held against themselves."""
+    train(tiny(save_every=2, output=str(tmp_path / "source")), until=4)
+    branch = train(tiny(save_every=2, resume=str(tmp_path / "source"), output=str(tmp_path / "branch")))
+    assert answer("verify", branch) == (0, "identical: 2 records and 1 checkpoints up to step 6\n")
+    with pytest.raises(CheckpointError, match="nothing is recorded of its steps from 5 to 4"):
+        verify(branch, 4)
+
+
+def test_what_cannot_be_verified_is_told(tiny, tmp_path, text):
+    """No run; another text."""
+    with pytest.raises(CheckpointError, match="no such run"):
+        verify(tmp_path / "nothing")
+    own = tmp_path / "own.txt"
+    own.write_text(text, encoding="utf-8", newline="")
+    run = train(tiny(corpus=str(own)))
+    own.write_text(text[:-1], encoding="utf-8", newline="")
+    with pytest.raises(MismatchError, match="was trained on another text than"):
+        verify(run)
+
+
+def test_runs_are_compared_with_optimizer_and_metrics(tiny, tmp_path, answer):
+    """Equal weights do not make equal runs; how often a run records does not count."""
+    a, b = (train(tiny(log_every=every, output=str(tmp_path / f"{every}"))) for every in (1, 2))
+    code, out = answer("compare", a, b)
+    assert code == 0
+    assert out.splitlines()[2] == "metrics identical: 4 records, common of 6 and 4"
+    state = b / "step-000006" / "state.safetensors"
+    tensors, metadata = load_file(state), read_state_metadata(state)
+    tensors["optimizer.norm.bias.exp_avg"][0] += 1
+    save_file(tensors, state, {METADATA_KEY: metadata.to_json()})
+    code, out = answer("compare", a, b)
+    assert code == 1
+    assert re.search(r"^identical: .*\noptimizer and generators different: 1 of \d+ tensors", out)
+    assert not compare(a, b).identical
+    # The weights alone are still the same.
+    assert answer("compare", a / "step-000006", b / "step-000006")[0] == 0
+    text = (b / "metrics.jsonl").read_text()
+    (b / "metrics.jsonl").write_text(text.replace('"tokens":128', '"tokens":129'))
+    assert "metrics different: step 2: tokens 128 against 129" in answer("compare", a, b)[1]
+
+
+def test_signals_stop_a_verification(tiny, tmp_path, text_file, monkeypatch):
+    """Nothing is claimed of what was not compared."""
+    run = train(tiny())
+    step = loop.train_step
+
+    sent = []
+
+    def interrupted(*args, **kwargs):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    with pytest.raises(InterruptedRunError, match="stopped before anything was compared") as caught:
+        verify(run)
+    assert caught.value.exit_code == 130

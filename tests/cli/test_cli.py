@@ -1,0 +1,371 @@
+"""The `mygpt` command: what it prints, and how it answers mistakes."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support.runs import TINY
+
+from mygpt import __version__
+from mygpt.cli.main import COMMANDS, main
+from mygpt.recipe.tables import Recipe
+
+FLAGS = [part for key, value in TINY.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """A function that runs a command in-process in an empty folder; returns exit code, stdout and stderr."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "90")
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def write(path, content):
+    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content, encoding="utf-8")
+    return path
+
+
+# The numbers are the rows of docs/faults.md.
+BAD_RECIPES = {
+    "38-unknown-key": ("[train]\nmax_gradnorm = 1.0", "unknown key 'max_gradnorm'; did you mean 'max_grad_norm'?"),
+    "38-unknown-table": ("[trian]\nsteps = 1", "unknown table 'trian'; did you mean 'train'?"),
+    "38-key-with-control-characters": (
+        '[train]\n"a\\n\\u001b[31m" = 1',
+        r"unknown key 'a\\n\\x1b\[31m'; expected one of",
+    ),
+    "39-wrong-type": ('[train]\nsteps = "many"', r"\[train\] steps: got 'many', expected a valid integer"),
+    "39-boolean": ("[train]\nsteps = true", r"\[train\] steps: got True, expected a valid integer"),
+    "39-table-for-key": ("[train.steps]\nx = 1", r"\[train\] steps: got \{'x': 1\}, expected a valid integer"),
+    "39-key-for-table": ("train = 3", r"\[train\]: got 3, expected a table"),
+    "40-nan": ("[optimizer]\nlr = nan", r"\[optimizer\] lr: got nan, expected a finite number"),
+    "40-inf": ("[optimizer]\nlr = inf", r"\[optimizer\] lr: got inf, expected a finite number"),
+    "40-overflow": ("[optimizer]\nlr = 1e400", r"\[optimizer\] lr: got inf, expected a finite number"),
+    "41-negative-warmup": ("[schedule]\nwarmup = -1", r"\[schedule\] warmup: got -1, expected greater than or equal"),
+    "42-warmup-over-steps": ("[schedule]\nwarmup = 2001", "warmup: got 2001, expected at most steps = 2000"),
+    "44-micro-batch": ("[train]\nmicro_batch_size = 5", "expected a divisor of batch_size = 16"),
+    "45-heads": ("[model]\nnum_heads = 5", "num_heads: got 5, expected a divisor of embed_dim = 64"),
+    "46-duplicate-key": ("[train]\nsteps = 1\nsteps = 2", "not valid TOML: Cannot overwrite a value"),
+    "46-byte-order-mark": (b"\xef\xbb\xbf[train]\nsteps = 1", "starts with a byte order mark"),
+    "46-not-utf-8": (b"[data]\ncorpus = '\xff'", "not UTF-8: byte 0xff at offset 17"),
+    "47-deep-nesting": ("x = " + "[" * 50_000, "nested too deeply"),
+    "47-long-integer": ("[train]\nsteps = " + "9" * 5000, "not valid TOML: Exceeds the limit"),
+    "47-long-hexadecimal": ("[train]\nsteps = 0x" + "f" * 5000, "steps: got a number of thousands of digits, expected"),
+    "48-seq-len": ("[train]\nseq_len = 65", "seq_len: got 65, expected at most max_seq_len = 64"),
+    "48-extends-itself": ('extends = "bad.toml"', "extends goes in a circle: bad.toml -> bad.toml"),
+    "48-extends-nothing": (
+        'extends = "gone.toml"',
+        r"bad\.toml: extends: got 'gone\.toml', expected the path of a recipe",
+    ),
+    "48-extends-nul": ('extends = "a\\u0000b"', r"bad\.toml: extends: got 'a\\x00b', expected the path of a recipe"),
+    "48-extends-a-folder": ('extends = "."', r"bad\.toml: extends: got '\.', expected the path of a recipe"),
+    "48-extends-a-number": ("extends = 3", "extends: got 3, expected the path of a recipe"),
+}
+
+
+@pytest.mark.fault(38, 39, 40, 41, 42, 44, 45, 46, 47, 48)
+@pytest.mark.parametrize("case", BAD_RECIPES)
+def test_bad_recipes_cost_one_line(call, tmp_path, case):
+    """Exit 2, one line on stderr that names the file, and nothing created."""
+    content, message = BAD_RECIPES[case]
+    path = write(tmp_path / "bad.toml", content)
+    code, out, err = call("train", path)
+    assert (code, out) == (2, "")
+    assert err.startswith("mygpt: ")
+    assert err.count("\n") == 1
+    assert ".toml" in err
+    assert re.search(message, err), err
+    assert not os.listdir()
+
+
+BAD_TEXTS = {
+    "43-short-held-out-part": ("abcd" * 300, "the held-out part has 12 of the corpus's 1,200 characters"),
+    "43-short-training-part": ("abcd" * 3, "the training part has 11 of the corpus's 12 characters"),
+    "52-empty": ("", "empty; expected a text"),
+    "53-one-character": ("a", "single distinct character"),
+    "53-one-distinct-character": ("a" * 500, "single distinct character"),
+    "54-not-utf-8": (b"good\xffbad", "not UTF-8: byte 0xff at offset 4"),
+}
+
+
+@pytest.mark.fault(43, 52, 53, 54)
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_bad_texts_cost_one_line(call, tmp_path, case):
+    """Also a text on which one part would hold no window."""
+    content, message = BAD_TEXTS[case]
+    code, out, err = call(
+        "train", write(tmp_path / "text.txt", content), *FLAGS, "--val-split", "0.01", "--seq-len", 12
+    )
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(message, err), err
+    assert not os.listdir()
+
+
+@pytest.mark.fault(48, 49, 50, 51)
+def test_missing_and_unreadable_paths_cost_one_line(call, tmp_path):
+    """A path that is not there, is a directory, or is no regular file."""
+    os.mkfifo(tmp_path / "pipe")
+    for target, message in (
+        (tmp_path / "gone.toml", "no such recipe"),
+        (tmp_path / "gone.txt", "no such text file"),
+        (tmp_path, "not a regular file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (tmp_path / ("x" * 300), "cannot be read: File name too long"),
+    ):
+        code, out, err = call("train", target)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert message in err
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "loop.toml").symlink_to("loop.toml")
+    os.mkfifo(tmp_path / "pipe.toml")
+    for name in ("folder.toml", "loop.toml", "pipe.toml"):
+        code, _, err = call("train", tmp_path / name)
+        assert (code, err.count("\n")) == (2, 1), err
+    assert "did you mean 'hardened'" in call("train", "hardenedd")[2]
+    assert not os.listdir()
+
+
+@pytest.mark.fault(51)
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs a user whom file permissions stop; this is root")
+def test_unreadable_text_costs_one_line(call, tmp_path):
+    """A file without permission to read it."""
+    path = write(tmp_path / "secret.txt", "text")
+    path.chmod(0)
+    code, _, err = call("train", path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "Permission denied" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "nan"], "mygpt: --lr: got nan, expected a finite number\n"),
+        (["--val-split", "1"], "mygpt: --val-split: got 1.0, expected less than 1\n"),
+        (["--steps", "0"], "mygpt: --steps: got 0, expected greater than or equal to 1\n"),
+        (["--warmup", "7"], "text.txt [schedule] warmup: got 7, expected at most steps = 6"),
+        (["--step", "3"], "Unrecognized options: --step, 3; Perhaps you meant: --steps INT"),
+        (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
+        (["--schedule", "cosin"], "invalid choice"),
+        (["--lr"], "--lr"),
+    ],
+)
+def test_bad_flags_are_named(call, text_file, flags, message):
+    """The same rules as in a file; a misspelt flag gets a suggestion."""
+    code, out, err = call("train", text_file, *FLAGS, *flags)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
+    assert not os.listdir()
+
+
+@pytest.mark.fault(24, 25)
+def test_bad_outputs_are_found_before_the_first_step(call, text_file, tmp_path):
+    """A file where the run directory, or a folder above it, should be; names that no disk takes."""
+    write(tmp_path / "file", "precious")
+    for output in (tmp_path / "file", tmp_path / "file" / "run", f"new/{'a' * 300}", ""):
+        code, out, err = call("train", text_file, *FLAGS, "--output", output)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert "--output" in err
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.fault(58)
+def test_prompt_outside_the_vocabulary_is_named(call, text_file):
+    """The character and its position; nothing is generated."""
+    assert call("train", text_file, *FLAGS, "--output", "run")[0] == 0
+    code, out, err = call("generate", "--checkpoint", "run", "--prompt", "abc\u1234")
+    assert (code, out) == (2, "")
+    assert "prompt: character '\u1234' (U+1234) at position 3 is not among the" in err
+
+
+def test_flags_go_before_or_after_the_recipe(call, tmp_path):
+    """And lie over the recipe's values, which lie over the defaults."""
+    path = write(tmp_path / "mine.toml", "[train]\nsteps = 7\nseq_len = 8\n")
+    for arguments in ((path, "--seq-len", 9), ("--seq-len", 9, path)):
+        code, out, _ = call("recipe", "show", *arguments)
+        assert code == 0
+        assert {"steps = 7", "seq_len = 9", "batch_size = 16", 'output = "checkpoints/mine"'} <= set(out.splitlines())
+
+
+def test_a_flag_may_mend_a_recipe(call, tmp_path):
+    """Relations between keys are checked on the whole, not on the file alone."""
+    path = write(tmp_path / "mine.toml", "[schedule]\nwarmup = 3000\n")
+    assert call("recipe", "show", path)[0] == 2
+    assert call("recipe", "show", path, "--steps", 4000)[0] == 0
+
+
+def test_every_key_is_a_flag_with_help(call):
+    """Help names each key and explains it, with the recipe's own values as defaults."""
+    code, out, _ = call("train", "hardened", "--help")
+    assert code == 0
+    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
+    for table in Recipe.model_fields.values():
+        for key, info in type(table.default).model_fields.items():
+            assert f"--{key.replace('_', '-')}" in words
+            assert " ".join(info.description.split()) in words, key
+    assert "(default: cosine)" in words
+
+
+def test_shown_recipe_is_the_recipe_of_the_run(call, text_file):
+    """`recipe show` prints what the run writes beside its results, but for the output, which is where that lies; and
+    that file runs again to the same weights."""
+    arguments = (text_file, *FLAGS, "--output", "run")
+    shown = call("recipe", "show", *arguments)[1]
+    assert call("train", *arguments)[0] == 0
+    comment, written = Path("run/recipe.toml").read_text(encoding="utf-8").split("\n\n", 1)
+    assert comment.startswith("# The run in this directory")
+    assert written == shown.replace('output = "run"\n', "")
+    assert call("train", "run/recipe.toml", "--output", "again")[0] == 0
+    code, out, _ = call("compare", "run", "again")
+    assert code == 0
+    values = r"identical: \d+ tensors, [\d,]+ values \(step 6\)\n"
+    assert re.fullmatch(rf"{values}optimizer and generators {values}metrics identical: 6 records\n", out)
+
+
+def test_compare_shows_the_differences(call, text_file):
+    """Exit 1 and a table; exit 2 where there is nothing to compare."""
+    for seed in (0, 1):
+        assert call("train", text_file, *FLAGS, "--init-seed", seed, "--output", f"run{seed}")[0] == 0
+    code, out, _ = call("compare", "run0", "run1")
+    assert code == 1
+    assert out.startswith("different: ")
+    assert re.search(r"token_embedding\.weight +[\d,]+ of [\d,]+ +\d\.\d{3}e[+-]\d\d +[\d,]+\n", out)
+    assert call("compare", "run0", "gone")[0] == 2
+
+
+def test_generate_continues_the_prompt(call, text_file):
+    """The same seed and device give the same text; it begins with the prompt and has the length asked for."""
+    assert call("train", text_file, *FLAGS, "--output", "run")[0] == 0
+    arguments = ("generate", "--checkpoint", "run", "--prompt", "The ", "--max-new-tokens", "30")
+    texts = [
+        call(*arguments, *more)[1] for more in ((), (), ("--seed", 1), ("--temperature", 0), ("--precision", "bf16"))
+    ]
+    assert all(text.startswith("The ") and len(text) == 35 for text in texts)
+    assert texts[0] == texts[1] != texts[2]
+    assert call(*arguments, "--temperature", "1e-300")[1] == texts[3]
+    for flag, value in (("--temperature", "-1"), ("--temperature", "nan"), ("--top-k", "-1"), ("--seed", "-1")):
+        code, _, err = call(*arguments, flag, value)
+        assert (code, err.count("\n")) == (2, 1)
+
+
+def test_unknown_commands_get_a_suggestion(call):
+    """As for keys and flags."""
+    assert call("trian") == (2, "", "mygpt: unknown command 'mygpt trian'; did you mean 'train'?\n")
+    assert call("recipe", "shwo")[2] == "mygpt: unknown command 'mygpt recipe shwo'; did you mean 'show'?\n"
+    assert call("recipe", "list", "x")[0] == 2
+
+
+def test_help_names_every_command(call):
+    """With no arguments too."""
+    for arguments in ((), ("--help",), ("-h",)):
+        code, out, _ = call(*arguments)
+        assert code == 0
+        assert all(f"  {name} " in out for name in COMMANDS)
+    assert call("--version")[1] == f"mygpt {__version__}\n"
+
+
+def test_help_and_package_import_no_torch(tmp_path):
+    """They answer at once: torch alone takes seconds to import."""
+    code = "import sys, mygpt, mygpt.cli.main; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+    started_at = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "mygpt", "--help"], cwd=tmp_path, check=True, capture_output=True)
+    assert time.perf_counter() - started_at < 0.5
+
+
+def test_generate_into_a_closed_pipe_ends_quietly(command, text_file, tmp_path):
+    """`mygpt generate ... | head` prints no traceback."""
+    assert command("train", text_file, *FLAGS, "--output", "run").returncode == 0
+    shell = f"{sys.executable} -m mygpt generate --checkpoint run --prompt T --max-new-tokens 3000 | head -c 5"
+    result = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert len(result.stdout) == 5
+    assert result.stderr == ""
+
+
+def test_interrupt_ends_without_traceback(text_file, tmp_path):
+    """Ctrl-C: exit 130."""
+    command = [sys.executable, "-m", "mygpt", "train", text_file, *FLAGS, "--steps", "1000000", "--output", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("step     1:"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_progress_bar_is_drawn_on_a_terminal_only(text_file, tmp_path):
+    """stderr on a terminal shows steps, time left and tokens per second; stdout has the lines and nothing else."""
+    terminal, other_end = pty.openpty()
+    termios.tcsetwinsize(other_end, (30, 100))
+    command = [sys.executable, "-m", "mygpt", "train", text_file, *FLAGS, "--output", "run"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=other_end, check=True)
+    os.close(other_end)
+    drawn = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert re.search(r"6/6 \[.*<.*step.*tokens/s\]", drawn)
+    lines = done.stdout.decode().splitlines()
+    assert [line for line in lines if "loss" in line] == lines[-2:]
+    assert "\r" not in done.stdout.decode()
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_closed_output_does_not_end_a_run(text_file, tmp_path, closed):
+    """Training goes on without a terminal, as under a scheduler that closes one of its streams."""
+    command = f"{sys.executable} -m mygpt train {text_file} {' '.join(FLAGS)} --output run {closed}>&-"
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "run" / "latest").is_file()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_under_stdout_costs_one_line(text_file, tmp_path):
+    """The world's failures: exit 1 and a message."""
+    command = f"{sys.executable} -m mygpt recipe show default > /dev/full"
+    result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "No space left on device" in result.stderr
+
+
+def test_output_that_is_not_utf_8_escapes_what_it_lacks(tmp_path, command):
+    """No character of a corpus stops a command in a plain terminal."""
+    write(tmp_path / "text.txt", "\u00e9\u4e16" * 200)
+    plain = {"PYTHONIOENCODING": "ascii"}
+    assert command("train", "text.txt", *FLAGS, "--output", "run", **plain).returncode == 0
+    result = command("generate", "--checkpoint", "run", "--prompt", "\u00e9", "--max-new-tokens", "3", **plain)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("\\xe9")
+
+
+@pytest.mark.fault(16)
+def test_out_of_memory_costs_one_line_and_keeps_the_old_run(text_file, call):
+    """A model that no machine holds is found before the run that it would replace is touched."""
+    assert call("train", text_file, *FLAGS, "--output", "run")[0] == 0
+    code, _, err = call("train", text_file, *FLAGS, "--output", "run", "--overwrite", "--embed-dim", 2**28)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "out of memory with batch_size = 4, seq_len = 16; lower" in err
+    assert os.path.exists("run/step-000006/model.safetensors")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_named(call, text_file):
+    """Never a silent fallback to another."""
+    code, out, err = call("train", text_file, *FLAGS, "--device", "cuda")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "device: got cuda, which this machine" in err
+    assert not os.listdir()

@@ -1,0 +1,100 @@
+"""The split, the batch stream and the held-out windows."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mygpt import get_batch
+from mygpt.data.batches import BatchStream, Rows, all_places, held_out_places, windows
+from mygpt.data.dataset import split
+from mygpt.errors import CorpusError
+from mygpt.recipe.tables import ValidationTable
+
+DATA = torch.arange(1000)
+
+
+@pytest.mark.parametrize(("val_split", "boundary"), [(0.1, 900), (0.3, 700), (0.0, 1000), (1 / 3, 666)])
+def test_the_end_is_held_out(val_split, boundary):
+    """The training part is the first int((1 - val_split) * n) tokens."""
+    train, val = split(DATA, val_split, seq_len=8)
+    assert train.tolist() == list(range(boundary))
+    assert val.tolist() == list(range(boundary, 1000))
+
+
+@pytest.mark.parametrize("val_split", [0.0, 0.01, 0.99])
+def test_parts_too_short_for_a_window_are_refused(val_split):
+    """Each part that is used must be longer than seq_len + 1, the least from which a place can be drawn."""
+    data = DATA[:9] if val_split == 0 else DATA
+    with pytest.raises(CorpusError, match=r"part has \d+ of the corpus's"):
+        split(data, val_split, seq_len=9)
+
+
+def test_get_batch_is_the_course_batch():
+    """Places are drawn in one call, from the global generator if none is given; targets are one later."""
+    torch.manual_seed(42)
+    starts = torch.randint(0, 1000 - 8 - 1, (4,))
+    torch.manual_seed(42)
+    inputs, targets = get_batch(DATA, 4, 8)
+    assert inputs.tolist() == [list(range(s, s + 8)) for s in starts.tolist()]
+    assert torch.equal(targets, inputs + 1)
+    assert torch.equal(get_batch(DATA, 4, 8, torch.Generator().manual_seed(42)).inputs, inputs)
+    assert get_batch(DATA.to(torch.uint8), 4, 8).inputs.dtype == torch.int64
+
+
+@given(
+    world=st.sampled_from([1, 2, 3, 4]),
+    micro_batch=st.integers(1, 3),
+    micro_batches=st.integers(1, 9),
+    seq_len=st.integers(1, 30),
+    length=st.integers(40, 500),
+    batches=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rows_of_all_processes_join_to_the_one_process_batch(
+    world, micro_batch, micro_batches, seq_len, length, batches, seed
+):
+    """The global batch does not depend on the number of processes, at any position of the stream.
+
+    Each has whole micro-batches of it, as many as any other or one more; where there are too few, some have none.
+    """
+    data, size = torch.arange(length), micro_batch * micro_batches
+    rows = [Rows(micro_batch, process, world) for process in range(world)]
+    alone = BatchStream(data, size, seq_len, seed=seed, rows=Rows(micro_batch))
+    together = [BatchStream(data, size, seq_len, seed=seed, rows=own) for own in rows]
+    assert [index for own in rows for index in own.micro_batches(size)] == list(range(micro_batches))
+    for _ in range(batches):
+        whole, parts = alone.batch(), [stream.batch() for stream in together]
+        for own, part in zip(rows, parts, strict=True):
+            assert len(part.inputs) == micro_batch * len(own.micro_batches(size))
+            assert micro_batches // world <= len(own.micro_batches(size)) <= -(-micro_batches // world)
+        for expected, joined in zip(whole, map(torch.cat, zip(*parts, strict=True)), strict=True):
+            assert torch.equal(joined, expected)
+
+
+@given(length=st.integers(3, 200), seq_len=st.integers(1, 40))
+def test_full_sampling_has_every_target_once(length, seq_len):
+    """Cut into windows, each token but the first is a target exactly once."""
+    data = torch.arange(length)
+    parts = [windows(data, places.starts, places.seq_len) for places in all_places(data, seq_len)]
+    assert sorted(t for part in parts for t in part.targets.flatten().tolist()) == list(range(1, length))
+    assert all(torch.equal(part.inputs + 1, part.targets) for part in parts)
+
+
+def test_only_shared_stream_moves_the_training_batches():
+    """Other ways of sampling leave the stream where it was; own-stream gives the same windows every time."""
+    stream = BatchStream(DATA, 4, 8, seed=42, rows=Rows(4))
+
+    def sample(sampling):
+        table = ValidationTable(sampling=sampling, eval_batches=2)
+        before = stream.generator.get_state()
+        (places,) = held_out_places(DATA, table, stream)[:1]
+        return places.starts.tolist(), torch.equal(before, stream.generator.get_state())
+
+    own, own_untouched = sample("own-stream")
+    shared, shared_untouched = sample("shared-stream")
+    assert sample("full")[1]
+    assert own_untouched
+    assert not shared_untouched
+    assert sample("own-stream")[0] == own != shared
+    assert len(own) == 2 * 4

@@ -1,0 +1,77 @@
+"""Characters to ids and back."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mygpt.data.tokenizer import CHUNK, CharTokenizer
+from mygpt.errors import TokenizerError
+
+
+@given(st.text(min_size=1))
+def test_decoding_undoes_encoding(text):
+    """Any text survives, and ids are the places among its sorted distinct characters."""
+    tokenizer = CharTokenizer(text)
+    letters = sorted(set(text))
+    assert tokenizer.vocab == "".join(letters)
+    assert tokenizer.encode(text).tolist() == [letters.index(c) for c in text]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert CharTokenizer(tokenizer.vocab).vocab == tokenizer.vocab
+
+
+@pytest.mark.parametrize("unknown", ["z", "é", "\U0001f600", "\udcff"])
+@pytest.mark.parametrize("position", [0, 2, CHUNK + 1])
+def test_unknown_character_is_named_with_its_place(unknown, position):
+    """Also beyond the largest known code point, and beyond the first piece of a long text."""
+    with pytest.raises(TokenizerError, match=rf"U\+{ord(unknown):04X}\) at position {position} "):
+        CharTokenizer("abcx").encode("a" * position + unknown + "bc")
+
+
+@pytest.mark.parametrize(("size", "kind"), [(2, np.uint8), (256, np.uint8), (257, np.int16), (40_000, np.int32)])
+def test_ids_take_the_smallest_type(size, kind):
+    """A large corpus of few characters is kept at one byte each."""
+    text = "".join(map(chr, range(0x10000, 0x10000 + size)))
+    ids = CharTokenizer(text).encode(text)
+    assert ids.dtype == kind
+    assert ids.tolist() == list(range(size))
+
+
+@pytest.mark.slow
+@pytest.mark.fault(57)
+def test_a_hundred_megabytes_load_in_seconds(tmp_path):
+    """Read, hashed, decoded, encoded and split; beyond torch itself, memory is a small multiple of the text."""
+    size = 100_000_000
+    with (tmp_path / "large.txt").open("w") as file:
+        for _ in range(100):
+            file.write("the quick brown fox jumps over the lazy dog\n" * 22_728)
+    code = """
+import resource, time
+from mygpt.data import load_dataset
+from mygpt.recipe import DataTable
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, started_at = peak(), time.perf_counter()
+dataset = load_dataset(DataTable(corpus="large.txt", val_split=0.1), 64)
+print(len(dataset.train) + len(dataset.val), peak() - before, time.perf_counter() - started_at)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    tokens, extra_bytes, elapsed_seconds = map(float, done.stdout.split())
+    assert tokens >= size
+    assert extra_bytes < 4 * size
+    assert elapsed_seconds < 5
+
+
+def test_empty_text_has_no_vocabulary():
+    """There is nothing to learn from no text."""
+    with pytest.raises(TokenizerError, match="empty"):
+        CharTokenizer("")
+
+
+@pytest.mark.parametrize("unknown", [-1, -3, 3, 1000])
+def test_ids_outside_the_vocabulary_are_refused(unknown):
+    """Negative ids too, which would otherwise count from the end; the error names the id and the range."""
+    with pytest.raises(IndexError, match=rf"^token id {unknown}: expected 0 to 2$"):
+        CharTokenizer("abc").decode([0, unknown])

@@ -1,0 +1,270 @@
+"""Checkpoints and recipes that are not the ones that were saved: damaged, linked, newer, changed."""
+
+import json
+import os
+import re
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support.runs import contents
+
+from mygpt.errors import CheckpointError, MismatchError, RecipeError
+from mygpt.runs.files import METADATA_KEY
+from mygpt.runs.loading import load_checkpoint
+from mygpt.runs.records import read_records
+from mygpt.training.train import train
+
+
+@pytest.fixture
+def interrupted(tiny):
+    """A run with checkpoints at steps 2 and 4, to be continued to step 6."""
+    recipe = tiny(save_every=2)
+    return recipe, train(recipe, until=4)
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size - 10)
+
+
+def extend(file):
+    file.write_bytes(file.read_bytes() + b"0")
+
+
+def break_header(file):
+    file.write_bytes(file.read_bytes()[:8] + b"\xff" + file.read_bytes()[9:])
+
+
+def flip_a_bit(file):
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+
+
+def delete(file):
+    file.unlink()
+
+
+def make_a_directory(file):
+    file.unlink()
+    file.mkdir()
+
+
+def make_a_link(file):
+    file.rename(file.parent.parent.parent / f"moved-{file.name}")
+    file.symlink_to(file.parent.parent.parent / f"moved-{file.name}")
+
+
+@pytest.mark.fault(26, 27, 28, 29, 30, 33)
+@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", [truncate, extend, break_header, flip_a_bit, delete, make_a_directory, make_a_link])
+def test_a_damaged_checkpoint_is_passed_over(interrupted, tiny, tmp_path, capsys, damage, name):
+    """With a warning the run goes on from the one before, to the same bytes, and sets the damaged one aside."""
+    recipe, run = interrupted
+    file = run / "step-000004" / name
+    damage(file)
+    if (name, damage) == ("manifest.json", extend):
+        file.write_bytes(file.read_bytes() + b"}")
+    train(recipe)
+    messages = capsys.readouterr().err
+    assert re.search(rf"step-000004/{re.escape(name)}: .*; falling back to the checkpoint before it", messages)
+    assert "continuing after step 2 " in messages
+    (aside,) = run.glob("damaged-*")
+    assert aside.name == "damaged-step-000004-1"
+    whole = contents(train(tiny(save_every=2, output=str(tmp_path / "whole"))))
+    ours = {name: value for name, value in contents(run).items() if not name.startswith("damaged")}
+    for name in ("run.json", "recipe.toml"):
+        del ours[name], whole[name]
+    assert ours == whole
+
+
+@pytest.mark.fault(26, 30)
+def test_a_run_with_no_whole_checkpoint_is_not_started_again_silently(interrupted):
+    """Exit 1: what is left may be worth mending."""
+    recipe, run = interrupted
+    for file in run.glob("step-*/model.safetensors"):
+        truncate(file)
+    with pytest.raises(CheckpointError, match=r"none of its 2 checkpoints is whole; .*--overwrite") as caught:
+        train(recipe)
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.fault(31)
+def test_another_architecture_names_the_key(interrupted, tiny, tmp_path):
+    """In the run's own directory, and from another run; nothing is changed."""
+    _, run = interrupted
+    before = contents(run)
+    for keys, way_out in (
+        ({}, "choose another --output"),
+        ({"output": str(tmp_path / "other"), "resume": str(run)}, "a branch goes on with what its checkpoint has"),
+    ):
+        with pytest.raises(
+            MismatchError,
+            match=rf"\[model\] num_layers: got 3, expected 2, as in .*step-000004; {way_out}",
+        ) as caught:
+            train(tiny(save_every=2, num_layers=3, **keys), allow_changes=True)
+        assert caught.value.exit_code == 1
+    assert contents(run) == before
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_linked_step_directory_is_neither_followed_nor_touched(interrupted, tmp_path, capsys, dangling):
+    """Never read, written or deleted through it: it is set aside."""
+    recipe, run = interrupted
+    elsewhere = tmp_path / "elsewhere"
+    (run / "step-000004").rename(elsewhere)
+    (run / "step-000004").symlink_to(tmp_path / "nothing" if dangling else elsewhere)
+    before = contents(elsewhere)
+    with pytest.raises(CheckpointError, match="latest: got 'step-000004', which is not a checkpoint"):
+        load_checkpoint(run)
+    train(recipe)
+    assert "is a link or a file" in capsys.readouterr().err
+    assert contents(elsewhere) == before
+    assert (run / "damaged-step-000004-1").is_symlink()
+    assert (run / "step-000004").is_dir()
+    assert not (run / "step-000004").is_symlink()
+
+
+@pytest.mark.fault(32)
+def test_links_in_a_run_lead_nothing_out_of_it(interrupted, tmp_path):
+    """Records, recipe and pointers that are links are replaced; what they point to stays as it was."""
+    recipe, run = interrupted
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("metrics.jsonl", "timing.jsonl", "latest", ".tmp-latest", ".tmp-run.json", ".tmp-step-000006"):
+        (outside / name).write_text("precious")
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(outside / name)
+    before = contents(outside)
+    train(recipe)
+    assert contents(outside) == before
+    train(recipe, overwrite=True)
+    assert contents(outside) == before
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+def test_a_newer_format_is_named(interrupted, name):
+    """And not passed over: going on from an older checkpoint would discard the newer ones."""
+    recipe, run = interrupted
+    directory = run / "step-000004"
+    if name == "manifest.json":
+        manifest = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps(manifest | {"format": 3}))
+    else:
+        rewrite(directory, metadata=lambda values: values | {"format": 3})
+    before = contents(run)
+    with pytest.raises(CheckpointError, match=rf"{name}: of format 3, and this mygpt reads up to 2") as caught:
+        train(recipe)
+    assert caught.value.exit_code == 1
+    assert contents(run) == before
+
+
+def rewrite(directory, name="model.safetensors", *, metadata=lambda values: values, tensors=lambda values: None):
+    """Change a file of a checkpoint, and its manifest with it: damage that no hash shows."""
+    import hashlib
+
+    from safetensors import safe_open
+
+    file = directory / name
+    with safe_open(file, framework="pt") as opened:
+        values = metadata(json.loads(opened.metadata()[METADATA_KEY]))
+    parts = load_file(file)
+    tensors(parts)
+    save_file(parts, file, {METADATA_KEY: json.dumps(values)})
+    manifest = json.loads((directory / "manifest.json").read_text())
+    raw = file.read_bytes()
+    manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.fault(35)
+def test_weights_that_are_no_numbers_are_refused(interrupted):
+    """Also where the hash is right."""
+    recipe, run = interrupted
+    rewrite(run / "step-000004", tensors=lambda values: values["norm.bias"].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged: norm\.bias has values that are") as caught:
+        train(recipe)
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.fault(36)
+def test_a_changed_corpus_is_refused_unless_allowed(interrupted, tiny, tmp_path, text):
+    """The same characters, in another order; and other characters, which no flag allows."""
+    recipe, run = interrupted
+    other = tmp_path / "other.txt"
+    other.write_text(text[10_000:] + text[:10_000], encoding="utf-8", newline="")
+    changed = tiny(save_every=2, corpus=str(other))
+    with pytest.raises(MismatchError, match=r"corpus: .*other\.txt is not the text that .*--allow-changes") as caught:
+        train(changed)
+    assert caught.value.exit_code == 1
+    train(changed, allow_changes=True)
+    assert (run / "latest").read_text() == "step-000006\n"
+    other.write_text("abc" * 1000)
+    with pytest.raises(MismatchError, match="its characters are not the vocabulary of"):
+        train(tiny(save_every=2, corpus=str(other), steps=8), allow_changes=True)
+    # The same text under another name is the same corpus.
+    other.write_text(text, encoding="utf-8", newline="")
+    train(recipe, overwrite=True)
+    train(tiny(save_every=2, corpus=str(other)))
+
+
+@pytest.mark.fault(37)
+@pytest.mark.parametrize(
+    ("keys", "answer"),
+    [
+        ({"lr": 3e-4}, r"\[optimizer\] lr: got 0\.0003, expected 0\.001, as .* was trained; .*--allow-changes"),
+        ({"batch_size": 8, "data_seed": 1}, r"batch_size: got 8, expected 4.*\n.*data_seed: got 1, expected 42"),
+        ({"val_split": 0.1, "val_every": 2}, r"val_split: got 0\.1, expected 0\.0.*\n.*val_every: got 2, expected 0"),
+        ({"precision": "bf16"}, "precision: got bf16, expected fp32"),
+        ({"steps": 3}, r"steps: got 3, expected more than 4, the step of .*step-000004; raise --steps"),
+    ],
+)
+def test_a_changed_recipe_is_refused(interrupted, tiny, keys, answer):
+    """Exit 2: what differs, and the ways out; nothing is changed."""
+    _, run = interrupted
+    before = contents(run)
+    with pytest.raises(RecipeError, match=answer) as caught:
+        train(tiny(save_every=2, **keys))
+    assert caught.value.exit_code == 2
+    assert contents(run) == before
+
+
+@pytest.mark.fault(37)
+@pytest.mark.parametrize(
+    ("keys", "warning"),
+    [({"threads": 2}, r"threads 1 -> 2"), ({"micro_batch_size": 2}, r"micro_batch_size 4 -> 2")],
+)
+def test_what_changes_the_last_bits_is_told(interrupted, tiny, capsys, keys, warning):
+    """And recorded in run.json; the run goes on."""
+    _, run = interrupted
+    train(tiny(save_every=2, **keys))
+    assert re.search(
+        rf"the last bits may differ from those of a run that was never.*{warning}", capsys.readouterr().err
+    )
+    ((name, now),) = keys.items()
+    was = {"threads": 1, "micro_batch_size": 4}[name]
+    info = json.loads((run / "run.json").read_text())
+    (resumed,) = info["resumed"]
+    assert (resumed["after_step"], resumed["changed"]) == (4, {name: [was, now]})
+
+
+@pytest.mark.fault(37)
+def test_harmless_changes_pass(interrupted, tiny, tmp_path, capsys):
+    """What is printed and kept may change, and more steps be asked for: the weights are those of the longer run."""
+    _, run = interrupted
+    train(tiny(save_every=4, steps=8, print_every=3, log_every=2, keep_last=2))
+    messages = capsys.readouterr().err
+    assert "last bits" not in messages
+    longer = train(tiny(steps=8, output=str(tmp_path / "longer")))
+    for name in ("model.safetensors", "state.safetensors"):
+        assert (run / "step-000008" / name).read_bytes() == (longer / "step-000008" / name).read_bytes()
+    # A schedule that ends at `steps` is told to be another one.
+    falling = {"schedule": "linear", "output": str(tmp_path / "falling")}
+    train(tiny(**falling))
+    train(tiny(**falling, steps=8))
+    assert "steps 6 -> 8: from step 7 on, the rate is that of a linear schedule over 8 steps" in capsys.readouterr().err
+    rates = [record.lr for record in read_records(tmp_path / "falling")]
+    assert rates[5] == 0
+    assert rates[6] == pytest.approx(1e-3 / 8)

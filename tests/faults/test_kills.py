@@ -1,0 +1,134 @@
+"""SIGKILL at any moment, then the same command: the bytes of a run that was never killed."""
+
+import random
+import signal
+import sys
+
+import pytest
+from support.commands import needs_strace, run_process
+from support.fault_points import ARGUMENTS, run, start
+from support.runs import assert_undisturbed, contents, wait_for
+
+KILLS = [
+    (1, "made-temporary-directory", 1),
+    (1, "made-temporary-directory", 3),
+    (2, "middle-of-file", 1),
+    (2, "middle-of-file", 4),
+    (3, "between-files", 1),
+    (3, "before-manifest", 2),
+    (4, "before-fsync", 2),
+    (5, "before-rename", 1),
+    (5, "before-rename", 4),
+    (6, "after-rename", 2),
+    (6, "after-directory-fsync", 1),
+    (7, "before-latest", 1),
+    (7, "before-latest", 2),
+    (7, "after-latest", 5),
+    (7, "before-best", 2),
+    (8, "before-pruning", 3),
+    (8, "renamed-for-pruning", 1),
+    (8, "pruned-halfway", 1),
+    (8, "after-pruning", 5),
+    (10, "making-run", 1),
+    (10, "made-run.json", 1),
+    (10, "made-recipe", 1),
+    (10, "loaded", 1),
+    (10, "before-step", 1),
+    (11, "before-step", 8),
+    (11, "after-step", 5),
+    (11, "forward", 12),
+    (11, "validation", 2),
+    (11, "after-validation", 3),
+    (11, "record", 7),
+]
+
+
+@pytest.mark.fault(1, 2, 3, 4, 5, 6, 7, 8, 10, 11)
+@pytest.mark.parametrize(("number", "point", "count"), KILLS)
+def test_killed_run_ends_as_if_it_had_not_been(folder, quiet, number, point, count):
+    """SIGKILL at a point, then the same command: every file and line is that of a run never killed."""
+    place = folder(point)
+    assert run(ARGUMENTS, place, point, count) == -signal.SIGKILL
+    assert run(ARGUMENTS, place) == 0
+    assert_undisturbed(place, quiet(*ARGUMENTS))
+
+
+@pytest.mark.fault(9)
+@pytest.mark.parametrize("point", ["loading-weights", "loading-state", "loaded"])
+def test_kill_while_loading_changes_nothing(folder, quiet, point):
+    """Reading a checkpoint, and making the directory ready to go on, may be broken off anywhere."""
+    place = folder(point)
+    assert run(ARGUMENTS, place, "before-step", 9) == -signal.SIGKILL
+    assert run(ARGUMENTS, place, point) == -signal.SIGKILL
+    assert run(ARGUMENTS, place) == 0
+    assert_undisturbed(place, quiet(*ARGUMENTS))
+
+
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("point", ["middle-of-file", "before-rename", "pruned-halfway", "before-latest"])
+def test_killed_twice_in_the_same_save(folder, quiet, point):
+    """What the first kill left is no error for the second, nor for the run after it."""
+    place = folder(point)
+    for _ in range(2):
+        assert run(ARGUMENTS, place, point) == -signal.SIGKILL
+    assert run(ARGUMENTS, place) == 0
+    assert_undisturbed(place, quiet(*ARGUMENTS))
+
+
+@pytest.mark.fault(10, 11)
+@pytest.mark.parametrize("sampling", ["shared-stream", "own-stream", "full"])
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_resume_is_exact_with_every_sampling(folder, quiet, sampling, schedule):
+    """Killed in warmup, between a save and an evaluation, with dropout and accumulation."""
+    arguments = (*ARGUMENTS, "--sampling", sampling, "--schedule", schedule, "--log-val-stderr", "--log-grad-norm")
+    place = folder(sampling)
+    for point, count in (("before-step", 6), ("forward", 7)):
+        assert run(arguments, place, point, count) == -signal.SIGKILL
+    assert run(arguments, place) == 0
+    assert_undisturbed(place, quiet(*arguments))
+
+
+@pytest.mark.fault(11)
+@pytest.mark.slow
+def test_fifty_random_kills_change_no_byte(folder, quiet):
+    """One run, killed 50 times: by turns after a random time from its start, and from its next checkpoint."""
+    arguments = (*ARGUMENTS, "--steps", 2000, "--save-every", 6, "--val-every", 50, "--log-every", 10)
+    place, delays = folder("random"), random.Random(0)
+    for kill in range(50):
+        newest = place / "run" / "latest"
+        before = newest.read_text() if newest.exists() else None
+        process = start(arguments, place)
+        if kill % 2:
+            wait_for(lambda: newest.exists() and newest.read_text() != before)  # noqa: B023 - called at once
+        process.join(delays.uniform(0, 0.1 if kill % 2 else 0.6))
+        assert process.exitcode is None, "it ended before it had been killed 50 times"
+        process.kill()
+        process.join()
+    assert run(arguments, place) == 0
+    assert_undisturbed(place, quiet(*arguments))
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("defect", ["forget-moments", "forget-dropout", "forget-stream", "forget-rate"])
+def test_a_resume_that_forgets_something_is_found(folder, quiet, defect):
+    """The tests above can fail: whatever is not put back shows in the bytes."""
+    place = folder(defect)
+    assert run(ARGUMENTS, place, "before-step", 6) == -signal.SIGKILL
+    assert run(ARGUMENTS, place, defect) == 0
+    assert contents(place / "run") != contents(quiet(*ARGUMENTS) / "run")
+
+
+@needs_strace
+@pytest.mark.slow
+@pytest.mark.fault(1, 4, 5, 6, 7, 8)
+@pytest.mark.parametrize("call", ["fsync:when=10", "/^rename:when=4", "unlinkat:when=2"])
+def test_kill_at_a_system_call(folder, quiet, call):
+    """The same from outside the program, by the system calls of the thread that saves."""
+    place = folder("strace")
+    name, when = call.split(":")
+    trace = ["strace", "-f", "-qq", "-o", "trace", "-e", f"trace={name}"]
+    program = [sys.executable, "-c", "import sys; sys.argv[0] = 'mygpt'; from mygpt.cli.main import main; main()"]
+    killed = run_process([*trace, "-e", f"inject={name}:signal=SIGKILL:{when}", *program, "train", *ARGUMENTS], place)
+    assert killed.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), killed.stderr + (place / "trace").read_text()
+    assert run(ARGUMENTS, place) == 0
+    assert_undisturbed(place, quiet(*ARGUMENTS))

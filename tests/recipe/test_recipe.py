@@ -1,0 +1,145 @@
+"""Reading, checking and writing recipes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.runs import recipe_of
+
+from mygpt.errors import RecipeError
+from mygpt.recipe.files import load_recipe, recipe_schema
+from mygpt.recipe.tables import MIN_EXACT_EPS, TABLE_OF_KEY, Recipe, check_recipe
+from mygpt.training.gradient_sum import SCALE
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_keys_are_unique_across_tables():
+    """Each key is also a flag without its table's name."""
+    keys = [key for table in Recipe.model_fields.values() for key in type(table.default).model_fields]
+    assert len(keys) == len(set(keys)) == len(TABLE_OF_KEY)
+
+
+def test_every_key_has_help():
+    """The text under a field is its flag's help."""
+    for table in Recipe.model_fields.values():
+        for key, info in type(table.default).model_fields.items():
+            assert info.description, key
+
+
+@pytest.mark.parametrize(("table", "key"), [("train", "log_grad_norm"), ("validation", "log_val_stderr")])
+def test_help_of_printed_values_says_that_they_are_always_logged(table, key):
+    """These two keys decide what is printed; metrics.jsonl holds both values without them."""
+    description = type(getattr(Recipe(), table)).model_fields[key].description
+    assert description.startswith("Print the ")
+    assert description.endswith("; metrics.jsonl always has it.")
+
+
+def test_resolved_recipe_reads_back_equal(tmp_path):
+    """What is written beside the results can be run again."""
+    recipe = recipe_of(steps=7, lr=1 / 3, micro_batch_size=2, schedule="cosine", warmup=3, output="a/b c")
+    assert load_recipe(write(tmp_path / "recipe.toml", recipe.to_toml())) == recipe
+
+
+def test_output_is_named_after_the_file(tmp_path):
+    """A recipe without an output writes to checkpoints/ and its own name, also when it extends another."""
+    write(tmp_path / "first.toml", "[train]\nsteps = 3")
+    second = write(tmp_path / "second.toml", 'extends = "first.toml"\n[train]\nseq_len = 8')
+    recipe = load_recipe(second)
+    assert recipe.checkpoint.output == "checkpoints/second"
+    assert (recipe.train.steps, recipe.train.seq_len) == (3, 8)
+
+
+def test_extends_takes_a_shipped_name(tmp_path):
+    """A recipe anywhere can start from one that comes with mygpt."""
+    path = write(tmp_path / "mine.toml", 'extends = "hardened"\n[train]\nsteps = 200')
+    assert load_recipe(path).schedule.schedule == "cosine"
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path):
+    """One line per mistake, each with file, table, key, what was got and what was expected."""
+    path = write(
+        tmp_path / "bad.toml",
+        "[train]\nmax_gradnorm = 1.0\nsteps = true\n[optimiser]\nlr = 1\n[data]\nval_split = 1.5\nwarmup = 3\n",
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    lines = str(caught.value).splitlines()
+    assert f"{path} [train]: unknown key 'max_gradnorm'; did you mean 'max_grad_norm'?" in lines
+    assert f"{path} [train] steps: got True, expected a valid integer" in lines
+    assert f"{path}: unknown table 'optimiser'; did you mean 'optimizer'?" in lines
+    assert f"{path} [data] val_split: got 1.5, expected less than 1" in lines
+    assert f"{path} [data]: key 'warmup' belongs in the table [schedule]" in lines
+    assert len(lines) == 5
+
+
+def test_a_mistake_in_a_parent_names_the_parent(tmp_path):
+    """The file to correct is the one that holds the mistake."""
+    parent = write(tmp_path / "parent.toml", "[train]\nsteps = -1")
+    child = write(tmp_path / "child.toml", 'extends = "parent.toml"')
+    with pytest.raises(RecipeError, match=r"parent\.toml \[train\] steps: got -1"):
+        load_recipe(child)
+    assert parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({"warmup": 11, "steps": 10}, "warmup"),
+        ({"val_every": 5}, "val_every"),
+        ({"log_val_stderr": True}, "log_val_stderr"),
+        ({"num_heads": 3}, "num_heads"),
+        ({"seq_len": 65}, "seq_len"),
+        ({"micro_batch_size": 3}, "micro_batch_size"),
+        ({"min_lr": 1e-4}, "min_lr"),
+        ({"min_lr": 1e-2, "schedule": "linear"}, "min_lr"),
+        ({"eps": 9e-12, "reduction": "exact"}, "eps"),
+    ],
+)
+def test_relations_between_keys_are_checked(keys, key):
+    """Each relation names the key to change, in the table where it stands."""
+    with pytest.raises(RecipeError, match=rf"^here \[{TABLE_OF_KEY[key]}\] {key}: got "):
+        check_recipe(recipe_of(**keys), source="here")
+
+
+def test_exact_sums_need_an_eps_above_their_rounding():
+    """A gradient that rounds to zero would have moved a weight by less than a twentieth of the rate."""
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(recipe_of(eps=1e-12, reduction="exact"), source="here")
+    assert str(caught.value) == (
+        'here [optimizer] eps: got 1e-12, expected at least 1e-11 with reduction = "exact", which rounds gradients to '
+        'multiples of 2**-40, about 1e-12; raise eps, or use reduction = "fast"'
+    )
+    check_recipe(recipe_of(eps=MIN_EXACT_EPS, reduction="exact"))
+    check_recipe(recipe_of(eps=1e-12, reduction="fast"))
+    largest_lost = 0.5 / SCALE
+    assert largest_lost / (largest_lost + MIN_EXACT_EPS) < 1 / 20
+
+
+def test_plain_recipe_has_no_broken_relation():
+    """The defaults are a valid run."""
+    check_recipe(Recipe())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "-1.0", '"1e-3"'])
+def test_rates_are_finite_numbers(tmp_path, value):
+    """TOML has nan and inf, and reads 1e400 as inf; a rate does not."""
+    with pytest.raises(RecipeError, match=r"\[optimizer\] lr: got .*, expected"):
+        load_recipe(write(tmp_path / "bad.toml", f"[optimizer]\nlr = {value}"))
+
+
+def test_recipes_are_immutable():
+    """A run cannot change its own recipe."""
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().train.steps = 3
+
+
+def test_schema_knows_every_key():
+    """Editors complete and check every key, and extends."""
+    schema = json.loads(recipe_schema())
+    assert set(schema["properties"]) == {*Recipe.model_fields, "extends"}
+    assert schema["additionalProperties"] is False
+    assert set(schema["$defs"]["TrainTable"]["properties"]) == set(type(Recipe().train).model_fields)

@@ -1,0 +1,90 @@
+"""What is printed and recorded."""
+
+import pytest
+from support.runs import recipe_of
+
+from mygpt.errors import CheckpointError
+from mygpt.reports.recorder import Reporter, due, header_lines, step_line
+from mygpt.runs.records import Record, read_records
+
+
+def record(**values):
+    return Record(**{"step": 500, "loss": 2.43928, "lr": 8.95e-4, "tokens": 1} | values)
+
+
+def test_header_has_the_published_form():
+    """Aligned labels, thousands separated."""
+    recipe = recipe_of(schedule="cosine", warmup=100, max_grad_norm=1.0)
+    sizes = {"corpus": 1_115_394, "train": 1_003_854, "val": 111_540}
+    lines = header_lines(recipe, device="cpu", sizes=sizes, vocab_size=65, params=207_296)
+    assert list(lines) == [
+        "device:       cpu",
+        "precision:    fp32",
+        "corpus chars: 1,115,394",
+        "train chars:  1,003,854",
+        "val chars:    111,540",
+        "vocab_size:   65",
+        "params:       207,296",
+        "steps:        2000",
+        "schedule:     cosine (warmup=100)",
+        "max_grad_norm:1.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "line"),
+    [
+        ({}, {}, "step   500: loss = 2.4393"),
+        ({"schedule": "cosine"}, {"step": 1}, "step     1: loss = 2.4393  lr = 8.95e-04"),
+        ({"warmup": 9}, {}, "step   500: loss = 2.4393"),
+        (
+            {"schedule": "linear"},
+            {"val": 2.47441, "val_stderr": 0.1},
+            "step   500: loss = 2.4393  val = 2.4744  lr = 8.95e-04",
+        ),
+        (
+            {"log_val_stderr": True, "log_grad_norm": True},
+            {"val": 2.47441, "val_stderr": 0.01234, "grad_norm": 0.5},
+            "step   500: loss = 2.4393  val = 2.4744 +- 0.0123  grad_norm = 0.5000",
+        ),
+    ],
+)
+def test_step_lines_show_what_applies(keys, values, line):
+    """val only where it was taken, lr only with a schedule other than constant, the rest where it was asked for."""
+    assert step_line(record(**values), recipe_of(**keys)) == line
+
+
+def test_due_counts_from_one_and_includes_the_last():
+    """Every third of eight steps is 3, 6 and the last; 0 is never."""
+    assert [step for step in range(1, 9) if due(step, 3, 8)] == [3, 6, 8]
+    assert not any(due(step, 0, 8) for step in range(1, 9))
+
+
+def test_only_the_main_process_reports(tmp_path, capsys):
+    """Other processes print nothing and write nothing."""
+    for is_main in (False, True):
+        with Reporter(recipe_of(steps=2), tmp_path, is_main=is_main) as reporter:
+            reporter.log(1, printed=True, loss=1.0, lr=0.1)
+            reporter.log(2, printed=False, loss=1.0, lr=0.1)
+        assert capsys.readouterr().out == ("step     1: loss = 1.0000\n" if is_main else "")
+        assert (tmp_path / "metrics.jsonl").exists() is is_main
+    assert [r.step for r in read_records(tmp_path)] == [1, 2]
+
+
+def test_records_that_are_none_are_refused(tmp_path):
+    """A run without records, and a line that is not one, are named."""
+    with pytest.raises(CheckpointError, match="expected a run directory"):
+        read_records(tmp_path)
+    for line in ('{"step": 1}', "[" * 100_000, '{"step": 1, "loss": NaN, "lr": 1}', "\udc80"):
+        (tmp_path / "metrics.jsonl").write_text(line + "\n", errors="surrogateescape")
+        with pytest.raises(CheckpointError, match="line 1 is not a record"):
+            read_records(tmp_path)
+
+
+def test_an_unfinished_last_line_is_left_out(tmp_path):
+    """What a killed run has recorded can be read."""
+    with Reporter(recipe_of(steps=2), tmp_path, is_main=True) as reporter:
+        reporter.log(1, printed=False, loss=1.0, lr=0.1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert [r.step for r in read_records(tmp_path)] == [1]

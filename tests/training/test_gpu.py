@@ -1,0 +1,112 @@
+"""What only a CUDA device can show."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mygpt.checks.compare import compare
+from mygpt.errors import NonFiniteError
+from mygpt.runs.records import read_records
+from mygpt.training.failed_step import replay
+from mygpt.training.train import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+KEYS = {
+    "device": "cuda",
+    "embed_dim": 64,
+    "num_heads": 4,
+    "max_seq_len": 64,
+    "seq_len": 64,
+    "batch_size": 16,
+    "steps": 60,
+    "lr": 1e-3,
+    "max_grad_norm": 1.0,
+    "schedule": "cosine",
+    "warmup": 10,
+    "val_split": 0.1,
+    "val_every": 20,
+}
+
+
+@pytest.fixture(autouse=True)
+def _restore_determinism():
+    # The compiler gives up on a function that it has compiled for too many runs in one process.
+    torch.compiler.reset()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.*:UserWarning")
+def test_cuda_runs_repeat_to_the_last_bit(tiny, tmp_path, precision, compiled):
+    """Two runs on one GPU write the same weights, with dropout and in every mode."""
+    keys = KEYS | {"precision": precision, "compile": compiled, "dropout": 0.1}
+    runs = []
+    for name in "ab":
+        torch.compiler.reset()
+        runs.append(train(tiny(**keys, output=str(tmp_path / name))))
+    assert compare(*runs).weights.differences == []
+
+
+def test_cuda_gives_the_cpu_numbers(tiny, tmp_path):
+    """fp32 on CUDA is fp32: the losses of sixty steps agree with the CPU's to four decimals."""
+    runs = [train(tiny(**KEYS | {"device": device}, output=str(tmp_path / device))) for device in ("cpu", "cuda")]
+    for a, b in zip(*map(read_records, runs), strict=True):
+        assert b.loss == pytest.approx(a.loss, abs=5e-5)
+        assert b.val == (a.val and pytest.approx(a.val, abs=5e-5))
+
+
+def test_bf16_stays_near_fp32(tiny, tmp_path):
+    """On CUDA as on the CPU."""
+    runs = [train(tiny(**KEYS | {"precision": p}, output=str(tmp_path / p))) for p in ("fp32", "bf16")]
+    last = [read_records(run)[-1].val for run in runs]
+    assert last[1] == pytest.approx(last[0], abs=0.02)
+
+
+def test_compiled_stays_at_the_eager_numbers(tiny, tmp_path):
+    """torch.compile changes speed only."""
+    runs = [train(tiny(**KEYS | {"compile": c}, output=str(tmp_path / str(c)))) for c in (False, True)]
+    for a, b in zip(*map(read_records, runs), strict=True):
+        assert b.loss == pytest.approx(a.loss, abs=5e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.*:UserWarning")
+@pytest.mark.parametrize("reduction", ["fast", "exact"])
+def test_cuda_runs_resume_to_the_last_bit(tiny, tmp_path, precision, compiled, reduction):
+    """Stopped in warmup and again later, a run writes the files of one never stopped: dropout draws on the GPU."""
+    keys = KEYS | {"precision": precision, "compile": compiled, "dropout": 0.1, "micro_batch_size": 8, "save_every": 25}
+    keys |= {"reduction": reduction}
+    whole = train(tiny(**keys, output=str(tmp_path / "whole")))
+    for until in (5, 30, None):
+        torch.compiler.reset()
+        parted = train(tiny(**keys, output=str(tmp_path / "parted")), until=until)
+    for name in ("metrics.jsonl", "step-000060/model.safetensors", "step-000060/state.safetensors"):
+        assert (parted / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_checkpoint_moves_between_cpu_and_cuda(tiny, tmp_path, capsys):
+    """With a warning that the last bits may differ, and the losses to four decimals."""
+    keys = KEYS | {"log_every": 1, "save_every": 30}
+    alone = train(tiny(**keys | {"device": "cpu"}, output=str(tmp_path / "alone")))
+    for device, until in (("cpu", 20), ("cuda", 40), ("cpu", None)):
+        moved = train(tiny(**keys | {"device": device}, output=str(tmp_path / "moved")), until=until)
+    assert "device cpu -> cuda" in capsys.readouterr().err
+    for a, b in zip(read_records(alone), read_records(moved), strict=True):
+        assert b.loss == pytest.approx(a.loss, abs=5e-5)
+
+
+def test_cuda_numbers_that_break_are_found_before_the_update(tiny):
+    """The one wait for the device comes before the optimizer's step."""
+    recipe = tiny(**KEYS | {"lr": 1e30, "warmup": 0, "max_grad_norm": 0.0})
+    with pytest.raises(NonFiniteError, match=r"^step 2: the loss is nan"):
+        train(recipe)
+    found = replay(Path(recipe.checkpoint.output), torch.device("cuda"))
+    assert found.broken

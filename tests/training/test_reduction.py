@@ -1,0 +1,106 @@
+"""Exact sums: the same bits in any order and on any number of processes, and an error rather than a wrap."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mygpt.training.gradient_sum import RANGE, SCALE, ExactSum, fixed_micro_batch
+
+SHAPES = ((3, 5), (7,), ())
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+
+
+def mean_over_processes(steps, shares):
+    """The means as each of several processes gets them, which add the micro-batches of `steps` that `shares` name."""
+    own = [parameters() for _ in shares]
+    sums = [ExactSum(params, len(steps)) for params in own]
+    for total, params, share in zip(sums, own, shares, strict=True):
+        for index in share:
+            *gradients, loss = steps[index]
+            for parameter, gradient in zip(params, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            total.add(loss)
+            assert all(parameter.grad is None for parameter in params)
+    whole = torch.stack([total._sum for total in sums]).sum(0)
+    results = []
+    for total, params in zip(sums, own, strict=True):
+        loss, out_of_range = total.mean_over(lambda _: whole)
+        results.append(([*(parameter.grad for parameter in params), loss], int(out_of_range)))
+    return results
+
+
+def random_steps(seed, count, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(shape, generator=generator) * scale for shape in (*SHAPES, ())] for _ in range(count)]
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(1, 9),
+    world=st.integers(1, 5),
+    scale=st.sampled_from([1e-9, 1e-3, 1.0, 1e4]),
+    data=st.data(),
+)
+def test_who_adds_what_in_which_order_changes_no_bit(seed, count, world, scale, data):
+    """However the micro-batches are dealt out, also when a process gets none, every process has the same means."""
+    steps = random_steps(seed, count, scale)
+    order = data.draw(st.permutations(range(count)))
+    owner = data.draw(st.lists(st.integers(0, world - 1), min_size=count, max_size=count))
+    shares = [[index for index in order if owner[index] == process] for process in range(world)]
+    [(alone, _)] = mean_over_processes(steps, [range(count)])
+    for means, out_of_range in mean_over_processes(steps, shares):
+        assert out_of_range == 0
+        for a, b in zip(means, alone, strict=True):
+            assert torch.equal(a, b)
+            assert a.shape == b.shape
+
+
+def test_float_sums_do_depend_on_the_order():
+    """The negative control: what the exact sum is for."""
+    steps = random_steps(0, 3)
+    a, b, c = (values[0] for values in steps)
+    assert not torch.equal((a + b) + c, a + (b + c))
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 9))
+@example(seed=1, count=7)
+def test_the_mean_is_the_mean(seed, count):
+    """To the grain of 2**-40 and the rounding of one float."""
+    steps = random_steps(seed, count)
+    [(means, _)] = mean_over_processes(steps, [range(count)])
+    for place, value in enumerate(means):
+        expected = torch.stack([values[place] for values in steps]).double().mean(0)
+        torch.testing.assert_close(value.double(), expected, rtol=2**-23, atol=1 / SCALE)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, RANGE / 4 * 1.001])
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_what_does_not_fit_is_counted(value, place):
+    """A gradient or a loss, of any one micro-batch: every process knows of it."""
+    steps = random_steps(0, 4)
+    steps[2][place] = torch.full_like(steps[2][place], value)
+    assert [count for _, count in mean_over_processes(steps, [[0, 1], [3], [2]])] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("count", [1, 3, 8, 1000])
+def test_the_largest_values_that_fit_do_not_wrap(count, sign):
+    """So many of the largest as there are micro-batches."""
+    largest = sign * RANGE / count
+    steps = [[torch.full(shape, largest) for shape in (*SHAPES, ())]] * count
+    [(means, out_of_range)] = mean_over_processes(steps, [range(count)])
+    assert out_of_range == 0
+    for value in means:
+        torch.testing.assert_close(value, torch.full_like(value, largest), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(16, 4), (1, 1), (3, 1), (6, 1), (8, 2), (24, 6), (7, 1), (9, 1), (10, 2)])
+def test_the_micro_batch_left_open_lets_four_share(batch, size):
+    """It depends on the batch alone, divides it, and makes at least four pieces of any batch of four or more."""
+    assert fixed_micro_batch(batch) == size

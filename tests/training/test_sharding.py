@@ -1,0 +1,116 @@
+"""Sharded weights (FSDP2): the numbers of one process, the checkpoints of any, the options of the recipe."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.commands import REPOSITORY, run_process
+from support.runs import TINY
+
+from mygpt.checks.compare import compare
+from mygpt.errors import LaunchError
+from mygpt.processes.preflight import check_sharding
+from mygpt.recipe.tables import Recipe
+from mygpt.runs.records import read_records
+from mygpt.runs.run import read_run
+from mygpt.training.train import train
+
+SCRIPT = REPOSITORY / "tests" / "support" / "sharded.py"
+TORCHRUN = [Path(sys.executable).parent / "torchrun", "--nproc-per-node"]
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+KEYS = TINY | {
+    "batch_size": 12,
+    "micro_batch_size": 2,
+    "max_grad_norm": 1.0,
+    "schedule": "cosine",
+    "warmup": 2,
+    "val_split": 0.1,
+    "val_every": 3,
+    "sampling": "full",
+    "log_grad_norm": True,
+}
+FLAGS = [part for key, value in KEYS.items() for part in (f"--{key.replace('_', '-')}", value) if value is not True]
+FLAGS += ["--log-grad-norm"]
+
+
+def run(processes, text_file, folder, *flags, sharded=True, **environment):
+    """Train on so many processes, or plainly on 1, and return the finished process."""
+    command = [*TORCHRUN, processes] if processes > 1 else [sys.executable]
+    environment |= FSDP if sharded else {}
+    result = run_process([*command, SCRIPT, text_file, *FLAGS, *flags], folder, environment=environment)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.mark.slow
+def test_sharded_weights_give_the_numbers_of_one_process(text_file, tmp_path):
+    """In float64, where a wrong average cannot hide in rounding: losses, held-out losses, norms, weights and moments.
+
+    With accumulation, clipping and activation checkpointing.
+    """
+    run(1, text_file, tmp_path, "--output", "alone", sharded=False, FLOAT64="1")
+    flags = ["--output", "sharded", "--activation-checkpointing"]
+    # Three, among which the weights cannot be shared evenly.
+    many = run(3, text_file, tmp_path, *flags, FLOAT64="1")
+    assert "sharded over" in many.stderr
+    assert read_run(tmp_path / "sharded").sharded
+    for one, other in zip(*(read_records(tmp_path / name) for name in ("alone", "sharded")), strict=True):
+        for name in ("loss", "grad_norm", "val", "val_stderr"):
+            assert getattr(other, name) == (getattr(one, name) and pytest.approx(getattr(one, name), rel=1e-10)), name
+    assert max(record.grad_norm for record in read_records(tmp_path / "alone")) > 1.0
+    for file in ("model.safetensors", "state.safetensors"):
+        alone, sharded = (load_file(tmp_path / name / "step-000006" / file) for name in ("alone", "sharded"))
+        assert alone.keys() - {"generator.cpu.0"} == {name for name in sharded if not name.startswith("generator.cpu")}
+        for name in alone.keys() - {"generator.cpu.0"}:
+            torch.testing.assert_close(sharded[name], alone[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_checkpoints_move_between_ways_to_train(text_file, tmp_path):
+    """Saved by sharded processes, continued by them to the same bytes, and by one process to the same losses."""
+    flags = ["--precision", "bf16", "--save-every", 3, "--keep-last", 0]
+    run(2, text_file, tmp_path, *flags, "--output", "whole")
+    begun = tmp_path / "whole" / "step-000003"
+    again = run(2, text_file, tmp_path, *flags, "--output", "again", "--resume", begun)
+    assert "last bits may differ" not in again.stderr
+    for file in ("model.safetensors", "state.safetensors"):
+        parts = (tmp_path / name / "step-000006" / file for name in ("whole", "again"))
+        assert len({path.read_bytes() for path in parts}) == 1
+    alone = run(1, text_file, tmp_path, *flags, "--output", "alone", "--resume", begun, sharded=False)
+    assert "the last bits may differ" in alone.stderr
+    assert "processes 2 -> 1, sharded True -> False" in alone.stderr
+    whole = {record.step: record for record in read_records(tmp_path / "whole")}
+    for record in read_records(tmp_path / "alone"):
+        assert record.loss == pytest.approx(whole[record.step].loss, abs=5e-4)
+        assert record.val == (whole[record.step].val and pytest.approx(whole[record.step].val, abs=5e-4))
+    back = run(3, text_file, tmp_path, *flags, "--output", "back", "--resume", tmp_path / "alone", "--steps", 9)
+    assert "processes 1 -> 3, sharded False -> True" in back.stderr
+
+
+def test_activation_checkpointing_changes_no_bit(tiny, tmp_path):
+    """Also with dropout, which has to drop the same activations when they are computed again."""
+    keys = {"dropout": 0.2, "max_grad_norm": 1.0, "val_split": 0.1, "val_every": 3, "micro_batch_size": 2}
+    kept, computed = (
+        train(tiny(**keys, activation_checkpointing=on, output=str(tmp_path / str(on)))) for on in (False, True)
+    )
+    assert compare(kept, computed).identical
+
+
+@pytest.mark.parametrize(
+    ("runtime", "device", "problem"),
+    [
+        ({}, "cpu", "asks for FSDP on cpu"),
+        ({"reduction": "exact"}, "cuda", "reduction: got 'exact'"),
+        ({"compile": True}, "cuda", "compile"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(monkeypatch, runtime, device, problem):
+    """On CPUs Accelerate would silently not shard; an exact sum needs whole gradients."""
+    recipe = Recipe()
+    recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=runtime)})
+    check_sharding(recipe, torch.device(device))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(LaunchError, match=problem):
+        check_sharding(recipe, torch.device(device))
