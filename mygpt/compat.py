@@ -1,8 +1,9 @@
 """Everything that relies on behaviour which torch or Accelerate do not document, each with its reason.
 
-tests/test_compat.py has a canary test for each: when one fails after an update, its message says what to do here.
+tests/test_compat.py has a canary test for each: if one fails after an update, its docstring says what to do here.
 """
 
+import inspect
 import itertools
 import os
 import re
@@ -10,8 +11,30 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+
+# ---- Processes: how they meet, and how it looks when one is lost
+
+INIT_METHOD = "mygpt://"
+"""For `torch.distributed.init_process_group`, to which Accelerate passes it on."""
+
+_openings = itertools.count()
+
+
+def open_store(url: str = INIT_METHOD, *, timeout: timedelta, **_: Any) -> Iterator[tuple[Store, int, int]]:
+    """Connect to the launcher's store; yields it with this process's rank and the number of processes.
+
+    A launcher that restarts processes keeps its store, and a script that trains twice uses one store twice. The prefix
+    hides what is left in it: without it a process would try to connect to the addresses of ended processes.
+    """
+    store, rank, processes = next(rendezvous("env://", timeout=timeout))
+    prefix = f"mygpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_openings)}"
+    yield PrefixStore(prefix, store), rank, processes
+
+
+register_rendezvous_handler("mygpt", open_store)  # type: ignore[no-untyped-call]
 
 
 def is_of_collective(error: Exception) -> bool:
@@ -25,19 +48,92 @@ def is_of_collective(error: Exception) -> bool:
 OF_GLOO = r"\[\S*/gloo/\S+:\d+\] |Gloo connectFullMesh failed"
 
 
-def meet(url: str, *, timeout: timedelta, **_: Any) -> Iterator[tuple[Store, int, int]]:
-    """Connect to the launcher's store; yields it with this process's rank and the number of processes.
+# ---- Accelerate
 
-    A launcher that restarts processes keeps its store, and a script that trains twice uses one store twice. The prefix
-    hides what is left in it: without it a process would try to connect to the addresses of ended processes.
+
+def has_accelerator() -> bool:
+    """Whether this process has an Accelerator already, whose settings a new one would share."""
+    from accelerate.state import AcceleratorState
+
+    return bool(AcceleratorState._shared_state)
+
+
+def forget_accelerator() -> None:
+    """Have the next Accelerator of this process begin with settings of its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def autocast_forward(model: torch.nn.Module, device: torch.device) -> None:
+    """Have the model compute in bfloat16, as Accelerate does it for everything but FSDP2.
+
+    There it would have FSDP cast weights, gradients and the loss. FSDP calls the patched method of the instance.
     """
-    store, rank, processes = next(rendezvous("env://", timeout=timeout))
-    prefix = f"mygpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_openings)}"
-    yield PrefixStore(prefix, store), rank, processes
+    model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
 
 
-_openings = itertools.count()
+# ---- DistributedDataParallel and FSDP2
 
-INIT_METHOD = "mygpt://"
-"""For `torch.distributed.init_process_group`, to which Accelerate passes it on (a test is the canary for that)."""
-register_rendezvous_handler("mygpt", meet)  # type: ignore[no-untyped-call]
+
+def settle_buckets(accelerator: Any, model: torch.nn.Module, optimizer: Any, *inputs: torch.Tensor) -> None:
+    """Have DDP sort its gradients as it does after the first step of a run.
+
+    It sorts them anew after its first backward pass, and the sums of three or more processes depend on how they are
+    sorted: without this the first step of a continued run would not be that of a run never interrupted. `model` gives
+    a loss for `inputs`; no weight changes.
+    """
+    accelerator.backward(model(*inputs))
+    optimizer.zero_grad()
+
+
+def is_sharded_tensor(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor. Asked by its attribute, since importing the class takes half a second."""
+    return hasattr(tensor, "full_tensor")
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, gathered from all processes, each of which has to call this, if it is sharded."""
+    return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The part of a full tensor that this process holds of a parameter; scalars, and if it is whole, the tensor."""
+    if not is_sharded_tensor(parameter) or not tensor.dim():
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has all of it, so that none has to send anything.
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+# ---- The optimizer
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without the decorators that keep the compiler out of it.
+
+    They import the compiler when these methods are first called: over a second and 70 MB at the start of every run.
+    Only the model is ever compiled here, so there is nothing to keep out.
+    """
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+def update_unless(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
+    """An optimizer step, which changes nothing if `skip` (a bool scalar) is true, now or at an earlier step.
+
+    The host does not wait to know: the fused kernel looks at `found_inf` on the device, as for torch's GradScaler.
+    """
+    own: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
+    own.held = torch.maximum(getattr(own, "held", skip.float()), skip.float())
+    if skip.device.type != "mps":
+        own.found_inf = own.held
+    elif own.held.item():  # not every version of mps's kernel looks
+        return
+    optimizer.step()

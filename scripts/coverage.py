@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from scipy.stats import t as student
 
-from mygpt.data.batches import all_places
+from mygpt.data.batches import consecutive_windows
 from mygpt.data.dataset import load_dataset
 from mygpt.errors import MygptError
 from mygpt.runs.loading import load_checkpoint
@@ -46,7 +46,7 @@ def held_out_losses(run: Path) -> tuple[torch.Tensor, int]:
     val = load_dataset(recipe.data, seq_len).val
     if len(val) < 2 * STRETCHES[-1] * seq_len:
         raise MygptError(f"{run}: holds out {len(val):,} tokens; expected {2 * STRETCHES[-1] * seq_len:,} or more")
-    return window_losses(model, val, all_places(val, seq_len)[0], 256, None).double(), seq_len
+    return window_losses(model, val, consecutive_windows(val, seq_len)[0], 256, None).double(), seq_len
 
 
 def estimates(loss_N: torch.Tensor, seq_len: int) -> Iterator[tuple[str, list[HeldOutLoss]]]:

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 
-from mygpt.data.batches import Rows
-from mygpt.processes.channel import peers_of
-from mygpt.processes.environment import Launched, check_processes, launched_processes
-from mygpt.processes.preflight import Setup, set_up
+from mygpt.data.batches import Share
+from mygpt.processes.channel import connect
+from mygpt.processes.environment import Launched, check_joined, launched_processes
+from mygpt.processes.preflight import Preflight, run_preflight
 from mygpt.recipe.tables import Recipe, check_recipe
-from mygpt.training.train import accelerator_for
+from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.parts import open_accelerator
 
 
 def diagnose(recipe: Recipe) -> list[str]:
@@ -24,14 +25,15 @@ def diagnose(recipe: Recipe) -> list[str]:
     """
     check_recipe(recipe)
     launched = launched_processes()
-    with peers_of(launched) as peers:
-        setup = set_up(recipe, launched, peers)
-        with accelerator_for(recipe.runtime, setup.device, 1) as accelerator:
-            check_processes(launched.processes, accelerator.num_processes)
+    with connect(launched) as channel:
+        gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes)
+        preflight = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size)
+        with open_accelerator(recipe.runtime, preflight.device, gradient_sum.accumulation_steps) as accelerator:
+            check_joined(launched.processes, accelerator.num_processes)
             seconds = time_message(accelerator)
             if not accelerator.is_main_process:
                 return []
-            return list(describe(recipe, launched, setup, seconds, sharded=accelerator.is_fsdp2))
+            return list(describe(recipe, launched, preflight, seconds, sharded=accelerator.is_fsdp2))
 
 
 def time_message(accelerator: Accelerator, rounds: int = 20) -> float:
@@ -44,29 +46,31 @@ def time_message(accelerator: Accelerator, rounds: int = 20) -> float:
     return (time.perf_counter() - started_at) / rounds
 
 
-def describe(recipe: Recipe, launched: Launched, setup: Setup, seconds: float, *, sharded: bool) -> Iterator[str]:
+def describe(
+    recipe: Recipe, launched: Launched, preflight: Preflight, seconds: float, *, sharded: bool
+) -> Iterator[str]:
     """The lines of a diagnosis."""
-    info, facts, table = setup.info, setup.facts, recipe.train
+    info, reports, table = preflight.info, preflight.reports, recipe.train
     versions = ", ".join(f"{name} {info.versions[name]}" for name in ("mygpt", "torch", "accelerate", "python"))
     yield f"versions:     {versions}"
-    nodes = len({entry.node for entry in facts})
+    nodes = len({entry.node for entry in reports})
     count = f"{launched.processes} process{'es' * (launched.processes > 1)}"
     yield f"launch:       {count} on {nodes} machine{'s' * (nodes > 1)}, {_manner(recipe, launched, sharded)}"
     if launched.processes > 1:
-        yield f"network:      {facts[0].backend}; adding one number takes {seconds * 1e3:.2f} ms"
+        yield f"network:      {reports[0].backend}; adding one number takes {seconds * 1e3:.2f} ms"
     yield f"precision:    {recipe.runtime.precision}"
     everywhere = ", the same on every process" if launched.processes > 1 else ""
     yield f"corpus:       {recipe.data.corpus}, sha256 {info.corpus_sha256[:12]}{everywhere}"
     windows = f"{table.batch_size} windows of {table.seq_len} tokens"
     yield f"batch:        {windows} a step, {info.micro_batch_size} to a micro-batch"
-    for rank, entry in enumerate(facts):
-        own = len(Rows(info.micro_batch_size, rank, launched.processes).micro_batches(table.batch_size))
+    for rank, entry in enumerate(reports):
+        own = len(Share(info.micro_batch_size, rank, launched.processes).micro_batches(table.batch_size))
         threads = entry.environment["threads"]
         yield (
             f"rank {rank:<9}{entry.node}: {entry.device}, {threads} thread{'s' * (threads > 1)}, "
             f"{own} micro-batch{'es' * (own != 1)} a step"
         )
-    for text in setup.notes:
+    for text in preflight.notes:
         yield f"note:         {text}"
 
 

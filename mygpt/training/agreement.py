@@ -6,7 +6,8 @@ import torch
 from accelerate import Accelerator
 
 from mygpt.errors import DisagreementError
-from mygpt.processes.preflight import Facts, name_ranks
+from mygpt.processes.preflight import ProcessReport, describe_ranks
+from mygpt.runs.saver import Tensors, TrainingState
 
 REMEDY_AT_START = (
     'their processors or versions compute other initial weights: make the machines alike, or use reduction = "fast"'
@@ -21,21 +22,27 @@ CHUNK = 2**20
 
 
 def check_agreement(
-    accelerator: Accelerator, tensors: Iterable[torch.Tensor], facts: list[Facts], *, when: str, remedy: str
+    accelerator: Accelerator,
+    weights: Tensors,
+    state: TrainingState,
+    reports: list[ProcessReport],
+    when: str,
+    remedy: str,
 ) -> None:
-    """Compare the tensors of all processes, in one message of 8 bytes each. Every process has to call it.
+    """Compare what all processes hold, in one message of 8 bytes each. Every process has to call it.
 
     Raises:
         DisagreementError: they differ. All processes raise it: `when`, which ranks and machines, and the `remedy`.
     """
     if accelerator.num_processes == 1:
         return
+    tensors = [*weights.values(), *state.tensors.values()]
     checksums = accelerator.gather(checksum(tensors, accelerator.device)[None]).tolist()
     owners: dict[int, list[int]] = {}
     for rank, value in enumerate(checksums):
         owners.setdefault(value, []).append(rank)
     if len(owners) > 1:
-        groups = " against ".join(name_ranks(facts, ranks) for ranks in sorted(owners.values(), key=len))
+        groups = " against ".join(describe_ranks(reports, ranks) for ranks in sorted(owners.values(), key=len))
         raise DisagreementError(f"{when}: the processes hold different weights or optimizer state, {groups}; {remedy}")
 
 

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from mygpt.data.batches import Places, random_places, windows
+from mygpt.data.batches import WindowSet, held_out_windows, random_windows, windows
+from mygpt.errors import NonFiniteError
+from mygpt.training.failed_step import REMEDY
+from mygpt.training.parts import Parts
 
 
 class HeldOutLoss(NamedTuple):
@@ -35,14 +38,28 @@ def estimate_val_loss(
 
     No gradients are kept, and the model is left in the mode in which it was.
     """
-    places = random_places(val_data, batch_size, seq_len, n_eval_batches, None)
+    places = random_windows(val_data, batch_size, seq_len, n_eval_batches, None)
     return held_out_loss(model, val_data, places, batch_size).mean
+
+
+def evaluate(parts: Parts, step: int) -> dict[str, Any]:
+    """The held-out loss after a step, with its standard error, as a record has them. Every process has to call this.
+
+    Raises:
+        NonFiniteError: the loss is not finite.
+    """
+    held_out = held_out_windows(parts.dataset.val, parts.recipe.validation, parts.stream)
+    size = parts.gradient_sum.micro_batch_size
+    val, stderr, dof = held_out_loss(parts.model, parts.dataset.val, held_out, size, parts.accelerator)
+    if not math.isfinite(val):
+        raise NonFiniteError(f"step {step}: the held-out loss is {val}; {REMEDY}")
+    return {"val": val, "val_stderr": stderr, "val_dof": dof}
 
 
 def held_out_loss(
     model: torch.nn.Module,
     data: torch.Tensor,
-    places: Iterable[Places],
+    places: Iterable[WindowSet],
     micro_batch_size: int,
     accelerator: Accelerator | None = None,
 ) -> HeldOutLoss:
@@ -90,7 +107,11 @@ def ratio_estimate(loss_N: torch.Tensor, length_N: torch.Tensor, *, consecutive:
 
 @torch.no_grad()
 def window_losses(
-    model: torch.nn.Module, data: torch.Tensor, places: Places, micro_batch_size: int, accelerator: Accelerator | None
+    model: torch.nn.Module,
+    data: torch.Tensor,
+    places: WindowSet,
+    micro_batch_size: int,
+    accelerator: Accelerator | None,
 ) -> torch.Tensor:
     """The total loss of each window (batch,), known to every process."""
     device = next(model.parameters()).device

@@ -1,30 +1,24 @@
-"""A step whose numbers broke: what is kept of it, and running it again to see where they broke first."""
+"""Keep a step whose loss or gradient is not finite, so that `mygpt replay` can look into it."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, ValidationError
-from torch.nn import functional as F
-from torch.nn.utils import get_total_norm
+from pydantic import Field
 
 from mygpt.data.batches import draw_starts
-from mygpt.data.dataset import Dataset
-from mygpt.data.tokenizer import CharTokenizer
-from mygpt.errors import CheckpointError, DamagedCheckpointError
-from mygpt.model.gpt import GPT
-from mygpt.processes.machine import make_deterministic, set_dropout_generator_state, set_threads
-from mygpt.recipe.seeds import micro_batch_dropout_seed
-from mygpt.recipe.tables import Count, Recipe, Table
-from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, remove
-from mygpt.runs.loading import read_tensors, read_weights
+from mygpt.errors import DamagedCheckpointError, NonFiniteError
+from mygpt.recipe.tables import Count, Table
+from mygpt.runs.files import remove
 from mygpt.runs.saver import Tensors, TrainingState, model_metadata, write_checkpoint
 from mygpt.runs.schemas import Manifest
-from mygpt.runs.steps import read_metadata, verify_checkpoint
-from mygpt.training.state import dropout_name
+from mygpt.training.gradient_sum import RANGE
+from mygpt.training.parts import Parts
+from mygpt.training.pending import Measured, NonFiniteStep
+from mygpt.training.state import Progress
 
 BATCH_FILE = "batch.json"
+REMEDY = "lower lr, or add warmup and clipping (max_grad_norm) where there is none"
 
 
 class FailedStep(Table):
@@ -49,40 +43,56 @@ class FailedStep(Table):
     activation_checkpointing: bool = False
 
 
-def record_failure(
-    run: Path,
-    problem: str,
-    weights: Tensors,
-    state: TrainingState,
-    dataset: Dataset,
-    recipe: Recipe,
-    micro_batch_size: int,
-    device: str,
-) -> None:
-    """Keep a step that broke before its update as `run`/failed-step-NNNNNN; `state` is that before it.
+def report_failed_step(parts: Parts, progress: Progress, failed: NonFiniteStep) -> NonFiniteError:
+    """Keep the failed step with the state before it in the run directory; returns the error to raise.
+
+    Every process has to call this.
+    """
+    run = Path(parts.recipe.checkpoint.output)
+    weights, state = parts.capture(Progress(failed.step - 1, progress.best), failed.before)
+    problem, remedy = describe_problem(failed.measured, parts.gradient_sum.micro_batches), REMEDY
+    if failed.measured.out_of_range:
+        remedy += '; or, if they are numbers, use reduction = "fast"'
+    look = f"`mygpt replay {run}` looks into it"
+    if parts.accelerator.is_main_process:
+        try:
+            _write(run, parts, problem, weights, state)
+        except DamagedCheckpointError as error:
+            look = f"no record of it: {error}"
+    parts.accelerator.wait_for_everyone()
+    return NonFiniteError(f"step {failed.step}: {problem}; not updated: {look}; {remedy}")
+
+
+def describe_problem(measured: Measured, micro_batches: int) -> str:
+    """What was not finite, or did not fit into an exact sum over so many micro-batches."""
+    if measured.out_of_range:
+        return (
+            f"{measured.out_of_range:.0f} of {micro_batches} micro-batches have a loss or gradients that are no "
+            f"numbers, or beyond the {RANGE / micro_batches:,.0f} that an exact sum holds"
+        )
+    return f"the loss is {measured.loss}, the gradient norm {measured.grad_norm}"
+
+
+def _write(run: Path, parts: Parts, problem: str, weights: Tensors, state: TrainingState) -> None:
+    """Write `run`/failed-step-NNNNNN: the checkpoint before the step, and batch.json.
 
     Raises:
         DamagedCheckpointError: the disk refused it.
     """
-    table, runtime = recipe.train, recipe.runtime
-    step, seq_len = state.metadata.step + 1, table.seq_len
+    recipe, dataset, gradient_sum = parts.recipe, parts.dataset, parts.gradient_sum
+    table, runtime, step = recipe.train, recipe.runtime, state.metadata.step + 1
     generator = torch.Generator()
     generator.set_state(state.tensors["generator.stream"])
-    starts = draw_starts(dataset.train, table.batch_size, seq_len, generator).tolist()
+    starts = draw_starts(dataset.train, table.batch_size, table.seq_len, generator).tolist()
     failed = FailedStep(
         step=step,
         problem=problem,
         starts=tuple(starts),
-        windows=tuple(dataset.tokenizer.decode(dataset.train[at : at + seq_len + 1].cpu()) for at in starts),
-        micro_batch_size=micro_batch_size,
+        windows=tuple(dataset.tokenizer.decode(dataset.train[at : at + table.seq_len + 1].cpu()) for at in starts),
+        micro_batch_size=gradient_sum.micro_batch_size,
         processes=state.metadata.processes or 1,
-        dropout_seeds=tuple(
-            micro_batch_dropout_seed(table.data_seed, step, index)
-            for index in range(table.batch_size // micro_batch_size)
-        )
-        if runtime.reduction == "exact"
-        else (),
-        device=device,
+        dropout_seeds=gradient_sum.dropout_seeds(step, range(gradient_sum.micro_batches)),
+        device=parts.accelerator.device.type,
         precision=runtime.precision,
         threads=torch.get_num_threads(),
         compile=runtime.compile,
@@ -91,157 +101,14 @@ def record_failure(
     target = run / f"failed-step-{step:06d}"
     if target.is_symlink() or target.exists():
         remove(target)
+    manifest = Manifest(
+        step=step, reason="failed", finished=False, recipe=recipe, corpus_sha256=dataset.sha256, files={}
+    )
     write_checkpoint(
         target,
         {name: weight.cpu() for name, weight in weights.items()},
         model_metadata(recipe.model, dataset.tokenizer, step - 1),
         TrainingState({name: tensor.cpu() for name, tensor in state.tensors.items()}, state.metadata),
-        Manifest(
-            step=step,
-            reason="failed",
-            finished=False,
-            recipe=recipe,
-            corpus_sha256=dataset.sha256,
-            files={},
-        ),
+        manifest,
         {BATCH_FILE: failed.model_dump_json(indent=2) + "\n"},
     )
-
-
-class Finding(NamedTuple):
-    """What running a failed step again has shown."""
-
-    failed: FailedStep
-    lines: list[str]
-    """What was computed on the way, up to where it broke."""
-    broken: str | None
-    """What was non-finite first; None: nothing."""
-    not_repeated: tuple[str, ...] = ()
-    """How the failed step was computed otherwise than here."""
-
-
-def replay(path: Path, device: torch.device) -> Finding:
-    """Run the failed step at `path`, a run or a failed-step directory, again, with its number of threads.
-
-    It runs eagerly and keeps all activations, so that every module's output is seen once: what of the failed step's
-    settings it does not repeat is in the finding.
-
-    Raises:
-        CheckpointError: no step has failed there.
-        DamagedCheckpointError: what was kept of it cannot be read.
-    """
-    directory = _find_failed(path)
-    verify_checkpoint(directory, "failed-step-")
-    try:
-        failed = FailedStep.model_validate_json((directory / BATCH_FILE).read_bytes())
-    except OSError as error:
-        raise DamagedCheckpointError(f"{directory / BATCH_FILE}: cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        raise DamagedCheckpointError(f"{directory / BATCH_FILE}: damaged: {error.errors()[0]['msg']}") from None
-    metadata = read_metadata(directory / MODEL_FILE)
-    tokenizer = CharTokenizer(metadata.tokenizer.vocab)
-    length = len(failed.windows[0])
-    if not 2 <= length <= metadata.model.max_seq_len + 1 or any(len(text) != length for text in failed.windows):
-        raise DamagedCheckpointError(f"{directory / BATCH_FILE}: damaged: its windows are not of one length")
-    weights = read_weights(directory / MODEL_FILE, metadata.model, tokenizer.vocab_size, finite=False)
-    for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            return Finding(failed, [], f"the weights of {name}, {_count(weight)}, already before the step")
-    if failed.threads is not None:
-        set_threads(failed.threads, failed.processes)
-    make_deterministic(device)
-    not_repeated = tuple(_not_repeated(failed, device))
-    gpt = GPT(metadata.model, tokenizer.vocab_size).to(device)
-    gpt.load_state_dict(weights)
-    generators = read_tensors(directory / STATE_FILE)
-    tokens = torch.stack([torch.from_numpy(tokenizer.encode(text)).long() for text in failed.windows]).to(device)
-    watch = _Watch(gpt)
-    micro_batches = 0
-    total = -(-len(tokens) // failed.micro_batch_size)
-    for process, share in enumerate(tokens.tensor_split(failed.processes)):
-        state = generators.get(dropout_name(device, process))
-        if state is not None:
-            set_dropout_generator_state(device, state)
-        elif metadata.model.dropout and (not failed.dropout_seeds or failed.device != device.type):
-            watch.lines.append(f"dropout drew on {failed.device}: here on {device.type} it drops other activations")
-        for rows in share.split(failed.micro_batch_size):
-            if failed.dropout_seeds:
-                torch.manual_seed(failed.dropout_seeds[micro_batches])
-            micro_batches += 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=failed.precision == "bf16"):
-                logits = gpt(rows[:, :-1])
-            loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
-            watch.see("loss", loss)
-            if not watch.broken:
-                (loss / total).backward()
-            if watch.broken:
-                where = f" (micro-batch {micro_batches}, process {process})" if len(rows) < len(tokens) else ""
-                return Finding(failed, watch.lines, watch.broken + where, not_repeated)
-    norm = get_total_norm([p.grad for p in gpt.parameters() if p.grad is not None])
-    if torch.isfinite(norm):
-        watch.lines.append(f"gradient norm: {norm.item():.4g}")
-        return Finding(failed, watch.lines, None, not_repeated)
-    largest = max(gpt.named_parameters(), key=lambda item: float(item[1].grad.abs().max()))  # type: ignore[union-attr]
-    return Finding(
-        failed,
-        watch.lines,
-        f"the norm of gradients that are all finite: its square overflows; the largest is in {largest[0]}, "
-        f"{largest[1].grad.abs().max().item():.3g}",  # type: ignore[union-attr]
-        not_repeated,
-    )
-
-
-def _not_repeated(failed: FailedStep, device: torch.device) -> Iterator[str]:
-    if failed.device != device.type:
-        yield f"computed on {failed.device}; replayed on {device.type}"
-    if failed.compile:
-        yield "computed compiled; replayed without"
-    if failed.activation_checkpointing:
-        yield "computed with activation checkpointing; replayed without"
-
-
-class _Watch:
-    """Sees every module's output on the way forward and every gradient on the way back, in the order made."""
-
-    def __init__(self, gpt: GPT):
-        self.broken: str | None = None
-        self.lines: list[str] = []
-        for name, module in gpt.named_modules():
-            module.register_forward_hook(self._forward_hook(name or "logits"))
-        for name, parameter in gpt.named_parameters():
-            parameter.register_hook(self._gradient_hook(f"weights of {name}"))
-
-    def see(self, name: str, output: torch.Tensor) -> None:
-        """Look at a value on the way forward, and later at its gradient."""
-        self._look(name, output.detach())
-        if output.requires_grad:
-            output.register_hook(self._gradient_hook(f"output of {name}"))
-
-    def _forward_hook(self, name: str) -> Any:
-        return lambda _module, _inputs, output: self.see(name, output)
-
-    def _gradient_hook(self, name: str) -> Any:
-        return lambda gradient: self._look(f"gradient with respect to the {name}", gradient)
-
-    def _look(self, name: str, values: torch.Tensor) -> None:
-        if self.broken is None:
-            if torch.isfinite(values).all():
-                self.lines.append(f"{name}: largest magnitude {values.abs().max().item():.3g}")
-            else:
-                self.broken = f"{name}, {_count(values)}"
-
-
-def _count(values: torch.Tensor) -> str:
-    return f"{int((~torch.isfinite(values)).sum()):,} of {values.numel():,} values"
-
-
-def _find_failed(path: Path) -> Path:
-    if FAILED_NAME.fullmatch(path.resolve().name):
-        return path.resolve()
-    try:
-        found = [(int(match[1]), entry) for entry in path.iterdir() if (match := FAILED_NAME.fullmatch(entry.name))]
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; expected a run directory") from None
-    if not found:
-        raise CheckpointError(f"{path}: no step of this run has failed")
-    return max(found)[1]

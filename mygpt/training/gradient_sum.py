@@ -1,20 +1,173 @@
-"""The sum of a step's gradients over micro-batches and processes, the same bits whoever computed which.
+"""How a step sums its gradients over micro-batches and processes: as floats, or exactly.
 
-Adding floats rounds, so that a sum depends on its order; adding integers does not. The loss and gradients of each
-micro-batch are rounded once, to multiples of 2**-40, and summed as int64.
+Adding floats rounds, so that a sum depends on its order; adding integers does not. An exact sum rounds the loss and
+gradients of each micro-batch once, to multiples of 2**-40, and adds int64.
 Source: the idea of pre-rounding, Demmel & Nguyen, "Fast Reproducible Floating-Point Summation" (ARITH 2013).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import LambdaLR
+
+from mygpt.compat import autocast_forward
+from mygpt.data.batches import Batch, Share
+from mygpt.errors import RecipeError
+from mygpt.model.gpt import GPT
+from mygpt.recipe.seeds import micro_batch_dropout_seed
+from mygpt.recipe.tables import Recipe, TrainTable
 
 SCALE = 2.0**40
 RANGE = 2.0**22
 """What no loss or gradient, and no sum of them, may exceed, so that it fits: half of 2**63 / SCALE."""
 
 
-class ExactSum:
+class Mean(NamedTuple):
+    """What the backward passes of a step measured, as scalars on the device."""
+
+    loss: torch.Tensor
+    """Mean loss of this process's share of the global batch or, summed exactly, of all of it."""
+    out_of_range: torch.Tensor
+    """Micro-batches whose loss or gradients an exact sum could not hold."""
+
+
+class GradientSum(ABC):
+    """How the gradients of a step are summed; `gradient_sum_for` chooses once, from the recipe.
+
+    The global batch is cut into micro-batches of `micro_batch_size` windows; each process computes its `share` of them.
+    """
+
+    accumulation_steps: int
+    """Backward passes over which Accelerate is to average the gradients."""
+    is_exact = False
+    """Whether all processes have the same bits. Dropout then has a seed for each micro-batch; else it draws from a
+    generator of each process, which a checkpoint has to keep."""
+
+    def __init__(self, table: TrainTable, micro_batch_size: int, rank: int, processes: int):
+        self.micro_batch_size = micro_batch_size
+        self.share = Share(micro_batch_size, rank, processes)
+        self._table = table
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the global batch."""
+        return self._table.batch_size // self.micro_batch_size
+
+    @abstractmethod
+    def prepare(
+        self, accelerator: Accelerator, gpt: GPT, optimizer: torch.optim.Optimizer, scheduler: LambdaLR
+    ) -> tuple[torch.nn.Module, torch.optim.Optimizer, LambdaLR]:
+        """Have Accelerate wrap the parts of a run."""
+
+    @abstractmethod
+    def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> Mean:
+        """Give the model the gradient of 1-based `step`, averaged over the micro-batches of all processes.
+
+        `batch` is this process's share of the global batch.
+        """
+
+    def dropout_seeds(self, step: int, micro_batches: Iterable[int]) -> tuple[int, ...]:
+        """The seed of dropout in each micro-batch of a step; none unless `is_exact`."""
+        return ()
+
+    def _pieces(self, batch: Batch) -> list[Batch]:
+        if not len(batch.inputs):
+            return []
+        splits = (rows.split(self.micro_batch_size) for rows in batch)
+        return [Batch(*pair) for pair in zip(*splits, strict=True)]
+
+
+class FastSum(GradientSum):
+    """Sums floats, by DistributedDataParallel or FSDP2: the last bits depend on the number of processes.
+
+    Raises:
+        RecipeError: the processes cannot share the batch.
+    """
+
+    def __init__(self, table: TrainTable, rank: int = 0, processes: int = 1):
+        if table.batch_size % processes:
+            raise RecipeError(
+                f"batch_size: got {table.batch_size}, expected a multiple of the {processes} processes (or none, with "
+                'reduction = "exact")'
+            )
+        rows = table.batch_size // processes
+        size = table.micro_batch_size or rows
+        if rows % size:
+            raise RecipeError(
+                f"micro_batch_size: got {size}, expected a divisor of the {rows} windows that each of the {processes} "
+                f"processes has of batch_size = {table.batch_size}"
+            )
+        super().__init__(table, size, rank, processes)
+        self.accumulation_steps = rows // size
+
+    def prepare(
+        self, accelerator: Accelerator, gpt: GPT, optimizer: torch.optim.Optimizer, scheduler: LambdaLR
+    ) -> tuple[torch.nn.Module, torch.optim.Optimizer, LambdaLR]:
+        if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+            autocast_forward(gpt, accelerator.device)
+        return accelerator.prepare(gpt, optimizer, scheduler)
+
+    def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> Mean:
+        losses = []
+        for inputs, targets in self._pieces(batch):
+            # On all but the last micro-batch this keeps the processes from averaging their gradients.
+            with accelerator.accumulate(model):
+                loss = model(inputs, targets)
+                losses.append(loss.detach())
+                # An infinite loss can have a finite gradient: times 1, which is exact, or times nan, for all to see.
+                accelerator.backward(loss * (losses[-1] * 0 + 1))
+        mean = torch.stack(losses).mean()
+        return Mean(mean, torch.zeros_like(mean))
+
+
+class ExactSum(GradientSum):
+    """Sums integers: the same bits on any number of processes, which need not divide the batch."""
+
+    accumulation_steps = 1  # the sum is divided once, at its end
+    is_exact = True
+
+    def __init__(self, table: TrainTable, rank: int = 0, processes: int = 1):
+        super().__init__(table, table.micro_batch_size or fixed_micro_batch(table.batch_size), rank, processes)
+
+    def prepare(
+        self, accelerator: Accelerator, gpt: GPT, optimizer: torch.optim.Optimizer, scheduler: LambdaLR
+    ) -> tuple[torch.nn.Module, torch.optim.Optimizer, LambdaLR]:
+        # As for evaluation: the precision, and nothing that would sum gradients by itself.
+        return accelerator.prepare_model(gpt, evaluation_mode=True), *accelerator.prepare(optimizer, scheduler)
+
+    def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> Mean:
+        total = FixedPointSum(model.parameters(), self.micro_batches)
+        seeds = self.dropout_seeds(step, self.share.micro_batches(self._table.batch_size))
+        for (inputs, targets), seed in zip(self._pieces(batch), seeds, strict=True):
+            torch.manual_seed(seed)
+            loss = model(inputs, targets)
+            accelerator.backward(loss)
+            total.add(loss.detach())
+        return total.mean_over(accelerator.reduce if accelerator.num_processes > 1 else None)
+
+    def dropout_seeds(self, step: int, micro_batches: Iterable[int]) -> tuple[int, ...]:
+        return tuple(micro_batch_dropout_seed(self._table.data_seed, step, index) for index in micro_batches)
+
+
+def gradient_sum_for(recipe: Recipe, rank: int = 0, processes: int = 1) -> GradientSum:
+    """The way to sum gradients that the recipe's `reduction` names, on one of so many processes.
+
+    Raises:
+        RecipeError: the processes cannot share the batch.
+    """
+    return (ExactSum if recipe.runtime.reduction == "exact" else FastSum)(recipe.train, rank, processes)
+
+
+def fixed_micro_batch(batch_size: int) -> int:
+    """The windows of a micro-batch that a recipe leaves open, the same on any number of processes: for four of them to
+    share the batch, the largest divisor that is at most a quarter of it."""
+    return next(size for size in range(max(1, batch_size // 4), 0, -1) if batch_size % size == 0)
+
+
+class FixedPointSum:
     """The mean over the `micro_batches` of a step, on all processes together, of the loss and of the gradients.
 
     `add` after each backward pass of this process, then `mean_over` the processes, once.
@@ -36,16 +189,16 @@ class ExactSum:
             parameter.grad = None
         least, largest = torch.aminmax(values)
         limit = RANGE / self._micro_batches
-        # True also of what is not a number.
+        # True also of nan.
         is_out = ~((-limit <= least) & (largest <= limit))
         # Exact but for the rounding: the scale is a power of two.
         self._sum[:-1] += values.mul_(SCALE).round_().long()
         self._sum[-1] += is_out
 
-    def mean_over(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Set the gradients to their mean; returns the mean loss, and how many micro-batches were out of range.
+    def mean_over(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None) -> Mean:
+        """Set the gradients to their mean over the processes; `reduce` sums an int64 tensor over them.
 
-        `reduce` sums an int64 tensor over the processes. If any micro-batch was out of range the means are garbage.
+        If any micro-batch was out of range the means are garbage.
         """
         total = self._sum if reduce is None else reduce(self._sum)
         dtype = self._parameters[0].dtype
@@ -53,10 +206,4 @@ class ExactSum:
         *gradients, loss = torch.split(means, [*(parameter.numel() for parameter in self._parameters), 1])
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient.view_as(parameter)
-        return loss[0], total[-1]
-
-
-def fixed_micro_batch(batch_size: int) -> int:
-    """The windows of a micro-batch that a recipe leaves open, the same on any number of processes: for four of them to
-    share the batch, the largest divisor that is at most a quarter of it."""
-    return next(size for size in range(max(1, batch_size // 4), 0, -1) if batch_size % size == 0)
+        return Mean(loss[0], total[-1])

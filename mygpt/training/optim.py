@@ -1,12 +1,11 @@
 """The learning rate as a pure function of the step, the optimizer and the scheduler."""
 
-import inspect
 import math
-from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from mygpt.compat import AdamW
 from mygpt.recipe.tables import OptimizerTable, ScheduleTable
 
 
@@ -43,24 +42,10 @@ def learning_rate(step: int, table: ScheduleTable, peak_lr: float, steps: int) -
     return peak_lr * step / table.warmup if step < table.warmup else peak_lr
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW without the decorators that keep the compiler out of it.
-
-    They import the compiler when these methods are first called: over a second and 70 MB at the start of every run.
-    Only the model is ever compiled here, so there is nothing to keep out.
-    """
-
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
-
-
 def build_optimizer(model: torch.nn.Module, table: OptimizerTable) -> torch.optim.Optimizer:
     """Fused AdamW over every parameter of `model`.
 
-    Its own rate is 1, so that the scheduler's factor is the rate itself, to the last bit.
+    Its rate is 1, so that the scheduler's factor is the rate, to the last bit.
     """
     return AdamW(
         model.parameters(),
@@ -70,20 +55,6 @@ def build_optimizer(model: torch.nn.Module, table: OptimizerTable) -> torch.opti
         weight_decay=table.weight_decay,
         fused=True,
     )
-
-
-def update_unless(optimizer: torch.optim.Optimizer, broken: torch.Tensor) -> None:
-    """An optimizer step, which changes nothing if `broken` (a bool scalar), now or at an earlier step, is true.
-
-    The host does not wait to know: the fused kernel looks at `found_inf` on the device, as for torch's GradScaler.
-    """
-    own: Any = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
-    own.held = torch.maximum(getattr(own, "held", broken.float()), broken.float())
-    if broken.device.type != "mps":
-        own.found_inf = own.held
-    elif own.held.item():  # mps's kernel has not always looked
-        return
-    optimizer.step()
 
 
 def build_scheduler(

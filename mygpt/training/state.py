@@ -1,12 +1,14 @@
-"""What continues a run beside the weights: taken from its parts, and put back into them."""
+"""Capture and restore what a run needs beside the weights: progress, optimizer state and generator states."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 
+from mygpt.compat import full_tensor, is_sharded_tensor, shard_like
 from mygpt.data.batches import BatchStream
 from mygpt.errors import DamagedCheckpointError
 from mygpt.model.gpt import GPT
@@ -19,16 +21,33 @@ from mygpt.runs.schemas import Best, StateMetadata
 from mygpt.runs.steps import read_manifest
 
 
+@dataclass
+class Progress:
+    """How far a run has come; saved and restored as a whole."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best: Best | None = None
+    """The evaluation with the lowest held-out loss, where the recipe says save_best."""
+
+    def observe(self, val: float) -> bool:
+        """Take the held-out loss in nats after `step`; returns whether it is the lowest so far."""
+        if self.best is not None and val >= self.best.val:
+            return False
+        self.best = Best(step=self.step, val=val)
+        return True
+
+
 class GeneratorStates(NamedTuple):
     """Where the batch stream and this process's dropout stand; uint8, 1-d."""
 
     stream: torch.Tensor
     dropout: torch.Tensor | None
-    """None with reduction = "exact": dropout is seeded for each micro-batch."""
+    """None where dropout is seeded for each micro-batch."""
 
 
-def generator_states(device: torch.device, stream: BatchStream, *, exact: bool = False) -> GeneratorStates:
-    return GeneratorStates(stream.generator.get_state(), None if exact else dropout_generator_state(device))
+def generator_states(device: torch.device, stream: BatchStream, *, with_dropout: bool) -> GeneratorStates:
+    return GeneratorStates(stream.generator.get_state(), dropout_generator_state(device) if with_dropout else None)
 
 
 def set_generator_states(device: torch.device, stream: BatchStream, states: GeneratorStates) -> None:
@@ -37,58 +56,49 @@ def set_generator_states(device: torch.device, stream: BatchStream, states: Gene
         set_dropout_generator_state(device, states.dropout)
 
 
-def training_state(
+def capture_state(
     accelerator: Accelerator,
     gpt: GPT,
     optimizer: torch.optim.Optimizer,
     generators: GeneratorStates,
-    step: int,
-    best: Best | None,
+    progress: Progress,
 ) -> TrainingState:
-    """The state after `step`, with the dropout generators of all processes, each of which has to call this.
+    """The state after a step, with the dropout generators of all processes, each of which has to call this.
 
-    With reduction = "exact" there are none, and nothing in it depends on the number of processes.
+    Where dropout is seeded for each micro-batch there are none, and nothing depends on the number of processes.
     """
-    moments = optimizer_tensors(optimizer, gpt.state_dict())
-    tensors = gathered(accelerator, moments)
+    tensors = gather(accelerator, optimizer_tensors(optimizer, gpt.state_dict()))
     tensors["generator.stream"] = generators.stream
-    if generators.dropout is None:
-        return TrainingState(tensors, StateMetadata(step=step, processes=None, best=best))
-    states = accelerator.gather(generators.dropout.to(accelerator.device)).cpu()
-    for process, state in enumerate(states.chunk(accelerator.num_processes)):
-        tensors[dropout_name(accelerator.device, process)] = state
-    return TrainingState(tensors, StateMetadata(step=step, processes=accelerator.num_processes, best=best))
+    processes = None
+    if generators.dropout is not None:
+        processes = accelerator.num_processes
+        states = accelerator.gather(generators.dropout.to(accelerator.device)).cpu()
+        for process, state in enumerate(states.chunk(processes)):
+            tensors[dropout_name(accelerator.device, process)] = state
+    return TrainingState(tensors, StateMetadata(step=progress.step, processes=processes, best=progress.best))
 
 
-def gathered(accelerator: Accelerator, tensors: Tensors) -> dict[str, torch.Tensor]:
+def gather(accelerator: Accelerator, tensors: Tensors) -> dict[str, torch.Tensor]:
     """The tensors; of those that are sharded the main process gets all, on the CPU, and the others nothing.
 
     One after the other, since a device may not have room for them all. Every process has to call this.
     """
     whole = {}
     for name, tensor in tensors.items():
-        is_sharded = hasattr(tensor, "full_tensor")
         full = full_tensor(tensor)
-        if not is_sharded:
+        if not is_sharded_tensor(tensor):
             whole[name] = full
         elif accelerator.is_main_process:
             whole[name] = full.cpu()
     return whole
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, gathered from all processes, each of which has to call this, if it is sharded (a DTensor)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 class Restored(NamedTuple):
     """What a checkpoint says beside the weights and the generators."""
 
-    step: int
-    best: Best | None
-    """The best step up to then."""
+    progress: Progress
     moments: Tensors
-    """The optimizer's, to be loaded once it is what it will be."""
+    """The optimizer's, to be loaded once Accelerate has wrapped it."""
 
 
 def restore(accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchStream, data_seed: int) -> Restored:
@@ -116,7 +126,7 @@ def restore(accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchS
             torch.manual_seed(process_dropout_seed(data_seed, accelerator.process_index, metadata.step))
     except (KeyError, RuntimeError, TypeError) as error:
         raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: no generator's state: {error}") from None
-    return Restored(metadata.step, metadata.best, tensors)
+    return Restored(Progress(metadata.step, metadata.best), tensors)
 
 
 def dropout_name(device: torch.device, process: int) -> str:
@@ -139,17 +149,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str
     """Give the optimizer the moments that `optimizer_tensors` took, each sharded as its parameter is."""
     (group,) = optimizer.param_groups
     states = {
-        index: {moment: _shard(tensors[f"optimizer.{name}.{moment}"], parameter) for moment in MOMENTS}
+        index: {moment: shard_like(tensors[f"optimizer.{name}.{moment}"], parameter) for moment in MOMENTS}
         for index, (name, parameter) in enumerate(zip(names, group["params"], strict=True))
     }
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _shard(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    if not hasattr(parameter, "device_mesh") or not tensor.dim():
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    # Every process has all of it, so that none has to send anything.
-    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)

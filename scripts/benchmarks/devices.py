@@ -21,16 +21,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from mygpt.data.batches import BatchStream, Rows
 from mygpt.data.dataset import Dataset, load_dataset
-from mygpt.model.gpt import GPT
 from mygpt.processes.environment import launched_processes
 from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
-from mygpt.processes.preflight import resolve_micro_batch
 from mygpt.recipe.flags import parse_recipe
 from mygpt.recipe.tables import Recipe
-from mygpt.training.optim import build_optimizer, build_scheduler
-from mygpt.training.train import accelerator_for, exact_step, prepare, train_step
+from mygpt.training.gradient_sum import ExactSum, FastSum
+from mygpt.training.parts import build_parts, open_accelerator
+from mygpt.training.step import train_step
 
 WAYS = ("alone", "fast", "exact")
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -93,7 +91,7 @@ def work(recipe: Recipe, options: Options) -> None:
     set_threads(recipe.runtime.threads, launched.local_processes)
     make_deterministic(device)
     dataset = load_dataset(recipe.data, recipe.train.seq_len).to(device)
-    with accelerator_for(recipe.runtime, device, micro_batches=1) as accelerator:
+    with open_accelerator(recipe.runtime, device, 1) as accelerator:
         steps = {way: stepper(recipe, accelerator, dataset, way) for way in WAYS}
         measured: dict[str, list[float]] = {f"{way}{what}": [] for way in steps for what in ("", " bytes")}
         for turn in range(options.turns + 1):
@@ -112,34 +110,23 @@ def work(recipe: Recipe, options: Options) -> None:
             print(json.dumps(measured))
 
 
+class AloneSum(FastSum):
+    """Sums the gradients of this process alone: nothing is sent."""
+
+    prepare = ExactSum.prepare
+
+
 def stepper(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, way: str) -> Callable[[], None]:
     """One training step of a model of its own."""
-    exact = way == "exact"
-    gpt = GPT(recipe.model, dataset.tokenizer.vocab_size).to(accelerator.device)
-    optimizer = build_optimizer(gpt, recipe.optimizer)
-    scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, recipe.train.steps)
-    # What is prepared for exact sums does not tell the others anything by itself.
-    model, optimizer, scheduler = prepare(accelerator, gpt, optimizer, scheduler, exact=way != "fast")
-    size = resolve_micro_batch(recipe.train, accelerator.num_processes, exact=exact)
-    rows = Rows(size, accelerator.process_index, accelerator.num_processes)
-    stream = BatchStream(dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=rows)
-    max_grad_norm, done = recipe.train.max_grad_norm, 0
+    kind = {"alone": AloneSum, "fast": FastSum, "exact": ExactSum}[way]
+    gradient_sum = kind(recipe.train, accelerator.process_index, accelerator.num_processes)
+    parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum)
 
     def step() -> None:
-        nonlocal done
-        done += 1
-        accelerator.gradient_accumulation_steps = 1 if exact else len(rows.micro_batches(recipe.train.batch_size))
-        part = exact_step(recipe, rows, done) if exact else None
-        train_step(
-            accelerator,
-            model,
-            optimizer,
-            stream.batch(),
-            micro_batch_size=size,
-            max_grad_norm=max_grad_norm,
-            exact=part,
-        )
-        scheduler.step()
+        accelerator.gradient_accumulation_steps = gradient_sum.accumulation_steps
+        progress.step += 1
+        train_step(parts, parts.stream.batch(), progress.step)
+        parts.scheduler.step()
 
     return step
 

@@ -22,16 +22,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from mygpt.data.batches import Batch, BatchStream, Rows
+from mygpt.data.dataset import Dataset
 from mygpt.data.tokenizer import CharTokenizer
-from mygpt.model.gpt import GPT
 from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
 from mygpt.recipe.flags import parse_recipe
 from mygpt.recipe.tables import Recipe, with_keys
 from mygpt.runs.saver import Saver
-from mygpt.training.optim import build_optimizer, build_scheduler
-from mygpt.training.state import generator_states, training_state
-from mygpt.training.train import accelerator_for, train_step
+from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.parts import build_parts, open_accelerator
+from mygpt.training.step import train_step
 
 
 @dataclass(frozen=True)
@@ -51,43 +50,33 @@ def main() -> None:
     device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
     set_threads(recipe.runtime.threads, 1)
     make_deterministic(device)
-    with accelerator_for(recipe.runtime, device, 1) as accelerator:
+    with open_accelerator(recipe.runtime, device, gradient_sum_for(recipe).accumulation_steps) as accelerator:
         measure(recipe, options, accelerator, device)
 
 
 def measure(recipe: Recipe, options: Options, accelerator: Accelerator, device: torch.device) -> None:
     tokenizer = CharTokenizer("".join(map(chr, range(0x10000, 0x10000 + options.vocab))))
-    torch.manual_seed(0)
-    gpt = GPT(recipe.model, options.vocab).to(device)
-    optimizer = build_optimizer(gpt, recipe.optimizer)
-    scheduler = build_scheduler(optimizer, recipe.schedule, 1e-4, recipe.train.steps)
-    model, optimizer, scheduler = accelerator.prepare(gpt, optimizer, scheduler)
-    tokens = torch.randint(0, options.vocab, (100_000,), device=device)
-    stream = BatchStream(
-        tokens, recipe.train.batch_size, recipe.train.seq_len, seed=0, rows=Rows(recipe.train.batch_size)
-    )
+    tokens = torch.randint(0, options.vocab, (100_000,))
+    dataset = Dataset(tokenizer, tokens, tokens.new_empty(0), "0" * 64)
+    parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum_for(recipe))
 
     def train(count: int) -> float:
         started_at = time.perf_counter()
         for _ in range(count):
-            batch: Batch = stream.batch()
-            train_step(accelerator, model, optimizer, batch, micro_batch_size=recipe.train.batch_size)
+            train_step(parts, parts.stream.batch(), 1)
         return time.perf_counter() - started_at
 
     train(3)
     root = Path(tempfile.mkdtemp(prefix="mygpt-saving-", dir=options.folder))
     saver = Saver(root, with_keys(recipe, keep_last=1), tokenizer, corpus_sha256="0" * 64)
-    step = 0
 
     def save_mygpt() -> Callable[[], None]:
-        nonlocal step
-        step += 1
-        state = training_state(accelerator, gpt, optimizer, generator_states(device, stream), step, None)
-        saver.save(gpt.state_dict(), state)
+        progress.step += 1
+        saver.save(*parts.capture(progress))
         return saver.wait
 
     def save_torch() -> Callable[[], None]:
-        state = {"model": gpt.state_dict(), "optimizer": optimizer.state_dict()}
+        state = {"model": parts.gpt.state_dict(), "optimizer": parts.optimizer.state_dict()}
         torch.save(state, root / "torch.pt")  # noqa: TID251 - it is what is measured
         return lambda: None
 
@@ -113,7 +102,7 @@ def measure(recipe: Recipe, options: Options, accelerator: Accelerator, device: 
         saver.wait()
         shutil.rmtree(root)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {gpt.num_params():,} parameters")
+    print(f"{name}, torch {torch.__version__}, {parts.gpt.num_params():,} parameters")
     # The first round fills the page cache, and mygpt's copies.
     without = statistics.median(alone[1:]) / options.steps_after
     print(f"{'no save':<12}{'':>24}  {without * 1e3:9.1f} ms/step")

@@ -17,14 +17,15 @@ import reference
 import torch
 from accelerate import Accelerator
 
-from mygpt.data.batches import BatchStream, Rows
+from mygpt.data.batches import BatchStream, Share
 from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.model.gpt import GPT
 from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
 from mygpt.recipe.flags import parse_recipe
 from mygpt.recipe.tables import Recipe
-from mygpt.training.optim import build_optimizer, build_scheduler
-from mygpt.training.train import accelerator_for, train_step
+from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.parts import build_parts, open_accelerator
+from mygpt.training.step import train_step
 
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
@@ -43,9 +44,9 @@ def main() -> None:
     threads = set_threads(recipe.runtime.threads, 1)
     make_deterministic(device)
     dataset = load_dataset(recipe.data, recipe.train.seq_len).to(device)
-    with accelerator_for(recipe.runtime, device, micro_batches=1) as accelerator:
+    with open_accelerator(recipe.runtime, device, gradient_sum_for(recipe).accumulation_steps) as accelerator:
         contenders = {
-            "mygpt": mygpt_step(recipe, accelerator, dataset, device),
+            "mygpt": mygpt_step(recipe, accelerator, dataset),
             "plain": plain_step(recipe, dataset, device),
         }
         if recipe.runtime.precision == "fp32":
@@ -69,27 +70,13 @@ def main() -> None:
         print(line)
 
 
-def mygpt_step(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, device: torch.device) -> Callable[[], None]:
-    model = GPT(recipe.model, dataset.tokenizer.vocab_size).to(device)
-    optimizer = build_optimizer(model, recipe.optimizer)
-    scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, recipe.train.steps)
-    if recipe.runtime.compile:
-        model.compile()
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    stream = BatchStream(
-        dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=Rows(recipe.train.batch_size)
-    )
+def mygpt_step(recipe: Recipe, accelerator: Accelerator, dataset: Dataset) -> Callable[[], None]:
+    parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum_for(recipe))
 
     def step() -> None:
-        train_step(
-            accelerator,
-            model,
-            optimizer,
-            stream.batch(),
-            micro_batch_size=recipe.train.batch_size,
-            max_grad_norm=recipe.train.max_grad_norm,
-        )
-        scheduler.step()
+        progress.step += 1
+        train_step(parts, parts.stream.batch(), progress.step)
+        parts.scheduler.step()
 
     return step
 
@@ -98,9 +85,8 @@ def plain_step(recipe: Recipe, dataset: Dataset, device: torch.device) -> Callab
     """The same model, batches and optimizer without Accelerate: what a careful user would write by hand."""
     model = GPT(recipe.model, dataset.tokenizer.vocab_size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr, fused=True)
-    stream = BatchStream(
-        dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=Rows(recipe.train.batch_size)
-    )
+    table = recipe.train
+    stream = BatchStream(dataset.train, table.batch_size, table.seq_len, seed=42, share=Share(table.batch_size))
     forward = torch.compile(model) if recipe.runtime.compile else model
 
     def step() -> None:

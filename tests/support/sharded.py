@@ -9,17 +9,17 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 from mygpt.cli.main import main
-from mygpt.processes import preflight as startup
-from mygpt.training import train as loop
+from mygpt.processes import preflight
+from mygpt.training import parts, train
 
-accelerator_for = loop.accelerator_for
+open_accelerator = parts.open_accelerator
 
 
 @contextmanager
-def sharding_accelerator(table, device, micro_batches):
+def open_sharding_accelerator(table, device, accumulation_steps):
     """Accelerate's own way to FSDP2, entered where it has decided that there is no GPU to shard on."""
-    with accelerator_for(table, device, micro_batches) as accelerator:
-        accelerator.state.fsdp_plugin = loop.sharding_plugin()
+    with open_accelerator(table, device, accumulation_steps) as accelerator:
+        accelerator.state.fsdp_plugin = parts.sharding_plugin()
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         assert accelerator.is_fsdp2
         yield accelerator
@@ -29,7 +29,7 @@ if __name__ == "__main__":
     if os.environ.get("FLOAT64"):
         torch.set_default_dtype(torch.float64)
     if os.environ.get("ACCELERATE_USE_FSDP"):
-        loop.is_sharded = lambda: False
-        startup.check_sharding = lambda *_: None
-        loop.accelerator_for = sharding_accelerator
+        parts.is_sharded = lambda: False
+        preflight.check_sharding = lambda *_: None
+        train.open_accelerator = open_sharding_accelerator
     main(["train", *sys.argv[1:]])

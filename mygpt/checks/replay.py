@@ -1,0 +1,188 @@
+"""Run a failed step again, to see which value became non-finite first."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+
+from mygpt.data.batches import Batch
+from mygpt.data.dataset import Dataset
+from mygpt.data.tokenizer import CharTokenizer
+from mygpt.errors import CheckpointError, DamagedCheckpointError
+from mygpt.model.gpt import GPT
+from mygpt.processes.machine import make_deterministic, set_dropout_generator_state, set_threads
+from mygpt.recipe.tables import Recipe
+from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE
+from mygpt.runs.loading import read_tensors, read_weights
+from mygpt.runs.steps import read_metadata, verify_checkpoint
+from mygpt.training.failed_step import BATCH_FILE, FailedStep, describe_problem
+from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.parts import build_parts, open_accelerator
+from mygpt.training.pending import Measured
+from mygpt.training.state import dropout_name
+from mygpt.training.step import train_step
+
+
+class Finding(NamedTuple):
+    """What running a failed step again has shown."""
+
+    failed: FailedStep
+    lines: list[str]
+    """What was computed on the way, up to the first non-finite value."""
+    non_finite: str | None
+    """What was non-finite first; None: nothing."""
+    not_repeated: tuple[str, ...] = ()
+    """How the failed step was computed otherwise than here."""
+
+
+def replay(path: Path, device: torch.device) -> Finding:
+    """Run the failed step at `path`, a run or a failed-step directory, again, with its number of threads.
+
+    It runs `train_step` eagerly, on one process, and keeps all activations, so that every module's output is seen once:
+    what of the failed step's settings it does not repeat is in the finding.
+
+    Raises:
+        CheckpointError: no step has failed there.
+        DamagedCheckpointError: what was kept of it cannot be read.
+    """
+    directory = _find_failed(path)
+    verify_checkpoint(directory, "failed-step-")
+    metadata = read_metadata(directory / MODEL_FILE)
+    tokenizer = CharTokenizer(metadata.tokenizer.vocab)
+    failed = _read_failed_step(directory / BATCH_FILE, metadata.model.max_seq_len)
+    weights = read_weights(directory / MODEL_FILE, metadata.model, tokenizer.vocab_size, finite=False)
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            return Finding(failed, [], f"the weights of {name}, {_count(weight)}, already before the step")
+    if failed.threads is not None:
+        set_threads(failed.threads, failed.processes)
+    make_deterministic(device)
+    generators = read_tensors(directory / STATE_FILE)
+    states = [generators.get(dropout_name(device, process)) for process in range(failed.processes)]
+    tokens = torch.stack([torch.from_numpy(tokenizer.encode(text)).long() for text in failed.windows])
+    recipe = Recipe.of(
+        **metadata.model.model_dump(),
+        batch_size=len(tokens),
+        micro_batch_size=failed.micro_batch_size,
+        seq_len=tokens.shape[1] - 1,
+        precision=failed.precision,
+        reduction="exact" if failed.dropout_seeds else "fast",
+    )
+    gradient_sum = gradient_sum_for(recipe)
+    with open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
+        nothing = Dataset(tokenizer, tokens.flatten(), tokens.new_empty(0), "")  # the batch is given below
+        parts, _ = build_parts(recipe, accelerator, nothing, gradient_sum)
+        parts.gpt.load_state_dict(weights)
+        watch = Watch(parts.gpt, failed, states)
+        batch = Batch(*(part.to(device) for part in (tokens[:, :-1], tokens[:, 1:])))
+        measured = Measured(*(value.item() for value in train_step(parts, batch, failed.step)))
+    lines, non_finite = watch.lines, watch.non_finite
+    if non_finite is None and measured.out_of_range:
+        non_finite = describe_problem(measured, gradient_sum.micro_batches)
+    elif non_finite is None and not measured.is_finite:
+        name, largest = max(watch.largest_gradients.items(), key=lambda item: item[1])
+        non_finite = (
+            f"the norm of gradients that are all finite: its square overflows; the largest is in {name}, {largest:.3g}"
+        )
+    elif non_finite is None:
+        lines = [*lines, f"gradient norm: {measured.grad_norm:.4g}"]
+    is_dropped_alike = not metadata.model.dropout or (
+        failed.device == device.type if failed.dropout_seeds else None not in states
+    )
+    return Finding(failed, lines, non_finite, tuple(_not_repeated(failed, device, is_dropped_alike)))
+
+
+def _not_repeated(failed: FailedStep, device: torch.device, is_dropped_alike: bool) -> Iterator[str]:
+    if failed.device != device.type:
+        yield f"computed on {failed.device}; replayed on {device.type}"
+    if not is_dropped_alike:
+        yield f"dropout drew on {failed.device}: here on {device.type} it drops other activations"
+    if failed.compile:
+        yield "computed compiled; replayed without"
+    if failed.activation_checkpointing:
+        yield "computed with activation checkpointing; replayed without"
+
+
+class Watch:
+    """Sees every module's output on the way forward and every gradient on the way back, in the order made.
+
+    Before each micro-batch it puts dropout where it was in the failed step: to the seed of the micro-batch, or at the
+    start of each process's share to the state of its generator, where there is one for this device.
+    """
+
+    def __init__(self, gpt: GPT, failed: FailedStep, dropout_states: Sequence[torch.Tensor | None]):
+        self.lines: list[str] = []
+        """What was finite, up to the first value that was not."""
+        self.non_finite: str | None = None
+        self.largest_gradients: dict[str, float] = {}
+        """The largest magnitude by parameter, of the gradients accumulated so far."""
+        self._device = next(gpt.parameters()).device
+        self._failed, self._dropout_states = failed, dropout_states
+        self._micro_batches = 0
+        gpt.register_forward_pre_hook(lambda *_: self._start_micro_batch())
+        for name, module in gpt.named_modules():
+            module.register_forward_hook(partial(self._see_output, name or "loss"))
+        for name, parameter in gpt.named_parameters():
+            parameter.register_hook(partial(self._look, f"gradient with respect to the weights of {name}"))
+            parameter.register_post_accumulate_grad_hook(partial(self._measure_gradient, name))
+
+    def _start_micro_batch(self) -> None:
+        seeds, size = self._failed.dropout_seeds, self._failed.micro_batch_size
+        process, first = divmod(self._micro_batches, len(self._failed.windows) // size // self._failed.processes)
+        if seeds:
+            torch.manual_seed(seeds[self._micro_batches])
+        elif first == 0 and (state := self._dropout_states[process]) is not None:
+            set_dropout_generator_state(self._device, state)
+        self._micro_batches += 1
+        self._where = f" (micro-batch {self._micro_batches}, process {process})" * (size < len(self._failed.windows))
+
+    def _see_output(self, name: str, _module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        self._look(name, output.detach())
+        if output.requires_grad:
+            output.register_hook(partial(self._look, f"gradient with respect to the output of {name}"))
+
+    def _look(self, name: str, values: torch.Tensor) -> None:
+        if self.non_finite is None:
+            if torch.isfinite(values).all():
+                self.lines.append(f"{name}: largest magnitude {values.abs().max().item():.3g}")
+            else:
+                self.non_finite = f"{name}, {_count(values)}{self._where}"
+
+    def _measure_gradient(self, name: str, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self.largest_gradients[name] = parameter.grad.abs().max().item()
+
+
+def _count(values: torch.Tensor) -> str:
+    return f"{int((~torch.isfinite(values)).sum()):,} of {values.numel():,} values"
+
+
+def _find_failed(path: Path) -> Path:
+    if FAILED_NAME.fullmatch(path.resolve().name):
+        return path.resolve()
+    try:
+        found = [(int(match[1]), entry) for entry in path.iterdir() if (match := FAILED_NAME.fullmatch(entry.name))]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; expected a run directory") from None
+    if not found:
+        raise CheckpointError(f"{path}: no step of this run has failed")
+    return max(found)[1]
+
+
+def _read_failed_step(file: Path, max_seq_len: int) -> FailedStep:
+    try:
+        failed = FailedStep.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise DamagedCheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        raise DamagedCheckpointError(f"{file}: damaged: {error.errors()[0]['msg']}") from None
+    windows, length = failed.windows, len(failed.windows[0])
+    if not 2 <= length <= max_seq_len + 1 or any(len(text) != length for text in windows):
+        raise DamagedCheckpointError(f"{file}: damaged: its windows are not of one length")
+    micro_batches, rest = divmod(len(windows), failed.micro_batch_size)
+    if rest or micro_batches % failed.processes or len(failed.dropout_seeds) not in (0, micro_batches):
+        raise DamagedCheckpointError(f"{file}: damaged: its windows cannot be shared as it says")
+    return failed

@@ -1,0 +1,97 @@
+"""The training loop: step, and where something is due read, evaluate, record and save."""
+
+from typing import Any, NamedTuple
+
+from mygpt.processes.signals import StopRequest
+from mygpt.recipe.tables import Recipe
+from mygpt.reports.recorder import Recorder, due, is_printed
+from mygpt.runs.saver import Saver
+from mygpt.runs.schemas import Reason
+from mygpt.training.agreement import REMEDY_WHEN_SAVING, check_agreement
+from mygpt.training.evaluate import evaluate
+from mygpt.training.failed_step import report_failed_step
+from mygpt.training.parts import Parts
+from mygpt.training.pending import PendingSteps
+from mygpt.training.state import Progress
+from mygpt.training.step import train_step
+
+
+class Due(NamedTuple):
+    """What is to be done after a step: a function of the step alone, and so the same on all processes."""
+
+    evaluation: bool
+    line: bool
+    """On stdout; a printed step is recorded, too."""
+    record: bool
+    checkpoint: bool
+    reading: bool
+    """Whether the host has to know the numbers of the step."""
+
+
+def due_after(step: int, recipe: Recipe, last_step: int) -> Due:
+    """What the recipe asks for after 1-based `step` of a run that ends with `last_step`."""
+    steps = recipe.train.steps
+    evaluation = due(step, recipe.validation.val_every, steps)
+    checkpoint = due(step, recipe.checkpoint.save_every or steps, steps)
+    line = is_printed(step, recipe, evaluated=evaluation)
+    record = line or checkpoint or due(step, recipe.train.log_every, steps)
+    return Due(evaluation, line, record, checkpoint, record or step == last_step)
+
+
+def train_loop(
+    parts: Parts, progress: Progress, last_step: int, recorder: Recorder, saver: Saver, stop: StopRequest
+) -> bool:
+    """Train until `progress` is at `last_step`, or until a signal asks some process to stop; returns whether one did.
+
+    Both end with a save.
+
+    Raises:
+        NonFiniteError: a loss, gradient or weight is not finite.
+        DamagedCheckpointError: the disk refused a record or a checkpoint.
+        DisagreementError: with exact sums, the processes do not hold the same weights.
+    """
+    pending, stopped = PendingSteps(parts.accelerator), False
+    while progress.step < last_step and not stopped:
+        before, lr = parts.generators(), parts.learning_rate
+        update = train_step(parts, parts.stream.batch(), progress.step + 1)
+        parts.scheduler.step()
+        progress.step += 1
+        pending.add(progress.step, before, update)
+        recorder.step_done()
+
+        now = due_after(progress.step, parts.recipe, last_step)
+        # Until its numbers are needed the host runs ahead of the device.
+        if not (now.reading or pending.must_be_read(stop.pending())):
+            continue
+        reading, improved = pending.read(stop.pending()), False
+        if reading.non_finite:
+            saver.wait()
+            raise report_failed_step(parts, progress, reading.non_finite)
+        stopped = reading.stop
+        if now.record:
+            values: dict[str, Any] = {"loss": reading.last.loss, "grad_norm": reading.last.grad_norm, "lr": lr}
+            if now.evaluation:
+                with recorder.paused():
+                    values |= evaluate(parts, progress.step)
+                improved = parts.recipe.checkpoint.save_best and progress.observe(values["val"])
+            recorder.record(progress.step, printed=now.line, **values)
+        if now.checkpoint or improved or stopped or progress.step == last_step:
+            with recorder.paused():
+                save(parts, progress, saver, "scheduled" if now.checkpoint else "best" if improved else "interrupted")
+        saver.check()
+        pending.restart_clock()
+    saver.wait()
+    return stopped
+
+
+def save(parts: Parts, progress: Progress, saver: Saver, reason: Reason) -> None:
+    """Take a copy of the weights and the state after this step, for a thread to write. Every process has to call it.
+
+    Raises:
+        DisagreementError: with exact sums, the processes do not hold the same weights.
+    """
+    weights, state = parts.capture(progress)
+    if parts.gradient_sum.is_exact:
+        check_agreement(parts.accelerator, weights, state, parts.reports, f"step {progress.step}", REMEDY_WHEN_SAVING)
+    if parts.accelerator.is_main_process:
+        saver.save(weights, state, reason, finished=progress.step == parts.recipe.train.steps)

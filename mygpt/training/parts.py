@@ -1,0 +1,185 @@
+"""The parts of a run: accelerator, model, optimizer, scheduler, batch stream and gradient sum, built in one place."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+)
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+
+from mygpt.compat import INIT_METHOD, forget_accelerator, has_accelerator, settle_buckets
+from mygpt.data.batches import BatchStream
+from mygpt.data.dataset import Dataset
+from mygpt.errors import InterruptedRunError, LaunchError
+from mygpt.model.gpt import GPT
+from mygpt.processes.channel import PROCESS_TIMEOUT
+from mygpt.processes.environment import is_sharded
+from mygpt.processes.preflight import ProcessReport
+from mygpt.recipe.seeds import process_dropout_seed
+from mygpt.recipe.tables import Recipe, RuntimeTable
+from mygpt.runs.saver import Tensors, TrainingState
+from mygpt.training.gradient_sum import GradientSum
+from mygpt.training.optim import build_optimizer, build_scheduler
+from mygpt.training.state import (
+    GeneratorStates,
+    Progress,
+    capture_state,
+    gather,
+    generator_states,
+    load_optimizer_tensors,
+    restore,
+    set_generator_states,
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What trains: `build_parts` makes it."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    dataset: Dataset
+    """On the device."""
+    gradient_sum: GradientSum
+    gpt: GPT
+    """The bare model, whose weights have their plain names."""
+    model: torch.nn.Module
+    """The model as Accelerate wraps it: what is called to train."""
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    stream: BatchStream
+    reports: list[ProcessReport] = field(default_factory=list)
+    """Of all processes, by rank: for messages that name one."""
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next optimizer step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def generators(self) -> GeneratorStates:
+        """The states of all generators from which the next step will draw on this process."""
+        return generator_states(self.accelerator.device, self.stream, with_dropout=not self.gradient_sum.is_exact)
+
+    def capture(self, progress: Progress, generators: GeneratorStates | None = None) -> tuple[Tensors, TrainingState]:
+        """Weights and training state, as a checkpoint holds them. Every process has to call this.
+
+        `generators` are the states to keep, if not today's.
+        """
+        state = capture_state(self.accelerator, self.gpt, self.optimizer, generators or self.generators(), progress)
+        return gather(self.accelerator, self.gpt.state_dict()), state
+
+
+def build_parts(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    dataset: Dataset,
+    gradient_sum: GradientSum,
+    checkpoint: Path | None = None,
+    reports: list[ProcessReport] | None = None,
+) -> tuple[Parts, Progress]:
+    """Build the parts of a run from the beginning, or as they were after a checkpoint (a step directory).
+
+    Raises:
+        DamagedCheckpointError: the checkpoint cannot be read.
+    """
+    device, table = accelerator.device, recipe.train
+    torch.manual_seed(table.init_seed)
+    gpt = GPT(recipe.model, dataset.tokenizer.vocab_size).to(device)
+    gpt.activation_checkpointing = recipe.runtime.activation_checkpointing
+    optimizer = build_optimizer(gpt, recipe.optimizer)
+    dataset = dataset.to(device)
+    stream = BatchStream(dataset.train, table.batch_size, table.seq_len, seed=table.data_seed, share=gradient_sum.share)
+    progress, moments = Progress(), None
+    if checkpoint:
+        progress, moments = restore(accelerator, checkpoint, gpt, stream, table.data_seed)
+    else:
+        # Only dropout draws from the global generator, and the windows of each process need masks of their own.
+        torch.manual_seed(process_dropout_seed(table.data_seed, accelerator.process_index))
+    scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, table.steps, steps_done=progress.step)
+    if recipe.runtime.compile:
+        gpt.compile()
+    model, optimizer, scheduler = gradient_sum.prepare(accelerator, gpt, optimizer, scheduler)
+    if moments:
+        load_optimizer_tensors(optimizer, gpt.state_dict(), moments)
+    parts = Parts(recipe, accelerator, dataset, gradient_sum, gpt, model, optimizer, scheduler, stream, reports or [])
+    if checkpoint and isinstance(model, DistributedDataParallel):
+        before = parts.generators()
+        first = [rows[: gradient_sum.micro_batch_size] for rows in stream.batch()]
+        settle_buckets(accelerator, model, optimizer, *first)
+        set_generator_states(device, stream, before)
+    return parts, progress
+
+
+@contextmanager
+def open_accelerator(table: RuntimeTable, device: torch.device, accumulation_steps: int) -> Iterator[Accelerator]:
+    """An Accelerator that follows the recipe alone: what the environment or a user's configuration asks for in
+    precision, accumulation or compilation would otherwise change the numbers.
+
+    Raises:
+        LaunchError: the process has an Accelerator already, whose settings would win over the recipe's.
+    """
+    if has_accelerator():
+        raise LaunchError("this process already has an Accelerator, whose settings would win; train in another process")
+    accelerator = Accelerator(
+        fsdp_plugin=sharding_plugin() if is_sharded() else None,
+        cpu=device.type == "cpu",
+        # The model is moved before its optimizer is built; having prepare() look into that imports DTensor, 0.4 s.
+        device_placement=False,
+        mixed_precision="bf16" if table.precision == "bf16" else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulation_steps, sync_with_dataloader=False
+        ),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        kwargs_handlers=[InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=PROCESS_TIMEOUT)],
+        # A prepared scheduler would else step once per process; the loop steps it once per optimizer step.
+        step_scheduler_with_optimizer=False,
+    )
+    orderly = accelerator.num_processes == 1
+    try:
+        if is_sharded() and not accelerator.is_fsdp2:
+            raise LaunchError("the launch configuration asks for FSDP, and Accelerate did not take it up")
+        yield accelerator
+        orderly = True
+    except InterruptedRunError:
+        orderly = True  # all processes stop together
+        raise
+    finally:
+        # While others are in a collective, leaving the group, or waiting for the device, can hang with NCCL: a process
+        # that fails reports to them first, and its end is the end of the group.
+        if orderly:
+            # Leaving the process group while models are alive aborts some two-process runs at exit.
+            accelerator.free_memory()
+            gc.collect()
+            accelerator.end_training()
+        forget_accelerator()
+
+
+def sharding_plugin() -> FullyShardedDataParallelPlugin:
+    """FSDP2 in which each block is sharded, and gathered for the time in which it is computed.
+
+    Precision and activation checkpointing are the recipe's: see `FastSum.prepare` and `GPT`. Accelerate's own
+    checkpointing draws other dropout in the second forward pass than in the first.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        cpu_offload=False,
+        activation_checkpointing=False,
+        cpu_ram_efficient_loading=False,
+        mixed_precision_policy=MixedPrecisionPolicy(),
+        state_dict_type="SHARDED_STATE_DICT",
+    )
