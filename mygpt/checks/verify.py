@@ -18,7 +18,7 @@ from mygpt.runs.run import read_run
 from mygpt.runs.schemas import RunInfo
 from mygpt.runs.start import origin, recipe_at, recorded_recipe
 from mygpt.runs.steps import step_directories, verify_checkpoint
-from mygpt.training.train import train
+from mygpt.training.train import train_until
 
 
 class Verification(NamedTuple):
@@ -84,7 +84,7 @@ def verify(run: Path, steps: int | None = None) -> Verification:
                         # That it goes on with another recipe is what it is to repeat.
                         quiet.enter_context(contextlib.redirect_stderr(nowhere))
                     keys = {"output": str(output), "keep_last": 0, "resume": began if part is parts[0] else "auto"}
-                    train(with_keys(part.recipe, **keys), allow_changes=True, until=part.until)
+                    train_until(with_keys(part.recipe, **keys), part.until, allow_changes=True)
         except InterruptedRunError as stopped:
             raise InterruptedRunError("stopped before anything was compared", stopped.exit_code) from None
         except NonFiniteError as broken:

@@ -71,7 +71,9 @@ class Saver:
         if error[0] is not None and self._writing is not None and (unsaved := self._writing.exception()):
             print(f"mygpt: {unsaved}", file=sys.stderr)  # another error is on its way and would hide it
 
-    def save(self, weights: Tensors, state: TrainingState, reason: Reason = "scheduled") -> None:
+    def save(
+        self, weights: Tensors, state: TrainingState, reason: Reason = "scheduled", *, finished: bool = False
+    ) -> None:
         """Save the weights and state of a step as `run`/step-NNNNNN, and point `latest` (and `best`) there.
 
         Raises:
@@ -82,7 +84,7 @@ class Saver:
         manifest = Manifest(
             step=state.metadata.step,
             reason=reason,
-            finished=state.metadata.step == self.recipe.train.steps,
+            finished=finished,
             recipe=self.recipe,
             corpus_sha256=self.corpus_sha256,
             files={},
