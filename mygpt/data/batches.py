@@ -15,7 +15,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor
 
 
-class Share(NamedTuple):
+class Rows(NamedTuple):
     """The rows of every global batch that one of `num_processes` processes takes: consecutive micro-batches of it."""
 
     micro_batch_size: int
@@ -34,7 +34,7 @@ class Share(NamedTuple):
         return rows[own.start * self.micro_batch_size : own.stop * self.micro_batch_size]
 
 
-class WindowSet(NamedTuple):
+class Places(NamedTuple):
     """Where windows of one length begin; (batch,)."""
 
     starts: torch.Tensor
@@ -73,40 +73,40 @@ class BatchStream:
     windows of its own rows: the global batch does not depend on the number of processes.
     """
 
-    def __init__(self, data: torch.Tensor, batch_size: int, seq_len: int, *, seed: int, share: Share):
+    def __init__(self, data: torch.Tensor, batch_size: int, seq_len: int, *, seed: int, rows: Rows):
         self.data = data
         self.batch_size = batch_size
         self.seq_len = seq_len
-        self.share = share
+        self.rows = rows
         self.generator = torch.Generator().manual_seed(seed)
         """The position in the stream; "shared-stream" evaluation draws from it too."""
 
     def batch(self) -> Batch:
         """This process's rows of the next global batch."""
         starts = draw_starts(self.data, self.batch_size, self.seq_len, self.generator)
-        return windows(self.data, self.share.of(starts), self.seq_len)
+        return windows(self.data, self.rows.of(starts), self.seq_len)
 
 
-def held_out_windows(val: torch.Tensor, table: ValidationTable, stream: BatchStream) -> list[WindowSet]:
+def held_out_places(val: torch.Tensor, table: ValidationTable, stream: BatchStream) -> list[Places]:
     """The windows of one evaluation, as `table.sampling` says; random ones in batches as large as those of `stream`."""
     if table.sampling == "full":
-        return consecutive_windows(val, stream.seq_len)
+        return all_places(val, stream.seq_len)
     # Seeded anew each time, its own stream gives the same windows at every evaluation of every run: a curve compares
     # like with like, runs can be compared window by window, and a value does not depend on how often there is one.
     own_stream = table.sampling == "own-stream"
     generator = torch.Generator().manual_seed(held_out_seed()) if own_stream else stream.generator
-    return random_windows(val, stream.batch_size, stream.seq_len, table.eval_batches, generator)
+    return random_places(val, stream.batch_size, stream.seq_len, table.eval_batches, generator)
 
 
-def random_windows(
+def random_places(
     data: torch.Tensor, batch_size: int, seq_len: int, count: int, generator: torch.Generator | None
-) -> list[WindowSet]:
+) -> list[Places]:
     """The windows of `count` batches drawn with `generator`."""
     draws = [draw_starts(data, batch_size, seq_len, generator) for _ in range(count)]
-    return [WindowSet(torch.cat(draws), seq_len)]
+    return [Places(torch.cat(draws), seq_len)]
 
 
-def consecutive_windows(data: torch.Tensor, seq_len: int) -> list[WindowSet]:
+def all_places(data: torch.Tensor, seq_len: int) -> list[Places]:
     """`data` cut into consecutive windows, so that each token after the first is a target once.
 
     The last window is shorter where seq_len does not divide n - 1.
@@ -114,5 +114,5 @@ def consecutive_windows(data: torch.Tensor, seq_len: int) -> list[WindowSet]:
     targets = len(data) - 1
     whole = targets - targets % seq_len
     tail = torch.arange(whole, targets)[:1]
-    groups = WindowSet(torch.arange(0, whole, seq_len), seq_len, True), WindowSet(tail, targets - whole, True)
+    groups = Places(torch.arange(0, whole, seq_len), seq_len, True), Places(tail, targets - whole, True)
     return [places for places in groups if len(places.starts)]

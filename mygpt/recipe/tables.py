@@ -176,14 +176,6 @@ class Recipe(Table):
     runtime: RuntimeTable = RuntimeTable()
     checkpoint: CheckpointTable = CheckpointTable()
 
-    @classmethod
-    def of(cls, **keys: Any) -> "Recipe":
-        """SHIM"""
-        tables: dict[str, Any] = {}
-        for key, value in keys.items():
-            tables.setdefault(TABLE_OF_KEY[key], {})[key] = value
-        return build_recipe(tables, source="recipe")
-
     def to_toml(self) -> str:
         """This recipe as TOML that `load_recipe` reads back to an equal one; keys that are absent stay absent."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
