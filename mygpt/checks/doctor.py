@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 
-from mygpt.data.batches import Rows
+from mygpt.data.batches import Share
 from mygpt.processes.channel import peers_of
 from mygpt.processes.environment import Launched, check_processes, launched_processes
 from mygpt.processes.preflight import Setup, set_up
@@ -60,7 +60,7 @@ def describe(recipe: Recipe, launched: Launched, setup: Setup, seconds: float, *
     windows = f"{table.batch_size} windows of {table.seq_len} tokens"
     yield f"batch:        {windows} a step, {info.micro_batch_size} to a micro-batch"
     for rank, entry in enumerate(facts):
-        own = len(Rows(info.micro_batch_size, rank, launched.processes).micro_batches(table.batch_size))
+        own = len(Share(info.micro_batch_size, rank, launched.processes).micro_batches(table.batch_size))
         threads = entry.environment["threads"]
         yield (
             f"rank {rank:<9}{entry.node}: {entry.device}, {threads} thread{'s' * (threads > 1)}, "

@@ -74,8 +74,8 @@ def set_up(recipe: Recipe, launched: Launched, peers: Peers) -> Setup:
         backend="nccl" if device.type == "cuda" else "gloo",
         corpus_sha256=dataset.sha256,
         recipe={
-            key: getattr(getattr(recipe, table), key)
-            for key, table in TABLE_OF_KEY.items()
+            key: value
+            for key, value in recipe.flat().items()
             # The main process alone looks at the first two; content and meaning of the others are told apart.
             if key not in ("output", "resume", "corpus", "threads")
         },

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from mygpt.data.batches import Places, random_places, windows
+from mygpt.data.batches import WindowSet, random_windows, windows
 
 
 class HeldOutLoss(NamedTuple):
@@ -35,14 +35,14 @@ def estimate_val_loss(
 
     No gradients are kept, and the model is left in the mode in which it was.
     """
-    places = random_places(val_data, batch_size, seq_len, n_eval_batches, None)
+    places = random_windows(val_data, batch_size, seq_len, n_eval_batches, None)
     return held_out_loss(model, val_data, places, batch_size).mean
 
 
 def held_out_loss(
     model: torch.nn.Module,
     data: torch.Tensor,
-    places: Iterable[Places],
+    places: Iterable[WindowSet],
     micro_batch_size: int,
     accelerator: Accelerator | None = None,
 ) -> HeldOutLoss:
@@ -90,7 +90,11 @@ def ratio_estimate(loss_N: torch.Tensor, length_N: torch.Tensor, *, consecutive:
 
 @torch.no_grad()
 def window_losses(
-    model: torch.nn.Module, data: torch.Tensor, places: Places, micro_batch_size: int, accelerator: Accelerator | None
+    model: torch.nn.Module,
+    data: torch.Tensor,
+    places: WindowSet,
+    micro_batch_size: int,
+    accelerator: Accelerator | None,
 ) -> torch.Tensor:
     """The total loss of each window (batch,), known to every process."""
     device = next(model.parameters()).device

@@ -207,7 +207,8 @@ class _Watch:
         self.broken: str | None = None
         self.lines: list[str] = []
         for name, module in gpt.named_modules():
-            module.register_forward_hook(self._forward_hook(name or "logits"))
+            if name:  # the output of the whole is that of its module `logits`
+                module.register_forward_hook(self._forward_hook(name))
         for name, parameter in gpt.named_parameters():
             parameter.register_hook(self._gradient_hook(f"weights of {name}"))
 

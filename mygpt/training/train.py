@@ -25,7 +25,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from mygpt.compat import INIT_METHOD
-from mygpt.data.batches import Batch, BatchStream, Places, Rows, held_out_places
+from mygpt.data.batches import Batch, BatchStream, Share, WindowSet, held_out_windows
 from mygpt.data.dataset import Dataset
 from mygpt.errors import (
     DamagedCheckpointError,
@@ -134,9 +134,9 @@ def _train(
     optimizer = build_optimizer(gpt, recipe.optimizer)
     dataset = dataset.to(accelerator.device)
     exact = recipe.runtime.reduction == "exact"
-    rows = Rows(micro_batch_size, accelerator.process_index, accelerator.num_processes)
+    rows = Share(micro_batch_size, accelerator.process_index, accelerator.num_processes)
     stream = BatchStream(
-        dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=recipe.train.data_seed, rows=rows
+        dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=recipe.train.data_seed, share=rows
     )
     step, best, moments = 0, None, None
     checkpoint = start.checkpoint
@@ -212,7 +212,7 @@ def _train(
                 values: dict[str, Any] = {"loss": measured.loss, "grad_norm": measured.grad_norm, "lr": lr}
                 if evaluated:
                     with reporter.paused():
-                        places = held_out_places(dataset.val, recipe.validation, stream)
+                        places = held_out_windows(dataset.val, recipe.validation, stream)
                         values |= evaluate(accelerator, model, dataset.val, places, micro_batch_size, step)
                     if recipe.checkpoint.save_best and (best is None or values["val"] < best.val):
                         improved, best = True, Best(step=step, val=values["val"])
@@ -333,7 +333,7 @@ def exact_average(
     return total.mean_over(accelerator.reduce if accelerator.num_processes > 1 else None)
 
 
-def exact_step(recipe: Recipe, rows: Rows, step: int) -> ExactStep:
+def exact_step(recipe: Recipe, rows: Share, step: int) -> ExactStep:
     """This process's part in the exact sum of a step."""
     table = recipe.train
     seeds = (micro_batch_dropout_seed(table.data_seed, step, index) for index in rows.micro_batches(table.batch_size))
@@ -445,7 +445,7 @@ def evaluate(
     accelerator: Accelerator,
     model: torch.nn.Module,
     data: torch.Tensor,
-    places: Iterable[Places],
+    places: Iterable[WindowSet],
     micro_batch_size: int,
     step: int,
 ) -> dict[str, Any]:

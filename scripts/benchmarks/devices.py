@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from mygpt.data.batches import BatchStream, Rows
+from mygpt.data.batches import BatchStream, Share
 from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.model.gpt import GPT
 from mygpt.processes.environment import launched_processes
@@ -121,8 +121,8 @@ def stepper(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, way: str
     # What is prepared for exact sums does not tell the others anything by itself.
     model, optimizer, scheduler = prepare(accelerator, gpt, optimizer, scheduler, exact=way != "fast")
     size = resolve_micro_batch(recipe.train, accelerator.num_processes, exact=exact)
-    rows = Rows(size, accelerator.process_index, accelerator.num_processes)
-    stream = BatchStream(dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=rows)
+    rows = Share(size, accelerator.process_index, accelerator.num_processes)
+    stream = BatchStream(dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, share=rows)
     max_grad_norm, done = recipe.train.max_grad_norm, 0
 
     def step() -> None:

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from mygpt.data.batches import Batch, BatchStream, Rows
+from mygpt.data.batches import Batch, BatchStream, Share
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.model.gpt import GPT
 from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
 from mygpt.recipe.flags import parse_recipe
-from mygpt.recipe.tables import Recipe, with_keys
+from mygpt.recipe.tables import Recipe
 from mygpt.runs.saver import Saver
 from mygpt.training.optim import build_optimizer, build_scheduler
 from mygpt.training.state import generator_states, training_state
@@ -64,7 +64,7 @@ def measure(recipe: Recipe, options: Options, accelerator: Accelerator, device: 
     model, optimizer, scheduler = accelerator.prepare(gpt, optimizer, scheduler)
     tokens = torch.randint(0, options.vocab, (100_000,), device=device)
     stream = BatchStream(
-        tokens, recipe.train.batch_size, recipe.train.seq_len, seed=0, rows=Rows(recipe.train.batch_size)
+        tokens, recipe.train.batch_size, recipe.train.seq_len, seed=0, share=Share(recipe.train.batch_size)
     )
 
     def train(count: int) -> float:
@@ -76,7 +76,7 @@ def measure(recipe: Recipe, options: Options, accelerator: Accelerator, device: 
 
     train(3)
     root = Path(tempfile.mkdtemp(prefix="mygpt-saving-", dir=options.folder))
-    saver = Saver(root, with_keys(recipe, keep_last=1), tokenizer, corpus_sha256="0" * 64)
+    saver = Saver(root, recipe.replace(keep_last=1), tokenizer, corpus_sha256="0" * 64)
     step = 0
 
     def save_mygpt() -> Callable[[], None]:

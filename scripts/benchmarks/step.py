@@ -17,7 +17,7 @@ import reference
 import torch
 from accelerate import Accelerator
 
-from mygpt.data.batches import BatchStream, Rows
+from mygpt.data.batches import BatchStream, Share
 from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.model.gpt import GPT
 from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
@@ -77,7 +77,7 @@ def mygpt_step(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, devic
         model.compile()
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     stream = BatchStream(
-        dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=Rows(recipe.train.batch_size)
+        dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, share=Share(recipe.train.batch_size)
     )
 
     def step() -> None:
@@ -99,7 +99,7 @@ def plain_step(recipe: Recipe, dataset: Dataset, device: torch.device) -> Callab
     model = GPT(recipe.model, dataset.tokenizer.vocab_size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr, fused=True)
     stream = BatchStream(
-        dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, rows=Rows(recipe.train.batch_size)
+        dataset.train, recipe.train.batch_size, recipe.train.seq_len, seed=42, share=Share(recipe.train.batch_size)
     )
     forward = torch.compile(model) if recipe.runtime.compile else model
 
