@@ -1,6 +1,6 @@
 """mygpt trains small GPTs from one TOML recipe and makes every number that it prints repeatable.
 
-The names below are imported on first use, so that `import mygpt` and `mygpt --help` do not wait for torch.
+The public names are imported on first use, so that `import mygpt` and `mygpt --help` do not wait for torch.
 """
 
 import importlib
@@ -22,32 +22,20 @@ _MODULE_OF = {
     "train": "training.train",
 }
 
-if TYPE_CHECKING:
-    from mygpt.data.batches import get_batch
-    from mygpt.data.tokenizer import CharTokenizer
-    from mygpt.errors import MygptError
-    from mygpt.model.generation import generate
-    from mygpt.model.gpt import GPT
-    from mygpt.recipe.files import load_recipe
-    from mygpt.recipe.tables import Recipe
-    from mygpt.runs.loading import load_checkpoint
-    from mygpt.training.evaluate import estimate_val_loss
-    from mygpt.training.optim import cosine_warmup_lr
-    from mygpt.training.train import train
+__all__ = [*_MODULE_OF]
 
-__all__ = [
-    "GPT",
-    "CharTokenizer",
-    "MygptError",
-    "Recipe",
-    "cosine_warmup_lr",
-    "estimate_val_loss",
-    "generate",
-    "get_batch",
-    "load_checkpoint",
-    "load_recipe",
-    "train",
-]
+if TYPE_CHECKING:
+    from mygpt.data.batches import get_batch as get_batch
+    from mygpt.data.tokenizer import CharTokenizer as CharTokenizer
+    from mygpt.errors import MygptError as MygptError
+    from mygpt.model.generation import generate as generate
+    from mygpt.model.gpt import GPT as GPT
+    from mygpt.recipe.files import load_recipe as load_recipe
+    from mygpt.recipe.tables import Recipe as Recipe
+    from mygpt.runs.loading import load_checkpoint as load_checkpoint
+    from mygpt.training.evaluate import estimate_val_loss as estimate_val_loss
+    from mygpt.training.optim import cosine_warmup_lr as cosine_warmup_lr
+    from mygpt.training.train import train as train
 
 
 def __getattr__(name: str) -> Any:

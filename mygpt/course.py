@@ -1,8 +1,8 @@
-"""The names of a from-scratch GPT course, in the forms in which its chapters call them.
+"""The names that the chapters of a from-scratch GPT course import, with the signatures that they use.
 
-A thin layer over mygpt's own model, loss, schedule and tokenizer: a chapter's loop computes what `mygpt train`
-computes, and both read each other's checkpoints. Only the forms differ: the model returns (logits, loss), ids are a
-tensor, and random numbers come from torch's global generator.
+A thin layer over mygpt's own model, loss, schedule and tokenizer: a chapter's loop gives the numbers of `mygpt train`,
+and each reads the other's checkpoints. Only the signatures differ: the model returns (logits, loss), ids are a tensor,
+and random numbers come from torch's global generator.
 
 Suffixes name the axes of a tensor: B batch, T tokens, V vocabulary, N any number.
 """
@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mygpt.data.batches import get_batch
 from mygpt.data.tokenizer import CharTokenizer as PlainTokenizer
 from mygpt.errors import CheckpointError, DamagedCheckpointError, NonFiniteError, TokenizerError
 from mygpt.model import gpt as plain
-from mygpt.model.generation import sample_token
+from mygpt.model.generation import sample_token, stream_tokens
 from mygpt.processes.machine import resolve_device
 from mygpt.recipe.tables import ModelTable, build_recipe, check_recipe
 from mygpt.runs import loading, saver
@@ -49,29 +50,21 @@ DEFAULTS = ModelTable()
 
 
 class CharTokenizer(PlainTokenizer):
-    """mygpt's character tokenizer, made from its characters, whose ids are tensors."""
+    """mygpt's character tokenizer, made from its characters; ids are tensors."""
 
     def __init__(self, chars: Iterable[str]):
         super().__init__("".join(chars))
         self.chars = list(self.vocab)
-        """Its characters, in code point order; a token's id is its place here."""
+        """Its characters, in code point order; a token's id is its index here."""
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
-        """The tokenizer whose vocabulary is the sorted distinct characters of `text`.
-
-        Raises:
-            TokenizerError: the text is empty.
-        """
+        """The tokenizer whose vocabulary is the sorted distinct characters of `text`; TokenizerError if it is empty."""
         return cls(text)
 
-    def encode(self, text: str, what: str = "text") -> torch.Tensor:  # type: ignore[override]
-        """The ids of a text's characters, int64 (len(text),); `what` names the text in an error.
-
-        Raises:
-            TokenizerError: a character is not in the vocabulary; names it and its position (0-based).
-        """
-        return torch.from_numpy(super().encode(text, what)).long()
+    def encode(self, text: str, name: str = "text") -> torch.Tensor:  # type: ignore[override]
+        """The ids of a text's characters, int64 (len(text),); see mygpt.CharTokenizer."""
+        return torch.from_numpy(super().encode(text, name)).long()
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the characters to `path`, as JSON."""
@@ -82,7 +75,7 @@ class CharTokenizer(PlainTokenizer):
         """The tokenizer that `save` wrote.
 
         Raises:
-            TokenizerError: the file is not one that it wrote.
+            TokenizerError: `save` did not write that file.
         """
         try:
             return cls(json.loads(Path(path).read_text(encoding="utf-8"))["chars"])
@@ -93,11 +86,11 @@ class CharTokenizer(PlainTokenizer):
 class GPT(plain.GPT):
     """mygpt's model, made from plain arguments and returning (logits, loss).
 
-    Sizes are in tokens (`max_seq_len`) and numbers (`embed_dim`), `dropout` is a probability. Weights are drawn from
-    torch's global generator and have the names and values of `mygpt train` with the same seed.
+    The arguments are the keys of a recipe's [model] table. Weights are drawn from torch's global generator; their names
+    and values are those of `mygpt train` with the same seed.
 
     Raises:
-        RecipeError: a value that a recipe may not have either.
+        RecipeError: a recipe may not have that value.
     """
 
     def __init__(
@@ -109,15 +102,9 @@ class GPT(plain.GPT):
         max_seq_len: int = DEFAULTS.max_seq_len,
         dropout: float = DEFAULTS.dropout,
     ):
-        table = {
-            "embed_dim": embed_dim,
-            "num_heads": num_heads,
-            "num_layers": num_layers,
-            "max_seq_len": max_seq_len,
-            "dropout": dropout,
-        }
-        # Relations are checked of whole recipes; a window that fits leaves those of the model.
-        recipe = build_recipe({"model": table, "train": {"seq_len": max_seq_len}}, source="GPT")
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_layers": num_layers, "max_seq_len": max_seq_len}
+        # Relations are checked in whole recipes; a seq_len that fits leaves those of the model.
+        recipe = build_recipe({"model": {**sizes, "dropout": dropout}, "train": {"seq_len": max_seq_len}}, source="GPT")
         check_recipe(recipe, source="GPT")
         super().__init__(recipe.model, vocab_size)
         self.embed_dim, self.num_heads, self.num_layers = embed_dim, num_heads, num_layers
@@ -134,9 +121,8 @@ class GPT(plain.GPT):
             ValueError: the tokens have no batch axis, or are too many.
         """
         if tokens_BT.dim() != 2:
-            raise ValueError(
-                f"got ids of shape {tuple(tokens_BT.shape)}, expected (batch, tokens): use ids.unsqueeze(0)"
-            )
+            shape = tuple(tokens_BT.shape)
+            raise ValueError(f"got ids of shape {shape}, expected (batch, tokens): use ids.unsqueeze(0)")
         if not 0 < tokens_BT.shape[1] <= self.max_seq_len:
             raise ValueError(f"got {tokens_BT.shape[1]} tokens, expected from 1 to max_seq_len = {self.max_seq_len}")
         logits_BTV = super().forward(tokens_BT)
@@ -146,10 +132,7 @@ class GPT(plain.GPT):
 def estimate_val_loss(
     model: nn.Module, val_data: torch.Tensor, batch_size: int, seq_len: int, n_eval_batches: int = 10
 ) -> float:
-    """The mean loss in nats over random batches of `val_data` (N,), drawn from torch's global generator.
-
-    No gradients are kept, and the model is left in the mode in which it was.
-    """
+    """See mygpt.estimate_val_loss; `model` may also return (logits, loss)."""
     return evaluate.estimate_val_loss(_LogitsOnly(model), val_data, batch_size, seq_len, n_eval_batches)
 
 
@@ -169,19 +152,10 @@ def generate(
     Raises:
         ValueError: the prompts have no batch axis, or no ids.
     """
-    device, was_training = prompt_ids.device, model.training
-    logits_only, limit = _LogitsOnly(model), _uncompiled(model).config.max_seq_len
-    ids_BT = prompt_ids
-    model.eval()
-    try:
-        with torch.no_grad():
-            for _ in range(max_new_tokens):
-                logits_BV = logits_only(ids_BT[..., -limit:])[:, -1].float().cpu()
-                drawn = [sample_token(logits_V, temperature, top_k or 0, None) for logits_V in logits_BV]
-                ids_BT = torch.cat([ids_BT, torch.stack(drawn).to(device)], dim=1)
-    finally:
-        model.train(was_training)
-    return ids_BT
+    limit = _uncompiled(model).config.max_seq_len
+    sample = partial(sample_token, temperature=temperature, top_k=top_k or 0, generator=None)
+    drawn = stream_tokens(_LogitsOnly(model), prompt_ids, limit, max_new_tokens, sample)
+    return torch.cat([prompt_ids, *(ids_B1.to(prompt_ids.device) for ids_B1 in drawn)], dim=1)
 
 
 def set_seed(seed: int = 0) -> None:
@@ -196,24 +170,24 @@ def set_seed(seed: int = 0) -> None:
 
 
 def pick_device(arg: str = "auto") -> torch.device:
-    """The device of that name; "auto": cuda where there is one, else mps, else cpu.
+    """The device of that name; "auto": cuda if the machine has it, else mps, else cpu.
 
     Raises:
-        LaunchError: it is not there.
+        LaunchError: the machine does not have it.
     """
     return resolve_device(arg, "fp32")
 
 
 def save_checkpoint(model: nn.Module, tokenizer: PlainTokenizer, path: str | PathLike[str], step: int = 0) -> None:
-    """Save a model as the safetensors file `path`, which `mygpt generate --checkpoint` reads, too.
+    """Save a model as the safetensors file `path`, which `mygpt generate --checkpoint` also reads.
 
     The file holds weights (fp32), architecture, vocabulary and step, but not the optimizer's state. Missing folders are
-    made; a file that is there is replaced once the new one is whole. Of a model that torch.compile returned, the one
-    inside is saved.
+    made; an existing file is replaced once the new one is complete. A model compiled by torch.compile is saved as the
+    model inside it.
 
     Raises:
         CheckpointError: the path is a folder or a file of a run, or the tokenizer is not the model's.
-        DamagedCheckpointError: the disk refused it; what was saved before is untouched.
+        DamagedCheckpointError: the disk refused it; an existing file is untouched.
         NonFiniteError: a weight is infinite or not a number.
     """
     path, gpt = Path(path), _uncompiled(model)
@@ -246,13 +220,12 @@ def save_checkpoint(model: nn.Module, tokenizer: PlainTokenizer, path: str | Pat
 
 
 def load_checkpoint(path: str | PathLike[str]) -> tuple[GPT, CharTokenizer]:
-    """Load (model, tokenizer) from what `save_checkpoint` or `mygpt train` saved: a file, a step or a run.
+    """Load (model, tokenizer) from a file of `save_checkpoint`, or from a run or step directory of `mygpt train`.
 
-    The model is on the CPU in eval mode: call its `train` before training on, and `to` for another device.
+    The model is on the CPU in eval mode: call its `train` to continue training, and `to` for another device.
 
     Raises:
-        CheckpointError: there is no such checkpoint.
-        DamagedCheckpointError: it cannot be read, or is not what was saved.
+        CheckpointError, DamagedCheckpointError, MismatchError: see mygpt.load_checkpoint.
     """
     saved, tokenizer, _ = loading.load_checkpoint(Path(path))
     with torch.device("meta"):
@@ -262,12 +235,12 @@ def load_checkpoint(path: str | PathLike[str]) -> tuple[GPT, CharTokenizer]:
 
 
 class _LogitsOnly(nn.Module):
-    """A model that returns (logits, loss), as mygpt's own functions call a model: for its logits."""
+    """Wraps a model that may return (logits, loss), so that it returns the logits, as mygpt's own functions expect."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.training = model.training  # the mode that will be restored
+        self.training = model.training  # callers restore the mode of the wrapper, and by it the model's
 
     def forward(self, tokens_BT: torch.Tensor) -> Any:
         output = self.model(tokens_BT)
@@ -275,7 +248,7 @@ class _LogitsOnly(nn.Module):
 
 
 def _uncompiled(model: nn.Module) -> plain.GPT:
-    gpt = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    gpt = getattr(model, "_orig_mod", model)  # the model inside what torch.compile returns
     if not isinstance(gpt, plain.GPT):
         raise TypeError(f"model: got {type(gpt).__name__}, expected a GPT")
     return gpt

@@ -1,18 +1,23 @@
-"""The errors that a user can act on: each is printed as its message alone, without a traceback."""
+"""The errors that a user can act on: the command prints their message alone, without a traceback."""
 
 
 class MygptError(Exception):
     """Base of every error that mygpt raises on purpose.
 
-    `exit_code` is 2 for a mistake in what the user gave (nothing has been created on disk), and 1 where the
-    world failed: a full disk, a lost network, a loss that is no longer a number.
+    `exit_code` is 2 for a mistake in the user's input (nothing has been created on disk), and 1 for a failure that the
+    input did not cause: a full disk, a lost network, a non-finite loss.
     """
 
     exit_code = 2
 
+    def __init__(self, message: str, exit_code: int | None = None):
+        super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = exit_code
+
 
 class RecipeError(MygptError):
-    """A recipe, or a flag that stands for one of its keys, cannot be used."""
+    """A recipe cannot be used, or a flag that sets one of its keys."""
 
 
 class CorpusError(MygptError):
@@ -20,17 +25,17 @@ class CorpusError(MygptError):
 
 
 class DownloadError(CorpusError):
-    """A named corpus could not be fetched, or what came is not what its hash says."""
+    """A named corpus could not be downloaded, or the download does not match its published hash."""
 
     exit_code = 1
 
 
 class TokenizerError(MygptError):
-    """A text holds a character outside the vocabulary."""
+    """A text has a character outside the vocabulary, or a vocabulary cannot be made."""
 
 
 class LaunchError(MygptError):
-    """The devices or processes that were asked for are not the ones that are there."""
+    """The devices or processes that the user asked for are not available."""
 
 
 class LostProcessError(MygptError):
@@ -40,11 +45,7 @@ class LostProcessError(MygptError):
 
 
 class PeerError(MygptError):
-    """Another process of the run has ended with an error: this is its message, with its machine, and its exit code."""
-
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
+    """Another process of the run has failed: carries its message, with the name of its machine, and its exit code."""
 
 
 class DisagreementError(MygptError):
@@ -58,7 +59,7 @@ class CheckpointError(MygptError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint exists but cannot be read back, or a new one cannot be written."""
+    """A checkpoint exists but cannot be read, or a new one cannot be written."""
 
     exit_code = 1
 
@@ -70,7 +71,7 @@ class NewerFormatError(CheckpointError):
 
 
 class MismatchError(CheckpointError):
-    """A checkpoint is whole, but of another architecture or corpus than the run that would continue it."""
+    """A checkpoint is intact, but its architecture or corpus is not that of the run that would continue it."""
 
     exit_code = 1
 
@@ -88,8 +89,4 @@ class NonFiniteError(MygptError):
 
 
 class InterruptedRunError(MygptError):
-    """A signal asked the run to stop, and it has stopped: saved, to be continued by the same command."""
-
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
+    """A signal stopped the run after it was saved; the same command continues it."""

@@ -1,11 +1,11 @@
-"""How often the 95% interval of a held-out loss holds the truth, on real losses.
+"""Measures how often the 95% interval of a held-out loss contains the true loss.
 
     mygpt train hardened --val-split 0.9 --lr 3e-3 --output checkpoints/little
     python scripts/coverage.py checkpoints/little
 
-The truth is the loss over all of a run's held-out text, so hold out much of it. Stretches of that text are evaluated
-in full, and random batches are drawn from it; each gives an interval. Beside the intervals that mygpt prints are those
-that take consecutive windows as independent, which they are not.
+The true loss is that over all of a run's held-out text, so hold out much of it. Stretches of that text are evaluated
+in full, and random batches are drawn from it; each gives an interval, as mygpt prints it. For comparison, stretches are
+also evaluated as if their windows were independent, which they are not.
 """
 
 import sys
@@ -23,7 +23,7 @@ from mygpt.runs.start import recorded_recipe
 from mygpt.training.evaluate import HeldOutLoss, ratio_estimate, window_losses
 
 STRETCHES = (100, 400, 1742)
-"""Windows of a stretch; the last is what a val_split of 0.1 leaves of Tiny Shakespeare."""
+"""Windows in a stretch; the last is the number that val_split = 0.1 holds out of Tiny Shakespeare."""
 DRAWS = 2000
 BATCH = 16
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def held_out_losses(run: Path) -> tuple[torch.Tensor, int]:
-    """The total loss of each whole window of a run's held-out text, in order, and the tokens of a window."""
+    """The total loss of each whole window of a run's held-out text, in order, and the tokens in a window."""
     recipe, (model, _, _) = recorded_recipe(run), load_checkpoint(run)
     seq_len = recipe.train.seq_len
     val = load_dataset(recipe.data, seq_len).val
@@ -50,7 +50,7 @@ def held_out_losses(run: Path) -> tuple[torch.Tensor, int]:
 
 
 def estimates(loss_N: torch.Tensor, seq_len: int) -> Iterator[tuple[str, list[HeldOutLoss]]]:
-    """Many estimates of each kind, by its name."""
+    """Each kind of estimate by name, with its results on many stretches or draws."""
 
     def estimate(losses: torch.Tensor, *, consecutive: bool) -> HeldOutLoss:
         return ratio_estimate(losses, torch.full_like(losses, seq_len), consecutive=consecutive)
@@ -67,7 +67,7 @@ def estimates(loss_N: torch.Tensor, seq_len: int) -> Iterator[tuple[str, list[He
 
 
 def interval(result: HeldOutLoss) -> float:
-    """Half of the width of the 95% interval."""
+    """Half the width of the 95% interval."""
     return float(student.ppf(0.975, result.dof)) * (result.stderr or 0)
 
 

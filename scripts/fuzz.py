@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of what mygpt reads, by atheris (pip install atheris); stops at the first unexpected error.
+"""Fuzzes the files that mygpt reads, guided by coverage, until the first unexpected error; needs atheris.
 
     python scripts/fuzz.py recipe -max_total_time=300
     python scripts/fuzz.py checkpoint -max_total_time=300
@@ -27,13 +27,11 @@ with atheris.instrument_imports(include=["mygpt", "tomllib", "safetensors"]):
     from mygpt.training.train import train
 
 FOLDER = Path(tempfile.mkdtemp(prefix="mygpt-fuzz-"))
-TINY = {
-    "data": {"corpus": str(FOLDER / "text.txt")},
-    "model": {"embed_dim": 4, "num_heads": 1, "num_layers": 1, "max_seq_len": 4},
-    "train": {"steps": 2, "batch_size": 1, "seq_len": 4},
-    "runtime": {"device": "cpu", "threads": 1},
-    "checkpoint": {"output": str(FOLDER / "run")},
-}
+RUN, STEP = FOLDER / "run", FOLDER / "run" / "step-000002"
+MODEL = {"embed_dim": 4, "num_heads": 1, "num_layers": 1, "max_seq_len": 4}
+TINY = tables.Recipe.of(
+    **MODEL, steps=2, batch_size=1, seq_len=4, threads=1, device="cpu", corpus=str(FOLDER / "text.txt"), output=str(RUN)
+)
 NAMES = ("model.safetensors", "state.safetensors", "manifest.json", "run.json", "recipe.toml")
 
 
@@ -46,31 +44,30 @@ def fuzz_recipe(data: bytes) -> None:
 
 
 def fuzz_checkpoint(data: bytes) -> None:
-    """A checkpoint's file in which a piece is replaced: by bytes 3 on, at the place that bytes 1 and 2 tell."""
+    """A file of a run with a piece replaced: byte 0 chooses the file, bytes 1 and 2 the offset, the rest is written."""
     if len(data) < 4:
         return
     name = NAMES[data[0] % len(NAMES)]
-    run = FOLDER / "run"
-    file = run / name if name in ("run.json", "recipe.toml") else run / "step-000002" / name
-    whole = ORIGINALS[name]
+    file, whole = path_of(name), ORIGINALS[name]
     at = int.from_bytes(data[1:3], "big") % len(whole)
     file.write_bytes(whole[:at] + data[3:] + whole[at + len(data) - 3 :])
-    manifest_file = run / "step-000002" / "manifest.json"
     if name.endswith(".safetensors"):
         manifest = json.loads(ORIGINALS["manifest.json"])
         manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        manifest_file.write_text(json.dumps(manifest))
+        path_of("manifest.json").write_text(json.dumps(manifest))
     for job in (
-        lambda: loading.load_checkpoint(run),
-        lambda: loading.read_state(
-            run / "step-000002", loading.read_tensors(run / "step-000002" / "model.safetensors")
-        ),
-        lambda: start.find_start(start.recorded_recipe(run), read_run(run), "ab", warn=lambda _: None),
+        lambda: loading.load_checkpoint(RUN),
+        lambda: loading.read_state(STEP, loading.read_tensors(STEP / "model.safetensors")),
+        lambda: start.find_start(start.recorded_recipe(RUN), read_run(RUN), "ab", warn=lambda _: None),
     ):
         with contextlib.suppress(MygptError):
             job()
     file.write_bytes(whole)
-    manifest_file.write_bytes(ORIGINALS["manifest.json"])
+    path_of("manifest.json").write_bytes(ORIGINALS["manifest.json"])
+
+
+def path_of(name: str) -> Path:
+    return (RUN if name in ("run.json", "recipe.toml") else STEP) / name
 
 
 def main() -> None:
@@ -80,10 +77,8 @@ def main() -> None:
     target = targets[sys.argv.pop(1)]
     (FOLDER / "text.txt").write_text("ab" * 100)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run = train(tables.build_recipe(TINY))
-    for name in NAMES:
-        file = run / name
-        ORIGINALS[name] = (file if file.exists() else run / "step-000002" / name).read_bytes()
+        train(TINY)
+    ORIGINALS.update({name: path_of(name).read_bytes() for name in NAMES})
     atheris.Setup(sys.argv, target)
     atheris.Fuzz()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import REPOSITORY, run_process
-from support.runs import TINY, recipe_of
+from support.runs import TINY
 
 from mygpt.data.corpus import TINYSHAKESPEARE_SHA256, find_tinyshakespeare, load_corpus
 from mygpt.errors import DownloadError
@@ -19,7 +19,7 @@ def tiny(tmp_path, text_file):
     """A function making tiny recipes that train on `text_file` into `tmp_path`/run."""
 
     def make(**keys) -> Recipe:
-        return recipe_of(**TINY | {"corpus": str(text_file), "output": str(tmp_path / "run")} | keys)
+        return Recipe.of(**TINY | {"corpus": str(text_file), "output": str(tmp_path / "run")} | keys)
 
     return make
 

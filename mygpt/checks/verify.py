@@ -11,7 +11,7 @@ from typing import NamedTuple
 from mygpt.checks.compare import Difference, compare_files, compare_records
 from mygpt.data.corpus import load_corpus
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, NonFiniteError
-from mygpt.recipe.tables import TABLE_OF_KEY, Recipe, with_keys
+from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.records import read_records
 from mygpt.runs.run import read_run
@@ -84,7 +84,7 @@ def verify(run: Path, steps: int | None = None) -> Verification:
                         # That it goes on with another recipe is what it is to repeat.
                         quiet.enter_context(contextlib.redirect_stderr(nowhere))
                     keys = {"output": str(output), "keep_last": 0, "resume": began if part is parts[0] else "auto"}
-                    train_until(with_keys(part.recipe, **keys), part.until, allow_changes=True)
+                    train_until(part.recipe.replace(**keys), part.until, allow_changes=True)
         except InterruptedRunError as stopped:
             raise InterruptedRunError("stopped before anything was compared", stopped.exit_code) from None
         except NonFiniteError as broken:
@@ -117,7 +117,7 @@ def parts_of(newest: Recipe, info: RunInfo, first: int, until: int) -> Iterator[
         recorded, recipe = info.recorded_at(end), recipe_at(end, newest, info)
         # The same text may have moved since.
         corpus = newest.data.corpus if recorded["corpus_sha256"] == newest_text else recipe.data.corpus
-        yield Part(with_keys(recipe, threads=recorded["threads"], corpus=corpus), end)
+        yield Part(recipe.replace(threads=recorded["threads"], corpus=corpus), end)
 
 
 def _compare_checkpoints(a: Path, b: Path) -> list[Difference]:

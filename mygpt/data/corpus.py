@@ -1,7 +1,7 @@
-"""Corpora: a text file, or a named corpus, as text with its sha256.
+"""Reads a corpus, which is a text file or a named text, and its sha256.
 
-Text is UTF-8 and is taken exactly: a byte order mark is the character U+FEFF, and `\\r\\n` stays two characters, so
-the same file gives the same tokens on every system.
+Text is UTF-8 and is not changed: a byte order mark is the character U+FEFF, and `\\r\\n` stays two characters, so that
+a file gives the same tokens on every system.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mygpt.errors import CorpusError, DownloadError
+from mygpt.recipe.reading import decode_utf8, read_file
 from mygpt.recipe.tables import NAMED_CORPORA
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -24,7 +25,7 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(name: str) -> Corpus:
-    """Load a named corpus or a text file; a name wins over a file that is called the same.
+    """Load a named corpus or a text file; a name wins over a file of the same name.
 
     Raises:
         CorpusError: the file is missing, not a regular file, unreadable, empty, or not UTF-8; or a named corpus is not
@@ -43,7 +44,7 @@ def load_corpus(name: str) -> Corpus:
 
 
 def find_tinyshakespeare() -> Path:
-    """The file of Tiny Shakespeare: in MYGPT_DATA_DIR if that is set, else in the cache, downloaded if need be.
+    """The file of Tiny Shakespeare: in MYGPT_DATA_DIR if that is set, else in the cache, downloaded if it is not there.
 
     Raises:
         CorpusError: MYGPT_DATA_DIR is set, and the file is not there.
@@ -51,7 +52,7 @@ def find_tinyshakespeare() -> Path:
     """
     if folder := os.environ.get("MYGPT_DATA_DIR"):
         path = Path(folder) / "tinyshakespeare.txt"
-        # Neither the cache nor a download: the same command would depend on what this machine has run before.
+        # No fallback to the cache or a download: a command should not depend on what this machine has run before.
         if not path.is_file():
             raise CorpusError(
                 f"{path}: no such file, and MYGPT_DATA_DIR is set to {folder}; put the file there, correct "
@@ -86,24 +87,10 @@ def _python_docs() -> Corpus:
 
 
 def _read_text(path: Path) -> Corpus:
-    try:
-        if path.exists() and not path.is_file():
-            raise CorpusError(f"{path}: not a regular file; expected a text file")
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise CorpusError(
-            f"{path}: no such text file; expected --corpus to be a path or one of: {', '.join(NAMED_CORPORA)}"
-        ) from None
-    except OSError as error:
-        raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a path with a NUL character
-        raise CorpusError(f"{str(path)!r}: not a path: {error}") from None
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{path}: not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}; convert it to UTF-8"
-        ) from None
+    names = ", ".join(NAMED_CORPORA)
+    missing = f"no such text file; expected --corpus to be a path or one of: {names}"
+    raw = read_file(path, CorpusError, expected="a text file", missing=missing)
+    text = decode_utf8(raw, path, CorpusError, remedy="; convert it to UTF-8")
     if not text:
         raise CorpusError(f"{path}: empty; expected a text to train on")
     return Corpus(text, hashlib.sha256(raw).hexdigest())

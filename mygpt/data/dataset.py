@@ -1,4 +1,4 @@
-"""A corpus as tokens: its training part, its held-out part, and the windows drawn from them."""
+"""A corpus as tokens, split into a training part and a held-out part."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Dataset(NamedTuple):
     val: torch.Tensor
     """Empty without `val_split`."""
     sha256: str
-    """Of the corpus."""
+    """The corpus's, in hexadecimal."""
 
     def to(self, device: torch.device) -> "Dataset":
         return self._replace(train=self.train.to(device), val=self.val.to(device))
@@ -28,7 +28,7 @@ def load_dataset(table: DataTable, seq_len: int) -> Dataset:
     """Read the corpus, make its vocabulary, encode it and hold out its end.
 
     Raises:
-        CorpusError: it cannot be read, or is too short for windows of seq_len.
+        CorpusError: it cannot be read, has a single distinct character, or is too short for windows of seq_len.
     """
     corpus = load_corpus(table.corpus)
     tokenizer = CharTokenizer(corpus.text)
@@ -39,10 +39,11 @@ def load_dataset(table: DataTable, seq_len: int) -> Dataset:
 
 
 def split(tokens: torch.Tensor, val_split: float, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The training part, `int((1 - val_split) * n)` tokens from the start, and the held-out rest, maybe empty.
+    """The training part, the first `int((1 - val_split) * n)` of the `tokens` (n,), and the held-out rest.
 
     Raises:
-        CorpusError: a part that is in use is not longer than seq_len + 1, so that no window can be drawn from it.
+        CorpusError: a part has at most seq_len + 1 tokens, so that no window can be drawn from it. The held-out part
+            may be empty if val_split is 0.
     """
     boundary = int((1 - val_split) * len(tokens))
     parts = tokens[:boundary], tokens[boundary:]

@@ -1,4 +1,4 @@
-"""Text to token ids and back, one token per character."""
+"""Converts text to token ids and back, one token per character."""
 
 from collections.abc import Iterable
 
@@ -7,15 +7,17 @@ import numpy.typing as npt
 
 from mygpt.errors import TokenizerError
 
-# Encoding works through the text in pieces: memory stays at the text, its ids, and one piece as code points.
 CHUNK = 1 << 20
+"""Characters converted at a time, so that memory holds the code points of one piece and not of all the text."""
 
 
 class CharTokenizer:
     """A character tokenizer whose vocabulary is the sorted distinct characters of a text.
 
-    Any text with the same distinct characters gives the same tokenizer, so `CharTokenizer(tokenizer.vocab)` is a
-    copy.
+    Any text with the same distinct characters gives the same tokenizer, so `CharTokenizer(tokenizer.vocab)` is a copy.
+
+    Raises:
+        TokenizerError: the text is empty.
     """
 
     def __init__(self, text: str):
@@ -26,24 +28,24 @@ class CharTokenizer:
         if len(vocab) == 0:
             raise TokenizerError("a vocabulary cannot be made from an empty text")
         self.vocab = "".join(map(chr, vocab))
-        """All characters that it knows, in code point order; a token's id is its place here."""
-        # One place past the largest known code point stands for everything beyond it.
+        """All characters of the vocabulary, in code point order; a token's id is its index here."""
+        # The last entry stands for every code point beyond the largest known one.
         self._id_of_code_point = np.full(vocab[-1] + 2, -1, dtype=np.int32)
         self._id_of_code_point[vocab] = np.arange(len(vocab), dtype=np.int32)
-        # The smallest type that torch can index with keeps a large corpus at one or two bytes a character.
+        # Types that torch can index with; most corpora then take one or two bytes a character.
         self._id_type = next(np.dtype(t) for t in (np.uint8, np.int16, np.int32) if len(vocab) <= np.iinfo(t).max + 1)
 
     @property
     def vocab_size(self) -> int:
         return len(self.vocab)
 
-    def encode(self, text: str, what: str = "text") -> npt.NDArray[np.integer]:
+    def encode(self, text: str, name: str = "text") -> npt.NDArray[np.integer]:
         """The ids of a text's characters, shape (len(text),), in the smallest type that holds the vocabulary.
 
-        `what` names the text in an error.
+        `name` is what an error calls the text.
 
         Raises:
-            TokenizerError: a character is not in the vocabulary; names it and its position (0-based).
+            TokenizerError: a character is not in the vocabulary; gives the character and its position (0-based).
         """
         ids: npt.NDArray[np.integer] = np.empty(len(text), dtype=self._id_type)
         beyond = len(self._id_of_code_point) - 1
@@ -53,7 +55,7 @@ class CharTokenizer:
                 position = start + int(piece.argmin())
                 character = text[position]
                 raise TokenizerError(
-                    f"{what}: character {character!r} (U+{ord(character):04X}) at position {position} is not among "
+                    f"{name}: character {character!r} (U+{ord(character):04X}) at position {position} is not among "
                     f"the {self.vocab_size} characters of the vocabulary"
                 )
             ids[start : start + len(piece)] = piece
@@ -67,7 +69,7 @@ class CharTokenizer:
         """
         characters = []
         for token in map(int, ids):
-            # Python would count a negative id from the end.
+            # A negative index would count from the end.
             if not 0 <= token < self.vocab_size:
                 raise IndexError(f"token id {token}: expected 0 to {self.vocab_size - 1}")
             characters.append(self.vocab[token])

@@ -1,12 +1,16 @@
-"""Sampling text from a model."""
+"""Samples text from a model, token by token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+from torch import nn
 
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import TokenizerError
 from mygpt.model.gpt import GPT
+
+Sample = Callable[[torch.Tensor], torch.Tensor]
 
 
 def generate(
@@ -42,32 +46,27 @@ def stream_text(
     """
     if not prompt:
         raise TokenizerError("prompt: empty; expected at least one character to continue")
-    tokens = torch.as_tensor(tokenizer.encode(prompt, what="prompt")).long()
-    return _stream(model, tokenizer, tokens, max_new_tokens, temperature, top_k, generator)
+    tokens = torch.as_tensor(tokenizer.encode(prompt, name="prompt")).long()
+    sample = partial(sample_token, temperature=temperature, top_k=top_k, generator=generator)
+    drawn = stream_tokens(model, tokens[None], model.config.max_seq_len, max_new_tokens, sample)
+    return (tokenizer.decode(ids_B1[0]) for ids_B1 in drawn)
 
 
 @torch.no_grad()
-def _stream(
-    model: GPT,
-    tokenizer: CharTokenizer,
-    tokens: torch.Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    generator: torch.Generator | None,
-) -> Iterator[str]:
-    device = next(model.parameters()).device
-    was_training = model.training
+def stream_tokens(
+    model: nn.Module, tokens_BT: torch.Tensor, max_seq_len: int, max_new_tokens: int, sample: Sample
+) -> Iterator[torch.Tensor]:
+    """The ids that continue each row of `tokens_BT`, (B, 1) at a time; `sample` draws one id from logits (V,)."""
+    device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            # The positions are learned and absolute, so once the window slides every position's work is new: there
-            # is nothing for a key-value cache to keep.
-            context_1T = tokens[-model.config.max_seq_len :][None].to(device)
-            logits_V = model(context_1T)[0, -1].float().cpu()
-            token = sample_token(logits_V, temperature, top_k, generator)
-            tokens = torch.cat([tokens, token])
-            yield tokenizer.decode(token)
+            # Positions are absolute, so once the window slides all of them have to be computed again: a key-value
+            # cache would save nothing.
+            logits_BV = model(tokens_BT[..., -max_seq_len:].to(device))[:, -1].float().cpu()
+            ids_B1 = torch.stack([sample(logits_V) for logits_V in logits_BV])
+            tokens_BT = torch.cat([tokens_BT, ids_B1.to(tokens_BT.device)], dim=1)
+            yield ids_B1
     finally:
         model.train(was_training)
 
@@ -80,6 +79,6 @@ def sample_token(
         return logits_V.argmax(keepdim=True)
     if 0 < top_k < len(logits_V):
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], -torch.inf)
-    # Relative to the largest, in float64: no temperature above 0 is so low that the division overflows upwards.
+    # With the largest logit at 0, a small temperature can overflow only towards -inf, which has probability 0.
     logits_V = (logits_V - logits_V.max()).double() / temperature
     return torch.multinomial(torch.softmax(logits_V, dim=-1), 1, generator=generator)

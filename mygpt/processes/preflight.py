@@ -72,8 +72,8 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
         backend="nccl" if device.type == "cuda" else "gloo",
         corpus_sha256=dataset.sha256,
         recipe={
-            key: getattr(getattr(recipe, table), key)
-            for key, table in TABLE_OF_KEY.items()
+            key: value
+            for key, value in recipe.flat().items()
             # The main process alone looks at the first two; content and meaning of the others are told apart.
             if key not in ("output", "resume", "corpus", "threads")
         },

@@ -1,9 +1,4 @@
-"""Recipes: the TOML tables as frozen models, how they are read, checked and written.
-
-A recipe file has the tables below; every key is unique across them, so each is also a flag of `mygpt train`
-(`val_split` is `--val-split`). A key that is left out has the default given here, and the defaults together are
-the plain run: constant rate, no held-out text, no clipping. `extends = "other.toml"` starts from another recipe.
-"""
+"""Recipe files: how they are found and read, what `extends` means, and their JSON Schema."""
 
 import json
 import os
@@ -12,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mygpt.errors import RecipeError
-from mygpt.recipe.tables import NAMED_CORPORA, Recipe, _show, build_recipe
+from mygpt.recipe.reading import decode_utf8, read_file
+from mygpt.recipe.tables import NAMED_CORPORA, Recipe, build_recipe, show_value
 
 RECIPE_FILE = "recipe.toml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-"""A recipe of that name beside one of the others is the record of the run in its directory."""
-
+"""A recipe.toml beside one of the two other files is the record of the run in its directory."""
 
 MAX_EXTENDS = 20
 """Recipes in one chain of `extends`."""
@@ -28,10 +23,10 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe file, or a shipped recipe by its bare name ("hardened").
 
     Unknown keys, wrong types and values out of range are all reported at once. Relations between keys are not
-    looked at, since flags may still change them: see `check_recipe`.
+    checked, since flags may still change them: see `check_recipe`.
 
     Raises:
-        RecipeError: the file cannot be read, is not TOML, or holds anything that a recipe may not.
+        RecipeError: the file cannot be read, is not TOML, or holds something that a recipe may not.
     """
     path = shipped_recipes().get(str(path), Path(path))
     if path.is_symlink() and _is_of_a_run(target := Path(os.path.realpath(path))):
@@ -56,20 +51,21 @@ def recipe_schema() -> str:
         "type": "string",
         "description": "Another recipe to start from: a path relative to this file, or a shipped recipe's name.",
     }
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-    return json.dumps(schema, indent=2) + "\n"
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
 
 
 def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
-    """The tables of a recipe file laid over those of the recipes that it extends; each file is checked alone."""
+    """The tables of a recipe file laid over those of the recipe that it extends; each file is checked alone.
+
+    `children` are the recipes that led here by `extends`.
+    """
     document = _read_toml(path)
     parent = document.pop("extends", None)
     build_recipe(document, source=str(path))
     if _is_of_a_run(path):
-        # A run's output is where its recipe.toml lies now: a copy, or a recipe that extends it, has another.
-        document.get("checkpoint", {}).pop("output", None)
-        if children:
-            document.get("checkpoint", {}).pop("resume", None)  # an extending recipe is a new run
+        # Its output is its directory, wherever that is now. A recipe that extends it starts a new run elsewhere.
+        for key in ("output", "resume") if children else ("output",):
+            document.get("checkpoint", {}).pop(key, None)
     corpus = document.get("data", {}).get("corpus", NAMED_CORPORA[0])
     if corpus not in NAMED_CORPORA and os.path.isfile(path.parent / corpus):
         document["data"]["corpus"] = str(path.parent / corpus)
@@ -77,10 +73,10 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
         return document
     parent_path = shipped_recipes().get(parent, path.parent / parent) if isinstance(parent, str) else None
     if parent_path is None or not parent_path.is_file():
-        raise RecipeError(f"{path}: extends: got {_show(parent)}, expected the path of a recipe, {_recipe_names()}")
-    # Compared as files, so that a circle is found through links, too.
+        expected = f"the path of a recipe, {_or_shipped()}"
+        raise RecipeError(f"{path}: extends: got {show_value(parent)}, expected {expected}")
     chain = (*children, path)
-    if any(parent_path.samefile(child) for child in chain):
+    if any(parent_path.samefile(child) for child in chain):  # also through links
         names = " -> ".join(child.name for child in (*chain, parent_path))
         raise RecipeError(f"{path}: extends goes in a circle: {names}")
     if len(chain) == MAX_EXTENDS:
@@ -90,32 +86,27 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
 
 
 def _is_of_a_run(path: Path) -> bool:
-    """Whether a recipe file is the record of a run, also of one that has lost some of its other files."""
+    """Whether a recipe file is the record of a run, even one that has lost some of its other files."""
     return path.name == RECIPE_FILE and any(os.path.lexists(path.parent / name) for name in (RUN_FILE, METRICS_FILE))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        if path.exists() and not path.is_file():
-            raise RecipeError(f"{path}: not a regular file; expected a recipe in TOML")
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe; expected a TOML file, {_recipe_names()}") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read as a recipe: {error.strerror}") from None
+    raw = read_file(
+        path,
+        RecipeError,
+        expected="a recipe in TOML",
+        missing=f"no such recipe; expected a TOML file, {_or_shipped()}",
+        unreadable="cannot be read as a recipe",
+    )
     if raw.startswith(b"\xef\xbb\xbf"):
         raise RecipeError(f"{path}: starts with a byte order mark, which TOML does not allow; save it without one")
     try:
-        return tomllib.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+        return tomllib.loads(decode_utf8(raw, path, RecipeError))
     except RecursionError:
         raise RecipeError(f"{path}: nested too deeply; a recipe has tables of plain values") from None
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:  # not TOML, or an integer of more digits than Python converts
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
 
 
-def _recipe_names() -> str:
+def _or_shipped() -> str:
     return f"or one of: {', '.join(shipped_recipes())}"

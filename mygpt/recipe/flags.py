@@ -1,4 +1,4 @@
-"""Every recipe key as a command-line flag; and flags of a dataclass's own, as the commands have them."""
+"""Command-line flags: one for every recipe key, and those of the commands' own options."""
 
 import contextlib
 import difflib
@@ -15,25 +15,28 @@ from mygpt.errors import MygptError, RecipeError
 from mygpt.recipe.files import load_recipe, shipped_recipes
 from mygpt.recipe.tables import Recipe, build_recipe, check_recipe
 
+TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
+SEED_HELP = "Sets init_seed and data_seed, for a run that differs only by chance."
+
 
 def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -> tuple[Recipe, Any]:
-    """The recipe that the arguments mean: a recipe or text file, with flags laid over it.
+    """The recipe that the arguments give: a recipe or text file, with flags laid over it.
 
-    `options` is a dataclass of further flags; returns them beside the recipe.
+    `options` is a dataclass of further flags; an instance of it is returned beside the recipe.
 
     Raises:
         MygptError: the recipe or a flag cannot be used.
         SystemExit: help was asked for, and has been printed.
     """
-
-    # The flags' defaults are the recipe's own values, so it has to be known before flags are read.
+    # The recipe's values are the defaults of the flags, so it must be loaded before the flags are parsed.
     has_target_first = bool(arguments) and not arguments[0].startswith("-")
     target = arguments[0] if has_target_first else _parse_flags(arguments, prog, Recipe(), options).target
     flags = _parse_flags(arguments, prog, load_target(target), options)
     tables = {name: vars(getattr(flags, name)) for name in Recipe.model_fields}
     if flags.seed is not None:
+        given = {argument.split("=")[0].replace("-", "_") for argument in arguments}
         for key in ("init_seed", "data_seed"):
-            if any(argument.split("=")[0].replace("_", "-") == f"--{key}".replace("_", "-") for argument in arguments):
+            if f"__{key}" in given:
                 raise MygptError(f"--seed sets {key}, too; give --seed alone, or --init-seed and --data-seed")
             tables["train"][key] = flags.seed
     recipe = build_recipe(tables)
@@ -42,7 +45,7 @@ def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -
 
 
 def load_target(target: str) -> Recipe:
-    """A recipe file or a shipped recipe's name; else the plain run on a text file or a named corpus.
+    """A recipe file or a shipped recipe by its name; otherwise the plain run on a text file or a named corpus.
 
     Raises:
         RecipeError: the recipe cannot be used.
@@ -56,54 +59,47 @@ def load_target(target: str) -> Recipe:
     return build_recipe({"data": {"corpus": target}, "checkpoint": {"output": f"checkpoints/{Path(target).stem}"}})
 
 
-def _parse_flags(arguments: list[str], prog: str, recipe: Recipe, options: type | None) -> Any:
-    """Parse with one flag per recipe key; each table comes back as an attribute that holds its keys.
+def parse_options(kind: type, arguments: list[str], prog: str, description: str) -> Any:
+    """An instance of the dataclass `kind` from flags.
 
-    The flags have the keys' plain types: the recipe itself judges the values, for files and flags alike.
+    Raises:
+        MygptError: a flag cannot be used; with tyro's explanation on one line.
+        SystemExit: help was asked for, and has been printed.
+    """
+    box = io.StringIO()  # in which tyro draws its explanation
+    try:
+        with contextlib.redirect_stderr(box):
+            settings = (tyro.conf.OmitArgPrefixes,)
+            return tyro.cli(kind, args=arguments, prog=prog, description=description, config=settings)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    # The first line is the box's title; lines of dashes separate its paragraphs.
+    paragraphs = re.split(r"\n\W*\n", "\n".join(box.getvalue().splitlines()[1:]))
+    raise MygptError("; ".join(" ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split()) for text in paragraphs))
+
+
+def _parse_flags(arguments: list[str], prog: str, recipe: Recipe, options: type | None) -> Any:
+    """Parse the target, --seed, the further `options` and one flag per recipe key.
+
+    The result has an attribute for each table, which holds the table's keys. Flags have the plain types of the keys:
+    the recipe checks the values, so that files and flags get the same messages.
     """
     fields: list[tuple[str, Any, Any]] = [
-        (
-            "target",
-            Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE|TEXT", help=TARGET_HELP)],
-            field(),
-        )
+        ("target", _explained(tyro.conf.Positional[str], TARGET_HELP, metavar="RECIPE|TEXT"), field()),
+        *([("run", options, field(default_factory=options))] if options else []),
+        ("seed", _explained(int | None, SEED_HELP), field(default=None)),
     ]
-    if options is not None:
-        fields.append(("run", options, field(default_factory=options)))
-    fields.append(("seed", Annotated[int | None, tyro.conf.arg(help=SEED_HELP)], field(default=None)))
-    for name, recipe_table in recipe:
-        keys = []
-        for key, info in type(recipe_table).model_fields.items():
-            text = " ".join((info.description or "").split())
-            kind: Any = info.annotation
-            value = getattr(recipe_table, key)
-            keys.append((key, Annotated[kind, tyro.conf.arg(help=text)], field(default=value)))
-        flags = make_dataclass(name, keys)
-        flags.__doc__ = type(recipe_table).__doc__
+    for name, table in recipe:
+        keys = [
+            (key, _explained(info.annotation, info.description or ""), field(default=getattr(table, key)))
+            for key, info in type(table).model_fields.items()
+        ]
+        flags = make_dataclass(name, keys, namespace={"__doc__": type(table).__doc__})
         fields.append((name, flags, field(default_factory=flags)))
     return parse_options(make_dataclass("Command", fields), arguments, prog, "Every key of the recipe is a flag.")
 
 
-SEED_HELP = "Sets init_seed and data_seed, for a run that differs in chance alone."
-TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
-
-
-def parse_options(kind: type, arguments: list[str], prog: str, description: str) -> Any:
-    """An instance of `kind` from flags.
-
-    Raises:
-        MygptError: with tyro's explanation, which it draws in a box, on one line.
-        SystemExit: help was asked for, and has been printed.
-    """
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(
-                kind, args=arguments, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,)
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    # The first line is the box's title; lines of dashes part its paragraphs.
-    paragraphs = re.split(r"\n\W*\n", "\n".join(box.getvalue().splitlines()[1:]))
-    raise MygptError("; ".join(" ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split()) for text in paragraphs))
+def _explained(kind: Any, text: str, **settings: Any) -> Any:
+    """A flag's type with its help text."""
+    return Annotated[kind, tyro.conf.arg(help=" ".join(text.split()), **settings)]

@@ -1,13 +1,14 @@
-"""Recipes: the TOML tables as frozen models, how they are read, checked and written.
+"""The tables of a recipe as frozen models, and the checks of their values and of the relations between keys.
 
-A recipe file has the tables below; every key is unique across them, so each is also a flag of `mygpt train`
-(`val_split` is `--val-split`). A key that is left out has the default given here, and the defaults together are
-the plain run: constant rate, no held-out text, no clipping. `extends = "other.toml"` starts from another recipe.
+Every key is unique across the tables, so each is also a flag of `mygpt train` (`val_split` is `--val-split`) and an
+argument of `Recipe.of`. A key that is left out has the default given here, and the defaults together are the plain
+run: constant learning rate, no held-out text, no clipping.
 """
 
 import difflib
+import json
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import tomli_w
@@ -22,7 +23,7 @@ CountOrOff = Annotated[int, Field(ge=0, lt=2**31)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 NAMED_CORPORA = ("tinyshakespeare", "python-docs")
-"""Texts that are found by name; a name wins over a file that is called the same."""
+"""Corpora that are found by name; a name wins over a file of the same name."""
 
 
 class Table(BaseModel):
@@ -34,13 +35,13 @@ class Table(BaseModel):
 
 
 class DataTable(Table):
-    """What is trained on."""
+    """The training text."""
 
     corpus: Annotated[str, Field(min_length=1)] = "tinyshakespeare"
     """A text file (UTF-8), or one of the named corpora: "tinyshakespeare", "python-docs". A relative path in a recipe
     file is looked up beside that file first, then in the working directory."""
     val_split: Probability = 0.0
-    """Fraction of the text held out at its end, never trained on; 0: none."""
+    """Fraction of the text, at its end, that is held out and never trained on; 0: none."""
 
 
 class ModelTable(Table):
@@ -67,8 +68,8 @@ class TrainTable(Table):
     """Windows per optimizer step, over all processes together."""
     micro_batch_size: Count | None = None
     """Windows per forward pass on one process; absent: batch_size / processes, or with reduction = "exact" a quarter of
-    batch_size. Smaller saves memory (gradients are accumulated). Must divide batch_size and, but with "exact",
-    batch_size / processes."""
+    batch_size. Smaller saves memory (gradients are accumulated). Must divide batch_size and, unless reduction is
+    "exact", batch_size / processes."""
     seq_len: Count = 64
     """Tokens per window; at most max_seq_len."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
@@ -104,7 +105,7 @@ class ScheduleTable(Table):
     """The learning rate as a function of the step."""
 
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """From lr at the end of warmup: stay there, or fall to min_lr at the last step along half a cosine or a line."""
+    """After warmup: keep the rate at lr, or lower it to min_lr at the last step along half a cosine or a line."""
     warmup: CountOrOff = 0
     """Steps over which the rate rises linearly to lr; 0: none."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
@@ -117,51 +118,52 @@ class ValidationTable(Table):
     val_every: CountOrOff = 0
     """Steps between evaluations of the held-out loss (and one at the last step); 0: never. Needs val_split."""
     eval_batches: Count = 10
-    """Random batches averaged in one evaluation; with sampling = "full" all of the held-out text is used instead."""
+    """Random batches in one evaluation; sampling = "full" evaluates all of the held-out text instead."""
     sampling: Literal["shared-stream", "own-stream", "full"] = "shared-stream"
-    """Where held-out windows come from. "shared-stream": drawn from the generator of the training batches, so
-    evaluating shifts the batches that follow (published numbers of this kind are made so). "own-stream": from a
-    generator of their own, the same windows at every evaluation. "full": all of the held-out text, cut into
-    consecutive windows, so that each token is predicted once."""
+    """How held-out windows are chosen. "shared-stream": drawn from the generator of the training batches, so that an
+    evaluation shifts the batches that follow (as in published numbers of this kind). "own-stream": drawn from a
+    separate generator, the same windows at every evaluation. "full": all of the held-out text, cut into consecutive
+    windows, so that each token is predicted once."""
     log_val_stderr: bool = False
     """Print the held-out loss with its standard error; metrics.jsonl always has it."""
 
 
 class RuntimeTable(Table):
-    """Where and how it runs."""
+    """Device, precision, threads and other settings of the computation."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """"auto": cuda where there is one, else mps, else cpu."""
+    """"auto": cuda if the machine has it, else mps, else cpu."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": matrix products in bfloat16 (autocast); weights and optimizer stay fp32."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads per process; absent: the machine's cores / processes on it, or with reduction = "exact" 1. The last
+    """CPU threads per process; absent: the machine's cores / its processes, or 1 with reduction = "exact". The last
     bits of a CPU result depend on it."""
     compile: bool = False
     """Compile the model with torch.compile: slow to start, faster per step."""
     activation_checkpointing: bool = False
-    """Keep of each block only its input, and compute the rest again on the way back: less memory, more time, the same
-    numbers."""
+    """Keep only the input of each block, and recompute its activations in the backward pass: less memory, more time,
+    the same numbers."""
     reduction: Literal["fast", "exact"] = "fast"
     """How gradients are summed over micro-batches and processes. "fast": as floats, so that the last bits depend on the
-    number of processes. "exact": as integers, the same bits on any number of processes, for more time per step."""
+    number of processes. "exact": as integers, with the same bits on any number of processes; steps take longer."""
 
 
 class CheckpointTable(Table):
-    """What is kept on disk."""
+    """The run directory and the checkpoints in it."""
 
     output: Annotated[str, Field(min_length=1)] = "checkpoints/default"
-    """The run directory; absent from a recipe file: checkpoints/ and the file's name without its ending. The
+    """The run directory; absent from a recipe file: checkpoints/ and the file's name without its extension. The
     recipe.toml in a run directory always means that directory."""
     save_every: CountOrOff = 0
-    """Steps between checkpoints; 0: only that of the last step, which is always saved."""
+    """Steps between checkpoints; 0: none. The last step is always saved."""
     keep_last: CountOrOff = 0
-    """Of the checkpoints made by save_every, keep this many of the newest; 0: all."""
+    """How many of the newest checkpoints made by save_every to keep; 0: all."""
     save_best: bool = False
-    """Also save where the held-out loss is the lowest so far: the file `best` names that step, and it is kept."""
+    """Also save each step with the lowest held-out loss so far. The file `best` names the newest of these, which is
+    always kept."""
     resume: Annotated[str, Field(min_length=1)] = "auto"
-    """What to do with what is there. "auto": continue the run in output where it has a checkpoint, else start.
-    "never": start, and only where there is no run. A run or step directory: start output from that checkpoint."""
+    """"auto": continue the run in output if it has a checkpoint, else start. "never": start, but only if output holds
+    no run. A run or step directory: start output from that checkpoint."""
 
 
 class Recipe(Table):
@@ -176,12 +178,36 @@ class Recipe(Table):
     runtime: RuntimeTable = RuntimeTable()
     checkpoint: CheckpointTable = CheckpointTable()
 
+    @classmethod
+    def of(cls, **keys: Any) -> "Recipe":
+        """The recipe with these keys, given without their tables: `Recipe.of(lr=1e-3, val_split=0.1)`.
+
+        Raises:
+            RecipeError: with one line for each key that is unknown, of the wrong type or out of range.
+        """
+        return cls().replace(**keys)
+
+    def replace(self, **keys: Any) -> "Recipe":
+        """This recipe with other values for these keys: `recipe.replace(steps=10)`; raises as `of` does."""
+        if unknown := keys.keys() - TABLE_OF_KEY:
+            lines = (f"recipe: unknown key {key!r}{_suggest(key, TABLE_OF_KEY)}" for key in sorted(unknown))
+            raise RecipeError("\n".join(lines))
+        tables = self.model_dump()
+        for key, value in keys.items():
+            tables[TABLE_OF_KEY[key]][key] = value
+        return build_recipe(tables, source="recipe")
+
+    def flat(self) -> dict[str, Any]:
+        """Every key with its value, without the tables."""
+        return {key: value for _, table in self for key, value in table}
+
     def to_toml(self) -> str:
         """This recipe as TOML that `load_recipe` reads back to an equal one; keys that are absent stay absent."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
 
-TABLE_OF_KEY = {key: name for name, table in Recipe.model_fields.items() for key in type(table.default).model_fields}
+KEYS_OF_TABLE = {name: list(type(table.default).model_fields) for name, table in Recipe.model_fields.items()}
+TABLE_OF_KEY = {key: table for table, keys in KEYS_OF_TABLE.items() for key in keys}
 
 
 def build_recipe(tables: Mapping[str, Any], source: str | None = None) -> Recipe:
@@ -196,99 +222,69 @@ def build_recipe(tables: Mapping[str, Any], source: str | None = None) -> Recipe
         raise RecipeError("\n".join(_explain(problem, source) for problem in error.errors())) from None
 
 
-def with_keys(recipe: Recipe, **keys: Any) -> Recipe:
-    """The recipe with other values for these keys.
-
-    Raises:
-        ValidationError: a value is not one that the key may have.
-    """
-    tables = recipe.model_dump()
-    for key, value in keys.items():
-        tables[TABLE_OF_KEY[key]][key] = value
-    return Recipe.model_validate(tables)
-
-
 def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
     """Check the relations between keys.
 
     Raises:
         RecipeError: with one line for each relation that does not hold.
     """
-    problems = list(_broken_relations(recipe))
-    if problems:
-        raise RecipeError("\n".join(f"{source} [{TABLE_OF_KEY[key]}] {key}: {text}" for key, text in problems))
+    got = recipe.flat()
+    lines = [
+        f"{source} [{TABLE_OF_KEY[key]}] {key}: got {json.dumps(got[key])}, expected {expected}"
+        for key, expected in _broken_relations(recipe)
+    ]
+    if lines:
+        raise RecipeError("\n".join(lines))
 
 
 MIN_EXACT_EPS = 1e-11
 """The least eps with reduction = "exact", which rounds gradients to multiples of 2**-40. A gradient g that rounds to
-zero is at most 2**-41 (4.5e-13), and AdamW would have moved its weight by lr * g / (g + eps): with this eps by 4% of
-lr at most, with a smaller one by much of it."""
+zero is at most 2**-41 (4.5e-13), and AdamW would have moved its weight by lr * g / (g + eps): with this eps by at most
+4% of lr, with a much smaller one by almost lr."""
 
 
 def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Each key whose value does not fit those of others, and the value expected instead."""
     model, train, schedule, validation = recipe.model, recipe.train, recipe.schedule, recipe.validation
     if model.embed_dim % model.num_heads:
-        yield "num_heads", f"got {model.num_heads}, expected a divisor of embed_dim = {model.embed_dim}"
+        yield "num_heads", f"a divisor of embed_dim = {model.embed_dim}"
     if train.seq_len > model.max_seq_len:
-        yield (
-            "seq_len",
-            f"got {train.seq_len}, expected at most max_seq_len = {model.max_seq_len}; lower seq_len or raise "
-            "max_seq_len",
-        )
+        yield "seq_len", f"at most max_seq_len = {model.max_seq_len}; lower seq_len or raise max_seq_len"
     if train.micro_batch_size and train.batch_size % train.micro_batch_size:
-        yield (
-            "micro_batch_size",
-            f"got {train.micro_batch_size}, expected a divisor of batch_size = {train.batch_size}",
-        )
+        yield "micro_batch_size", f"a divisor of batch_size = {train.batch_size}"
     if schedule.warmup > train.steps:
-        yield (
-            "warmup",
-            f"got {schedule.warmup}, expected at most steps = {train.steps}; lower warmup or raise steps",
-        )
+        yield "warmup", f"at most steps = {train.steps}; lower warmup or raise steps"
     if schedule.schedule == "constant" and schedule.min_lr:
-        yield "min_lr", f'got {schedule.min_lr}, expected 0 with schedule = "constant"; choose "cosine" or "linear"'
+        yield "min_lr", '0 with schedule = "constant"; choose "cosine" or "linear"'
     elif schedule.min_lr > recipe.optimizer.lr:
-        yield "min_lr", f"got {schedule.min_lr}, expected at most lr = {recipe.optimizer.lr}"
+        yield "min_lr", f"at most lr = {recipe.optimizer.lr}"
     if recipe.runtime.reduction == "exact" and recipe.optimizer.eps < MIN_EXACT_EPS:
-        yield (
-            "eps",
-            f'got {recipe.optimizer.eps}, expected at least {MIN_EXACT_EPS} with reduction = "exact", which rounds '
-            'gradients to multiples of 2**-40, about 1e-12; raise eps, or use reduction = "fast"',
-        )
+        rounding = 'with reduction = "exact", which rounds gradients to multiples of 2**-40, about 1e-12'
+        yield "eps", f'at least {MIN_EXACT_EPS} {rounding}; raise eps, or use reduction = "fast"'
     if validation.val_every and not recipe.data.val_split:
-        yield (
-            "val_every",
-            f"got {validation.val_every}, expected 0 without held-out text; set val_split, such as 0.1",
-        )
-    if validation.log_val_stderr and not validation.val_every:
-        yield "log_val_stderr", "got true, expected false without evaluations; set val_every, such as 500"
-    if recipe.checkpoint.save_best and not validation.val_every:
-        yield "save_best", "got true, expected false without evaluations; set val_every, such as 500"
+        yield "val_every", "0 without held-out text; set val_split, such as 0.1"
+    if not validation.val_every:
+        expected = "false without evaluations; set val_every, such as 500"
+        yield from ((key, expected) for key in ("log_val_stderr", "save_best") if recipe.flat()[key])
 
 
 def _explain(problem: Any, source: str | None) -> str:
     """One line for one of pydantic's errors: where, what was got, what was expected, and the likely fix."""
-    location = [str(part) for part in problem["loc"]]
-    table, key = location[0], location[-1]
+    table, *keys = map(str, problem["loc"])
     if problem["type"] == "extra_forbidden":
-        if len(location) == 1:
-            if table in TABLE_OF_KEY:
-                return f"{source}: key '{table}' belongs in the table [{TABLE_OF_KEY[table]}]"
-            return f"{source}: unknown table {table!r}{_suggest(table, Recipe.model_fields)}"
-        if key in TABLE_OF_KEY:
-            return f"{source} [{table}]: key '{key}' belongs in the table [{TABLE_OF_KEY[key]}]"
-        own_keys = type(Recipe.model_fields[table].default).model_fields
-        return f"{source} [{table}]: unknown key {key!r}{_suggest(key, own_keys)}"
-    where = f"--{key.replace('_', '-')}" if source is None else f"{source} [{table}]"
-    if source is not None and len(location) > 1:
-        where += f" {location[1]}"
+        name, where = (keys[0], f"{source} [{table}]") if keys else (table, source)
+        if name in TABLE_OF_KEY:
+            return f"{where}: key '{name}' belongs in the table [{TABLE_OF_KEY[name]}]"
+        kind, known = ("key", KEYS_OF_TABLE[table]) if keys else ("table", list(KEYS_OF_TABLE))
+        return f"{where}: unknown {kind} {name!r}{_suggest(name, known)}"
+    where = f"--{keys[0].replace('_', '-')}" if source is None else " ".join([f"{source} [{table}]", *keys[:1]])
     expected = "a table" if problem["type"] == "model_type" else problem["msg"]
     for prefix in ("Input should be ", "Input should ", "String should "):
         expected = expected.removeprefix(prefix)
-    return f"{where}: got {_show(problem['input'])}, expected {expected}"
+    return f"{where}: got {show_value(problem['input'])}, expected {expected}"
 
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value as it is shown in a message: short, on one line."""
     try:
         return reprlib.repr(value)
@@ -296,6 +292,6 @@ def _show(value: Any) -> str:
         return "a number of thousands of digits"
 
 
-def _suggest(word: str, known: Mapping[str, Any]) -> str:
+def _suggest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean '{close[0]}'?" if close else f"; expected one of {', '.join(known)}"

@@ -112,10 +112,10 @@ def changed_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any
 
 
 def _differing(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    for key, table in TABLE_OF_KEY.items():
-        was, now = getattr(getattr(old, table), key), getattr(getattr(new, table), key)
-        if was != now:
-            yield key, (was, now)
+    values = new.flat()
+    for key, was in old.flat().items():
+        if was != values[key]:
+            yield key, (was, values[key])
 
 
 def window_names(old: Recipe, new: Recipe) -> set[str]:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
-from mygpt.recipe.tables import NAMED_CORPORA, Recipe, with_keys
+from mygpt.recipe.tables import NAMED_CORPORA, Recipe
 from mygpt.runs.files import (
     BEST_FILE,
     FAILED_NAME,
@@ -151,7 +151,7 @@ def self_contained(recipe: Recipe) -> Recipe:
     if recipe.checkpoint.resume not in ("auto", "never"):
         with suppress(ValueError):  # a NUL character, which looking for the run will name
             paths["resume"] = os.path.realpath(recipe.checkpoint.resume)
-    return with_keys(recipe, **paths)
+    return recipe.replace(**paths)
 
 
 def read_run(run: Path) -> RunInfo:

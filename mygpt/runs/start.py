@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError, RecipeError
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE, load_recipe
-from mygpt.recipe.tables import TABLE_OF_KEY, Recipe, with_keys
+from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
 from mygpt.runs.changes import HARMLESS_KEYS, Source, Warn, check_changes, check_checkpoint, tell_steps, window_names
 from mygpt.runs.files import FAILED_NAME, MANIFEST_FILE, STATE_FILE, file_sha256
 from mygpt.runs.run import create_run, has_no_steps, read_run, record_run, self_contained, tidy
@@ -74,7 +74,7 @@ def find_start(
     is_complete = in_place and is_over and recipe.train.steps == trained_with.train.steps
     if recipe.train.init_seed != trained_with.train.init_seed and checkpoint and allow_changes:
         warn(f"init_seed: stays {trained_with.train.init_seed}: the weights are those of {checkpoint}")
-        recipe = with_keys(recipe, init_seed=trained_with.train.init_seed)
+        recipe = recipe.replace(init_seed=trained_with.train.init_seed)
     changed = check_changes(
         source,
         trained_with,
@@ -88,10 +88,10 @@ def find_start(
         return Start(None, 0, True, False, recipe, info)
     if is_complete:
         # Nothing is trained any more: the recipe stays, but for what is shown and kept.
-        values = {key: getattr(getattr(recipe, TABLE_OF_KEY[key]), key) for key in HARMLESS_KEYS}
+        values = {key: value for key, value in recipe.flat().items() if key in HARMLESS_KEYS}
         if "corpus_sha256" not in changed:
             values["corpus"] = recipe.data.corpus  # where the text is now
-        recipe = with_keys(trained_with, **values | {"resume": newest.checkpoint.resume})
+        recipe = trained_with.replace(**values | {"resume": newest.checkpoint.resume})
         info = before.model_copy(update={"recipe": recipe, "resumed": before.before(step)})
         return Start(checkpoint, step, True, False, recipe, info, keeps_best=True)
     keeps_best = in_place and not window_names(trained_with, recipe) & changed.keys()
@@ -117,7 +117,7 @@ def find_start(
         info = info.model_copy(update={"recipe": recipe, "resumed": (begun,)})
         return Start(checkpoint, step, False, overwrite, recipe, info)
     # Where the run began stays on record.
-    recipe = with_keys(recipe, resume=newest.checkpoint.resume)
+    recipe = recipe.replace(resume=newest.checkpoint.resume)
     # run.json records what changed; a run that was only killed and continued records nothing. Entries after a later
     # step belong to a continuation that this one replaces.
     resumed = before.before(step)
@@ -154,7 +154,7 @@ def _is_run_of(run: Path, recipe: Recipe, info: RunInfo) -> bool:
     before = read_run(run)
     # The program may have another path by now, and so may the text.
     paths = {"output": recipe.checkpoint.output, "corpus": recipe.data.corpus}
-    recorded = with_keys(self_contained(recorded_recipe(run)), **paths)
+    recorded = self_contained(recorded_recipe(run)).replace(**paths)
     same_text = before.recorded()["corpus_sha256"] == info.corpus_sha256
     return recorded == recipe and same_text and before.command[1:] == info.command[1:]
 
@@ -252,7 +252,7 @@ def recorded_recipe(run: Path) -> Recipe:
     if not os.path.lexists(run / RUN_FILE):
         raise CheckpointError(f"{run}: no such run; expected a directory that `mygpt train` has written")
     if (recipe := read_run(run).recipe) is not None:
-        return with_keys(recipe, output=str(run))
+        return recipe.replace(output=str(run))
     try:
         return load_recipe(run / RECIPE_FILE)
     except RecipeError as error:
@@ -269,7 +269,7 @@ def recipe_of_checkpoint(checkpoint: Path, newest: Recipe, info: RunInfo) -> Rec
         return recipe_at(manifest.step, newest, info)
     corpus = recipe_at(manifest.step, newest, info).data.corpus
     paths = {"corpus": corpus, "output": newest.checkpoint.output, "resume": newest.checkpoint.resume}
-    return with_keys(manifest.recipe, **paths)
+    return manifest.recipe.replace(**paths)
 
 
 def recipe_at(step: int, newest: Recipe, info: RunInfo) -> Recipe:
@@ -279,7 +279,7 @@ def recipe_at(step: int, newest: Recipe, info: RunInfo) -> Recipe:
         return later[0].recipe
     # mygpt 0.1 recorded what was changed only.
     keys = {name: was for resumed in reversed(later) for name, (was, _) in resumed.changed.items()}
-    return with_keys(newest, **{name: was for name, was in keys.items() if name in TABLE_OF_KEY})
+    return newest.replace(**{name: was for name, was in keys.items() if name in TABLE_OF_KEY})
 
 
 def is_finished(checkpoint: Path, newest: Recipe) -> bool:

@@ -26,7 +26,7 @@ from mygpt.data.dataset import Dataset
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
 from mygpt.recipe.flags import parse_recipe
-from mygpt.recipe.tables import Recipe, with_keys
+from mygpt.recipe.tables import Recipe
 from mygpt.runs.saver import Saver
 from mygpt.training.gradient_sum import gradient_sum_for
 from mygpt.training.parts import build_parts, open_accelerator
@@ -68,7 +68,7 @@ def measure(recipe: Recipe, options: Options, accelerator: Accelerator, device: 
 
     train(3)
     root = Path(tempfile.mkdtemp(prefix="mygpt-saving-", dir=options.folder))
-    saver = Saver(root, with_keys(recipe, keep_last=1), tokenizer, corpus_sha256="0" * 64)
+    saver = Saver(root, recipe.replace(keep_last=1), tokenizer, corpus_sha256="0" * 64)
 
     def save_mygpt() -> Callable[[], None]:
         progress.step += 1

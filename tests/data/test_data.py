@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mygpt import get_batch
-from mygpt.data.batches import BatchStream, Rows, all_places, held_out_places, windows
+from mygpt.data.batches import BatchStream, Share, consecutive_windows, held_out_windows, windows
 from mygpt.data.dataset import split
 from mygpt.errors import CorpusError
 from mygpt.recipe.tables import ValidationTable
@@ -59,9 +59,9 @@ def test_rows_of_all_processes_join_to_the_one_process_batch(
     Each has whole micro-batches of it, as many as any other or one more; where there are too few, some have none.
     """
     data, size = torch.arange(length), micro_batch * micro_batches
-    rows = [Rows(micro_batch, process, world) for process in range(world)]
-    alone = BatchStream(data, size, seq_len, seed=seed, rows=Rows(micro_batch))
-    together = [BatchStream(data, size, seq_len, seed=seed, rows=own) for own in rows]
+    rows = [Share(micro_batch, process, world) for process in range(world)]
+    alone = BatchStream(data, size, seq_len, seed=seed, share=Share(micro_batch))
+    together = [BatchStream(data, size, seq_len, seed=seed, share=own) for own in rows]
     assert [index for own in rows for index in own.micro_batches(size)] == list(range(micro_batches))
     for _ in range(batches):
         whole, parts = alone.batch(), [stream.batch() for stream in together]
@@ -76,19 +76,19 @@ def test_rows_of_all_processes_join_to_the_one_process_batch(
 def test_full_sampling_has_every_target_once(length, seq_len):
     """Cut into windows, each token but the first is a target exactly once."""
     data = torch.arange(length)
-    parts = [windows(data, places.starts, places.seq_len) for places in all_places(data, seq_len)]
+    parts = [windows(data, places.starts, places.seq_len) for places in consecutive_windows(data, seq_len)]
     assert sorted(t for part in parts for t in part.targets.flatten().tolist()) == list(range(1, length))
     assert all(torch.equal(part.inputs + 1, part.targets) for part in parts)
 
 
 def test_only_shared_stream_moves_the_training_batches():
     """Other ways of sampling leave the stream where it was; own-stream gives the same windows every time."""
-    stream = BatchStream(DATA, 4, 8, seed=42, rows=Rows(4))
+    stream = BatchStream(DATA, 4, 8, seed=42, share=Share(4))
 
     def sample(sampling):
         table = ValidationTable(sampling=sampling, eval_batches=2)
         before = stream.generator.get_state()
-        (places,) = held_out_places(DATA, table, stream)[:1]
+        (places,) = held_out_windows(DATA, table, stream)[:1]
         return places.starts.tolist(), torch.equal(before, stream.generator.get_state())
 
     own, own_untouched = sample("own-stream")

@@ -50,8 +50,8 @@ def test_a_hundred_megabytes_load_in_seconds(tmp_path):
             file.write("the quick brown fox jumps over the lazy dog\n" * 22_728)
     code = """
 import resource, time
-from mygpt.data import load_dataset
-from mygpt.recipe import DataTable
+from mygpt.data.dataset import load_dataset
+from mygpt.recipe.tables import DataTable
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, started_at = peak(), time.perf_counter()
 dataset = load_dataset(DataTable(corpus="large.txt", val_split=0.1), 64)

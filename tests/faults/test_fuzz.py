@@ -8,7 +8,7 @@ import pytest
 import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.runs import TINY, recipe_of
+from support.runs import TINY
 
 from mygpt.checks.compare import compare
 from mygpt.errors import MygptError, RecipeError
@@ -56,7 +56,7 @@ def test_any_bytes_are_a_recipe_or_a_mistake(tmp_path, content):
 def saved(tmp_path_factory, text_file):
     """A run with checkpoints at steps 2 and 4."""
     run = tmp_path_factory.mktemp("fuzz") / "saved"
-    train(recipe_of(**TINY | {"corpus": str(text_file), "output": str(run), "save_every": 2}), until=4)
+    train(Recipe.of(**TINY | {"corpus": str(text_file), "output": str(run), "save_every": 2}), until=4)
     return run
 
 
@@ -93,7 +93,7 @@ def test_any_damaged_file_is_an_error_or_a_good_load(saved, text_file, tmp_path,
         manifest = json.loads((run / "step-000004" / "manifest.json").read_text())
         manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         (run / "step-000004" / "manifest.json").write_text(json.dumps(manifest))
-    recipe = recipe_of(**TINY | {"corpus": str(text_file), "output": str(run), "save_every": 2})
+    recipe = Recipe.of(**TINY | {"corpus": str(text_file), "output": str(run), "save_every": 2})
     for job in (lambda: load_checkpoint(run), lambda: compare(run, saved), lambda: train(recipe)):
         with contextlib.suppress(MygptError):
             job()

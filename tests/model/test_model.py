@@ -66,6 +66,16 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits():
     torch.testing.assert_close(gpt(tokens, targets), expected)
 
 
+def test_a_hook_sees_the_logits_of_the_loss():
+    """They pass through a module without weights, so that a hook finds where they became non-finite."""
+    gpt, _ = both()
+    tokens, seen = torch.randint(0, 11, (2, 10)), []
+    gpt.logits.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    gpt(tokens, tokens)
+    assert torch.equal(seen[0], gpt(tokens))
+    assert not any(name.startswith("logits") for name in gpt.state_dict())
+
+
 def test_dropout_acts_in_training_only():
     """In eval mode the same input gives the same logits."""
     gpt = GPT(ModelTable(**SETTINGS, dropout=0.5), vocab_size=11)

@@ -9,12 +9,13 @@ import pytest
 import reference
 import yaml
 from support.commands import REPOSITORY, run_process
-from support.runs import TINY, recipe_of
+from support.runs import TINY
 
 from mygpt.checks.compare import compare
 from mygpt.errors import LaunchError
 from mygpt.processes.environment import Launched, check_processes, launched_processes
 from mygpt.processes.machine import set_threads
+from mygpt.recipe.tables import Recipe
 from mygpt.runs.records import read_records
 from mygpt.training.train import train
 
@@ -114,7 +115,7 @@ def test_exact_sums_are_the_same_bits_on_any_number_of_processes(text_file, tmp_
     Four micro-batches cannot be dealt evenly to three processes, and need not.
     """
     recipes = {
-        name: recipe_of(**EXACT, sampling=sampling, corpus=str(text_file), output=str(tmp_path / name))
+        name: Recipe.of(**EXACT, sampling=sampling, corpus=str(text_file), output=str(tmp_path / name))
         for name in ("alone", "together")
     }
     alone = train(recipes["alone"])
@@ -123,8 +124,8 @@ def test_exact_sums_are_the_same_bits_on_any_number_of_processes(text_file, tmp_
     assert files_of(tmp_path / "together") == files_of(alone)
     assert {"metrics.jsonl", "step-000012/model.safetensors"} <= files_of(alone).keys()
     # The negative control: "fast" sums are other bits, by accumulation alone.
-    fast = recipe_of(**EXACT | {"reduction": "fast", "dropout": 0.0}, corpus=str(text_file), output=str(tmp_path / "f"))
-    exact = recipe_of(**EXACT | {"dropout": 0.0}, corpus=str(text_file), output=str(tmp_path / "e"))
+    fast = Recipe.of(**EXACT | {"reduction": "fast", "dropout": 0.0}, corpus=str(text_file), output=str(tmp_path / "f"))
+    exact = Recipe.of(**EXACT | {"dropout": 0.0}, corpus=str(text_file), output=str(tmp_path / "e"))
     assert compare(train(fast), train(exact)).weights.differences
 
 
@@ -132,9 +133,9 @@ def test_exact_sums_are_the_same_bits_on_any_number_of_processes(text_file, tmp_
 def test_exact_runs_move_between_numbers_of_processes(text_file, tmp_path, capfd):
     """Stopped on three processes in warmup, on two later, and ended by one: the bytes of a run never stopped."""
     keys = EXACT | {"corpus": str(text_file), "save_best": True, "keep_last": 1}
-    whole = train(recipe_of(**keys, output=str(tmp_path / "whole")))
+    whole = train(Recipe.of(**keys, output=str(tmp_path / "whole")))
     printed = capfd.readouterr().out
-    moved = recipe_of(**keys, output=str(tmp_path / "moved"))
+    moved = Recipe.of(**keys, output=str(tmp_path / "moved"))
     launch_exact(3, tmp_path, moved, until=3)
     launch_exact(2, tmp_path, moved, until=8)
     capfd.readouterr()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.commands import BIN, REPOSITORY, free_port, run_process
 from support.peers import exchange, fail, lose, together
-from support.runs import TINY, recipe_of
+from support.runs import TINY
 from torch.distributed import DistNetworkError, PrefixStore, TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -24,7 +24,7 @@ from mygpt.errors import PeerError
 from mygpt.processes import channel as launch
 from mygpt.processes.channel import Peers, peers_of
 from mygpt.processes.environment import Launched
-from mygpt.recipe.tables import RuntimeTable
+from mygpt.recipe.tables import Recipe, RuntimeTable
 from mygpt.training import agreement
 from mygpt.training.train import accelerator_for, train
 
@@ -35,7 +35,7 @@ FLAGS = [part for key, value in KEYS.items() for part in (f"--{key.replace('_', 
 @pytest.fixture(scope="module")
 def undisturbed(text_file, tmp_path_factory) -> Path:
     """A run of one process, never disturbed; with exact sums its bytes are those of any number of processes."""
-    return train(recipe_of(**KEYS, corpus=str(text_file), output=str(tmp_path_factory.mktemp("undisturbed") / "run")))
+    return train(Recipe.of(**KEYS, corpus=str(text_file), output=str(tmp_path_factory.mktemp("undisturbed") / "run")))
 
 
 def torchrun(processes, text_file, place, patch, *flags, launcher=()):

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from support.runs import recipe_of
 
 from mygpt.errors import RecipeError
 from mygpt.recipe.files import load_recipe, recipe_schema
@@ -40,8 +39,31 @@ def test_help_of_printed_values_says_that_they_are_always_logged(table, key):
 
 def test_resolved_recipe_reads_back_equal(tmp_path):
     """What is written beside the results can be run again."""
-    recipe = recipe_of(steps=7, lr=1 / 3, micro_batch_size=2, schedule="cosine", warmup=3, output="a/b c")
+    recipe = Recipe.of(steps=7, lr=1 / 3, micro_batch_size=2, schedule="cosine", warmup=3, output="a/b c")
     assert load_recipe(write(tmp_path / "recipe.toml", recipe.to_toml())) == recipe
+
+
+def test_keys_without_their_tables_are_checked_as_in_a_file():
+    """In code as in a file: unknown keys with a suggestion, then all wrong values at once."""
+    with pytest.raises(RecipeError) as caught:
+        Recipe.of(max_gradnorm=1.0, steps=3)
+    assert str(caught.value) == "recipe: unknown key 'max_gradnorm'; did you mean 'max_grad_norm'?"
+    with pytest.raises(RecipeError) as caught:
+        Recipe.of().replace(steps=True, val_split=1.5)
+    assert str(caught.value).splitlines() == [
+        "recipe [data] val_split: got 1.5, expected less than 1",
+        "recipe [train] steps: got True, expected a valid integer",
+    ]
+
+
+def test_replaced_keys_leave_the_others():
+    """`replace` makes another recipe; `flat` gives every key that `of` takes, also an absent one."""
+    recipe = Recipe.of(lr=0.5, micro_batch_size=2)
+    changed = recipe.replace(steps=7, micro_batch_size=None)
+    assert (changed.optimizer.lr, changed.train.steps, changed.train.micro_batch_size) == (0.5, 7, None)
+    assert (recipe.train.steps, recipe.train.micro_batch_size) == (2000, 2)
+    assert list(changed.flat()) == list(TABLE_OF_KEY)
+    assert Recipe.of(**changed.flat()) == changed
 
 
 def test_output_is_named_after_the_file(tmp_path):
@@ -102,19 +124,19 @@ def test_a_mistake_in_a_parent_names_the_parent(tmp_path):
 def test_relations_between_keys_are_checked(keys, key):
     """Each relation names the key to change, in the table where it stands."""
     with pytest.raises(RecipeError, match=rf"^here \[{TABLE_OF_KEY[key]}\] {key}: got "):
-        check_recipe(recipe_of(**keys), source="here")
+        check_recipe(Recipe.of(**keys), source="here")
 
 
 def test_exact_sums_need_an_eps_above_their_rounding():
     """A gradient that rounds to zero would have moved a weight by less than a twentieth of the rate."""
     with pytest.raises(RecipeError) as caught:
-        check_recipe(recipe_of(eps=1e-12, reduction="exact"), source="here")
+        check_recipe(Recipe.of(eps=1e-12, reduction="exact"), source="here")
     assert str(caught.value) == (
         'here [optimizer] eps: got 1e-12, expected at least 1e-11 with reduction = "exact", which rounds gradients to '
         'multiples of 2**-40, about 1e-12; raise eps, or use reduction = "fast"'
     )
-    check_recipe(recipe_of(eps=MIN_EXACT_EPS, reduction="exact"))
-    check_recipe(recipe_of(eps=1e-12, reduction="fast"))
+    check_recipe(Recipe.of(eps=MIN_EXACT_EPS, reduction="exact"))
+    check_recipe(Recipe.of(eps=1e-12, reduction="fast"))
     largest_lost = 0.5 / SCALE
     assert largest_lost / (largest_lost + MIN_EXACT_EPS) < 1 / 20
 

@@ -7,7 +7,7 @@ from support.commands import REPOSITORY
 from support.runs import TINY
 
 from mygpt.recipe.files import load_recipe, recipe_schema, shipped_recipes
-from mygpt.recipe.tables import Recipe, build_recipe, check_recipe
+from mygpt.recipe.tables import Recipe, check_recipe
 from mygpt.training.train import train
 
 FOLDER = REPOSITORY / "recipes"
@@ -45,10 +45,7 @@ def test_recipe_trains(path, tmp_path, text_file):
     """Each recipe runs, shrunk to a few steps of a tiny model on a short text."""
     recipe = load_recipe(path)
     check_recipe(recipe)
-    tables = recipe.model_dump(exclude_none=True)
     small = {"steps": 4, "warmup": min(2, recipe.schedule.warmup), "val_every": min(2, recipe.validation.val_every)}
     small |= {"corpus": str(text_file), "output": str(tmp_path / "run")}
-    for table in tables.values():
-        table |= {key: value for key, value in (TINY | small).items() if key in table}
-    run = train(build_recipe(tables))
+    run = train(recipe.replace(**TINY | small))
     assert (run / "step-000004" / "model.safetensors").is_file()

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mygpt.data.batches import BatchStream, Rows, held_out_places
+from mygpt.data.batches import BatchStream, Share, held_out_windows
 from mygpt.recipe.seeds import held_out_seed, micro_batch_dropout_seed, process_dropout_seed
 from mygpt.recipe.tables import ValidationTable
 from mygpt.runs.records import read_records
@@ -24,8 +24,8 @@ def test_no_two_derived_seeds_are_equal():
 
 
 def held_out_starts(data_seed: int) -> list[int]:
-    stream = BatchStream(DATA, 16, 8, seed=data_seed, rows=Rows(16))
-    (places,) = held_out_places(DATA, ValidationTable(sampling="own-stream", eval_batches=2), stream)
+    stream = BatchStream(DATA, 16, 8, seed=data_seed, share=Share(16))
+    (places,) = held_out_windows(DATA, ValidationTable(sampling="own-stream", eval_batches=2), stream)
     return places.starts.tolist()
 
 

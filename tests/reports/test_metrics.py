@@ -1,9 +1,9 @@
 """What is printed and recorded."""
 
 import pytest
-from support.runs import recipe_of
 
 from mygpt.errors import CheckpointError
+from mygpt.recipe.tables import Recipe
 from mygpt.reports.recorder import Reporter, due, header_lines, step_line
 from mygpt.runs.records import Record, read_records
 
@@ -14,7 +14,7 @@ def record(**values):
 
 def test_header_has_the_published_form():
     """Aligned labels, thousands separated."""
-    recipe = recipe_of(schedule="cosine", warmup=100, max_grad_norm=1.0)
+    recipe = Recipe.of(schedule="cosine", warmup=100, max_grad_norm=1.0)
     sizes = {"corpus": 1_115_394, "train": 1_003_854, "val": 111_540}
     lines = header_lines(recipe, device="cpu", sizes=sizes, vocab_size=65, params=207_296)
     assert list(lines) == [
@@ -51,7 +51,7 @@ def test_header_has_the_published_form():
 )
 def test_step_lines_show_what_applies(keys, values, line):
     """val only where it was taken, lr only with a schedule other than constant, the rest where it was asked for."""
-    assert step_line(record(**values), recipe_of(**keys)) == line
+    assert step_line(record(**values), Recipe.of(**keys)) == line
 
 
 def test_due_counts_from_one_and_includes_the_last():
@@ -63,7 +63,7 @@ def test_due_counts_from_one_and_includes_the_last():
 def test_only_the_main_process_reports(tmp_path, capsys):
     """Other processes print nothing and write nothing."""
     for is_main in (False, True):
-        with Reporter(recipe_of(steps=2), tmp_path, is_main=is_main) as reporter:
+        with Reporter(Recipe.of(steps=2), tmp_path, is_main=is_main) as reporter:
             reporter.log(1, printed=True, loss=1.0, lr=0.1)
             reporter.log(2, printed=False, loss=1.0, lr=0.1)
         assert capsys.readouterr().out == ("step     1: loss = 1.0000\n" if is_main else "")
@@ -83,7 +83,7 @@ def test_records_that_are_none_are_refused(tmp_path):
 
 def test_an_unfinished_last_line_is_left_out(tmp_path):
     """What a killed run has recorded can be read."""
-    with Reporter(recipe_of(steps=2), tmp_path, is_main=True) as reporter:
+    with Reporter(Recipe.of(steps=2), tmp_path, is_main=True) as reporter:
         reporter.log(1, printed=False, loss=1.0, lr=0.1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')

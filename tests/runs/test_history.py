@@ -19,7 +19,6 @@ from mygpt.checks.verify import parts_of, verify
 from mygpt.errors import CheckpointError, CorpusError, InterruptedRunError, MygptError, RecipeError
 from mygpt.recipe.files import load_recipe
 from mygpt.recipe.flags import load_target
-from mygpt.recipe.tables import with_keys
 from mygpt.runs import saver as checkpoint
 from mygpt.runs.files import BEST_FILE, LOCK_FILE
 from mygpt.runs.loading import load_checkpoint
@@ -134,12 +133,12 @@ def test_runs_of_format_1_are_read(format_1, capsys):
     assert recipe.checkpoint.output == "run"
     branch = {"resume": "run/step-000002", "output": "branch", "steps": 8}
     with pytest.raises(RecipeError, match=r"lr: got 0\.0001, expected 0\.001, as .*step-000002 was trained"):
-        train(with_keys(recipe, **branch))
-    train(with_keys(recipe, **branch, lr=1e-3))
+        train(recipe.replace(**branch))
+    train(recipe.replace(**branch, lr=1e-3))
     capsys.readouterr()
     train(recipe)
     assert "run is complete" in capsys.readouterr().err
-    run = train(with_keys(recipe, steps=8))
+    run = train(recipe.replace(steps=8))
     messages = capsys.readouterr().err
     assert "mygpt 0.1.0 -> " in messages
     assert "the held-out windows of own-stream are not those of mygpt 0.1" in messages
@@ -242,7 +241,7 @@ def test_a_text_that_has_moved_is_the_same_text(tiny, tmp_path, text):
     corpus = corpus.rename(tmp_path / "moved.txt")
     with pytest.raises(CorpusError, match=r"text\.txt: no such text file; expected --corpus"):
         verify(run)
-    train(with_keys(recorded_recipe(run), corpus=str(corpus)))
+    train(recorded_recipe(run).replace(corpus=str(corpus)))
     assert verify(run).identical
 
 

@@ -4,8 +4,6 @@ import hashlib
 import time
 from pathlib import Path
 
-from mygpt.recipe.tables import TABLE_OF_KEY, Recipe, build_recipe
-
 # Small enough for a training run in a tenth of a second.
 TINY = {
     "embed_dim": 16,
@@ -27,14 +25,6 @@ def flags_of(keys) -> list[str]:
 
 
 FLAGS = flags_of(TINY)
-
-
-def recipe_of(**keys) -> Recipe:
-    """A recipe from keys without their tables, as flags give them."""
-    tables = {}
-    for key, value in keys.items():
-        tables.setdefault(TABLE_OF_KEY[key], {})[key] = value
-    return build_recipe(tables, source="test")
 
 
 def contents(run: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from mygpt import GPT, estimate_val_loss, get_batch
-from mygpt.data.batches import Places, all_places, draw_starts, random_places, windows
+from mygpt.data.batches import WindowSet, consecutive_windows, draw_starts, random_windows, windows
 from mygpt.recipe.tables import ModelTable
 from mygpt.training.evaluate import held_out_loss, ratio_estimate
 
@@ -45,7 +45,7 @@ def test_mode_is_restored(gpt, data, training):
     estimate_val_loss(gpt, data, 4, 8, n_eval_batches=1)
     assert gpt.training is training
     with pytest.raises(IndexError):
-        held_out_loss(gpt, torch.full((20,), 99), [Places(torch.tensor([0]), 8)], 1)
+        held_out_loss(gpt, torch.full((20,), 99), [WindowSet(torch.tensor([0]), 8)], 1)
     assert gpt.training is training
 
 
@@ -58,25 +58,25 @@ def test_full_is_the_mean_over_every_target(gpt, data):
         logits = gpt(part[None, :-1])[0]
         losses += torch.nn.functional.cross_entropy(logits, part[1:], reduction="none").tolist()
     assert len(losses) == 202
-    result = held_out_loss(gpt, data, all_places(data, 8), 3)
+    result = held_out_loss(gpt, data, consecutive_windows(data, 8), 3)
     assert result.mean == pytest.approx(statistics.mean(losses), abs=1e-6)
 
 
 def test_standard_error_is_that_of_the_windows(gpt, data):
     """For windows of one length: the sample deviation of their losses over the root of their number."""
-    places = Places(draw_starts(data, 12, 8), 8)
+    places = WindowSet(draw_starts(data, 12, 8), 8)
     gpt.eval()
     losses = [gpt(x[None], y[None]).item() for x, y in zip(*windows(data, places.starts, places.seq_len), strict=True)]
     result = held_out_loss(gpt, data, [places], 5)
     assert result.mean == pytest.approx(statistics.mean(losses), abs=1e-6)
     assert result.stderr == pytest.approx(statistics.stdev(losses) / 12**0.5, rel=1e-4)
-    assert held_out_loss(gpt, data, [Places(torch.tensor([3]), 8)], 5).stderr is None
+    assert held_out_loss(gpt, data, [WindowSet(torch.tensor([3]), 8)], 5).stderr is None
 
 
 def test_standard_error_tells_the_spread_of_estimates(gpt, data):
     """Estimates from fresh batches scatter as widely as the standard error says."""
     generator = torch.Generator().manual_seed(3)
-    results = [held_out_loss(gpt, data, random_places(data, 16, 8, 1, generator), 16) for _ in range(200)]
+    results = [held_out_loss(gpt, data, random_windows(data, 16, 8, 1, generator), 16) for _ in range(200)]
     scatter = statistics.stdev(result.mean for result in results)
     assert scatter == pytest.approx(statistics.mean(result.stderr for result in results), rel=0.2)
 
@@ -153,6 +153,6 @@ def test_the_short_last_window_counts_by_its_length():
 
 def test_all_of_a_text_is_known_to_be_consecutive(gpt, data):
     """What "full" evaluates has the errors of batches, and what is drawn at random those of windows."""
-    assert held_out_loss(gpt, data, all_places(data, 8), 3).dof == 1  # 26 windows: two batches
-    places = random_places(data, 16, 8, 1, torch.Generator().manual_seed(3))
+    assert held_out_loss(gpt, data, consecutive_windows(data, 8), 3).dof == 1  # 26 windows: two batches
+    places = random_windows(data, 16, 8, 1, torch.Generator().manual_seed(3))
     assert held_out_loss(gpt, data, places, 16).dof == 15

@@ -10,14 +10,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support.runs import TINY, recipe_of
+from support.runs import TINY
 
 from mygpt.checks.compare import compare
 from mygpt.data.batches import Batch
 from mygpt.errors import CheckpointError, LaunchError, NonFiniteError, RecipeError
 from mygpt.model.gpt import GPT
 from mygpt.processes.preflight import resolve_micro_batch
-from mygpt.recipe.tables import ModelTable, OptimizerTable, RuntimeTable, TrainTable
+from mygpt.recipe.tables import ModelTable, OptimizerTable, Recipe, RuntimeTable, TrainTable
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import Timing, read_records
 from mygpt.training.optim import build_optimizer
@@ -67,7 +67,7 @@ def small_recipes(draw):
 def test_any_recipe_gives_the_reference_numbers(keys, text, text_file, tmp_path):
     """Loss, held-out loss, rate and gradient norm of every step equal those of reference.py to four decimals."""
     own = {"corpus": str(text_file), "output": str(tmp_path / "run"), "device": "cpu", "threads": 1, "log_every": 1}
-    run = train(recipe_of(**keys, **own, log_grad_norm=True), overwrite=True)
+    run = train(Recipe.of(**keys, **own, log_grad_norm=True), overwrite=True)
     expected = list(reference.run(text, reference.Settings(**keys, log_grad_norm=True)))
     for record, (step, loss, held_out, rate, norm) in zip(read_records(run), expected, strict=True):
         assert record.step == step

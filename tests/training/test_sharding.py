@@ -108,8 +108,7 @@ def test_activation_checkpointing_changes_no_bit(tiny, tmp_path):
 )
 def test_what_cannot_be_sharded_is_refused(monkeypatch, runtime, device, problem):
     """On CPUs Accelerate would silently not shard; an exact sum needs whole gradients."""
-    recipe = Recipe()
-    recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=runtime)})
+    recipe = Recipe.of(**runtime)
     check_sharding(recipe, torch.device(device))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(LaunchError, match=problem):
