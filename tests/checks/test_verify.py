@@ -14,8 +14,8 @@ from mygpt.cli.main import main
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError
 from mygpt.runs.files import METADATA_KEY
 from mygpt.runs.steps import read_state_metadata
-from mygpt.training import train as loop
-from mygpt.training.train import train
+from mygpt.training import loop
+from mygpt.training.train import train, train_until
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def answer(tmp_path, capsys, monkeypatch):
 def test_an_untouched_run_verifies(tiny, answer):
     """All of it, or its first steps; also one that was interrupted and continued, and one that is not finished."""
     recipe = tiny(save_every=2, dropout=0.1, val_split=0.2, val_every=3)
-    run = train(recipe, until=5)
+    run = train_until(recipe, 5)
     assert answer("verify", run) == (0, "identical: 5 records and 3 checkpoints up to step 5\n")
     train(recipe)
     assert answer("verify", run) == (0, "identical: 6 records and 3 checkpoints up to step 6\n")
@@ -77,7 +77,7 @@ def test_what_has_changed_since_is_listed(tiny, answer):
 
 def test_a_branch_is_verified_from_where_it_began(tiny, tmp_path, answer):
     """Records that it took over are not held against themselves."""
-    train(tiny(save_every=2, output=str(tmp_path / "source")), until=4)
+    train_until(tiny(save_every=2, output=str(tmp_path / "source")), 4)
     branch = train(tiny(save_every=2, resume=str(tmp_path / "source"), output=str(tmp_path / "branch")))
     assert answer("verify", branch) == (0, "identical: 2 records and 1 checkpoints up to step 6\n")
     with pytest.raises(CheckpointError, match="nothing is recorded of its steps from 5 to 4"):

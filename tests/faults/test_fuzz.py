@@ -16,7 +16,7 @@ from mygpt.recipe.files import load_recipe
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe, check_recipe
 from mygpt.runs.files import file_sha256
 from mygpt.runs.loading import load_checkpoint
-from mygpt.training.train import train
+from mygpt.training.train import train, train_until
 
 KEYS = st.sampled_from([*TABLE_OF_KEY, *Recipe.model_fields, "extends"]) | st.text(max_size=8)
 VALUES = st.recursive(
@@ -56,7 +56,7 @@ def test_any_bytes_are_a_recipe_or_a_mistake(tmp_path, content):
 def saved(tmp_path_factory, text_file):
     """A run with checkpoints at steps 2 and 4."""
     run = tmp_path_factory.mktemp("fuzz") / "saved"
-    train(Recipe.of(**TINY | {"corpus": str(text_file), "output": str(run), "save_every": 2}), until=4)
+    train_until(Recipe.of(**TINY | {"corpus": str(text_file), "output": str(run), "save_every": 2}), 4)
     return run
 
 

@@ -10,25 +10,25 @@ import torch
 from safetensors.torch import load_file
 from support.runs import contents
 
+from mygpt.checks.replay import replay
 from mygpt.cli.main import main
 from mygpt.errors import NonFiniteError
 from mygpt.model.gpt import GPT
 from mygpt.runs.records import read_records
-from mygpt.training.failed_step import replay
-from mygpt.training.train import train
+from mygpt.training.train import train, train_until
 
 
 def broken_step(monkeypatch, tiny, at, **keys):
     """Train until the numbers of step `at` break, and return the error and the run."""
-    from mygpt.training import train as loop
+    from mygpt.training import loop
 
     step, count = loop.train_step, []
 
-    def breaking(accelerator, model, optimizer, batch, **options):
+    def breaking(parts, batch, number):
         count.append(1)
         if len(count) == at:
-            keys["how"](model, batch)
-        return step(accelerator, model, optimizer, batch, **options)
+            keys["how"](parts.model, batch)
+        return step(parts, batch, number)
 
     monkeypatch.setattr(loop, "train_step", breaking)
     recipe = tiny(save_every=2, dropout=0.1, **keys.get("recipe", {}))
@@ -117,7 +117,8 @@ def test_exact_sums_stop_before_the_update_too(monkeypatch, tiny, how):
     )
     assert message.endswith('use reduction = "fast"')
     found = replay(run, torch.device("cpu"))
-    assert bool(found.broken) is (how is not make_large)
+    assert found.non_finite
+    assert ("beyond the 1,048,576" in found.non_finite) is (how is make_large)
     assert len(found.failed.dropout_seeds) == 4
 
 
@@ -132,13 +133,13 @@ def test_numbers_of_a_failed_step_are_replayed_with_its_threads(monkeypatch, tin
 
 def test_numbers_that_only_compiled_code_breaks_are_not_called_sound(monkeypatch, tiny, capsys):
     """Replay computes eagerly, without activation checkpointing: it says so beside a result that may hang on it."""
-    from mygpt.training import train as loop
+    from mygpt.training import loop
 
     # The weights are whole and only the loss is a nan, as if a compiled kernel had made it.
     step = loop.train_step
 
-    def breaking(accelerator, model, optimizer, batch, **options):
-        update = step(accelerator, model, optimizer, batch, **options)
+    def breaking(parts, batch, number):
+        update = step(parts, batch, number)
         return update._replace(loss=update.loss * float("nan"), grad_norm=update.grad_norm * float("nan"))
 
     monkeypatch.setattr(loop, "train_step", breaking)
@@ -170,7 +171,7 @@ def test_numbers_of_an_older_record_are_replayed_too(monkeypatch, tiny):
     file.write_text(json.dumps(batch))
     found = replay(run, torch.device("cpu"))
     assert (found.failed.threads, found.not_repeated) == (None, ())
-    assert found.broken
+    assert found.non_finite
 
 
 @pytest.mark.fault(59)
@@ -180,7 +181,7 @@ def test_the_weights_of_a_failed_step_are_those_before_it(monkeypatch, tiny, tmp
     with pytest.raises(NonFiniteError, match=r"^step 2: "):
         train(recipe)
     run = Path(recipe.checkpoint.output)
-    before = train(tiny(lr=1e30, steps=50, output=str(tmp_path / "before")), until=1)
+    before = train_until(tiny(lr=1e30, steps=50, output=str(tmp_path / "before")), 1)
     for name, weight in load_file(before / "step-000001" / "model.safetensors").items():
         assert torch.equal(weight, load_file(run / "failed-step-000002" / "model.safetensors")[name])
 
@@ -188,10 +189,10 @@ def test_the_weights_of_a_failed_step_are_those_before_it(monkeypatch, tiny, tmp
 @pytest.mark.fault(62)
 def test_a_held_out_loss_that_is_no_number_is_never_the_best(monkeypatch, tiny, tmp_path):
     """It stops the run; `best` names the evaluation before."""
-    from mygpt.training import train as loop
+    from mygpt.training import evaluate
     from mygpt.training.evaluate import HeldOutLoss
 
-    held_out, values = loop.held_out_loss, [None, float("nan"), float("-inf")]
+    held_out, values = evaluate.held_out_loss, [None, float("nan"), float("-inf")]
     for broken in values[1:]:
         calls = []
 
@@ -199,7 +200,7 @@ def test_a_held_out_loss_that_is_no_number_is_never_the_best(monkeypatch, tiny, 
             calls.append(1)
             return held_out(*args) if len(calls) == 1 else HeldOutLoss(broken, None)
 
-        monkeypatch.setattr(loop, "held_out_loss", once)
+        monkeypatch.setattr(evaluate, "held_out_loss", once)
         recipe = tiny(val_split=0.2, val_every=2, save_best=True, output=str(tmp_path / str(broken)))
         with pytest.raises(NonFiniteError, match="step 4: the held-out loss is") as caught:
             train(recipe)

@@ -35,7 +35,7 @@ def two_processes(folder, patch, *flags):
     """
     place = folder("two")
     (place / "patched.py").write_text(
-        f"import os, signal, sys, time\nfrom mygpt.processes import channel as launch\nfrom mygpt.runs import saver as checkpoint\nfrom mygpt.training import train as loop\n{patch}\n"
+        f"import os, signal, sys, time\nfrom mygpt.processes import channel as launch\nfrom mygpt.runs import saver as checkpoint\nfrom mygpt.training import evaluate, loop, parts, train as phases\n{patch}\n"
         "from mygpt.cli.main import main\nmain(['train', *sys.argv[1:]])\n"
     )
     command = [
@@ -134,13 +134,13 @@ def test_several_processes_resume_exactly(folder):
     """Three, since two hide the order of sums; each has a dropout generator. Without settled buckets it shows."""
     arguments = ["text.txt", *EVERYTHING, "--batch-size", 24]
     torchrun = [BIN / "torchrun", "--nproc-per-node", 3]
-    whole, places = folder("whole"), {patch: folder("parted") for patch in ("", "loop.settle_buckets = print")}
+    whole, places = folder("whole"), {patch: folder("parted") for patch in ("", "parts.settle_buckets = print")}
     assert run_process([*torchrun, "-m", "mygpt", "train", *arguments], whole).returncode == 0
     runs = []
     for patch, place in places.items():
         (place / "parts.py").write_text(
-            "import functools, sys\nfrom mygpt.training import train as loop\nfrom mygpt.cli.main import main\ntrain = loop.train\n"
-            "if sys.argv.pop(1) == 'first':\n    loop.train = functools.partial(train, until=5)\n"
+            "import functools, sys\nfrom mygpt.training import evaluate, loop, parts, train as phases\nfrom mygpt.cli.main import main\ntrain = phases.train\n"
+            "if sys.argv.pop(1) == 'first':\n    phases.train = functools.partial(phases.train_until, last_step=5)\n"
             f"else:\n    {patch or 'pass'}\n"
             "main(['train', *sys.argv[1:]])\n"
         )

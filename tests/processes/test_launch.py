@@ -97,9 +97,9 @@ def launch_exact(processes, folder, recipe, until=None) -> str:
     (folder / "recipe.toml").write_text(recipe.to_toml())
     script = folder / "script.py"
     script.write_text(f"""
-from mygpt.loop import train
-from mygpt.recipe import load_recipe
-train(load_recipe("recipe.toml"), until={until})
+from mygpt.recipe.files import load_recipe
+from mygpt.training.train import train_until
+train_until(load_recipe("recipe.toml"), {until})
 """)
     result = run_process([BIN / "torchrun", "--nproc-per-node", processes, script], folder)
     assert result.returncode == 0, result.stderr
@@ -156,9 +156,9 @@ def test_processes_that_come_late_find_no_run_in_their_way(text_file, tmp_path):
     late = tmp_path / "late.py"
     late.write_text("""
 import os, sys, time
-from mygpt.training import train as loop
-check = loop.check_processes
-loop.check_processes = lambda *counts: (check(*counts), time.sleep(5 * int(os.environ["RANK"])))
+from mygpt.training import evaluate, loop, parts, train as phases
+check = phases.check_joined
+phases.check_joined = lambda *counts: (check(*counts), time.sleep(5 * int(os.environ["RANK"])))
 from mygpt.cli.main import main
 main(["train", *sys.argv[1:]])
 """)
@@ -175,7 +175,7 @@ def test_each_process_drops_other_activations(text_file, tmp_path):
     script.write_text("""
 import os, pathlib, sys
 import torch
-from mygpt.training import train as loop
+from mygpt.training import evaluate, loop, parts, train as phases
 step = loop.train_step
 def drawing_step(*args, **kwargs):
     mask = torch.nn.functional.dropout(torch.ones(32)).tolist()

@@ -1,13 +1,10 @@
 """Several processes: restarts by the launcher, weights that differ, and whose error it is."""
 
-import os
 import platform
 import re
-import subprocess
 import sys
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,18 +12,16 @@ import torch
 from support.commands import BIN, REPOSITORY, free_port, run_process
 from support.peers import exchange, fail, lose, together
 from support.runs import TINY
-from torch.distributed import DistNetworkError, PrefixStore, TCPStore
+from torch.distributed import DistNetworkError, TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from mygpt.cli.main import _complain
-from mygpt.compat import is_of_collective
 from mygpt.errors import PeerError
-from mygpt.processes import channel as launch
 from mygpt.processes.channel import Peers, peers_of
 from mygpt.processes.environment import Launched
-from mygpt.recipe.tables import Recipe, RuntimeTable
+from mygpt.recipe.tables import Recipe
 from mygpt.training import agreement
-from mygpt.training.train import accelerator_for, train
+from mygpt.training.train import train
 
 KEYS = TINY | {"reduction": "exact", "dropout": 0.1, "save_every": 1, "keep_last": 0}
 FLAGS = [part for key, value in KEYS.items() for part in (f"--{key.replace('_', '-')}", value)]
@@ -41,7 +36,7 @@ def undisturbed(text_file, tmp_path_factory) -> Path:
 def torchrun(processes, text_file, place, patch, *flags, launcher=()):
     """Run so many processes with a patch of the program; returns what the launcher printed and how it ended."""
     (place / "patched.py").write_text(
-        f"import os, signal, sys\nfrom mygpt.cli.main import main as cli\nfrom mygpt.processes import channel as launch\nfrom mygpt.training import train as loop\nlaunch.GRACE_SECONDS = 1.0\n{patch}\n"
+        f"import os, signal, sys\nfrom mygpt.cli.main import main as cli\nfrom mygpt.processes import channel as launch\nfrom mygpt.training import evaluate, loop, parts, train as phases\nlaunch.GRACE_SECONDS = 1.0\n{patch}\n"
         "from mygpt.cli.main import main\nmain(['train', *sys.argv[1:]])\n"
     )
     launcher = launcher or ("--master-port", free_port())
@@ -85,25 +80,6 @@ def test_a_launcher_restarts_killed_processes_three_times_over(text_file, tmp_pa
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_accelerate_meets_where_mygpt_says(monkeypatch):
-    """The canary for `INIT_METHOD`: Accelerate passes it on, so that each group has keys of its own in the store."""
-    environment = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
-    environment |= {"OMP_NUM_THREADS": "1"}  # Accelerate would say that it sets it
-    for name, value in (environment | {"TORCHELASTIC_RESTART_COUNT": "2"}).items():
-        monkeypatch.setenv(name, value)
-    prefixes = []
-    meet = PrefixStore
-    monkeypatch.setattr(launch, "PrefixStore", lambda prefix, store: (prefixes.append(prefix), meet(prefix, store))[1])
-    for _ in range(2):
-        with accelerator_for(RuntimeTable(), torch.device("cpu"), 1) as accelerator:
-            assert accelerator.num_processes == 1
-            assert torch.distributed.is_initialized()
-        assert not torch.distributed.is_initialized()
-    assert len(set(prefixes)) == 2
-    assert all(re.fullmatch(r"mygpt/2/\d+", prefix) for prefix in prefixes)
-
-
 # ---- 69: weights that differ
 
 
@@ -111,7 +87,7 @@ FLIPPING = """
 import torch
 def flip(tensor):
     tensor.detach().view(torch.int32).view(-1)[7] ^= 1
-GPT, restore, step, calls = loop.GPT, loop.restore, loop.train_step, []
+GPT, restore, step, calls = parts.GPT, parts.restore, loop.train_step, []
 def other_start(*args):
     model = GPT(*args)
     flip(next(model.parameters()))
@@ -120,16 +96,16 @@ def other_checkpoint(*args):
     restored = restore(*args)
     flip(next(tensor for name, tensor in restored.moments.items() if name.endswith(".exp_avg")))
     return restored
-def flipping_step(accelerator, model, optimizer, batch, **keys):
-    update = step(accelerator, model, optimizer, batch, **keys)
+def flipping_step(built, batch, number):
+    update = step(built, batch, number)
     calls.append(1)
     if len(calls) == 4:
-        parameter = next(model.parameters())
-        flip(parameter if what == "weight" else optimizer.state[parameter][what])
+        parameter = next(built.model.parameters())
+        flip(parameter if what == "weight" else built.optimizer.state[parameter][what])
     return update
 def patch(rank, name, value):
     if os.environ["RANK"] == str(rank):
-        setattr(loop, name, value)
+        setattr(loop if name == "train_step" else parts, name, value)
 """
 
 
@@ -242,7 +218,7 @@ def test_an_error_of_one_process_keeps_its_traceback(text_file, tmp_path, proces
     """Exit 1 with its message and where it was raised; the other process tells whose it is."""
     if processes == 1:
         (tmp_path / "patched.py").write_text(
-            f"import os, sys\nfrom mygpt.training import train as loop\n{FAILING}\n"
+            f"import os, sys\nfrom mygpt.training import evaluate, loop, parts, train as phases\n{FAILING}\n"
             "from mygpt.cli.main import main\nmain(['train', *sys.argv[1:]])\n"
         )
         result = run_process([sys.executable, "patched.py", text_file, *FLAGS, "--output", "run"], tmp_path)
@@ -253,47 +229,6 @@ def test_an_error_of_one_process_keeps_its_traceback(text_file, tmp_path, proces
     assert "in failing_step" in result.stderr
     assert re.search(r"^(\[rank1\]: )?RuntimeError: tracker: Broken pipe$", result.stderr, re.MULTILINE)
     assert "has ended, or has not answered" not in result.stderr
-
-
-COLLECTIVE = """
-import os, sys, time
-from datetime import timedelta
-import torch
-from mygpt.launch import is_of_collective
-torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
-ones = torch.ones(1000)
-torch.distributed.all_reduce(ones)
-if os.environ["RANK"] == "1":
-    time.sleep(5 if sys.argv[1] == "hangs" else 0)
-    os._exit(9)
-try:
-    while True:
-        torch.distributed.all_reduce(ones)
-except Exception as error:
-    print(is_of_collective(error), error, flush=True)
-os._exit(0)
-"""
-
-
-@pytest.mark.parametrize("how", ["ends", "hangs"])
-def test_what_gloo_raises_is_known_for_a_lost_process(tmp_path, how):
-    """The canary for `OF_GLOO`, which knows it by the beginning of its text."""
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-c", COLLECTIVE, how]
-    other = subprocess.Popen(command, env=environment | {"RANK": "1"}, cwd=tmp_path)
-    result = run_process(command, tmp_path, 60, environment | {"RANK": "0"})
-    assert other.wait(30) == 9
-    assert result.stdout.startswith("True ["), result.stdout + result.stderr
-
-
-def test_what_the_store_raises_is_known_for_a_lost_process():
-    """Of torch's own kind, also when the launcher has gone with its store."""
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    client = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=1))
-    del server
-    with pytest.raises(RuntimeError) as raised:
-        client.get("nothing")
-    assert is_of_collective(raised.value)
 
 
 class CountingStore:

@@ -9,7 +9,7 @@ from mygpt.data.batches import BatchStream, Share, held_out_windows
 from mygpt.recipe.seeds import held_out_seed, micro_batch_dropout_seed, process_dropout_seed
 from mygpt.recipe.tables import ValidationTable
 from mygpt.runs.records import read_records
-from mygpt.training.train import train
+from mygpt.training.train import train, train_until
 
 DATA = torch.arange(4000) % 50
 
@@ -53,7 +53,7 @@ def test_a_run_that_moves_to_other_processes_drops_by_its_data_seed(tiny, tmp_pa
     from mygpt.training import state
 
     recipe = tiny(dropout=0.5, save_every=2, data_seed=seed)
-    train(recipe, until=4)
+    train_until(recipe, 4)
     seeded = []
     monkeypatch.setattr(state, "dropout_name", lambda *_: "generator.elsewhere")
     monkeypatch.setattr(

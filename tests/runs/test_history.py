@@ -28,9 +28,9 @@ from mygpt.runs.run import read_run
 from mygpt.runs.schemas import RunInfo
 from mygpt.runs.start import recorded_recipe
 from mygpt.runs.steps import read_manifest
-from mygpt.training import train as loop
+from mygpt.training import evaluate, loop
 from mygpt.training.evaluate import HeldOutLoss
-from mygpt.training.train import train
+from mygpt.training.train import train, train_until
 
 # ---- each step is judged by what it was trained with
 
@@ -94,7 +94,7 @@ def test_falling_back_is_judged_by_the_recipe_of_the_step(changed, tiny, capsys)
 def test_verify_repeats_what_was_changed_on_the_way(tiny, steps):
     """Rate, threads, steps and kind of evaluation: each part of the run is run again as it was."""
     keys = {"save_every": 2, "dropout": 0.1, "val_split": 0.2, "val_every": 2, "sampling": "own-stream"}
-    train(tiny(**keys, steps=4), until=3)
+    train_until(tiny(**keys, steps=4), 3)
     train(tiny(**keys, steps=5, lr=1e-4, threads=2), allow_changes=True)
     run = train(tiny(**keys | {"sampling": "full"}, steps=8, lr=1e-4, threads=2))
     result = verify(run, steps)
@@ -109,7 +109,7 @@ def test_a_warning_names_the_steps_of_the_schedule_that_was_left(tiny, tmp_path,
     """A schedule over 4 steps, then over 6: after step 2 it is the first that is left, after step 5 the second."""
     keys = {"save_every": 1, "schedule": "linear"}
     run = train(tiny(**keys, steps=4))
-    train(tiny(**keys, steps=6), until=5)
+    train_until(tiny(**keys, steps=6), 5)
     assert "steps 4 -> 6: from step 5 on" in capsys.readouterr().err
     train(tiny(**keys, steps=8, resume=str(run / "step-000002"), output=str(tmp_path / "branch")))
     assert "steps 4 -> 8: from step 3 on" in capsys.readouterr().err
@@ -152,9 +152,9 @@ def test_runs_of_format_1_are_read(format_1, capsys):
 def test_the_best_of_other_held_out_windows_is_not_the_best(tiny, monkeypatch, capsys, change):
     """After a change of sampling or eval_batches the losses are of other windows: the first one is the best so far."""
     losses = iter([1.0, 1.5, 2.0, 2.5])
-    monkeypatch.setattr(loop, "held_out_loss", lambda *_: HeldOutLoss(next(losses), 0.1))
+    monkeypatch.setattr(evaluate, "held_out_loss", lambda *_: HeldOutLoss(next(losses), 0.1))
     keys = {"save_every": 2, "save_best": True, "val_split": 0.2, "val_every": 2, "sampling": "own-stream"}
-    run = train(tiny(**keys, steps=8), until=4)
+    run = train_until(tiny(**keys, steps=8), 4)
     assert (run / BEST_FILE).read_text() == "step-000002\n"
     capsys.readouterr()
     train(tiny(**keys | change, steps=8))
@@ -169,7 +169,7 @@ def test_the_best_of_other_held_out_windows_is_not_the_best(tiny, monkeypatch, c
 def test_a_requeued_job_with_overwrite_keeps_its_run(tiny, monkeypatch, capsys):
     """Also where processor, kernel or commit are others than at the first start: recipe and command say whose it is."""
     recipe = tiny(save_every=2)
-    run = train(recipe, overwrite=True, until=4)
+    run = train_until(recipe, 4, overwrite=True)
     info = json.loads((run / "run.json").read_text())
     other = {"cpu": "another", "platform": "another", "git_commit": "0" * 40 + "-dirty", "cpu_capability": "AVX2"}
     (run / "run.json").write_text(json.dumps(info | other))
@@ -187,7 +187,7 @@ def test_a_requeued_job_with_overwrite_keeps_its_run(tiny, monkeypatch, capsys):
 
 def test_another_commit_alone_costs_no_warning(tiny, capsys):
     """The commit is recorded, and changes no bits by itself: what does is the version, or a test's business."""
-    run = train(tiny(save_every=2), until=4)
+    run = train_until(tiny(save_every=2), 4)
     info = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(info | {"git_commit": "0" * 40}))
     train(tiny(save_every=2))
@@ -259,7 +259,7 @@ def test_a_recipe_of_a_run_that_lost_its_run_json_trains_nowhere_else(tiny, tmp_
 @pytest.mark.fault(66)
 def test_a_recipe_that_extends_a_branch_does_not_begin_where_that_began(tiny, tmp_path):
     """`resume` belongs to the run, as `output` does."""
-    source = train(tiny(save_every=2), until=2)
+    source = train_until(tiny(save_every=2), 2)
     train(tiny(resume=str(source), output=str(tmp_path / "branch")))
     (tmp_path / "mine.toml").write_text('extends = "branch/recipe.toml"\n')
     assert load_recipe(tmp_path / "mine.toml").checkpoint.resume == "auto"
@@ -356,7 +356,7 @@ def test_a_signal_during_the_last_step_ends_a_complete_run(tiny, monkeypatch, ca
     """Exit 0 and complete: nothing is left to continue, so a scheduler need not queue the job again."""
     owner, name = {
         "step": (loop, "train_step"),
-        "evaluation": (loop, "held_out_loss"),
+        "evaluation": (evaluate, "held_out_loss"),
         "save": (checkpoint, "publish"),
     }[moment]
     original, left = getattr(owner, name), [6 if moment == "step" else 1]
@@ -412,7 +412,7 @@ def test_one_flag_sets_both_seeds(command):
 
 def test_run_info_of_a_step_is_what_held_then(tiny):
     """Of a run that went on with more threads, and on from there with fewer."""
-    info = read_run(train(tiny(save_every=2), until=2))
+    info = read_run(train_until(tiny(save_every=2), 2))
     resumed = [
         {"after_step": 2, "changed": {"threads": [1, 2]}},
         {"after_step": 4, "changed": {"threads": [2, 1], "lr": [1e-3, 1e-4]}},
@@ -500,7 +500,7 @@ def test_a_requeued_job_deletes_nothing_that_it_may_have_made(tiny, tmp_path, te
     """Another path of the program or of the same text is the same command; and what cannot be read is not removed."""
     corpus = tmp_path / "text.txt"
     corpus.write_text(text, encoding="utf-8", newline="")
-    run = train(tiny(save_every=2, corpus=str(corpus)), overwrite=True, until=4)
+    run = train_until(tiny(save_every=2, corpus=str(corpus)), 4, overwrite=True)
     before = contents(run)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     if change == "program":
@@ -545,7 +545,7 @@ def test_a_run_that_made_no_step_does_not_hold_one_to_its_recipe(tmp_path, text_
 
 def test_a_branch_with_another_data_seed_sees_other_batches(tiny, tmp_path, capsys):
     """The weights stay those of the checkpoint, so that init_seed has nothing left to do, which is said."""
-    run = train(tiny(save_every=2), until=4)
+    run = train_until(tiny(save_every=2), 4)
     weights = set()
     for seed in (42, 7, 8):
         keys = {"init_seed": seed, "data_seed": seed, "output": str(tmp_path / str(seed)), "resume": str(run)}
@@ -559,7 +559,7 @@ def test_a_branch_with_another_data_seed_sees_other_batches(tiny, tmp_path, caps
 
 def test_a_branch_is_given_advice_that_helps(tiny, tmp_path):
     """It has an output of its own: another one, or --overwrite, would change nothing."""
-    run = train(tiny(save_every=2), until=4)
+    run = train_until(tiny(save_every=2), 4)
     branch = {"output": str(tmp_path / "branch"), "resume": str(run)}
     for keys in ({"lr": 5e-4}, {"num_layers": 3}, {"steps": 4}):
         with pytest.raises(MygptError) as caught:
@@ -570,7 +570,7 @@ def test_a_branch_is_given_advice_that_helps(tiny, tmp_path):
 
 def test_parts_of_a_run_are_repeated_with_the_keys_that_they_had(tiny):
     """A key that was absent stays absent: what it came to depends on the processes, which may be others."""
-    run = train(tiny(save_every=2), until=2)
+    run = train_until(tiny(save_every=2), 2)
     train(tiny(save_every=2, micro_batch_size=2))
     first, second = parts_of(recorded_recipe(run), read_run(run), 0, 6)
     assert (first.until, first.recipe.train.micro_batch_size) == (2, None)
@@ -579,7 +579,7 @@ def test_parts_of_a_run_are_repeated_with_the_keys_that_they_had(tiny):
 
 def test_continuations_that_were_given_up_do_not_count(tiny):
     """mygpt 0.1 left them in run.json, in the order of time: after step 4, then after step 2."""
-    info = read_run(train(tiny(save_every=2), until=2))
+    info = read_run(train_until(tiny(save_every=2), 2))
     given_up = [{"after_step": step, "changed": {"threads": [1, threads]}} for step, threads in ((4, 2), (2, 3))]
     info = RunInfo.model_validate_json(json.dumps(json.loads(info.to_json()) | {"resumed": given_up}))
     assert [resumed.after_step for resumed in info.history] == [2]

@@ -16,8 +16,9 @@ from mygpt.runs.records import read_records
 from mygpt.runs.run import read_run
 from mygpt.runs.start import find_start
 from mygpt.runs.steps import verify_checkpoint
-from mygpt.training import train as loop
-from mygpt.training.train import train
+from mygpt.training import pending
+from mygpt.training.pending import PendingSteps
+from mygpt.training.train import train, train_until
 
 
 def steps_of(run) -> list[int]:
@@ -45,7 +46,7 @@ def test_all_checkpoints_are_kept_unless_told(tiny):
 
 def test_pruning_removes_only_what_is_whole_and_ours(tiny, capsys):
     """A directory that merely has the name of a step, or holds something else, stays."""
-    run = train(tiny(save_every=2), until=4)
+    run = train_until(tiny(save_every=2), 4)
     (run / "step-000001").mkdir()
     (run / "step-000001" / "thesis.txt").write_text("precious")
     (run / "step-000002" / "notes.txt").write_text("precious")
@@ -63,7 +64,7 @@ def test_a_branch_goes_on_as_its_source_would(tiny, tmp_path, point):
     """A new run after another's checkpoint has its records, and ends with its bytes; the source stays as it is."""
     keys = {"save_every": 2, "dropout": 0.1, "val_split": 0.2, "val_every": 2}
     whole = train(tiny(**keys, output=str(tmp_path / "whole")))
-    source = train(tiny(**keys, output=str(tmp_path / "source")), until=4)
+    source = train_until(tiny(**keys, output=str(tmp_path / "source")), 4)
     before = contents(source)
     path = source if point == "run" else source / "step-000004"
     branch = train(tiny(**keys, output=str(tmp_path / "branch"), resume=str(path)))
@@ -113,11 +114,11 @@ def test_a_branch_that_makes_no_sense_is_a_mistake(tiny, tmp_path):
 
 def test_a_restart_continues_what_overwrite_began(tiny, monkeypatch):
     """A launcher that runs the same command again does not begin anew each time; another run is replaced still."""
-    run = train(tiny(steps=8, save_every=2), until=2)
+    run = train_until(tiny(steps=8, save_every=2), 2)
     recipe, notes = tiny(save_every=2), []
     start = find_start(recipe, read_run(run), "", overwrite=True, is_restart=True, warn=notes.append)
     assert (start.checkpoint, start.overwrite) == (None, True)
-    train(recipe, overwrite=True, until=4)
+    train_until(recipe, 4, overwrite=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(recipe, overwrite=True)
     assert [json.loads(line)["step"] for line in (run / "timing.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
@@ -137,7 +138,7 @@ def test_a_run_is_removed_only_when_told(tiny, tmp_path):
 
 def test_damaged_records_are_kept_aside(tiny, capsys):
     """A line in the middle that is no record: the run goes on, and the file that it replaces is not lost."""
-    run = train(tiny(save_every=2), until=4)
+    run = train_until(tiny(save_every=2), 4)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join([lines[0], "scribble\n", *lines[2:]]))
     train(tiny(save_every=2))
@@ -148,8 +149,8 @@ def test_damaged_records_are_kept_aside(tiny, capsys):
 
 def test_changes_that_were_allowed_are_on_record(tiny, tmp_path):
     """run.json says which keys were changed after which step, and allowing them once is enough."""
-    run = train(tiny(save_every=2), until=2)
-    train(tiny(save_every=2, lr=1e-4), allow_changes=True, until=4)
+    run = train_until(tiny(save_every=2), 2)
+    train_until(tiny(save_every=2, lr=1e-4), 4, allow_changes=True)
     train(tiny(save_every=2, lr=1e-4))
     (resumed,) = read_run(run).resumed
     assert (resumed.after_step, resumed.changed) == (2, {"lr": (0.001, 0.0001)})
@@ -170,8 +171,8 @@ def test_a_complete_run_is_left_as_it_is(tiny, capsys):
 
 def test_keys_of_evaluations_that_never_run_may_change(tiny):
     """And those of evaluations that draw nothing from the training batches."""
-    run = train(tiny(save_every=2), until=2)
-    train(tiny(save_every=2, eval_batches=3, sampling="full"), until=4)
+    run = train_until(tiny(save_every=2), 2)
+    train_until(tiny(save_every=2, eval_batches=3, sampling="full"), 4)
     assert steps_of(run) == [2, 4]
 
 
@@ -184,7 +185,7 @@ def test_more_steps_after_an_evaluation_out_of_turn_are_told(tiny, capsys):
 
 def test_missing_records_are_told(tiny, capsys):
     """The weights go on exactly; that the record of how they came about is gone is said."""
-    run = train(tiny(save_every=2), until=4)
+    run = train_until(tiny(save_every=2), 4)
     (run / "metrics.jsonl").unlink()
     train(tiny(save_every=2))
     assert "metrics.jsonl: it has no record, and the checkpoint is of step 4" in capsys.readouterr().err
@@ -203,14 +204,14 @@ def test_records_of_a_complete_run_are_left_alone(tiny):
 
 def test_tokens_are_counted_over_a_change_of_the_batch(tiny):
     """Tokens trained on so far, whatever each step had."""
-    train(tiny(save_every=2), until=2)
+    train_until(tiny(save_every=2), 2)
     run = train(tiny(save_every=2, batch_size=2), allow_changes=True)
     assert [record.tokens for record in read_records(run)] == [64, 128, 160, 192, 224, 256]
 
 
 def test_an_origin_that_is_gone_or_another_is_named(tiny, tmp_path):
     """A branch without checkpoints of its own cannot go on from what is not what it began with."""
-    source = train(tiny(save_every=2, output=str(tmp_path / "source")), until=4)
+    source = train_until(tiny(save_every=2, output=str(tmp_path / "source")), 4)
     branch = tiny(resume=str(source), output=str(tmp_path / "branch"), lr=1e30)
     with pytest.raises(NonFiniteError):
         train(branch, allow_changes=True)
@@ -247,9 +248,9 @@ def test_a_checkpoint_may_be_copied_and_linked_for_generating(tiny, tmp_path, mo
 def test_a_run_that_goes_on_is_listened_to_from_its_first_step(tiny, tmp_path, monkeypatch):
     """Where nothing is recorded for long, the host still reads, and so hears of a signal, every second."""
     keys = {"steps": 40, "log_every": 1000, "print_every": 1000}
-    train(tiny(**keys), until=3)
-    read, steps = loop.read_updates, []
-    monkeypatch.setattr(loop, "read_updates", lambda *args: steps.append(len(args[1])) or read(*args))
-    monkeypatch.setattr(loop, "PATIENCE", 0.0)
-    train(tiny(**keys), until=9)
-    assert steps == [1] * 6
+    train_until(tiny(**keys), 3)
+    read, calls = PendingSteps.read, []
+    monkeypatch.setattr(PendingSteps, "read", lambda self, stop: calls.append(1) or read(self, stop))
+    monkeypatch.setattr(pending, "MAX_UNREAD_SECONDS", 0.0)
+    train_until(tiny(**keys), 9)
+    assert len(calls) == 6

@@ -24,8 +24,8 @@ from mygpt.model.gpt import GPT
 from mygpt.recipe.flags import parse_recipe
 from mygpt.runs import run as rundir
 from mygpt.runs import saver as checkpoint
-from mygpt.training import state
-from mygpt.training import train as loop
+from mygpt.training import evaluate, loop, parts, state
+from mygpt.training import train as phases
 from support.runs import FLAGS
 
 parse_recipe(["python-docs"], "mygpt train")  # reads the sources for help texts, once for all processes
@@ -170,12 +170,12 @@ def _forget_stream(_count):
         stream.generator.set_state(before)
         return result
 
-    loop.restore = restore
+    parts.restore = restore
 
 
 def _forget_rate(_count):
-    original = loop.build_scheduler
-    loop.build_scheduler = lambda *args, steps_done: original(*args)
+    original = parts.build_scheduler
+    parts.build_scheduler = lambda *args, steps_done: original(*args)
 
 
 POINTS = {
@@ -196,16 +196,16 @@ POINTS = {
     "after-pruning": _at(checkpoint, "prune", after=True),
     "loading-weights": _at(state, "read_weights"),
     "loading-state": _at(state, "read_state", after=True),
-    "loaded": _at(loop, "begin_run", after=True),
-    "making-run": _at(loop, "begin_run"),
+    "loaded": _at(phases, "begin_run", after=True),
+    "making-run": _at(phases, "begin_run"),
     "made-run.json": _at(Path, "replace", counts=_renamed_to("run.json"), after=True),
     "made-recipe": _at(Path, "replace", counts=_renamed_to("recipe.toml"), after=True),
     "before-step": _at(loop, "train_step"),
     "after-step": _at(loop, "train_step", after=True),
     "forward": _at(GPT, "forward"),
-    "validation": _at(loop, "held_out_loss"),
-    "after-validation": _at(loop, "held_out_loss", after=True),
-    "record": _at(loop.Reporter, "log", after=True),
+    "validation": _at(evaluate, "held_out_loss"),
+    "after-validation": _at(evaluate, "held_out_loss", after=True),
+    "record": _at(phases.Recorder, "record", after=True),
     "old-run-half-removed": _at(rundir, "remove", counts=_named("step-"), after=True),
     "copying-records": _at(shutil, "copyfile", after=True),
     "fsync-fails": _at(checkpoint, "sync", act=_fail(errno.EIO)),
@@ -213,7 +213,7 @@ POINTS = {
     "metrics-disk-full": _limit_file_size(700),
     "file-size-limit": _limit_file_size(40_000),
     "slow-saves": _slow_saves,
-    "forget-moments": _forget(loop, "load_optimizer_tensors"),
+    "forget-moments": _forget(parts, "load_optimizer_tensors"),
     "forget-dropout": _forget(state, "set_dropout_generator_state"),
     "forget-stream": _forget_stream,
     "forget-rate": _forget_rate,

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mygpt.checks.compare import compare
+from mygpt.checks.replay import replay
 from mygpt.errors import NonFiniteError
 from mygpt.runs.records import read_records
-from mygpt.training.failed_step import replay
-from mygpt.training.train import train
+from mygpt.training.train import train, train_until
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,7 +87,7 @@ def test_cuda_runs_resume_to_the_last_bit(tiny, tmp_path, precision, compiled, r
     whole = train(tiny(**keys, output=str(tmp_path / "whole")))
     for until in (5, 30, None):
         torch.compiler.reset()
-        parted = train(tiny(**keys, output=str(tmp_path / "parted")), until=until)
+        parted = train_until(tiny(**keys, output=str(tmp_path / "parted")), until)
     for name in ("metrics.jsonl", "step-000060/model.safetensors", "step-000060/state.safetensors"):
         assert (parted / name).read_bytes() == (whole / name).read_bytes(), name
 
@@ -97,7 +97,7 @@ def test_a_checkpoint_moves_between_cpu_and_cuda(tiny, tmp_path, capsys):
     keys = KEYS | {"log_every": 1, "save_every": 30}
     alone = train(tiny(**keys | {"device": "cpu"}, output=str(tmp_path / "alone")))
     for device, until in (("cpu", 20), ("cuda", 40), ("cpu", None)):
-        moved = train(tiny(**keys | {"device": device}, output=str(tmp_path / "moved")), until=until)
+        moved = train_until(tiny(**keys | {"device": device}, output=str(tmp_path / "moved")), until)
     assert "device cpu -> cuda" in capsys.readouterr().err
     for a, b in zip(read_records(alone), read_records(moved), strict=True):
         assert b.loss == pytest.approx(a.loss, abs=5e-5)
@@ -109,4 +109,4 @@ def test_cuda_numbers_that_break_are_found_before_the_update(tiny):
     with pytest.raises(NonFiniteError, match=r"^step 2: the loss is nan"):
         train(recipe)
     found = replay(Path(recipe.checkpoint.output), torch.device("cuda"))
-    assert found.broken
+    assert found.non_finite

@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 from support.runs import TINY
 
 from mygpt.checks.compare import compare
-from mygpt.data.batches import Batch
+from mygpt.data.dataset import Dataset
+from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import CheckpointError, LaunchError, NonFiniteError, RecipeError
 from mygpt.model.gpt import GPT
-from mygpt.processes.preflight import resolve_micro_batch
-from mygpt.recipe.tables import ModelTable, OptimizerTable, Recipe, RuntimeTable, TrainTable
+from mygpt.recipe.tables import Recipe, TrainTable
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import Timing, read_records
-from mygpt.training.optim import build_optimizer
-from mygpt.training.train import accelerator_for, train, train_step
+from mygpt.training.gradient_sum import FastSum, gradient_sum_for
+from mygpt.training.parts import build_parts, open_accelerator
+from mygpt.training.step import train_step
+from mygpt.training.train import train
 
 
 def model_bytes(run) -> bytes:
@@ -166,20 +168,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     """In float64, micro-batches of any size give the gradient norm and weights of one pass, to rounding."""
 
     def weights_after_step(micro_batch_size):
-        torch.manual_seed(0)
-        model = GPT(ModelTable(embed_dim=16, num_heads=2, num_layers=1, max_seq_len=8), vocab_size=12).double()
-        tokens = torch.randint(0, 12, (6, 9))
-        with accelerator_for(RuntimeTable(), torch.device("cpu"), 6 // micro_batch_size) as accelerator:
-            wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, OptimizerTable()))
-            update = train_step(
-                accelerator,
-                wrapped,
-                optimizer,
-                Batch(tokens[:, :-1], tokens[:, 1:]),
-                micro_batch_size=micro_batch_size,
-                max_grad_norm=0.5,
-            )
-        return [*update, *model.parameters()]
+        keys = TINY | {"batch_size": 6, "micro_batch_size": micro_batch_size, "max_grad_norm": 0.5}
+        recipe = Recipe.of(**keys)
+        tokens = torch.randint(0, 12, (100,), generator=torch.Generator().manual_seed(0))
+        dataset = Dataset(CharTokenizer("abcdefghijkl"), tokens, tokens[:0], sha256="")
+        gradient_sum = gradient_sum_for(recipe)
+        with open_accelerator(recipe.runtime, torch.device("cpu"), gradient_sum.accumulation_steps) as accelerator:
+            parts, _ = build_parts(recipe, accelerator, dataset, gradient_sum)
+            parts.gpt.double()
+            update = train_step(parts, parts.stream.batch(), 1)
+        return [*update, *parts.gpt.parameters()]
 
     whole = weights_after_step(6)
     for micro_batch_size in (1, 2, 3):
@@ -253,14 +251,16 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny, tmp_path):
 )
 def test_micro_batch_is_the_process_share_unless_given(batch, micro, processes, expected):
     """The global batch is the recipe's on any number of processes."""
-    assert resolve_micro_batch(TrainTable(batch_size=batch, micro_batch_size=micro), processes) == expected
+    assert (
+        FastSum(TrainTable(batch_size=batch, micro_batch_size=micro), processes=processes).micro_batch_size == expected
+    )
 
 
 @pytest.mark.parametrize(("batch", "micro", "processes"), [(16, None, 3), (16, 8, 4), (12, 4, 4)])
 def test_batch_that_processes_cannot_share_is_refused(batch, micro, processes):
     """Rather than training on another batch than the recipe's."""
     with pytest.raises(RecipeError, match=r"batch_size: got \d+, expected"):
-        resolve_micro_batch(TrainTable(batch_size=batch, micro_batch_size=micro), processes)
+        FastSum(TrainTable(batch_size=batch, micro_batch_size=micro), processes=processes)
 
 
 def test_user_configuration_of_accelerate_does_not_reach_the_numbers(tiny, tmp_path, monkeypatch):

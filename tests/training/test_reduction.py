@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mygpt.training.gradient_sum import RANGE, SCALE, ExactSum, fixed_micro_batch
+from mygpt.training.gradient_sum import RANGE, SCALE, FixedPointSum, fixed_micro_batch
 
 SHAPES = ((3, 5), (7,), ())
 
@@ -17,7 +17,7 @@ def parameters() -> list[torch.nn.Parameter]:
 def mean_over_processes(steps, shares):
     """The means as each of several processes gets them, which add the micro-batches of `steps` that `shares` name."""
     own = [parameters() for _ in shares]
-    sums = [ExactSum(params, len(steps)) for params in own]
+    sums = [FixedPointSum(params, len(steps)) for params in own]
     for total, params, share in zip(sums, own, shares, strict=True):
         for index in share:
             *gradients, loss = steps[index]

@@ -1,0 +1,186 @@
+"""Canaries for compat.py: each fails if torch or Accelerate no longer behave as it relies on, and says what to do."""
+
+import os
+import re
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+from accelerate import Accelerator
+from support.commands import free_port, run_process
+from torch.distributed import TCPStore
+
+from mygpt import compat
+from mygpt.recipe.tables import OptimizerTable, Recipe
+from mygpt.training.optim import build_optimizer
+from mygpt.training.parts import open_accelerator
+
+
+def test_accelerate_meets_where_mygpt_says(monkeypatch):
+    """If Accelerate no longer passes INIT_METHOD on, each group needs keys of its own in the store in another way."""
+    environment = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+    environment |= {"OMP_NUM_THREADS": "1"}  # or Accelerate would say that it sets it
+    for name, value in (environment | {"TORCHELASTIC_RESTART_COUNT": "2"}).items():
+        monkeypatch.setenv(name, value)
+    prefixes, original = [], compat.PrefixStore
+    monkeypatch.setattr(compat, "PrefixStore", lambda prefix, store: prefixes.append(prefix) or original(prefix, store))
+    for _ in range(2):
+        with open_accelerator(Recipe().runtime, torch.device("cpu"), 1) as accelerator:
+            assert accelerator.num_processes == 1
+            assert torch.distributed.is_initialized()
+        assert not torch.distributed.is_initialized()
+    assert len(set(prefixes)) == 2
+    assert all(re.fullmatch(r"mygpt/2/\d+", prefix) for prefix in prefixes)
+
+
+COLLECTIVE = """
+import os, sys, time
+from datetime import timedelta
+import torch
+from mygpt.compat import is_of_collective
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+ones = torch.ones(1000)
+torch.distributed.all_reduce(ones)
+if os.environ["RANK"] == "1":
+    time.sleep(5 if sys.argv[1] == "hangs" else 0)
+    os._exit(9)
+try:
+    while True:
+        torch.distributed.all_reduce(ones)
+except Exception as error:
+    print(is_of_collective(error), error, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "hangs"])
+def test_gloo_errors_begin_with_their_source_path(tmp_path, how):
+    """If not, teach OF_GLOO the new text: without it the loss of a process looks like a bug of the survivor."""
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", COLLECTIVE, how]
+    other = subprocess.Popen(command, env=environment | {"RANK": "1"}, cwd=tmp_path)
+    result = run_process(command, tmp_path, 60, environment | {"RANK": "0"})
+    assert other.wait(30) == 9
+    assert result.stdout.startswith("True ["), result.stdout + result.stderr
+
+
+def test_store_errors_are_of_torchs_own_kind():
+    """Also when the launcher has gone with its store; if not, is_of_collective has to know the new class."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=1))
+    del server
+    with pytest.raises(RuntimeError) as raised:
+        client.get("nothing")
+    assert compat.is_of_collective(raised.value)
+
+
+def test_an_accelerator_is_known_and_forgotten():
+    """If not, find where Accelerate keeps the state that the Accelerators of a process share."""
+    assert not compat.has_accelerator()
+    Accelerator(cpu=True)
+    try:
+        assert compat.has_accelerator()
+    finally:
+        compat.forget_accelerator()
+    assert not compat.has_accelerator()
+
+
+def test_a_patched_forward_is_the_one_that_is_called():
+    """Of an instance; if not, bf16 with FSDP2 silently computes in fp32: wrap the model in another way."""
+    model = torch.nn.Linear(4, 4)
+    compat.autocast_forward(model, torch.device("cpu"))
+    assert model(torch.ones(1, 4)).dtype == torch.bfloat16
+
+
+def test_fused_adamw_withholds_an_update_on_the_device():
+    """By found_inf, now and ever after; if not, update_unless has to ask the host, as on mps."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(model, OptimizerTable())
+    weights = []
+    for skip in (False, True, False):
+        model(torch.ones(1, 2)).sum().backward()
+        compat.update_unless(optimizer, torch.tensor(skip))
+        weights.append(model.weight.detach().clone())
+    assert not torch.equal(weights[0], torch.zeros(2, 2))
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+
+
+def test_optimizer_is_torchs_adamw():
+    """Bit for bit the same updates and state as torch's, without its decorators; if not, drop compat.AdamW."""
+    models = [torch.nn.Linear(8, 8) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours = build_optimizer(models[0], OptimizerTable(lr=0.1))
+    theirs = torch.optim.AdamW(models[1].parameters(), lr=1.0, fused=True)
+    for _ in range(5):
+        x = torch.randn(4, 8)
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    theirs.load_state_dict(ours.state_dict())
+    assert theirs.param_groups[0]["weight_decay"] == pytest.approx(0.01)
+
+
+def test_optimizer_does_not_import_the_compiler(tmp_path):
+    """A run that compiles nothing does not pay for its import; if it does, see what else torch has decorated."""
+    code = """
+import sys, torch
+from mygpt.recipe.tables import OptimizerTable, ScheduleTable
+from mygpt.training.optim import build_optimizer, build_scheduler
+model = torch.nn.Linear(2, 2)
+optimizer = build_optimizer(model, OptimizerTable())
+scheduler = build_scheduler(optimizer, ScheduleTable(), 1e-3, 2)
+model(torch.ones(2)).sum().backward()
+optimizer.step(); optimizer.zero_grad(); scheduler.step()
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+
+
+DTENSOR = """
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from mygpt.compat import full_tensor, is_sharded_tensor, shard_like
+mesh = init_device_mesh("cpu", (1,))
+whole = torch.arange(6.0).view(3, 2)
+parameter = distribute_tensor(torch.zeros(3, 2), mesh, [Shard(0)])
+part = shard_like(whole, parameter)
+assert is_sharded_tensor(parameter) and is_sharded_tensor(part) and not is_sharded_tensor(whole)
+assert part.placements == parameter.placements and torch.equal(full_tensor(part), whole)
+assert shard_like(whole, whole) is whole and full_tensor(whole) is whole
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_dtensor_is_known_by_its_attributes(tmp_path):
+    """If not, import its class, which costs half a second at the start of every run."""
+    environment = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    result = run_process([sys.executable, "-c", DTENSOR], tmp_path, 60, environment)
+    assert result.returncode == 0, result.stderr
+
+
+BUCKETS = """
+import torch
+from torch.nn.parallel import DistributedDataParallel
+torch.distributed.init_process_group("gloo")
+model = DistributedDataParallel(torch.nn.Linear(4, 4))
+rebuilt = []
+for _ in range(3):
+    rebuilt.append(model.reducer._rebuild_buckets())
+    model(torch.ones(1, 4)).sum().backward()
+print(rebuilt)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_ddp_rebuilds_its_buckets_after_the_first_backward_pass(tmp_path):
+    """And never again; if it does so at another time, settle_buckets has to follow, and if it does not, to go."""
+    environment = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    result = run_process([sys.executable, "-c", BUCKETS], tmp_path, 60, environment)
+    assert result.stdout.strip() == "[False, True, False]", result.stdout + result.stderr
