@@ -80,15 +80,14 @@ def replay(path: Path, device: torch.device) -> Finding:
         batch = Batch(*(part.to(device) for part in (tokens[:, :-1], tokens[:, 1:])))
         measured = Measured(*(value.item() for value in train_step(parts, batch, failed.step)))
     lines, non_finite = watch.lines, watch.non_finite
-    if non_finite is None and measured.out_of_range:
-        non_finite = describe_problem(measured, gradient_sum.micro_batches)
-    elif non_finite is None and not measured.is_finite:
-        name, largest = max(watch.largest_gradients.items(), key=lambda item: item[1])
-        non_finite = (
-            f"the norm of gradients that are all finite: its square overflows; the largest is in {name}, {largest:.3g}"
-        )
-    elif non_finite is None:
+    if non_finite is None and measured.is_finite:
         lines = [*lines, f"gradient norm: {measured.grad_norm:.4g}"]
+    elif non_finite is None:
+        problem = "the norm of gradients that are all finite: its square overflows"
+        if measured.out_of_range:
+            problem = describe_problem(measured, gradient_sum.micro_batches)
+        name, largest = max(watch.largest_gradients.items(), key=lambda item: item[1])
+        non_finite = f"{problem}; the largest is in {name}, {largest:.3g}"
     is_dropped_alike = not metadata.model.dropout or (
         failed.device == device.type if failed.dropout_seeds else None not in states
     )
