@@ -1,14 +1,15 @@
-"""Fixtures of many tests: small recipes, a text, Tiny Shakespeare, and the command as a subprocess."""
+"""Fixtures of many tests: small recipes, texts, folders to run in, and the command in this process or a new one."""
 
 import os
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.commands import REPOSITORY, run_process
+from support.commands import MYGPT, REPOSITORY, run_process
 from support.runs import TINY
 
+from mygpt.cli.main import main
 from mygpt.data.corpus import TINYSHAKESPEARE_SHA256, find_tinyshakespeare, load_corpus
 from mygpt.errors import DownloadError
 from mygpt.recipe.tables import Recipe
@@ -38,8 +39,20 @@ def text_file(text, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory, text_file):
+    """A function making folders to run in, each with a copy of the text, text.txt."""
+
+    def make(name) -> Path:
+        path = tmp_path_factory.mktemp(name)
+        shutil.copy(text_file, path / "text.txt")
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def shakespeare() -> Path:
-    """Tiny Shakespeare, from wherever it can be had; the test skips where it cannot be downloaded."""
+    """Tiny Shakespeare, downloaded if need be; the test is skipped where it cannot be downloaded."""
     beside = REPOSITORY.parent / "shared" / "data"
     if not os.environ.get("MYGPT_DATA_DIR") and (beside / "tinyshakespeare.txt").is_file():
         os.environ["MYGPT_DATA_DIR"] = str(beside)
@@ -52,10 +65,23 @@ def shakespeare() -> Path:
 
 
 @pytest.fixture
+def call(capsys):
+    """A function that runs `mygpt ARGUMENTS` in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def command(tmp_path):
     """A function that runs `mygpt ARGUMENTS` in `tmp_path` and returns the finished process."""
 
     def run(*arguments, cwd=tmp_path, timeout=300, **environment) -> subprocess.CompletedProcess:
-        return run_process([sys.executable, "-m", "mygpt", *map(str, arguments)], cwd, timeout, environment)
+        return run_process([*MYGPT, *arguments], cwd, timeout, environment)
 
     return run

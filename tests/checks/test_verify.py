@@ -1,38 +1,26 @@
-"""Running a run again, and comparing whole runs."""
+"""Running a run again, and comparing whole runs with optimizer and records."""
 
 import json
-import os
 import re
 import signal
 
 import pytest
-from safetensors.torch import load_file, save_file
+from support.checkpoints import rewrite
+from support.fault_points import disturb, send
 
 from mygpt.checks.compare import compare
 from mygpt.checks.verify import verify
-from mygpt.cli.main import main
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError
-from mygpt.runs.files import METADATA_KEY
-from mygpt.runs.steps import read_state_metadata
-from mygpt.training import loop
 from mygpt.training.train import train, train_until
 
 
 @pytest.fixture
-def answer(tmp_path, capsys, monkeypatch):
-    """A function that runs a command in-process; returns exit code and stdout."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        return stopped.value.code or 0, capsys.readouterr().out
-
-    return call
+def answer(call):
+    """A function that runs a command in this process; returns exit code and stdout."""
+    return lambda *arguments: call(*arguments)[:2]
 
 
-def test_an_untouched_run_verifies(tiny, answer):
+def test_untouched_run_verifies(tiny, answer):
     """All of it, or its first steps; also one that was interrupted and continued, and one that is not finished."""
     recipe = tiny(save_every=2, dropout=0.1, val_split=0.2, val_every=3)
     run = train_until(recipe, 5)
@@ -43,7 +31,7 @@ def test_an_untouched_run_verifies(tiny, answer):
 
 
 def test_the_first_step_and_tensor_that_differ_are_named(tiny, answer):
-    """As where the program computes something else than it did."""
+    """As after a change of the program that changes its numbers."""
     run = train(tiny(save_every=2))
     lines = (run / "metrics.jsonl").read_text().splitlines()
     record = json.loads(lines[3])
@@ -62,8 +50,8 @@ def test_the_first_step_and_tensor_that_differ_are_named(tiny, answer):
     assert re.search(r"^optimizer\.token_embedding\.weight\.exp_avg ", out, re.MULTILINE)
 
 
-def test_what_has_changed_since_is_listed(tiny, answer):
-    """Versions and processor; threads are set as they were."""
+def test_changes_since_the_run_are_listed(tiny, answer):
+    """Versions and processor; the threads are set as in the run."""
     run = train(tiny())
     info = json.loads((run / "run.json").read_text())
     info["versions"]["torch"], info["cpu"] = "2.9.0", "another"
@@ -75,8 +63,8 @@ def test_what_has_changed_since_is_listed(tiny, answer):
     assert "threads" not in out
 
 
-def test_a_branch_is_verified_from_where_it_began(tiny, tmp_path, answer):
-    """Records that it took over are not held against themselves."""
+def test_branch_is_verified_from_its_first_step(tiny, tmp_path, answer):
+    """Records that it copied from its source are not compared with themselves."""
     train_until(tiny(save_every=2, output=str(tmp_path / "source")), 4)
     branch = train(tiny(save_every=2, resume=str(tmp_path / "source"), output=str(tmp_path / "branch")))
     assert answer("verify", branch) == (0, "identical: 2 records and 1 checkpoints up to step 6\n")
@@ -84,8 +72,8 @@ def test_a_branch_is_verified_from_where_it_began(tiny, tmp_path, answer):
         verify(branch, 4)
 
 
-def test_what_cannot_be_verified_is_told(tiny, tmp_path, text):
-    """No run; another text."""
+def test_verifying_without_a_run_or_its_text_is_an_error(tiny, tmp_path, text):
+    """No such run; a text that has changed."""
     with pytest.raises(CheckpointError, match="no such run"):
         verify(tmp_path / "nothing")
     own = tmp_path / "own.txt"
@@ -97,15 +85,13 @@ def test_what_cannot_be_verified_is_told(tiny, tmp_path, text):
 
 
 def test_runs_are_compared_with_optimizer_and_metrics(tiny, tmp_path, answer):
-    """Equal weights do not make equal runs; how often a run records does not count."""
+    """Runs with equal weights may differ; a different log_every is no difference."""
     a, b = (train(tiny(log_every=every, output=str(tmp_path / f"{every}"))) for every in (1, 2))
     code, out = answer("compare", a, b)
     assert code == 0
     assert out.splitlines()[2] == "metrics identical: 4 records, common of 6 and 4"
     state = b / "step-000006" / "state.safetensors"
-    tensors, metadata = load_file(state), read_state_metadata(state)
-    tensors["optimizer.norm.bias.exp_avg"][0] += 1
-    save_file(tensors, state, {METADATA_KEY: metadata.to_json()})
+    rewrite(state, tensors=lambda values: values["optimizer.norm.bias.exp_avg"][0].add_(1))
     code, out = answer("compare", a, b)
     assert code == 1
     assert re.search(r"^identical: .*\noptimizer and generators different: 1 of \d+ tensors", out)
@@ -118,18 +104,9 @@ def test_runs_are_compared_with_optimizer_and_metrics(tiny, tmp_path, answer):
 
 
 def test_signals_stop_a_verification(tiny, tmp_path, text_file, monkeypatch):
-    """Nothing is claimed of what was not compared."""
+    """The error says that nothing was compared."""
     run = train(tiny())
-    step = loop.train_step
-
-    sent = []
-
-    def interrupted(*args, **kwargs):
-        if not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGINT))
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "train_step", interrupted)
+    disturb("before-step", send(signal.SIGINT), patch=monkeypatch.setattr)
     with pytest.raises(InterruptedRunError, match="stopped before anything was compared") as caught:
         verify(run)
     assert caught.value.exit_code == 130

@@ -1,4 +1,4 @@
-"""The `mygpt` command: what it prints, and how it answers mistakes."""
+"""The `mygpt` command: its output, its exit codes, and its messages for mistakes."""
 
 import os
 import pty
@@ -12,30 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.runs import TINY
+from support.commands import MYGPT
+from support.runs import FLAGS
 
 from mygpt import __version__
-from mygpt.cli.main import COMMANDS, main
+from mygpt.cli.main import COMMANDS
 from mygpt.recipe.tables import Recipe
 
-FLAGS = [part for key, value in TINY.items() for part in (f"--{key.replace('_', '-')}", str(value))]
 
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """A function that runs a command in-process in an empty folder; returns exit code, stdout and stderr."""
-    folder = tmp_path / "cwd"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """The commands run in an empty folder, so that a test sees what they create."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setenv("COLUMNS", "90")
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def write(path, content):
@@ -175,7 +165,7 @@ def test_bad_flags_are_named(call, text_file, flags, message):
 
 
 @pytest.mark.fault(24, 25)
-def test_bad_outputs_are_found_before_the_first_step(call, text_file, tmp_path):
+def test_impossible_outputs_are_found_before_the_first_step(call, text_file, tmp_path):
     """A file where the run directory, or a folder above it, should be; names that no disk takes."""
     write(tmp_path / "file", "precious")
     for output in (tmp_path / "file", tmp_path / "file" / "run", f"new/{'a' * 300}", ""):
@@ -203,8 +193,8 @@ def test_flags_go_before_or_after_the_recipe(call, tmp_path):
         assert {"steps = 7", "seq_len = 9", "batch_size = 16", 'output = "checkpoints/mine"'} <= set(out.splitlines())
 
 
-def test_a_flag_may_mend_a_recipe(call, tmp_path):
-    """Relations between keys are checked on the whole, not on the file alone."""
+def test_flag_may_correct_a_recipe(call, tmp_path):
+    """Relations between keys are checked after the flags are applied."""
     path = write(tmp_path / "mine.toml", "[schedule]\nwarmup = 3000\n")
     assert call("recipe", "show", path)[0] == 2
     assert call("recipe", "show", path, "--steps", 4000)[0] == 0
@@ -223,8 +213,7 @@ def test_every_key_is_a_flag_with_help(call):
 
 
 def test_shown_recipe_is_the_recipe_of_the_run(call, text_file):
-    """`recipe show` prints what the run writes beside its results, but for the output, which is where that lies; and
-    that file runs again to the same weights."""
+    """`recipe show` prints the run's recipe.toml, which has no output key; and that file trains the same weights."""
     arguments = (text_file, *FLAGS, "--output", "run")
     shown = call("recipe", "show", *arguments)[1]
     assert call("train", *arguments)[0] == 0
@@ -239,7 +228,7 @@ def test_shown_recipe_is_the_recipe_of_the_run(call, text_file):
 
 
 def test_compare_shows_the_differences(call, text_file):
-    """Exit 1 and a table; exit 2 where there is nothing to compare."""
+    """Exit 1 and a table; exit 2 where a run is missing."""
     for seed in (0, 1):
         assert call("train", text_file, *FLAGS, "--init-seed", seed, "--output", f"run{seed}")[0] == 0
     code, out, _ = call("compare", "run0", "run1")
@@ -280,9 +269,9 @@ def test_help_names_every_command(call):
     assert call("--version")[1] == f"mygpt {__version__}\n"
 
 
-def test_help_and_package_import_no_torch(tmp_path):
+def test_help_and_package_import_neither_torch_nor_pydantic(tmp_path):
     """They answer at once: torch alone takes seconds to import."""
-    code = "import sys, mygpt, mygpt.cli.main; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    code = "import sys, mygpt, mygpt.cli; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
     started_at = time.perf_counter()
     subprocess.run([sys.executable, "-m", "mygpt", "--help"], cwd=tmp_path, check=True, capture_output=True)
@@ -300,7 +289,7 @@ def test_generate_into_a_closed_pipe_ends_quietly(command, text_file, tmp_path):
 
 def test_interrupt_ends_without_traceback(text_file, tmp_path):
     """Ctrl-C: exit 130."""
-    command = [sys.executable, "-m", "mygpt", "train", text_file, *FLAGS, "--steps", "1000000", "--output", "run"]
+    command = [*MYGPT, "train", text_file, *FLAGS, "--steps", "1000000", "--output", "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not process.stdout.readline().startswith("step     1:"):
         assert process.poll() is None
@@ -314,7 +303,7 @@ def test_progress_bar_is_drawn_on_a_terminal_only(text_file, tmp_path):
     """stderr on a terminal shows steps, time left and tokens per second; stdout has the lines and nothing else."""
     terminal, other_end = pty.openpty()
     termios.tcsetwinsize(other_end, (30, 100))
-    command = [sys.executable, "-m", "mygpt", "train", text_file, *FLAGS, "--output", "run"]
+    command = [*MYGPT, "train", text_file, *FLAGS, "--output", "run"]
     done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=other_end, check=True)
     os.close(other_end)
     drawn = os.read(terminal, 1 << 16).decode()
@@ -334,8 +323,8 @@ def test_closed_output_does_not_end_a_run(text_file, tmp_path, closed):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_full_disk_under_stdout_costs_one_line(text_file, tmp_path):
-    """The world's failures: exit 1 and a message."""
+def test_full_disk_under_stdout_costs_one_line(tmp_path):
+    """Exit 1 and a message."""
     command = f"{sys.executable} -m mygpt recipe show default > /dev/full"
     result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
@@ -343,7 +332,7 @@ def test_full_disk_under_stdout_costs_one_line(text_file, tmp_path):
 
 
 def test_output_that_is_not_utf_8_escapes_what_it_lacks(tmp_path, command):
-    """No character of a corpus stops a command in a plain terminal."""
+    """No character of a corpus stops a command in an ASCII terminal."""
     write(tmp_path / "text.txt", "\u00e9\u4e16" * 200)
     plain = {"PYTHONIOENCODING": "ascii"}
     assert command("train", "text.txt", *FLAGS, "--output", "run", **plain).returncode == 0
@@ -363,9 +352,19 @@ def test_out_of_memory_costs_one_line_and_keeps_the_old_run(text_file, call):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_device_that_is_not_there_is_named(call, text_file):
+def test_missing_device_is_named(call, text_file):
     """Never a silent fallback to another."""
     code, out, err = call("train", text_file, *FLAGS, "--device", "cuda")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "device: got cuda, which this machine" in err
     assert not os.listdir()
+
+
+def test_one_flag_sets_both_seeds(command):
+    """For a run that differs in its random numbers alone; not together with one of the two flags."""
+    shown = command("recipe", "show", "quickstart", "--seed", 7).stdout
+    assert re.findall(r"^(\w+_seed) = (\d+)$", shown, re.MULTILINE) == [("init_seed", "7"), ("data_seed", "7")]
+    for flag in ("--init-seed=3", "--data_seed=3"):
+        refused = command("recipe", "show", "quickstart", "--seed", 7, flag)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "give --seed alone" in refused.stderr

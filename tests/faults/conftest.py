@@ -1,33 +1,20 @@
-"""Fixtures of the tests that disturb a run and compare it with one that was never disturbed."""
+"""The run with which a disturbed run is compared."""
 
-import shutil
 from pathlib import Path
 
 import pytest
-from support.fault_points import run
+from support.forked import run
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory, text_file):
-    """A function making folders to run in, each with the text."""
-
-    def make(name) -> Path:
-        path = tmp_path_factory.mktemp(name)
-        shutil.copy(text_file, path / "text.txt")
-        return path
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def quiet(folder):
-    """A function giving the folder in which these arguments have been run undisturbed, once."""
+def undisturbed(folder):
+    """A function giving the folder in which these arguments have been run without a fault, once."""
     done = {}
 
-    def undisturbed(*arguments) -> Path:
+    def make(*arguments) -> Path:
         if arguments not in done:
-            done[arguments] = folder("quiet")
+            done[arguments] = folder("undisturbed")
             assert run(arguments, done[arguments]) == 0
         return done[arguments]
 
-    return undisturbed
+    return make

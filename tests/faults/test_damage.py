@@ -1,15 +1,14 @@
-"""Checkpoints and recipes that are not the ones that were saved: damaged, linked, newer, changed."""
+"""Damaged, linked and newer checkpoints; a corpus and a recipe that have changed since."""
 
 import json
 import os
 import re
 
 import pytest
-from safetensors.torch import load_file, save_file
+from support.checkpoints import fit_manifest, rewrite
 from support.runs import contents
 
 from mygpt.errors import CheckpointError, MismatchError, RecipeError
-from mygpt.runs.files import METADATA_KEY
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
 from mygpt.training.train import train, train_until
@@ -57,8 +56,8 @@ def make_a_link(file):
 @pytest.mark.fault(26, 27, 28, 29, 30, 33)
 @pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "manifest.json"])
 @pytest.mark.parametrize("damage", [truncate, extend, break_header, flip_a_bit, delete, make_a_directory, make_a_link])
-def test_a_damaged_checkpoint_is_passed_over(interrupted, tiny, tmp_path, capsys, damage, name):
-    """With a warning the run goes on from the one before, to the same bytes, and sets the damaged one aside."""
+def test_damaged_checkpoint_is_passed_over(interrupted, tiny, tmp_path, capsys, damage, name):
+    """With a warning the run continues from the one before, to the same bytes, and sets the damaged one aside."""
     recipe, run = interrupted
     file = run / "step-000004" / name
     damage(file)
@@ -70,16 +69,15 @@ def test_a_damaged_checkpoint_is_passed_over(interrupted, tiny, tmp_path, capsys
     assert "continuing after step 2 " in messages
     (aside,) = run.glob("damaged-*")
     assert aside.name == "damaged-step-000004-1"
-    whole = contents(train(tiny(save_every=2, output=str(tmp_path / "whole"))))
-    ours = {name: value for name, value in contents(run).items() if not name.startswith("damaged")}
-    for name in ("run.json", "recipe.toml"):
-        del ours[name], whole[name]
-    assert ours == whole
+    whole = train(tiny(save_every=2, output=str(tmp_path / "whole")))
+    files = contents(run, without=("run.json", "recipe.toml"))
+    expected = contents(whole, without=("run.json", "recipe.toml"))
+    assert {name: value for name, value in files.items() if not name.startswith("damaged")} == expected
 
 
 @pytest.mark.fault(26, 30)
-def test_a_run_with_no_whole_checkpoint_is_not_started_again_silently(interrupted):
-    """Exit 1: what is left may be worth mending."""
+def test_run_with_no_whole_checkpoint_is_not_started_again(interrupted):
+    """Exit 1: the user may be able to repair a checkpoint."""
     recipe, run = interrupted
     for file in run.glob("step-*/model.safetensors"):
         truncate(file)
@@ -90,7 +88,7 @@ def test_a_run_with_no_whole_checkpoint_is_not_started_again_silently(interrupte
 
 @pytest.mark.fault(31)
 def test_another_architecture_names_the_key(interrupted, tiny, tmp_path):
-    """In the run's own directory, and from another run; nothing is changed."""
+    """In the run's directory, and from another run; nothing is changed."""
     _, run = interrupted
     before = contents(run)
     for keys, way_out in (
@@ -109,8 +107,8 @@ def test_another_architecture_names_the_key(interrupted, tiny, tmp_path):
 
 @pytest.mark.fault(32)
 @pytest.mark.parametrize("dangling", [False, True])
-def test_a_linked_step_directory_is_neither_followed_nor_touched(interrupted, tmp_path, capsys, dangling):
-    """Never read, written or deleted through it: it is set aside."""
+def test_linked_step_directory_is_neither_followed_nor_touched(interrupted, tmp_path, capsys, dangling):
+    """Nothing is read, written or deleted through the link: it is set aside."""
     recipe, run = interrupted
     elsewhere = tmp_path / "elsewhere"
     (run / "step-000004").rename(elsewhere)
@@ -127,8 +125,8 @@ def test_a_linked_step_directory_is_neither_followed_nor_touched(interrupted, tm
 
 
 @pytest.mark.fault(32)
-def test_links_in_a_run_lead_nothing_out_of_it(interrupted, tmp_path):
-    """Records, recipe and pointers that are links are replaced; what they point to stays as it was."""
+def test_links_in_a_run_are_not_followed(interrupted, tmp_path):
+    """Records, pointers and temporary files that are links are replaced; their targets do not change."""
     recipe, run = interrupted
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -136,24 +134,23 @@ def test_links_in_a_run_lead_nothing_out_of_it(interrupted, tmp_path):
         (outside / name).write_text("precious")
         (run / name).unlink(missing_ok=True)
         (run / name).symlink_to(outside / name)
-    before = contents(outside)
-    train(recipe)
-    assert contents(outside) == before
-    train(recipe, overwrite=True)
-    assert contents(outside) == before
+    for overwrite in (False, True):
+        train(recipe, overwrite=overwrite)
+        assert {path.read_text() for path in outside.iterdir()} == {"precious"}
 
 
 @pytest.mark.fault(34)
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
-def test_a_newer_format_is_named(interrupted, name):
-    """And not passed over: going on from an older checkpoint would discard the newer ones."""
+def test_newer_format_is_named(interrupted, name):
+    """And not passed over: continuing from an older checkpoint would discard the newer ones."""
     recipe, run = interrupted
     directory = run / "step-000004"
     if name == "manifest.json":
         manifest = json.loads((directory / name).read_text())
         (directory / name).write_text(json.dumps(manifest | {"format": 3}))
     else:
-        rewrite(directory, metadata=lambda values: values | {"format": 3})
+        rewrite(directory / name, metadata=lambda values: values.update(format=3))
+        fit_manifest(directory / name)
     before = contents(run)
     with pytest.raises(CheckpointError, match=rf"{name}: of format 3, and this mygpt reads up to 2") as caught:
         train(recipe)
@@ -161,37 +158,21 @@ def test_a_newer_format_is_named(interrupted, name):
     assert contents(run) == before
 
 
-def rewrite(directory, name="model.safetensors", *, metadata=lambda values: values, tensors=lambda values: None):
-    """Change a file of a checkpoint, and its manifest with it: damage that no hash shows."""
-    import hashlib
-
-    from safetensors import safe_open
-
-    file = directory / name
-    with safe_open(file, framework="pt") as opened:
-        values = metadata(json.loads(opened.metadata()[METADATA_KEY]))
-    parts = load_file(file)
-    tensors(parts)
-    save_file(parts, file, {METADATA_KEY: json.dumps(values)})
-    manifest = json.loads((directory / "manifest.json").read_text())
-    raw = file.read_bytes()
-    manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-
-
 @pytest.mark.fault(35)
-def test_weights_that_are_no_numbers_are_refused(interrupted):
+def test_non_finite_weights_are_refused(interrupted):
     """Also where the hash is right."""
     recipe, run = interrupted
-    rewrite(run / "step-000004", tensors=lambda values: values["norm.bias"].fill_(float("nan")))
+    file = run / "step-000004" / "model.safetensors"
+    rewrite(file, tensors=lambda values: values["norm.bias"].fill_(float("nan")))
+    fit_manifest(file)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged: norm\.bias has values that are") as caught:
         train(recipe)
     assert caught.value.exit_code == 1
 
 
 @pytest.mark.fault(36)
-def test_a_changed_corpus_is_refused_unless_allowed(interrupted, tiny, tmp_path, text):
-    """The same characters, in another order; and other characters, which no flag allows."""
+def test_changed_corpus_is_refused_unless_allowed(interrupted, tiny, tmp_path, text):
+    """The same characters in another order; no flag allows other characters."""
     recipe, run = interrupted
     other = tmp_path / "other.txt"
     other.write_text(text[10_000:] + text[:10_000], encoding="utf-8", newline="")
@@ -221,8 +202,8 @@ def test_a_changed_corpus_is_refused_unless_allowed(interrupted, tiny, tmp_path,
         ({"steps": 3}, r"steps: got 3, expected more than 4, the step of .*step-000004; raise --steps"),
     ],
 )
-def test_a_changed_recipe_is_refused(interrupted, tiny, keys, answer):
-    """Exit 2: what differs, and the ways out; nothing is changed."""
+def test_changed_recipe_is_refused(interrupted, tiny, keys, answer):
+    """Exit 2: the differences and the remedies; nothing is changed."""
     _, run = interrupted
     before = contents(run)
     with pytest.raises(RecipeError, match=answer) as caught:
@@ -236,8 +217,8 @@ def test_a_changed_recipe_is_refused(interrupted, tiny, keys, answer):
     ("keys", "warning"),
     [({"threads": 2}, r"threads 1 -> 2"), ({"micro_batch_size": 2}, r"micro_batch_size 4 -> 2")],
 )
-def test_what_changes_the_last_bits_is_told(interrupted, tiny, capsys, keys, warning):
-    """And recorded in run.json; the run goes on."""
+def test_changes_of_the_last_bits_are_reported(interrupted, tiny, capsys, keys, warning):
+    """With a warning, and in run.json; the run continues."""
     _, run = interrupted
     train(tiny(save_every=2, **keys))
     assert re.search(
@@ -252,7 +233,7 @@ def test_what_changes_the_last_bits_is_told(interrupted, tiny, capsys, keys, war
 
 @pytest.mark.fault(37)
 def test_harmless_changes_pass(interrupted, tiny, tmp_path, capsys):
-    """What is printed and kept may change, and more steps be asked for: the weights are those of the longer run."""
+    """Printing, pruning and a larger number of steps: the weights are those of the longer run."""
     _, run = interrupted
     train(tiny(save_every=4, steps=8, print_every=3, log_every=2, keep_last=2))
     messages = capsys.readouterr().err
@@ -260,7 +241,7 @@ def test_harmless_changes_pass(interrupted, tiny, tmp_path, capsys):
     longer = train(tiny(steps=8, output=str(tmp_path / "longer")))
     for name in ("model.safetensors", "state.safetensors"):
         assert (run / "step-000008" / name).read_bytes() == (longer / "step-000008" / name).read_bytes()
-    # A schedule that ends at `steps` is told to be another one.
+    # A schedule that ends at `steps` is another one, which a warning says.
     falling = {"schedule": "linear", "output": str(tmp_path / "falling")}
     train(tiny(**falling))
     train(tiny(**falling, steps=8))

@@ -5,9 +5,9 @@ import signal
 import sys
 
 import pytest
-from support.commands import needs_strace, run_process
-from support.fault_points import ARGUMENTS, run, start
-from support.runs import assert_undisturbed, contents, wait_for
+from support.commands import needs_strace, run_process, wait_for
+from support.forked import ARGUMENTS, run, start
+from support.runs import assert_undisturbed, contents
 
 KILLS = [
     (1, "made-temporary-directory", 1),
@@ -45,53 +45,53 @@ KILLS = [
 
 @pytest.mark.fault(1, 2, 3, 4, 5, 6, 7, 8, 10, 11)
 @pytest.mark.parametrize(("number", "point", "count"), KILLS)
-def test_killed_run_ends_as_if_it_had_not_been(folder, quiet, number, point, count):
-    """SIGKILL at a point, then the same command: every file and line is that of a run never killed."""
+def test_killed_run_ends_as_one_never_killed(folder, undisturbed, number, point, count):
+    """SIGKILL at a point, then the same command: every file and printed line is that of a run never killed."""
     place = folder(point)
     assert run(ARGUMENTS, place, point, count) == -signal.SIGKILL
     assert run(ARGUMENTS, place) == 0
-    assert_undisturbed(place, quiet(*ARGUMENTS))
+    assert_undisturbed(place, undisturbed(*ARGUMENTS))
 
 
 @pytest.mark.fault(9)
 @pytest.mark.parametrize("point", ["loading-weights", "loading-state", "loaded"])
-def test_kill_while_loading_changes_nothing(folder, quiet, point):
-    """Reading a checkpoint, and making the directory ready to go on, may be broken off anywhere."""
+def test_kill_while_loading_changes_nothing(folder, undisturbed, point):
+    """Reading a checkpoint, and preparing the directory to continue, can be killed anywhere."""
     place = folder(point)
     assert run(ARGUMENTS, place, "before-step", 9) == -signal.SIGKILL
     assert run(ARGUMENTS, place, point) == -signal.SIGKILL
     assert run(ARGUMENTS, place) == 0
-    assert_undisturbed(place, quiet(*ARGUMENTS))
+    assert_undisturbed(place, undisturbed(*ARGUMENTS))
 
 
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("point", ["middle-of-file", "before-rename", "pruned-halfway", "before-latest"])
-def test_killed_twice_in_the_same_save(folder, quiet, point):
-    """What the first kill left is no error for the second, nor for the run after it."""
+def test_killed_twice_in_the_same_save(folder, undisturbed, point):
+    """The leftovers of the first kill disturb neither the second attempt nor the third."""
     place = folder(point)
     for _ in range(2):
         assert run(ARGUMENTS, place, point) == -signal.SIGKILL
     assert run(ARGUMENTS, place) == 0
-    assert_undisturbed(place, quiet(*ARGUMENTS))
+    assert_undisturbed(place, undisturbed(*ARGUMENTS))
 
 
 @pytest.mark.fault(10, 11)
 @pytest.mark.parametrize("sampling", ["shared-stream", "own-stream", "full"])
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
-def test_resume_is_exact_with_every_sampling(folder, quiet, sampling, schedule):
+def test_resume_is_exact_with_every_sampling(folder, undisturbed, sampling, schedule):
     """Killed in warmup, between a save and an evaluation, with dropout and accumulation."""
     arguments = (*ARGUMENTS, "--sampling", sampling, "--schedule", schedule, "--log-val-stderr", "--log-grad-norm")
     place = folder(sampling)
     for point, count in (("before-step", 6), ("forward", 7)):
         assert run(arguments, place, point, count) == -signal.SIGKILL
     assert run(arguments, place) == 0
-    assert_undisturbed(place, quiet(*arguments))
+    assert_undisturbed(place, undisturbed(*arguments))
 
 
 @pytest.mark.fault(11)
 @pytest.mark.slow
-def test_fifty_random_kills_change_no_byte(folder, quiet):
-    """One run, killed 50 times: by turns after a random time from its start, and from its next checkpoint."""
+def test_fifty_random_kills_change_no_byte(folder, undisturbed):
+    """One run, killed 50 times: alternately a random time after its start, and after its next checkpoint."""
     arguments = (*ARGUMENTS, "--steps", 2000, "--save-every", 6, "--val-every", 50, "--log-every", 10)
     place, delays = folder("random"), random.Random(0)
     for kill in range(50):
@@ -101,29 +101,29 @@ def test_fifty_random_kills_change_no_byte(folder, quiet):
         if kill % 2:
             wait_for(lambda: newest.exists() and newest.read_text() != before)  # noqa: B023 - called at once
         process.join(delays.uniform(0, 0.1 if kill % 2 else 0.6))
-        assert process.exitcode is None, "it ended before it had been killed 50 times"
+        assert process.exitcode is None, "the run ended before it had been killed 50 times"
         process.kill()
         process.join()
     assert run(arguments, place) == 0
-    assert_undisturbed(place, quiet(*arguments))
+    assert_undisturbed(place, undisturbed(*arguments))
 
 
 @pytest.mark.fault(11)
 @pytest.mark.parametrize("defect", ["forget-moments", "forget-dropout", "forget-stream", "forget-rate"])
-def test_a_resume_that_forgets_something_is_found(folder, quiet, defect):
-    """The tests above can fail: whatever is not put back shows in the bytes."""
+def test_resume_that_forgets_something_is_found(folder, undisturbed, defect):
+    """The tests above can fail: a state that is not restored changes the bytes."""
     place = folder(defect)
     assert run(ARGUMENTS, place, "before-step", 6) == -signal.SIGKILL
     assert run(ARGUMENTS, place, defect) == 0
-    assert contents(place / "run") != contents(quiet(*ARGUMENTS) / "run")
+    assert contents(place / "run") != contents(undisturbed(*ARGUMENTS) / "run")
 
 
 @needs_strace
 @pytest.mark.slow
 @pytest.mark.fault(1, 4, 5, 6, 7, 8)
 @pytest.mark.parametrize("call", ["fsync:when=10", "/^rename:when=4", "unlinkat:when=2"])
-def test_kill_at_a_system_call(folder, quiet, call):
-    """The same from outside the program, by the system calls of the thread that saves."""
+def test_kill_at_a_system_call(folder, undisturbed, call):
+    """The same from outside the program, at system calls of the thread that saves."""
     place = folder("strace")
     name, when = call.split(":")
     trace = ["strace", "-f", "-qq", "-o", "trace", "-e", f"trace={name}"]
@@ -131,4 +131,4 @@ def test_kill_at_a_system_call(folder, quiet, call):
     killed = run_process([*trace, "-e", f"inject={name}:signal=SIGKILL:{when}", *program, "train", *ARGUMENTS], place)
     assert killed.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), killed.stderr + (place / "trace").read_text()
     assert run(ARGUMENTS, place) == 0
-    assert_undisturbed(place, quiet(*ARGUMENTS))
+    assert_undisturbed(place, undisturbed(*ARGUMENTS))

@@ -2,24 +2,22 @@
 
 import platform
 import re
-import sys
 import time
 
 import pytest
-from support.commands import BIN, run_process
-from support.fault_points import EVERYTHING, run, start
-from support.runs import FLAGS, contents, wait_for
+from support.commands import BIN, MYGPT, run_process, torchrun, wait_for
+from support.forked import EVERYTHING, LONG, start
+from support.runs import FLAGS, contents
 
 
 @pytest.mark.fault(20)
 def test_two_runs_in_one_directory_are_refused(folder):
-    """The second says so and exits with 2; the first goes on."""
+    """The second says so and exits with 2; the first continues."""
     place = folder("lock")
-    arguments = ("text.txt", *FLAGS, "--steps", 100_000, "--save-every", 50, "--output", "run")
-    first = start(arguments, place)
+    first = start(LONG, place)
     wait_for((place / "run" / "latest").exists)
     for more in ((), ("--overwrite",)):
-        result = run_process([sys.executable, "-m", "mygpt", "train", *arguments, *more], place)
+        result = run_process([*MYGPT, "train", *LONG, *more], place)
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
         assert "another process is training into run; wait for it, or choose another --output" in result.stderr
     assert first.exitcode is None
@@ -28,126 +26,96 @@ def test_two_runs_in_one_directory_are_refused(folder):
     assert first.exitcode == 143
 
 
-def two_processes(folder, patch, *flags):
-    """Run two processes under torchrun with a patch of the program; returns the folder, the result and its seconds.
-
-    What they say is that of the first of them, and of the launcher.
-    """
-    place = folder("two")
-    (place / "patched.py").write_text(
-        f"import os, signal, sys, time\nfrom mygpt.processes import channel as launch\nfrom mygpt.runs import saver as checkpoint\nfrom mygpt.training import evaluate, loop, parts, train as phases\n{patch}\n"
-        "from mygpt.cli.main import main\nmain(['train', *sys.argv[1:]])\n"
-    )
-    command = [
-        *(BIN / "torchrun", "--nproc-per-node", 2, "--local-ranks-filter", 0),
-        place / "patched.py",
-        "text.txt",
-        *FLAGS,
-        "--output",
-        "run",
-        *flags,
-    ]
+def two_processes(place, patch, *, steps=100_000, seconds=45):
+    """Run two processes, patched; they fail in time. Returns stderr of the first process and of the launcher."""
     started_at = time.monotonic()
-    result = run_process(command, place, timeout=120)
-    return place, result, time.monotonic() - started_at
+    arguments = ("text.txt", *FLAGS, "--steps", steps, "--save-every", 20, "--output", "run")
+    result = torchrun(2, place, *arguments, patch=patch, launcher=("--local-ranks-filter", 0), timeout=120)
+    assert result.returncode != 0
+    assert time.monotonic() - started_at < seconds
+    return result.stderr
+
+
+RANK_1 = f"rank 1 on {platform.node()}"
 
 
 @pytest.mark.fault(16)
 @pytest.mark.slow
-def test_memory_that_one_process_lacks_is_told_by_its_name(folder):
-    """By the others, who would else only know that it has gone."""
+def test_all_processes_report_which_one_lacks_memory(folder):
+    """The others would otherwise only know that it has ended."""
     patch = """
-step = loop.train_step
-def filling_step(*args, **kwargs):
-    if os.environ["RANK"] == "1" and os.path.exists("run/latest"):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    return step(*args, **kwargs)
-loop.train_step = filling_step
+import torch
+disturb("before-step", fail(torch.OutOfMemoryError("CUDA out of memory")), when=rank_1_after_a_save)
 """
-    _, result, seconds = two_processes(folder, f"import torch\n{patch}", "--steps", 100_000, "--save-every", 20)
-    assert result.returncode != 0
-    assert seconds < 45
-    told = (
-        f"mygpt: rank 1 on {platform.node()}: out of memory with batch_size = 4, seq_len = 16; lower micro_batch_size"
-    )
-    assert told in result.stderr
+    messages = two_processes(folder("memory"), patch)
+    assert f"mygpt: {RANK_1}: out of memory with batch_size = 4, seq_len = 16; lower micro_batch_size" in messages
 
 
 @pytest.mark.fault(17)
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_launch(folder):
-    """The launcher says which, and fails within seconds."""
+def test_killed_rank_ends_the_launch_and_the_same_command_continues(folder):
+    """The launcher names it and fails within seconds; the next launch ends with the bytes of a run never disturbed."""
     patch = """
-step = loop.train_step
-def dying_step(*args, **kwargs):
-    if os.environ["RANK"] == "1" and os.path.exists("run/latest"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(*args, **kwargs)
-loop.train_step = dying_step
+def kill_once(*_):
+    open("killed", "x").close()
+    kill()
+if not os.path.exists("killed"):
+    disturb("before-step", kill_once, when=rank_1_after_a_save)
 """
-    place, result, seconds = two_processes(folder, patch, "--steps", 100_000, "--save-every", 20)
-    assert result.returncode != 0
-    assert seconds < 45
-    assert "Signal 9 (SIGKILL) received by PID" in result.stderr
-    assert run(("text.txt", *FLAGS, "--steps", 40, "--output", "run", "--save-every", 20), place) in (0, 2)
+    place, undisturbed = folder("killed"), folder("undisturbed")
+    messages = two_processes(place, patch, steps=1000)
+    assert "Signal 9 (SIGKILL) received by PID" in messages
+    assert (place / "killed").exists()
+    arguments = ("text.txt", *FLAGS, "--steps", 1000, "--save-every", 20, "--output", "run")
+    result = torchrun(2, place, *arguments, patch=patch)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"continuing after step \d+0 from run/step-", result.stderr)
+    expected = torchrun(2, undisturbed, *arguments)
+    assert expected.returncode == 0, expected.stderr
+    assert contents(place / "run") == contents(undisturbed / "run")
+    assert result.stdout == expected.stdout
 
 
 @pytest.mark.fault(18)
 @pytest.mark.slow
-def test_a_failed_save_hangs_no_rank(folder):
-    """The main process alone saves; when it cannot, all end and the message is its."""
-    patch = """
-def full(*args):
-    raise OSError(28, "No space left on device")
-checkpoint.save_file = full
-"""
-    _, result, seconds = two_processes(folder, patch, "--steps", 100_000, "--save-every", 20)
-    assert result.returncode != 0
-    assert seconds < 45
-    assert "cannot be saved: [Errno 28] No space left on device" in result.stderr
+def test_failed_save_hangs_no_rank(folder):
+    """The main process alone saves; when it cannot, all end with its message."""
+    messages = two_processes(folder("save"), 'disturb("before-writing", fail(OSError(28, "No space left on device")))')
+    assert "cannot be saved: [Errno 28] No space left on device" in messages
 
 
 @pytest.mark.fault(19)
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_waited_for_a_bounded_time(folder):
+def test_rank_that_hangs_is_waited_for_a_bounded_time(folder):
     """Ten minutes by default; here five seconds."""
     patch = """
-from datetime import timedelta
-launch.PROCESS_TIMEOUT = timedelta(seconds=5)
-step = loop.train_step
-def hanging_step(*args, **kwargs):
-    if os.environ["RANK"] == "1" and os.path.exists("run/latest"):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(1000)
-    return step(*args, **kwargs)
-loop.train_step = hanging_step
+wait_at_most(5)
+def hang(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(1000)
+disturb("before-step", hang, when=rank_1_after_a_save)
 """
-    _, result, seconds = two_processes(folder, patch, "--steps", 100_000, "--save-every", 20)
-    assert result.returncode != 0
-    assert seconds < 75
-    who = re.escape(f"rank 1 on {platform.node()}")
-    assert re.search(rf"^mygpt: {who} has ended, or has not answered for too long: .*Timed out", result.stderr, re.M)
+    messages = two_processes(folder("hang"), patch, seconds=75)
+    lost = rf"^mygpt: {re.escape(RANK_1)} has ended, or has not answered for too long: .*Timed out"
+    assert re.search(lost, messages, re.MULTILINE)
 
 
 @pytest.mark.slow
 def test_several_processes_resume_exactly(folder):
-    """Three, since two hide the order of sums; each has a dropout generator. Without settled buckets it shows."""
+    """Three, since two hide the order of sums; each has a dropout generator. Unsettled DDP buckets change the bytes."""
     arguments = ["text.txt", *EVERYTHING, "--batch-size", 24]
-    torchrun = [BIN / "torchrun", "--nproc-per-node", 3]
-    whole, places = folder("whole"), {patch: folder("parted") for patch in ("", "parts.settle_buckets = print")}
-    assert run_process([*torchrun, "-m", "mygpt", "train", *arguments], whole).returncode == 0
+    whole = folder("whole")
+    command = [BIN / "torchrun", "--nproc-per-node", 3, "-m", "mygpt", "train", *arguments]
+    assert run_process(command, whole).returncode == 0
     runs = []
-    for patch, place in places.items():
-        (place / "parts.py").write_text(
-            "import functools, sys\nfrom mygpt.training import evaluate, loop, parts, train as phases\nfrom mygpt.cli.main import main\ntrain = phases.train\n"
-            "if sys.argv.pop(1) == 'first':\n    phases.train = functools.partial(phases.train_until, last_step=5)\n"
-            f"else:\n    {patch or 'pass'}\n"
-            "main(['train', *sys.argv[1:]])\n"
-        )
-        for part in ("first", "second"):
-            result = run_process([*torchrun, "parts.py", part, *arguments], place)
+    for defect in ("", "parts.settle_buckets = print"):
+        place = folder("parted")
+        for patch in ("import functools; phases.train = functools.partial(phases.train_until, last_step=5)", defect):
+            result = torchrun(3, place, *arguments, patch=patch)
             assert result.returncode == 0, result.stderr
-        runs.append({name: value for name, value in contents(place / "run").items() if name != "run.json"})
-    expected = {name: value for name, value in contents(whole / "run").items() if name != "run.json"}
-    assert runs[0] == expected
-    assert runs[1] != expected
+        runs.append(place)
+    parted, unsettled, expected = (contents(place / "run") for place in (*runs, whole))
+    for files in (parted, unsettled, expected):
+        del files["run.json"]
+    assert parted == expected
+    assert unsettled != expected

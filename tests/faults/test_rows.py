@@ -8,7 +8,7 @@ from support.commands import REPOSITORY
 
 
 def test_every_fault_has_a_test_and_a_row():
-    """Each number from 1 to 70 is the mark of a test, and a row of docs/faults.md; and no other number is."""
+    """Each number from 1 to 70, and no other, is the mark of a test and a row of docs/faults.md."""
     marked = set()
     for path in Path(__file__).parents[1].rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -7,87 +7,98 @@ import subprocess
 import time
 
 import pytest
-from support.commands import BIN, REPOSITORY
-from support.fault_points import run, start
-from support.runs import FLAGS, contents, wait_for
+from support.commands import BIN, LAUNCH, wait_for
+from support.fault_points import disturb, send
+from support.forked import LONG, run, start
+from support.runs import FLAGS, contents, latest_step
 
-
-def signalled(
-    folder, *signals, arguments=("text.txt", *FLAGS, "--steps", 100_000, "--save-every", 50, "--output", "run")
-):
-    """Start a long run, send it signals once it has saved, and return its folder, exit code and messages."""
-    place = folder("signal")
-    process = start(arguments, place)
-    wait_for((place / "run" / "latest").exists)
-    for number in signals:
-        os.kill(process.pid, number)
-    process.join(60)
-    return place, process.exitcode, (place / "err").read_text()
+from mygpt.errors import InterruptedRunError
+from mygpt.runs.steps import read_manifest
+from mygpt.training.train import train
 
 
 @pytest.mark.fault(13, 14)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_stops(folder, quiet, number, code):
-    """The step is finished and saved; the same command goes on from there, to the bytes of a run never stopped."""
-    place, exitcode, messages = signalled(folder, number)
-    assert exitcode == code
-    step = int((place / "run" / "latest").read_text().removeprefix("step-"))
+def test_signal_saves_and_stops(folder, undisturbed, number, code):
+    """The step is finished and saved; the same command continues from it, to the bytes of a run never stopped."""
+    place = folder("signal")
+    process = start(LONG, place)
+    wait_for((place / "run" / "latest").exists)
+    os.kill(process.pid, number)
+    process.join(60)
+    messages = (place / "err").read_text()
+    assert process.exitcode == code
+    step = latest_step(place / "run")
     assert f"stopped by {number.name}; saved run/step-{step:06d}, and the same command continues" in messages
     assert "Traceback" not in messages
-    arguments = ("text.txt", *FLAGS, "--steps", step + 20, "--save-every", 50, "--output", "run")
+    arguments = (*LONG, "--steps", step + 20)
     assert run(arguments, place) == 0
     assert f"continuing after step {step}" in (place / "err").read_text()
-    undisturbed = quiet(*arguments)
-    saved = contents(place / "run")
+    saved, expected = contents(place / "run"), contents(undisturbed(*arguments) / "run")
     for name in (f"step-{step + 20:06d}/model.safetensors", f"step-{step + 20:06d}/state.safetensors", "metrics.jsonl"):
-        assert saved[name] == contents(undisturbed / "run")[name]
+        assert saved[name] == expected[name]
     assert f"step-{step:06d}" not in saved or step % 50 == 0
 
 
 @pytest.mark.fault(15)
-def test_a_second_signal_ends_at_once(folder, monkeypatch):
-    """While the first is still being answered; the checkpoint before stays whole."""
+def test_second_signal_ends_at_once(folder):
+    """It comes while the run still saves after the first signal; the checkpoint before stays whole."""
     place = folder("twice")
-    arguments = ("text.txt", *FLAGS, "--steps", 100_000, "--save-every", 50, "--output", "run")
-    process = start(arguments, place, "slow-saves")
-    wait_for((place / "run" / "latest").exists)
-    before = (place / "run" / "latest").read_text()
+    process = start(LONG, place, "slow-saves")
+    latest = place / "run" / "latest"
+    wait_for(latest.exists)
+    before = latest.read_text()
     os.kill(process.pid, signal.SIGINT)
     time.sleep(0.5)
     assert process.exitcode is None
     os.kill(process.pid, signal.SIGINT)
     process.join(1)
     assert process.exitcode == 130
-    assert (place / "run" / "latest").read_text() == before
-    assert run((*arguments, "--steps", 60), place) == 0
+    assert latest.read_text() == before
+    assert run((*LONG, "--steps", 60), place) == 0
 
 
 @pytest.mark.fault(13, 14)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_a_signal_to_a_launcher_saves_and_stops(folder, launcher, number):
-    """One process or several: they stop at the same step, save and leave; also when the launcher is killed."""
+def test_signal_to_a_launcher_saves_and_stops(folder, launcher, number):
+    """One process or several: they stop at the same step, save and exit; also when the launcher is killed."""
     place = folder(launcher)
     command = {
         "torchrun": [BIN / "torchrun", "--nproc-per-node", 2],
-        "accelerate": [BIN / "accelerate", "launch", "--config_file", REPOSITORY / "recipes/launch/cpu1.yaml"],
+        "accelerate": [BIN / "accelerate", "launch", "--config_file", LAUNCH / "cpu1.yaml"],
     }[launcher]
-    command += ["-m", "mygpt"]
-    arguments = ["train", "text.txt", *FLAGS, "--steps", 100_000, "--save-every", 20, "--output", "run"]
+    arguments = ["-m", "mygpt", "train", "text.txt", *FLAGS, "--steps", 100_000, "--save-every", 20, "--output", "run"]
     process = subprocess.Popen(
         [*map(str, command), *map(str, arguments)], cwd=place, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     wait_for((place / "run" / "latest").exists)
-    if number == signal.SIGINT:  # as a terminal sends it, to all
+    if number == signal.SIGINT:  # a terminal sends it to all processes
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
     _, messages = process.communicate(timeout=60)
     assert process.returncode != 0
-    # All processes hold stderr: it has ended, so they have. A launcher that was killed passed on no signal.
+    # stderr has ended, and all processes hold it: so all have ended. A launcher that was killed passed on no signal.
     assert f"stopped by {'SIGTERM' if number == signal.SIGKILL else number.name}; saved run/step-" in messages
     saved = max(int(path.name.removeprefix("step-")) for path in (place / "run").glob("step-*"))
     manifest = json.loads((place / "run" / f"step-{saved:06d}" / "manifest.json").read_text())
     assert manifest["reason"] == ("scheduled" if saved % 20 == 0 else "interrupted")
     assert (place / "run" / "latest").read_text() == f"step-{saved:06d}\n"
+
+
+@pytest.mark.fault(68)
+@pytest.mark.parametrize(("point", "count"), [("before-step", 6), ("validation", 1), ("before-rename", 1)])
+def test_signal_during_the_last_step_ends_a_complete_run(tiny, monkeypatch, capsys, point, count):
+    """Exit 0 and complete: nothing is left to continue, so a scheduler need not queue the job again."""
+    with monkeypatch.context() as patch:
+        disturb(point, send(signal.SIGTERM), count=count, patch=patch.setattr)
+        run = train(tiny(val_split=0.2, val_every=6))
+    assert (run / "latest").read_text() == "step-000006\n"
+    assert read_manifest(run / "step-000006").finished
+    assert f"saved {run}" in capsys.readouterr().err
+    if point == "before-step":  # the negative control: one step earlier the run is to be continued
+        disturb(point, send(signal.SIGTERM), count=5, patch=monkeypatch.setattr)
+        with pytest.raises(InterruptedRunError):
+            train(tiny(val_split=0.2, val_every=6), overwrite=True)

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from support.commands import needs_strace, run_process
-from support.fault_points import ARGUMENTS, run
+from support.commands import MYGPT, needs_strace, run_process
+from support.forked import ARGUMENTS, run
 from support.runs import FLAGS, assert_undisturbed, contents
 
 needs_namespaces = pytest.mark.skipif(
@@ -21,11 +21,10 @@ needs_namespaces = pytest.mark.skipif(
 @needs_namespaces
 @pytest.mark.slow
 @pytest.mark.fault(21)
-def test_full_disk_keeps_what_was_saved(folder, quiet):
-    """A disk that fills: exit 1, the old checkpoint whole; with room the same command ends as if nothing had been."""
+def test_full_disk_keeps_what_was_saved(folder, undisturbed):
+    """Exit 1, the old checkpoint whole; with room the same command gives the bytes of an undisturbed run."""
     arguments = ("text.txt", *FLAGS, "--steps", 12, "--save-every", 2, "--output", "disk/run")
-    undisturbed = folder("quiet-disk")
-    assert run(arguments, undisturbed) == 0
+    expected = undisturbed(*arguments)
     place = folder("disk")
     (place / "disk").mkdir()
     mygpt = f"{sys.executable} -m mygpt"
@@ -45,9 +44,9 @@ cp -a disk/run saved
     assert "step-000002" in read["listing"]
     assert read["generate-code"].strip() == "0"
     assert read["code2"].strip() == "0", read["err2"]
-    ours, theirs = contents(place / "saved"), contents(undisturbed / "disk" / "run")
+    ours, theirs = contents(place / "saved"), contents(expected / "disk" / "run")
     for files in (ours, theirs):
-        for name in ("run.json", "recipe.toml"):  # which name the text by its path
+        for name in ("run.json", "recipe.toml"):  # they hold the path of the text
             del files[name]
     assert ours == theirs
 
@@ -62,31 +61,30 @@ cp -a disk/run saved
         ("file-size-limit", 1, "File too large"),
     ],
 )
-def test_a_disk_that_fails_costs_one_line_and_no_checkpoint(folder, quiet, point, count, message):
-    """Exit 1, naming the file and the way out; what was saved stays, and the same command goes on from it."""
+def test_failing_disk_costs_one_line_and_no_checkpoint(folder, undisturbed, point, count, message):
+    """Exit 1, naming the file and the remedy; saved checkpoints stay, and the same command continues from them."""
     place = folder(point)
-    arguments = ARGUMENTS
-    assert run(arguments, place, "before-step", 6) == -signal.SIGKILL
+    assert run(ARGUMENTS, place, "before-step", 6) == -signal.SIGKILL
     before = contents(place / "run")
-    assert run(arguments, place, point, count) == 1
+    assert run(ARGUMENTS, place, point, count) == 1
     messages = (place / "err").read_text().splitlines()
     assert message in messages[-1]
     assert messages[-1].startswith("mygpt: ")
     assert not any(line.startswith("Traceback") for line in messages)
     after = contents(place / "run")
     assert all(after.get(name) == before[name] for name in before if name.startswith("step-000004"))
-    assert run(arguments, place) == 0
-    assert_undisturbed(place, quiet(*arguments))
+    assert run(ARGUMENTS, place) == 0
+    assert_undisturbed(place, undisturbed(*ARGUMENTS))
 
 
 @needs_strace
 @pytest.mark.slow
 @pytest.mark.fault(23)
-def test_a_sync_that_fails_is_an_error(folder, quiet):
-    """EIO from the kernel: what could not be synced is not taken for saved."""
+def test_failing_sync_is_an_error(folder):
+    """EIO from the kernel: a file that could not be synced does not count as saved."""
     place = folder("eio")
     command = ["strace", "-f", "-qq", "-o", "trace", "-e", "inject=fsync:error=EIO:when=3+"]
-    result = run_process([*command, sys.executable, "-m", "mygpt", "train", *ARGUMENTS], place)
+    result = run_process([*command, *MYGPT, "train", *ARGUMENTS], place)
     assert result.returncode == 1, result.stderr
     assert "Input/output error" in result.stderr
     assert "Traceback" not in result.stderr

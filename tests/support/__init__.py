@@ -3,4 +3,4 @@
 import pytest
 
 # Failed asserts in these modules show their values, as in a test.
-pytest.register_assert_rewrite("support.fault_points", "support.runs")
+pytest.register_assert_rewrite("support.commands", "support.forked", "support.runs")

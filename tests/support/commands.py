@@ -1,16 +1,21 @@
-"""Run programs as a user does, in processes of their own."""
+"""Run programs as a user does, in new processes."""
 
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+TESTS = REPOSITORY / "tests"
+LAUNCH = REPOSITORY / "recipes" / "launch"
+SCRIPT = REPOSITORY / "scripts" / "train.py"
 BIN = Path(sys.executable).parent
+MYGPT = [sys.executable, "-m", "mygpt"]
 
 needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 
@@ -28,7 +33,33 @@ def run_process(arguments, cwd, timeout=300, environment=None) -> subprocess.Com
     )
 
 
+def patched(place, patch) -> Path:
+    """A script in `place` for `mygpt train`, which first runs the code in `patch`, with the names of fault_points."""
+    script = place / "patched.py"
+    script.write_text(
+        f"import os, signal, sys, time\nsys.path.append({str(TESTS)!r})\nfrom support.fault_points import *\n{patch}\n"
+        "cli.main(['train', *sys.argv[1:]])\n"
+    )
+    return script
+
+
+def torchrun(processes, place, *arguments, patch="", launcher=(), timeout=180) -> subprocess.CompletedProcess:
+    """Run `mygpt train ARGUMENTS` in so many processes in `place`, patched, by torchrun with the `launcher` flags."""
+    launcher = [*launcher, *(() if "--standalone" in launcher else ("--master-port", free_port()))]
+    command = [BIN / "torchrun", "--nproc-per-node", processes, *launcher, patched(place, patch), *arguments]
+    return run_process(command, place, timeout)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def wait_for(happened, *processes, seconds=60):
+    """Wait until `happened()`, while these processes run."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it has not happened in time"
+        assert all(process.poll() is None for process in processes), "a process has ended too early"
+        time.sleep(0.005)

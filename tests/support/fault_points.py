@@ -1,167 +1,156 @@
-"""Runs in processes of their own, which kill themselves at a chosen point; for the tests of what a kill leaves behind.
-
-The processes are forked from one that has imported everything, so that a run takes a fraction of a second.
-"""
+"""Where tests disturb the program: the functions that they replace, private ones included, and what happens there."""
 
 import errno
-import functools
-import gc
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import sys
 import time
-from multiprocessing import forkserver
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-
-import pytest
-import torch.distributed.tensor  # noqa: F401 - clipping imports it, which takes a second
+from typing import Any, NamedTuple
 
 from mygpt.cli import main as cli
 from mygpt.model.gpt import GPT
-from mygpt.recipe.flags import parse_recipe
+from mygpt.processes import channel as launch
 from mygpt.runs import run as rundir
 from mygpt.runs import saver as checkpoint
 from mygpt.training import evaluate, loop, parts, state
 from mygpt.training import train as phases
-from support.runs import FLAGS
-
-parse_recipe(["python-docs"], "mygpt train")  # reads the sources for help texts, once for all processes
-
-# Every way in which a run has state: dropout, accumulation, warmup, a shared stream, a best, checkpoints that go.
-EVERYTHING = [
-    *FLAGS,
-    *("--steps", 12, "--dropout", 0.2, "--micro-batch-size", 2, "--schedule", "cosine", "--warmup", 8),
-    *("--max-grad-norm", 1.0, "--val-split", 0.2, "--val-every", 3, "--print-every", 5),
-    *("--save-every", 4, "--keep-last", 2, "--save-best", "--output", "run"),
-]
 
 
-ARGUMENTS = ("text.txt", *EVERYTHING)
+class Point(NamedTuple):
+    """A call of the program at which a test can act."""
+
+    owner: Any
+    name: str
+    counts: Callable[..., bool] = lambda *args: True
+    """Which calls count, by their arguments."""
+    after: bool = False
+    """Act after the call, not before it."""
 
 
-def start(arguments, folder, point=None, count=1):
-    """Start `mygpt train ARGUMENTS` in `folder`, to be killed at the `count`-th time that `point` is reached."""
-    process = _server().Process(target=_run, args=([str(argument) for argument in arguments], folder, point, count))
-    process.start()
-    return process
-
-
-@functools.cache
-def _server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.fault_points"])
-    with pytest.MonkeyPatch.context() as patch:
-        # Before Python 3.14 the server looks for what it preloads along PYTHONPATH alone.
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
-        # What is installed is to be tested, not what lies in the working directory.
-        patch.setenv("PYTHONSAFEPATH", "1")
-        forkserver.ensure_running()
-    return context
-
-
-def run(arguments, folder, point=None, count=1) -> int:
-    """As `start`, to its end; returns the exit code, -9 for a kill. What it printed is in `folder`/out and err."""
-    process = start(arguments, folder, point, count)
-    process.join(120)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode
-
-
-def _run(arguments, folder, point, count):
-    gc.freeze()  # or the collections at the end of a run would copy all that was forked
-    os.chdir(folder)
-    for name, stream in (("out", 1), ("err", 2)):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    # A forked process has the streams that the first one had.
-    sys.stdout, sys.stderr = (os.fdopen(stream, "w", encoding="utf-8", newline="") for stream in (1, 2))
-    sys.argv = ["mygpt", "train", *arguments]
-    if point:
-        POINTS[point](count)
-    cli.main(sys.argv[1:])
-
-
-def _kill(*_args):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _at(owner, name, *, counts=lambda *args: True, after=False, act=None):
-    """A point that is reached when `owner.name` is called with arguments that count, before or after it acts."""
-
-    def install(count):
-        original = getattr(owner, name)
-        left = [count]
-
-        def replacement(*args, **kwargs):
-            reached = False
-            if counts(*args):
-                left[0] -= 1
-                reached = left[0] == 0
-            if reached and not after:
-                return (act or _kill)(*args)
-            result = original(*args, **kwargs)
-            if reached:
-                (act or _kill)(*args)
-            return result
-
-        setattr(owner, name, replacement)
-
-    return install
-
-
-def _named(prefix):
+def named(prefix):
     return lambda path, *rest: Path(path).name.startswith(prefix)
 
 
-def _renamed_to(prefix):
+def renamed_to(prefix):
     return lambda path, target: Path(target).name.startswith(prefix)
 
 
-def _halve_and_kill(_tensors, file, _metadata):
-    os.truncate(file, os.path.getsize(file) // 2)
-    _kill()
+POINTS = {
+    "made-temporary-directory": Point(Path, "mkdir", named(".tmp-step"), after=True),
+    "between-files": Point(checkpoint, "save_file", after=True),
+    "before-fsync": Point(checkpoint, "sync"),
+    "before-manifest": Point(checkpoint, "replace_text"),
+    "before-rename": Point(checkpoint, "publish"),
+    "after-rename": Point(Path, "rename", renamed_to("step-"), after=True),
+    "after-directory-fsync": Point(checkpoint, "publish", after=True),
+    "before-latest": Point(Path, "replace", renamed_to("latest")),
+    "after-latest": Point(Path, "replace", renamed_to("latest"), after=True),
+    "before-best": Point(Path, "replace", renamed_to("best")),
+    "before-pruning": Point(checkpoint, "prune"),
+    "renamed-for-pruning": Point(Path, "rename", renamed_to(".tmp-old"), after=True),
+    "pruning": Point(shutil, "rmtree", named(".tmp-old")),
+    "after-pruning": Point(checkpoint, "prune", after=True),
+    "loading-weights": Point(state, "read_weights"),
+    "loading-state": Point(state, "read_state", after=True),
+    "loaded": Point(phases, "begin_run", after=True),
+    "joined": Point(phases, "check_joined", after=True),
+    "making-run": Point(phases, "begin_run"),
+    "made-run.json": Point(Path, "replace", renamed_to("run.json"), after=True),
+    "made-recipe": Point(Path, "replace", renamed_to("recipe.toml"), after=True),
+    "before-writing": Point(checkpoint, "save_file"),
+    "before-step": Point(loop, "train_step"),
+    "after-step": Point(loop, "train_step", after=True),
+    "forward": Point(GPT, "forward"),
+    "validation": Point(evaluate, "held_out_loss"),
+    "after-validation": Point(evaluate, "held_out_loss", after=True),
+    "record": Point(phases.Recorder, "record", after=True),
+    "old-run-half-removed": Point(rundir, "remove", named("step-"), after=True),
+    "copying-records": Point(shutil, "copyfile", after=True),
+}
 
 
-def _remove_half_and_kill(entry):
-    next(iter(Path(entry).iterdir())).unlink()
-    _kill()
+def kill(*_args):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _fail(number):
-    def act(*args):
-        raise OSError(number, os.strerror(number))
+def send(number):
+    """An act: send this process a signal."""
+    return lambda *_args: os.kill(os.getpid(), number)
+
+
+def fail(error):
+    """An act: raise an error."""
+
+    def act(*_args):
+        raise error
 
     return act
 
 
-def _slow_saves(_count):
+def disturb(point, act=kill, *, count: int | None = 1, when=lambda: True, patch=setattr):
+    """Do `act` with the arguments of the call, at the `count`-th time that `point` is reached while `when()` is true.
+
+    With a `count` of None, each time. `patch` replaces the program's function: `monkeypatch.setattr` puts it back.
+    """
+    owner, name, counts, after = POINTS[point]
+    original, reached = getattr(owner, name), []
+
+    def replacement(*args, **kwargs):
+        if is_reached := counts(*args) and when():
+            reached.append(1)
+            is_reached = count in (None, len(reached))
+        if is_reached and not after:
+            act(*args)
+        result = original(*args, **kwargs)
+        if is_reached and after:
+            act(*args)
+        return result
+
+    patch(owner, name, replacement)
+
+
+def wait_at_most(seconds):
+    """How long processes wait for each other, in place of ten minutes."""
+    launch.PROCESS_TIMEOUT = parts.PROCESS_TIMEOUT = timedelta(seconds=seconds)
+
+
+def rank_1_after_a_save() -> bool:
+    return os.environ.get("RANK", "1") == "1" and os.path.exists("run/latest")
+
+
+# ---- faults that are more than a kill at a point, by name: functions of how often the point is reached first
+
+
+def halve_and_kill(_tensors, file, _metadata):
+    os.truncate(file, os.path.getsize(file) // 2)
+    kill()
+
+
+def remove_one_and_kill(directory):
+    next(iter(Path(directory).iterdir())).unlink()
+    kill()
+
+
+def limit_file_size(bytes_):
+    return lambda _count: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, resource.RLIM_INFINITY))
+
+
+def slow_saves(_count):
     """Every save but the first takes ten seconds."""
-    original, saved = checkpoint.publish, []
-
-    def publish(*args):
-        if saved:
-            time.sleep(10)
-        saved.append(1)
-        original(*args)
-
-    checkpoint.publish = publish
+    first = iter([0])
+    disturb("before-rename", lambda *_: time.sleep(next(first, 10)), count=None)
 
 
-def _limit_file_size(bytes_):
-    def install(_count):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, resource.RLIM_INFINITY))
-
-    return install
-
-
-def _forget(owner, name):
-    """No kill, but a defect: what a resumed run needs is not put back."""
+def forget(owner, name):
+    """No kill but a defect: a resumed run does not restore something."""
     return lambda _count: setattr(owner, name, lambda *args: None)
 
 
-def _forget_stream(_count):
+def forget_stream(_count):
     original = state.restore
 
     def restore(accelerator, path, gpt, stream, seed):
@@ -173,50 +162,38 @@ def _forget_stream(_count):
     parts.restore = restore
 
 
-def _forget_rate(_count):
+def forget_rate(_count):
     original = parts.build_scheduler
     parts.build_scheduler = lambda *args, steps_done: original(*args)
 
 
-POINTS = {
-    "made-temporary-directory": _at(Path, "mkdir", counts=_named(".tmp-step"), after=True),
-    "middle-of-file": _at(checkpoint, "save_file", after=True, act=_halve_and_kill),
-    "between-files": _at(checkpoint, "save_file", after=True),
-    "before-fsync": _at(checkpoint, "sync"),
-    "before-manifest": _at(checkpoint, "replace_text"),
-    "before-rename": _at(checkpoint, "publish"),
-    "after-rename": _at(Path, "rename", counts=_renamed_to("step-"), after=True),
-    "after-directory-fsync": _at(checkpoint, "publish", after=True),
-    "before-latest": _at(Path, "replace", counts=_renamed_to("latest")),
-    "after-latest": _at(Path, "replace", counts=_renamed_to("latest"), after=True),
-    "before-best": _at(Path, "replace", counts=_renamed_to("best")),
-    "before-pruning": _at(checkpoint, "prune"),
-    "renamed-for-pruning": _at(Path, "rename", counts=_renamed_to(".tmp-old"), after=True),
-    "pruned-halfway": _at(shutil, "rmtree", counts=_named(".tmp-old"), act=_remove_half_and_kill),
-    "after-pruning": _at(checkpoint, "prune", after=True),
-    "loading-weights": _at(state, "read_weights"),
-    "loading-state": _at(state, "read_state", after=True),
-    "loaded": _at(phases, "begin_run", after=True),
-    "making-run": _at(phases, "begin_run"),
-    "made-run.json": _at(Path, "replace", counts=_renamed_to("run.json"), after=True),
-    "made-recipe": _at(Path, "replace", counts=_renamed_to("recipe.toml"), after=True),
-    "before-step": _at(loop, "train_step"),
-    "after-step": _at(loop, "train_step", after=True),
-    "forward": _at(GPT, "forward"),
-    "validation": _at(evaluate, "held_out_loss"),
-    "after-validation": _at(evaluate, "held_out_loss", after=True),
-    "record": _at(phases.Recorder, "record", after=True),
-    "old-run-half-removed": _at(rundir, "remove", counts=_named("step-"), after=True),
-    "copying-records": _at(shutil, "copyfile", after=True),
-    "fsync-fails": _at(checkpoint, "sync", act=_fail(errno.EIO)),
-    "disk-full": _at(checkpoint, "save_file", act=_fail(errno.ENOSPC)),
-    "metrics-disk-full": _limit_file_size(700),
-    "file-size-limit": _limit_file_size(40_000),
-    "slow-saves": _slow_saves,
-    "forget-moments": _forget(parts, "load_optimizer_tensors"),
-    "forget-dropout": _forget(state, "set_dropout_generator_state"),
-    "forget-stream": _forget_stream,
-    "forget-rate": _forget_rate,
+def os_error(number):
+    return fail(OSError(number, os.strerror(number)))
+
+
+FAULTS = {
+    "middle-of-file": lambda count: disturb("between-files", halve_and_kill, count=count),
+    "pruned-halfway": lambda count: disturb("pruning", remove_one_and_kill, count=count),
+    "fsync-fails": lambda count: disturb("before-fsync", os_error(errno.EIO), count=count),
+    "disk-full": lambda count: disturb("before-writing", os_error(errno.ENOSPC), count=count),
+    "metrics-disk-full": limit_file_size(700),
+    "file-size-limit": limit_file_size(40_000),
+    "slow-saves": slow_saves,
+    "forget-moments": forget(parts, "load_optimizer_tensors"),
+    "forget-dropout": forget(state, "set_dropout_generator_state"),
+    "forget-stream": forget_stream,
+    "forget-rate": forget_rate,
 }
 
-__all__ = ["ARGUMENTS", "EVERYTHING", "POINTS", "run", "start"]
+
+# ---- private names
+
+
+def share_store(monkeypatch, store):
+    """Threads meet in this store, in place of the launcher's."""
+    monkeypatch.setattr(launch, "_open_store", lambda: store)
+
+
+def end_silently():
+    """A process that fails ends without a message, and without the seconds in which it lets others print theirs."""
+    cli._complain = lambda *args, **kwargs: None

@@ -1,7 +1,6 @@
 """Small recipes, and what their runs leave on the disk."""
 
 import hashlib
-import time
 from pathlib import Path
 
 # Small enough for a training run in a tenth of a second.
@@ -20,17 +19,20 @@ TINY = {
 
 
 def flags_of(keys) -> list[str]:
-    """The keys as flags, each followed by its value."""
-    return [part for key, value in keys.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    """The keys as flags with their values; one that is True is a flag alone."""
+    flags = []
+    for key, value in keys.items():
+        flags += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return flags
 
 
 FLAGS = flags_of(TINY)
 
 
-def contents(run: Path) -> dict[str, str]:
-    """The hash of every file of a run but timing.jsonl, and the names of its directories.
+def contents(run: Path, *, without=()) -> dict[str, str]:
+    """The hash of every file of a run but timing.jsonl and `without`, and the names of its directories.
 
-    A run names its text by an absolute path: that of the folder around the run does not count.
+    A run holds the absolute path of its text: the folder around the run is left out of it.
     """
     folder = str(run.resolve().parent).encode()
     return {
@@ -38,18 +40,32 @@ def contents(run: Path) -> dict[str, str]:
         if path.is_file()
         else "directory"
         for path in run.rglob("*")
-        if path.name != "timing.jsonl"
+        if path.name not in ("timing.jsonl", *without)
     }
 
 
-def assert_undisturbed(place, quiet_place):
-    """The run directory and what was printed are those of the run that was never disturbed."""
-    assert contents(place / "run") == contents(quiet_place / "run")
-    assert (place / "out").read_text() == (quiet_place / "out").read_text()
+def steps_of(run: Path) -> list[int]:
+    """The steps whose checkpoints a run has."""
+    return sorted(int(path.name.removeprefix("step-")) for path in run.glob("step-*"))
 
 
-def wait_for(happened, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, "what is waited for does not happen"
-        time.sleep(0.005)
+def latest_step(run: Path) -> int:
+    return int((run / "latest").read_text().removeprefix("step-"))
+
+
+def model_bytes(run: Path) -> bytes:
+    """The newest weights."""
+    return (run / f"step-{latest_step(run):06d}" / "model.safetensors").read_bytes()
+
+
+def assert_same_run(run: Path, expected: Path):
+    """The newest weights and state, and the records, are the same bytes as those of `expected`."""
+    step = (expected / "latest").read_text().strip()
+    for name in (f"{step}/model.safetensors", f"{step}/state.safetensors", "metrics.jsonl"):
+        assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def assert_undisturbed(place, undisturbed_place):
+    """The run in `place` and its printed lines are those of the run that was never disturbed."""
+    assert contents(place / "run") == contents(undisturbed_place / "run")
+    assert (place / "out").read_text() == (undisturbed_place / "out").read_text()

@@ -1,0 +1,105 @@
+"""Comparing two models bit by bit."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import rewrite, save, small_gpt
+
+from mygpt.checks.compare import compare, table
+from mygpt.data.tokenizer import CharTokenizer
+from mygpt.model.gpt import GPT
+from mygpt.recipe.tables import ModelTable
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A directory with two checkpoints of the same weights."""
+    for step in (3, 6):
+        save(tmp_path, small_gpt(), step)
+    return tmp_path
+
+
+def test_equal_weights_are_identical_at_any_step(run):
+    """The steps are part of the result, but not a difference."""
+    result = compare(run / "step-000003", run)
+    assert result.weights.differences == []
+    assert result.steps == (3, 6)
+    assert result.weights.values == sum(
+        t.numel() for t in load_file(run / "step-000003" / "model.safetensors").values()
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.int32])
+def test_ulp_distance_of_any_type_is_exact(run, kind):
+    """The whole range apart takes one bit more than the type has."""
+    ends = [torch.finfo(kind).min, torch.finfo(kind).max] if kind.is_floating_point else [0, 7]
+    values = torch.tensor(ends, dtype=kind)
+    for step, order in (("step-000003", (0, 1)), ("step-000006", (1, 0))):
+        tensor = values[list(order)]
+        rewrite(run / step / "model.safetensors", tensors=lambda parts, t=tensor: parts.update(extra=t))
+    (difference,) = compare(run / "step-000003", run).weights.differences
+    if kind.is_floating_point:
+        view = {torch.float64: np.int64, torch.float16: np.int16}[kind]
+        assert difference.max_ulp == 2 * int(tensor.max().numpy().view(view))
+    else:
+        assert (difference.max_abs, difference.max_ulp) == (7, None)
+
+
+def test_one_bit_is_a_difference(run):
+    """One unit in the last place of one weight is found, named and measured; so is the sign of a zero."""
+
+    def change(tensors):
+        tensors["norm.weight"][2] = float(np.nextafter(np.float32(1), np.float32(2)))
+        tensors["norm.bias"][:2] = -0.0
+
+    rewrite(run / "step-000006" / "model.safetensors", tensors=change)
+    bias, weight = compare(run / "step-000003", run).weights.differences
+    assert (weight.name, weight.differing, weight.max_ulp) == ("norm.weight", "1 of 8", 1)
+    assert weight.max_abs == pytest.approx(2**-23)
+    assert (bias.name, bias.differing, bias.max_abs, bias.max_ulp) == ("norm.bias", "2 of 8", 0.0, 0)
+
+
+def test_ulp_distance_crosses_zero(run):
+    """From the smallest negative to the smallest positive number it is two steps."""
+    tiny = np.float32(1e-45)
+
+    def put(value):
+        return lambda tensors: tensors["norm.bias"].__setitem__(0, float(value))
+
+    rewrite(run / "step-000003" / "model.safetensors", tensors=put(-tiny))
+    rewrite(run / "step-000006" / "model.safetensors", tensors=put(tiny))
+    (difference,) = compare(run / "step-000003", run).weights.differences
+    assert difference.max_ulp == 2
+
+
+def test_large_vocabularies_are_compared_in_time_that_grows_with_them(tmp_path):
+    """Texts of tens of thousands of characters, such as Chinese ones: a second, not minutes."""
+    config = ModelTable(embed_dim=2, num_heads=1, num_layers=1, max_seq_len=2)
+    for name, start in (("a", 0x10000), ("b", 0x10003)):
+        (tmp_path / name).mkdir()
+        tokenizer = CharTokenizer("".join(map(chr, range(start, start + 50_000))))
+        save(tmp_path / name, GPT(config, 50_000), 1, config, tokenizer)
+    started_at = time.perf_counter()
+    (line,) = compare(tmp_path / "a", tmp_path / "b").settings
+    assert time.perf_counter() - started_at < 5
+    assert line.endswith(
+        f"{''.join(map(chr, range(0x10000, 0x10003)))!r} against {chr(0x1C350) + chr(0x1C351) + chr(0x1C352)!r}"
+    )
+
+
+def test_other_shapes_and_vocabularies_are_differences(run, tmp_path):
+    """Models of other sizes are compared all the same; settings and tensors are listed apart."""
+    other = tmp_path / "other"
+    other.mkdir()
+    table_b = ModelTable(embed_dim=8, num_heads=4, num_layers=2, max_seq_len=4)
+    tokenizer = CharTokenizer("abcd")
+    save(other, GPT(table_b, 4), 6, table_b, tokenizer)
+    result = compare(run, other)
+    lines = "\n".join(table(result.weights.differences))
+    assert result.settings[:2] == ["num_heads: 2 against 4", "num_layers: 1 against 2"]
+    assert result.settings[2].startswith("vocabulary: 7 against 4 characters")
+    assert "float32 [7, 8] against float32 [4, 8]" in lines
+    assert "only in" in lines

@@ -1,0 +1,107 @@
+"""Branches: new runs that begin with the checkpoint of another."""
+
+from pathlib import Path
+
+import pytest
+from support.forked import ARGUMENTS
+from support.forked import run as run_forked
+from support.runs import assert_same_run, contents, steps_of
+
+from mygpt.checks.verify import verify
+from mygpt.errors import CheckpointError, MismatchError, MygptError, NonFiniteError, RecipeError
+from mygpt.runs.run import read_run
+from mygpt.runs.start import recorded_recipe
+from mygpt.training.train import train, train_until
+
+
+@pytest.mark.parametrize("point", ["run", "step"])
+def test_branch_continues_as_its_source_would(tiny, tmp_path, point):
+    """A branch has its source's records, and ends with the bytes of the whole run; the source does not change."""
+    keys = {"save_every": 2, "dropout": 0.1, "val_split": 0.2, "val_every": 2}
+    whole = train(tiny(**keys, output=str(tmp_path / "whole")))
+    source = train_until(tiny(**keys, output=str(tmp_path / "source")), 4)
+    before = contents(source)
+    path = source if point == "run" else source / "step-000004"
+    branch = train(tiny(**keys, output=str(tmp_path / "branch"), resume=str(path)))
+    assert contents(source) == before
+    assert_same_run(branch, whole)
+    assert steps_of(branch) == [6]
+    (begun,) = read_run(branch).resumed
+    assert (begun.after_step, Path(begun.checkpoint)) == (4, source / "step-000004")
+
+
+def test_branch_that_is_killed_early_starts_where_it_began(folder):
+    """Also when the source has continued since, or when the branch's directory was only half made."""
+    place = folder("branch")
+    source = (*ARGUMENTS, "--keep-last", 0, "--output", "source")
+    assert run_forked(source, place, "before-step", 9) == -9
+    branch = (*ARGUMENTS, "--resume", "source/step-000004", "--output")
+    assert run_forked((*branch, "undisturbed"), place) == 0
+    for point in ("made-run.json", "copying-records", "made-recipe", "before-step"):
+        assert run_forked((*branch, "killed"), place, point) == -9
+    assert run_forked(source, place) == 0
+    assert run_forked((*branch, "killed"), place) == 0
+    assert_same_run(place / "killed", place / "undisturbed")
+    for name in ("latest", "best"):
+        assert (place / "killed" / name).read_bytes() == (place / "undisturbed" / name).read_bytes(), name
+    assert (place / "killed" / (place / "killed" / "best").read_text().strip()).is_dir()
+
+
+def test_impossible_branch_is_refused(tiny, tmp_path):
+    """From nothing, from a finished run, from the run that it would replace; nothing is created or removed."""
+    run = train(tiny(save_every=2))
+    before = contents(run)
+    for resume, output, message in (
+        ("nowhere", "new", r'resume: got .*nowhere\', expected "auto", "never", or a run or step directory'),
+        ("a\0b", "new", "resume: got"),
+        (str(run / "run.json"), "new", "resume: got"),
+        (str(run), "new", "steps: got 6, expected more than 6"),
+        (str(run / "step-000002"), "run", "is in the run that --overwrite would remove"),
+    ):
+        with pytest.raises((CheckpointError, RecipeError), match=message) as caught:
+            train(tiny(save_every=2, resume=resume, output=str(tmp_path / output)), overwrite=output == "run")
+        assert caught.value.exit_code == 2
+    assert contents(run) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_lost_or_changed_source_is_named(tiny, tmp_path):
+    """A branch that has saved nothing continues only from the checkpoint with which it began."""
+    source = train_until(tiny(save_every=2, output=str(tmp_path / "source")), 4)
+    branch = tiny(resume=str(source), output=str(tmp_path / "branch"), lr=1e30)
+    with pytest.raises(NonFiniteError):
+        train(branch, allow_changes=True)
+    with pytest.raises(NonFiniteError):  # not that the output holds a run
+        train(branch, allow_changes=True)
+    manifest = source / "step-000004" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(MismatchError, match=r"the checkpoint after which .*branch began is another now"):
+        train(branch, allow_changes=True)
+    manifest.unlink()
+    with pytest.raises(MismatchError, match=r"the checkpoint after which .*branch began is gone"):
+        train(branch, allow_changes=True)
+
+
+def test_branch_with_another_data_seed_sees_other_batches(tiny, tmp_path, capsys):
+    """The weights are those of the checkpoint, so that init_seed has no effect, which a message says."""
+    run = train_until(tiny(save_every=2), 4)
+    weights = set()
+    for seed in (42, 7, 8):
+        keys = {"init_seed": seed, "data_seed": seed, "output": str(tmp_path / str(seed)), "resume": str(run)}
+        branch = train(tiny(**keys), allow_changes=True)
+        weights.add((branch / "step-000006" / "model.safetensors").read_bytes())
+        assert f"init_seed: stays 0: the weights are those of {run}" in capsys.readouterr().err
+        assert recorded_recipe(branch).train.init_seed == 0
+        assert verify(branch).identical
+    assert len(weights) == 3
+
+
+def test_advice_for_a_branch_helps(tiny, tmp_path):
+    """It has its own output already: another output, or --overwrite, would not help."""
+    run = train_until(tiny(save_every=2), 4)
+    branch = {"output": str(tmp_path / "branch"), "resume": str(run)}
+    for keys in ({"lr": 5e-4}, {"num_layers": 3}, {"steps": 4}):
+        with pytest.raises(MygptError) as caught:
+            train(tiny(**branch, **keys))
+        assert "--output" not in str(caught.value)
+        assert "--overwrite" not in str(caught.value)

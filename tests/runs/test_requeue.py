@@ -1,0 +1,74 @@
+"""A launcher or a scheduler gives the same command again: the run continues, also with --overwrite."""
+
+import json
+import sys
+
+import pytest
+from support.runs import contents
+
+from mygpt.errors import CheckpointError
+from mygpt.runs.run import read_run
+from mygpt.runs.start import find_start
+from mygpt.training.train import train, train_until
+
+
+def timed_steps(run) -> list[int]:
+    """The steps in timing.jsonl, which shows whether a step was trained twice."""
+    return [json.loads(line)["step"] for line in (run / "timing.jsonl").read_text().splitlines()]
+
+
+def test_restart_continues_the_run_that_overwrite_began(tiny, monkeypatch):
+    """A restart of the same command does not begin again; another run is still replaced."""
+    run = train_until(tiny(steps=8, save_every=2), 2)
+    recipe, notes = tiny(save_every=2), []
+    start = find_start(recipe, read_run(run), "", overwrite=True, is_restart=True, warn=notes.append)
+    assert (start.checkpoint, start.overwrite) == (None, True)
+    train_until(recipe, 4, overwrite=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(recipe, overwrite=True)
+    assert timed_steps(run) == [1, 2, 3, 4, 5, 6]
+    assert read_run(run).resumed == ()
+
+
+@pytest.mark.fault(63)
+def test_requeued_job_with_overwrite_keeps_its_run(tiny, monkeypatch, capsys):
+    """Also with another processor, kernel or commit than at the first start: recipe and command identify the run."""
+    recipe = tiny(save_every=2)
+    run = train_until(recipe, 4, overwrite=True)
+    info = json.loads((run / "run.json").read_text())
+    other = {"cpu": "another", "platform": "another", "git_commit": "0" * 40 + "-dirty", "cpu_capability": "AVX2"}
+    (run / "run.json").write_text(json.dumps(info | other))
+    before = contents(run)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train(recipe, overwrite=True)
+    assert "continuing after step 4" in capsys.readouterr().err
+    after = contents(run)
+    assert all(after[name] == before[name] for name in before if name.startswith("step-"))
+    # A run that another command began is replaced.
+    (run / "run.json").write_text(json.dumps(info | {"command": ["mygpt", "train", "other.toml"]}))
+    train(recipe, overwrite=True)
+    assert "continuing" not in capsys.readouterr().err
+
+
+@pytest.mark.fault(63)
+@pytest.mark.parametrize("change", ["program", "text moved", "run.json damaged"])
+def test_requeued_job_deletes_nothing_that_may_be_its_own(tiny, tmp_path, text, monkeypatch, change):
+    """Another path of the program or of the same text is the same command; an unreadable run is not removed."""
+    corpus = tmp_path / "text.txt"
+    corpus.write_text(text, encoding="utf-8", newline="")
+    run = train_until(tiny(save_every=2, corpus=str(corpus)), 4, overwrite=True)
+    before = contents(run)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    if change == "program":
+        monkeypatch.setattr("sys.argv", ["/elsewhere/mygpt", *sys.argv[1:]])
+    elif change == "text moved":
+        corpus = corpus.rename(tmp_path / "moved.txt")
+    else:
+        (run / "run.json").write_text("{")
+        with pytest.raises(CheckpointError, match=r"run\.json: damaged") as caught:
+            train(tiny(save_every=2, corpus=str(corpus)), overwrite=True)
+        assert caught.value.exit_code == 1
+        assert contents(run).keys() == before.keys()
+        return
+    train(tiny(save_every=2, corpus=str(corpus)), overwrite=True)
+    assert timed_steps(run) == [1, 2, 3, 4, 5, 6]
