@@ -249,8 +249,8 @@ def _replay(arguments: list[str]) -> int:
 
     options = parse_options(Options, arguments, "mygpt replay", "Run the step at which a run's numbers broke again.")
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    from mygpt.checks.replay import replay
     from mygpt.processes.machine import resolve_device
+    from mygpt.training.failed_step import replay
 
     failed, lines, broken, not_repeated = replay(options.run, resolve_device(options.device, "fp32"))
     print(f"step {failed.step}: {failed.problem}")
@@ -344,10 +344,10 @@ def _telling_other_processes() -> Iterator[None]:
     except MygptError:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        from mygpt.processes.channel import connect
+        from mygpt.processes.channel import peers_of
         from mygpt.processes.environment import launched_processes
 
-        with connect(launched_processes()):
+        with peers_of(launched_processes()):
             raise
 
 

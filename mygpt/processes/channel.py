@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from mygpt.compat import is_of_collective, open_store
+from mygpt.compat import is_of_collective, meet
 from mygpt.errors import LaunchError, LostProcessError, MygptError, PeerError
 from mygpt.processes.environment import Launched
 
@@ -32,7 +32,7 @@ GRACE_SECONDS = 3.0
 """How long a mistake waits for the same one of others, and a process that ends for others to hear why."""
 
 
-class Channel:
+class Peers:
     """The processes of this run, each of which can tell the others something.
 
     Each process sends the store few requests, however many processes there are.
@@ -146,7 +146,7 @@ class Channel:
 
 
 @contextmanager
-def connect(launched: Launched) -> Iterator[Channel]:
+def peers_of(launched: Launched) -> Iterator[Peers]:
     """The processes of this run; an error inside is told to the others, and another's is raised here as its.
 
     Raises:
@@ -154,9 +154,9 @@ def connect(launched: Launched) -> Iterator[Channel]:
         LostProcessError: another has ended without a word, or does not answer.
     """
     if launched.processes == 1:
-        yield Channel(launched, HashStore())
+        yield Peers(launched, HashStore())
         return
-    peers = Channel(launched, _open_store())
+    peers = Peers(launched, _open_store())
     try:
         yield peers
     except Exception as error:
@@ -168,7 +168,7 @@ def connect(launched: Launched) -> Iterator[Channel]:
 
 def _open_store() -> Store:
     try:
-        store, _, _ = next(open_store(timeout=PROCESS_TIMEOUT))
+        store, _, _ = next(meet("", timeout=PROCESS_TIMEOUT))
     except (RuntimeError, ValueError) as error:
         raise LaunchError(f"{_store_address()}: the processes cannot meet: {str(error).splitlines()[0]}") from None
     store.set_timeout(timedelta(seconds=GRACE_SECONDS))

@@ -92,7 +92,7 @@ def ignored_settings(precision: str, environ: Mapping[str, str] = os.environ) ->
     ]
 
 
-def check_joined(launched: int, joined: int) -> None:
+def check_processes(launched: int, joined: int) -> None:
     """Compare the processes that the launcher started with those that joined.
 
     Raises:

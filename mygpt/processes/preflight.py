@@ -7,27 +7,28 @@ from typing import Any, NamedTuple
 import torch
 
 from mygpt.data.dataset import Dataset, load_dataset
-from mygpt.errors import LaunchError
-from mygpt.processes.channel import Channel
+from mygpt.errors import LaunchError, RecipeError
+from mygpt.processes.channel import Peers
 from mygpt.processes.environment import Launched, ignored_settings, is_sharded
 from mygpt.processes.machine import describe_environment, make_deterministic, resolve_device, set_threads
-from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
+from mygpt.recipe.tables import TABLE_OF_KEY, Recipe, TrainTable
 from mygpt.runs.schemas import RunInfo
+from mygpt.training.gradient_sum import fixed_micro_batch
 
 
-class Preflight(NamedTuple):
+class Setup(NamedTuple):
     """What a process begins with."""
 
     device: torch.device
     dataset: Dataset
     info: RunInfo
-    reports: list["ProcessReport"]
+    facts: list["Facts"]
     """Of all processes, by rank."""
     notes: list[str]
     """What is not as it may have been meant."""
 
 
-class ProcessReport(NamedTuple):
+class Facts(NamedTuple):
     """What a process tells the others of itself."""
 
     node: str
@@ -40,7 +41,7 @@ class ProcessReport(NamedTuple):
     """What the last bits of its results depend on."""
 
 
-def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_batch_size: int) -> Preflight:
+def set_up(recipe: Recipe, launched: Launched, peers: Peers) -> Setup:
     """Find the device, read the corpus, set threads, and hold all processes against each other.
 
     Raises:
@@ -50,6 +51,7 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
         PeerError: another process has raised one of these.
     """
     runtime, exact = recipe.runtime, recipe.runtime.reduction == "exact"
+    micro_batch_size = resolve_micro_batch(recipe.train, launched.processes, exact=exact)
     device = resolve_device(runtime.device, runtime.precision, launched.local_processes)
     check_sharding(recipe, device)
     dataset = load_dataset(recipe.data, recipe.train.seq_len)
@@ -66,20 +68,20 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
         reduction=runtime.reduction,
         corpus_sha256=dataset.sha256,
     )
-    own = ProcessReport(
+    own = Facts(
         node=platform.node(),
         device=info.accelerator or f"{device.type} ({info.cpu}, {info.cpu_capability})",
         backend="nccl" if device.type == "cuda" else "gloo",
         corpus_sha256=dataset.sha256,
         recipe={
-            key: value
-            for key, value in recipe.flat().items()
+            key: getattr(getattr(recipe, table), key)
+            for key, table in TABLE_OF_KEY.items()
             # The main process alone looks at the first two; content and meaning of the others are told apart.
             if key not in ("output", "resume", "corpus", "threads")
         },
         environment=info.environment(),
     )
-    facts = [ProcessReport(**told) for told in channel.exchange(own._asdict())]
+    facts = [Facts(**told) for told in peers.exchange(own._asdict())]
     check_alike(facts, exact=exact)
     notes = ignored_settings(runtime.precision)
     micro_batches = recipe.train.batch_size // micro_batch_size
@@ -88,7 +90,7 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
             f"{micro_batches} of {launched.processes} processes have a micro-batch in each step, the others nothing to "
             "do: lower micro_batch_size, which changes the last bits, or start fewer"
         )
-    return Preflight(device, dataset, info, facts, notes)
+    return Setup(device, dataset, info, facts, notes)
 
 
 def check_sharding(recipe: Recipe, device: torch.device) -> None:
@@ -112,7 +114,7 @@ def check_sharding(recipe: Recipe, device: torch.device) -> None:
             raise LaunchError(f"[runtime] {key}: got {value!r}, which {way_out}")
 
 
-def check_alike(facts: list[ProcessReport], *, exact: bool) -> None:
+def check_alike(facts: list[Facts], *, exact: bool) -> None:
     """Hold what the processes told against each other.
 
     Raises:
@@ -124,7 +126,7 @@ def check_alike(facts: list[ProcessReport], *, exact: bool) -> None:
         raise LaunchError("\n".join(problems))
 
 
-def _differences(facts: list[ProcessReport], *, exact: bool) -> Iterator[str]:
+def _differences(facts: list[Facts], *, exact: bool) -> Iterator[str]:
     if text := _told_apart(facts, [entry.corpus_sha256[:12] for entry in facts]):
         yield f"corpus: the processes read different texts, by sha256: {text}; give all of them the same file"
     for key in facts[0].recipe:
@@ -146,19 +148,42 @@ def _differences(facts: list[ProcessReport], *, exact: bool) -> Iterator[str]:
                 )
 
 
-def _told_apart(facts: list[ProcessReport], values: list[Any]) -> str:
+def _told_apart(facts: list[Facts], values: list[Any]) -> str:
     """Which processes have which of the values; "" if all have the same."""
     if all(value == values[0] for value in values):
         return ""
     owners: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         owners.setdefault(str(value), []).append(rank)
-    return ", ".join(f"{value} on {describe_ranks(facts, ranks)}" for value, ranks in owners.items())
+    return ", ".join(f"{value} on {name_ranks(facts, ranks)}" for value, ranks in owners.items())
 
 
-def describe_ranks(facts: list[ProcessReport], ranks: list[int]) -> str:
+def name_ranks(facts: list[Facts], ranks: list[int]) -> str:
     """Processes by machine: "rank 2, 3 on nodeB"."""
     nodes: dict[str, list[int]] = {}
     for rank in ranks:
         nodes.setdefault(facts[rank].node, []).append(rank)
     return " and ".join(f"rank {', '.join(map(str, own))} on {node}" for node, own in nodes.items())
+
+
+def resolve_micro_batch(table: TrainTable, processes: int, *, exact: bool = False) -> int:
+    """The windows of one forward pass on one of `processes`; for `exact` sums the same on any number of them.
+
+    Raises:
+        RecipeError: the batch cannot be divided so.
+    """
+    if exact:
+        return table.micro_batch_size or fixed_micro_batch(table.batch_size)
+    if table.batch_size % processes:
+        raise RecipeError(
+            f"batch_size: got {table.batch_size}, expected a multiple of the {processes} processes (or none, with "
+            'reduction = "exact")'
+        )
+    rows = table.batch_size // processes
+    size = table.micro_batch_size or rows
+    if rows % size:
+        raise RecipeError(
+            f"micro_batch_size: got {size}, expected a divisor of the {rows} windows that each of the {processes} "
+            f"processes has of batch_size = {table.batch_size}"
+        )
+    return size

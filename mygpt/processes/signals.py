@@ -14,7 +14,7 @@ class StopRequest:
     """Whether SIGTERM or SIGINT has asked this process to stop; a second signal ends it at once."""
 
     def __init__(self) -> None:
-        self.graceful = False
+        self.heeded = False
         """Whether someone looks at `pending`; while not, a signal ends the process."""
         self.signal: int | None = None
         self._launcher = _launcher_pid()
@@ -28,7 +28,7 @@ class StopRequest:
 
     def receive(self, number: int, _frame: object) -> None:
         """The signal handler."""
-        if not self.graceful:
+        if not self.heeded:
             raise SystemExit(128 + number)
         now = time.monotonic()
         # A terminal sends Ctrl-C to every process, and a launcher passes its own on: that is one request, not two.

@@ -16,7 +16,7 @@ from mygpt.runs.files import TIMING_FILE
 from mygpt.runs.records import Record, Timing, rewind
 
 
-class Recorder:
+class Reporter:
     """Prints the lines, writes metrics.jsonl and timing.jsonl, draws the progress bar; silent but on the main process.
 
     Lines go to stdout. The bar goes to stderr, and only to a terminal. A run that continues after `step` drops the
@@ -57,7 +57,7 @@ class Recorder:
         self._interval = (step, time.perf_counter())
         self._paused_seconds = 0.0
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "Reporter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,7 +79,7 @@ class Recorder:
         """Move the progress bar on."""
         self._bar.update()
 
-    def record(
+    def log(
         self,
         step: int,
         *,
