@@ -18,18 +18,18 @@ from mygpt.runs.steps import read_metadata
 
 
 class Difference(NamedTuple):
-    """How one tensor differs."""
+    """One tensor of two files that is not the same in both."""
 
     name: str
     differing: str
-    """Elements whose bits differ, of how many; or what else differs, such as the shape."""
+    """How many of its elements have different bits; or how else the tensors differ, such as in shape."""
     max_abs: float | None = None
     """Largest absolute difference."""
     max_ulp: int | None = None
     """Largest distance in units in the last place: how many representable numbers apart."""
 
 
-class Parts(NamedTuple):
+class TensorComparison(NamedTuple):
     """The tensors of two files side by side."""
 
     differences: list[Difference]
@@ -37,7 +37,7 @@ class Parts(NamedTuple):
     values: int
 
 
-class RecordsCompared(NamedTuple):
+class RecordComparison(NamedTuple):
     """The records of two runs side by side."""
 
     steps: int
@@ -45,35 +45,32 @@ class RecordsCompared(NamedTuple):
     totals: tuple[int, int]
     """Records of each."""
     difference: str
-    """The first of these that is not the same, and how; "": none."""
+    """The first recorded value that differs; "": none."""
 
 
 class Comparison(NamedTuple):
-    """Two models side by side, and of two runs also what trained them."""
+    """Two models side by side; of two runs also their optimizer states and records."""
 
     settings: list[str]
-    """A line for each setting of the architecture and for the vocabulary, where they differ."""
-    weights: Parts
+    """A line for each setting of the architecture that differs, and for the vocabulary."""
+    weights: TensorComparison
     steps: tuple[int, int]
-    """The steps at which they were saved, which may differ between identical models."""
-    state: Parts | None = None
-    """Optimizer moments and generator states of two runs."""
-    records: RecordsCompared | None = None
-    """Of two runs."""
+    """The steps at which they were saved. Models of different steps may be identical."""
+    state: TensorComparison | None = None
+    """Optimizer moments and generator states."""
+    records: RecordComparison | None = None
 
     @property
     def identical(self) -> bool:
-        state = self.state.differences if self.state else []
-        return not (self.settings or self.weights.differences or state or (self.records and self.records.difference))
+        differences = [*self.settings, *self.weights.differences, *(self.state.differences if self.state else [])]
+        return not differences and not (self.records and self.records.difference)
 
 
 def compare(a: str | Path, b: str | Path) -> Comparison:
     """Compare the models of two run directories (their newest steps), step directories or model files.
 
-    Of two run directories, optimizer state and metrics are compared, too.
-
     Raises:
-        CheckpointError: one of them is not there.
+        CheckpointError: one of them does not exist.
         DamagedCheckpointError: one of them cannot be read.
     """
     file_a, file_b = find_model_file(Path(a)), find_model_file(Path(b))
@@ -83,26 +80,24 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         compare_files(file_a, file_b),
         (metadata_a.step, metadata_b.step),
     )
-    if (Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists():
-        state = compare_files(file_a.with_name(STATE_FILE), file_b.with_name(STATE_FILE))
-        records = compare_records(read_records(Path(a)), read_records(Path(b)))
-        return comparison._replace(state=state, records=records)
-    return comparison
+    if not ((Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists()):
+        return comparison
+    state = compare_files(file_a.with_name(STATE_FILE), file_b.with_name(STATE_FILE))
+    return comparison._replace(state=state, records=compare_records(read_records(Path(a)), read_records(Path(b))))
 
 
-def compare_files(a: Path, b: Path) -> Parts:
+def compare_files(a: Path, b: Path) -> TensorComparison:
     """Compare the tensors of two safetensors files by name.
 
     Raises:
         DamagedCheckpointError: one of them cannot be read.
     """
-    differences = []
-    values = 0
+    differences, values = [], 0
     try:
         with safe_open(a, framework="numpy") as tensors_a, safe_open(b, framework="numpy") as tensors_b:
             names_a, names_b = set(tensors_a.keys()), set(tensors_b.keys())
             for name in sorted(names_a | names_b):
-                if name not in names_b or name not in names_a:
+                if name not in names_a & names_b:
                     differences.append(Difference(name, f"only in {a if name in names_a else b}"))
                     continue
                 tensor_a = tensors_a.get_tensor(name)
@@ -112,19 +107,19 @@ def compare_files(a: Path, b: Path) -> Parts:
     # numpy has no bfloat16 or float8, which mygpt never saves.
     except (OSError, SafetensorError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{a} or {b}: damaged, or not of mygpt: {error}") from None
-    return Parts(differences, len(names_a | names_b), values)
+    return TensorComparison(differences, len(names_a | names_b), values)
 
 
-def compare_records(records_a: list[Record], records_b: list[Record]) -> RecordsCompared:
-    """Compare what two runs have recorded of the same steps. How often they record does not count."""
+def compare_records(records_a: list[Record], records_b: list[Record]) -> RecordComparison:
+    """Compare the values of the steps that both runs have recorded. How often they record does not matter."""
     other = {record.step: record for record in records_b}
     totals = len(records_a), len(records_b)
     common = [(record, other[record.step]) for record in records_a if record.step in other]
     for a, b in common:
         for (name, value_a), (_, value_b) in zip(a, b, strict=True):
             if value_a != value_b and None not in (value_a, value_b):
-                return RecordsCompared(len(common), totals, f"step {a.step}: {name} {value_a} against {value_b}")
-    return RecordsCompared(len(common), totals, "")
+                return RecordComparison(len(common), totals, f"step {a.step}: {name} {value_a} against {value_b}")
+    return RecordComparison(len(common), totals, "")
 
 
 def table(differences: list[Difference]) -> Iterator[str]:
@@ -145,9 +140,9 @@ def _compare_settings(a: ModelMetadata, b: ModelMetadata) -> Iterator[str]:
             yield f"{key}: {value_a} against {value_b}"
     vocab_a, vocab_b = a.tokenizer.vocab, b.tokenizer.vocab
     if vocab_a != vocab_b:
-        # A vocabulary can have thousands of characters: a few show which text it is.
+        # A vocabulary can have thousands of characters.
         only_a, only_b = (
-            "".join(sorted(set(mine) - set(others))[:10]) for mine, others in ((vocab_a, vocab_b), (vocab_b, vocab_a))
+            "".join(sorted(part)[:10]) for part in (set(vocab_a) - set(vocab_b), set(vocab_b) - set(vocab_a))
         )
         yield (
             f"vocabulary: {len(vocab_a)} against {len(vocab_b)} characters; the first that only one has: "

@@ -1,7 +1,7 @@
-"""The processes of a run: what a launcher started, and what they tell each other beside the training.
+"""Messages between the processes of a run, through the launcher's store instead of the process group.
 
-They talk through the store of the launcher, which is there before they form a group and after that has broken, so that
-a mistake or a failure on one machine is told on all by the name of that machine, and not by a timeout somewhere else.
+The store answers before the process group is formed and after it has failed. So an error on any machine is shown on all
+of them, with its name, where each of the others would only see a timeout.
 """
 
 import json
@@ -18,149 +18,127 @@ from typing import Any
 
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from mygpt.compat import is_of_collective, meet
+from mygpt.compat import is_of_collective, open_store
 from mygpt.errors import LaunchError, LostProcessError, MygptError, PeerError
 from mygpt.processes.environment import Launched
 
 PROCESS_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others."""
 NOTICE_SECONDS = 30.0
-"""After this long it says for whom it waits."""
+"""After this long in `exchange` a process prints which others it waits for."""
 POLL_SECONDS = 0.5
-"""The longest interval at which a waiting process looks for another's error."""
+"""The longest interval at which a process in `exchange` looks whether another has ended."""
 GRACE_SECONDS = 3.0
-"""How long a mistake waits for the same one of others, and a process that ends for others to hear why."""
+"""How long a process that ends waits for the others to report that they end, too."""
 
 
-class Peers:
-    """The processes of this run, each of which can tell the others something.
+class Channel:
+    """Exchanges messages with the other processes, and finds out why one of them has ended.
 
-    Each process sends the store few requests, however many processes there are.
+    A process that ends with an error reports it in the store; a process whose collective fails reports that it has lost
+    another. So the survivors know the reason; if there is none, the rank that stays silent is the one that died.
+    The number of requests of each process does not grow with the number of processes.
     """
 
     def __init__(self, launched: Launched, store: Store):
         self.launched = launched
         self._store = store
-        self._nodes: list[str] = []
+        self._nodes = ["?"] * launched.processes
 
-    def exchange(self, own: dict[str, Any], topic: str = "facts") -> list[dict[str, Any]]:
-        """Tell all processes `own`, once for a topic, and return what each told, by rank. Every process has to call it.
+    def exchange(self, own: dict[str, Any], topic: str = "reports") -> list[dict[str, Any]]:
+        """Send `own` to all processes, and return the messages of all, by rank. Every process calls it once per topic.
 
         Raises:
-            PeerError: another has ended with an error; it is told as its.
-            LostProcessError: another has told nothing for too long.
+            PeerError: another process has ended with an error.
+            LostProcessError: another has ended without an error, or has sent nothing for `PROCESS_TIMEOUT`.
         """
         keys = [f"{topic}/{rank}" for rank in range(self.launched.processes)]
         started_at, noticed = time.monotonic(), False
         self._store.set(keys[self.launched.rank], json.dumps(own))
         while not self._store.check(keys):
-            if self._said("error"):
-                raise self._reason()
+            if self._store.check(["ended"]):
+                raise _AnotherEndedError
             waited = time.monotonic() - started_at
             if waited > PROCESS_TIMEOUT.total_seconds():
                 raise LostProcessError(
-                    f"{self._without(keys)} of this run did not come within {waited:.0f} s; look at what it said"
+                    f"{self._late(keys)} of this run did not come within {waited:.0f} s; look at what it said"
                 )
             if waited > NOTICE_SECONDS and not noticed:
-                print(f"rank {self.launched.rank} waits for {self._without(keys)}", file=sys.stderr, flush=True)
+                print(f"rank {self.launched.rank} waits for {self._late(keys)}", file=sys.stderr, flush=True)
                 noticed = True
             # Longer and longer, because all processes ask the same store.
             time.sleep(min(0.02 + waited / 4, POLL_SECONDS))
-        told = [json.loads(value) for value in self._store.multi_get(keys)]
-        self._nodes = self._nodes or [entry.get("node", "?") for entry in told]
-        return told
+        messages = [json.loads(value) for value in self._store.multi_get(keys)]
+        self._nodes = [message.get("node", node) for message, node in zip(messages, self._nodes, strict=True)]
+        return messages
+
+    def _late(self, keys: list[str]) -> str:
+        return "rank " + ", ".join(str(rank) for rank, key in enumerate(keys) if not self._store.check([key]))
 
     def leave(self, error: Exception) -> Exception:
-        """End with an error: tell the others, or find out what another has told; returns what is to be raised."""
-        answers: list[Exception] = []
-        # Aside, and for so long only, since over a network that is gone the store may never answer.
-        thread = threading.Thread(target=lambda: answers.append(self._leave(error)), daemon=True)
+        """Report that this process ends with `error`; returns the error to raise, which may be another process's."""
+        if isinstance(error, PeerError):
+            return error
+        is_loss = isinstance(error, _AnotherEndedError) or is_of_collective(error)
+        text = str(error) if isinstance(error, MygptError) else " ".join(f"{type(error).__name__}: {error}".split())
+        own = {"rank": self.launched.rank, "node": platform.node(), "message": None if is_loss else text}
+        own["exit_code"] = getattr(error, "exit_code", 1)
+        # With rank 0 the store may end: it leaves the others time to read its error.
+        grace = GRACE_SECONDS if is_loss or self.launched.rank == 0 else 0.0
+        ended: dict[int, dict[str, Any]] = {}
+        lost = [f"the launcher at {_store_address()}"]
+
+        def report() -> None:
+            deadline = time.monotonic() + grace
+            with suppress(RuntimeError):  # the store has ended
+                self._store.append("ended", json.dumps(own) + "\n")  # type: ignore[attr-defined]
+                while len(ended) < self.launched.processes:
+                    entries = map(json.loads, self._store.get("ended").splitlines())
+                    ended.update({entry["rank"]: entry for entry in entries})
+                    if time.monotonic() >= deadline:
+                        break
+                    time.sleep(0.05)
+                lost[:] = [f"rank {rank} on {node}" for rank, node in enumerate(self._nodes) if rank not in ended]
+
+        # In a thread, because the store may never answer over a network that is gone.
+        thread = threading.Thread(target=report, daemon=True)
         thread.start()
         thread.join(3 * GRACE_SECONDS)
-        if answers:
-            return answers[0]
-        return self._lost(f"the launcher at {_store_address()}", error) if is_of_collective(error) else error
+        if not is_loss:
+            return error
+        messages: dict[str, list[str]] = {}
+        for rank, entry in sorted(ended.items()):
+            if entry["message"] is not None:
+                messages.setdefault(entry["message"], []).append(f"rank {rank} on {entry['node']}")
+        if messages:
+            text = "\n".join(f"{', '.join(ranks)}: {message}" for message, ranks in messages.items())
+            return PeerError(text, max(entry["exit_code"] for entry in ended.values()))
+        return _lost_process(", ".join(lost) or "another process", error)
 
-    def _leave(self, error: Exception) -> Exception:
-        with suppress(RuntimeError):
-            if is_of_collective(error):
-                error = self._reason(error)
-            elif not isinstance(error, PeerError | LostProcessError):
-                known = isinstance(error, MygptError)
-                message = str(error) if known else " ".join(f"{type(error).__name__}: {error}".split())
-                self._say("error", node=platform.node(), message=message, exit_code=getattr(error, "exit_code", 1))
-            # With the first process the store may go: it gives the others time to hear of it.
-            self._wait_for("left") if self.launched.rank == 0 else self._say("left")
-        return error
 
-    def _reason(self, error: Exception | None = None) -> MygptError:
-        """Why this process has lost another, as a collective's `error` showed: what that said, or who it is."""
-        try:
-            # Those who lost it, too, say so: who does not is the one.
-            told = self._wait_for("lost")
-            if errors := self._said("error"):
-                lines: dict[str, list[str]] = {}
-                for rank, entry in sorted(errors.items()):
-                    lines.setdefault(entry["message"], []).append(f"rank {rank} on {entry['node']}")
-                text = "\n".join(f"{', '.join(who)}: {message}" for message, who in lines.items())
-                return PeerError(text, max(entry["exit_code"] for entry in errors.values()))
-            missing = [rank for rank in range(self.launched.processes) if rank not in told]
-            who = ", ".join(f"rank {rank} on {self._nodes[rank]}" for rank in missing) or "another process"
-        except (RuntimeError, IndexError):
-            who = f"the launcher at {_store_address()}"
-        return self._lost(who, error)
-
-    def _lost(self, who: str, error: Exception | None) -> LostProcessError:
-        detail = re.sub(r"^\[.*?\] |\. This is typically .*", "", str(error).splitlines()[0]) if error else ""
-        if re.search("connectFullMesh|timed out connecting", detail):
-            return LostProcessError(
-                "the processes cannot reach each other: set GLOO_SOCKET_IFNAME (with GPUs NCCL_SOCKET_IFNAME) to the "
-                f"name of the network interface that the machines share ({detail})"
-            )
-        return LostProcessError(
-            f"{who} has ended, or has not answered for too long: look at what it said; the same command continues "
-            f"from the last checkpoint{detail and f' ({detail})'}"
-        )
-
-    def _say(self, what: str, **told: Any) -> None:
-        line = json.dumps({"rank": self.launched.rank, **told}) + "\n"
-        self._store.append(what, line)  # type: ignore[attr-defined]
-
-    def _said(self, what: str) -> dict[int, Any]:
-        """What the processes that have said `what` have told, by rank."""
-        lines = self._store.get(what).splitlines() if self._store.check([what]) else []
-        return {entry["rank"]: entry for entry in map(json.loads, lines)}
-
-    def _wait_for(self, what: str) -> dict[int, Any]:
-        """Say `what`, and wait for a moment until all others have said it, or have told their error."""
-        self._say(what)
-        deadline = time.monotonic() + GRACE_SECONDS
-        while len(said := self._said(what)) < self.launched.processes and time.monotonic() < deadline:
-            if what == "lost" and len(said | self._said("error")) == self.launched.processes:
-                break
-            time.sleep(0.05)
-        return said
-
-    def _without(self, keys: list[str]) -> str:
-        return "rank " + ", ".join(str(rank) for rank, key in enumerate(keys) if not self._store.check([key]))
+class _AnotherEndedError(Exception):
+    """Ends an exchange in which another process has reported its end; `connect` raises the reason instead."""
 
 
 @contextmanager
-def peers_of(launched: Launched) -> Iterator[Peers]:
-    """The processes of this run; an error inside is told to the others, and another's is raised here as its.
+def connect(launched: Launched) -> Iterator[Channel]:
+    """A channel to the other processes of this run.
+
+    An error inside is reported to them; where another process has ended first, its error is raised instead.
 
     Raises:
+        LaunchError: the launcher's store cannot be reached.
         PeerError: another process has ended with an error.
-        LostProcessError: another has ended without a word, or does not answer.
+        LostProcessError: another has ended without an error, or does not answer.
     """
     if launched.processes == 1:
-        yield Peers(launched, HashStore())
+        yield Channel(launched, HashStore())
         return
-    peers = Peers(launched, _open_store())
+    channel = Channel(launched, _open_store())
     try:
-        yield peers
+        yield channel
     except Exception as error:
-        reason = peers.leave(error)
+        reason = channel.leave(error)
         if reason is error:
             raise
         raise reason from error
@@ -168,7 +146,7 @@ def peers_of(launched: Launched) -> Iterator[Peers]:
 
 def _open_store() -> Store:
     try:
-        store, _, _ = next(meet("", timeout=PROCESS_TIMEOUT))
+        store, _, _ = next(open_store(timeout=PROCESS_TIMEOUT))
     except (RuntimeError, ValueError) as error:
         raise LaunchError(f"{_store_address()}: the processes cannot meet: {str(error).splitlines()[0]}") from None
     store.set_timeout(timedelta(seconds=GRACE_SECONDS))
@@ -177,3 +155,16 @@ def _open_store() -> Store:
 
 def _store_address() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def _lost_process(who: str, error: Exception) -> LostProcessError:
+    detail = re.sub(r"^\[.*?\] |\. This is typically .*", "", str(error).partition("\n")[0])
+    if re.search("connectFullMesh|timed out connecting", detail):
+        return LostProcessError(
+            "the processes cannot reach each other: set GLOO_SOCKET_IFNAME (with GPUs NCCL_SOCKET_IFNAME) to the "
+            f"name of the network interface that the machines share ({detail})"
+        )
+    return LostProcessError(
+        f"{who} has ended, or has not answered for too long: look at what it said; the same command continues "
+        f"from the last checkpoint{detail and f' ({detail})'}"
+    )

@@ -1,8 +1,4 @@
-"""The processes of a run: what a launcher started, and what they tell each other beside the training.
-
-They talk through the store of the launcher, which is there before they form a group and after that has broken, so that
-a mistake or a failure on one machine is told on all by the name of that machine, and not by a timeout somewhere else.
-"""
+"""Read from the environment variables of a launcher what it started and asked for. Imports no torch."""
 
 import os
 from collections.abc import Mapping
@@ -10,26 +6,45 @@ from typing import NamedTuple
 
 from mygpt.errors import LaunchError
 
+_COUNTS = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
+"""The variables of `Launched`, in its order, and their values where they are not set."""
+
 
 class Launched(NamedTuple):
-    """What the launcher says it started."""
+    """The processes that a launcher started, and which of them this is."""
 
     processes: int = 1
     local_processes: int = 1
     """On this machine."""
     rank: int = 0
 
-    @property
-    def several_machines(self) -> bool:
-        return self.processes > self.local_processes
+
+def read_launched(environ: Mapping[str, str] = os.environ) -> Launched:
+    """As `launched_processes`, but checks nothing; a variable that holds no number gives -1."""
+    return Launched(*(_number(environ.get(name, default)) for name, default in _COUNTS.items()))
+
+
+def rank() -> int:
+    """The number of this process among all, from 0."""
+    return read_launched().rank
+
+
+def local_rank() -> int:
+    """The number of this process among those on this machine, from 0; also the number of its GPU."""
+    return _number(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, which alone writes the run directory and prints the lines of a run."""
+    return rank() == 0
 
 
 def launched_processes(environ: Mapping[str, str] = os.environ) -> Launched:
-    """What the environment says that the launcher started; one process without a launcher.
+    """The processes that the launcher started; one process without a launcher.
 
     Raises:
-        LaunchError: `accelerate launch` was asked for several processes on CPUs but starts a single one, or for a
-            way to train that mygpt does not have.
+        LaunchError: the variables contradict each other, `accelerate launch` was asked for several processes on CPUs
+            but starts a single one, or the launch configuration asks for a way to train that mygpt does not have.
     """
     for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
         if _is_true(environ, variable):
@@ -42,34 +57,33 @@ def launched_processes(environ: Mapping[str, str] = os.environ) -> Launched:
             "the launch configuration asks for FSDP version 1; mygpt uses version 2 (fsdp_version: 2, as in "
             "recipes/launch/fsdp2.yaml)"
         )
-    # Accelerate looks at these, too.
-    for name, harmless in (("LOCAL_RANK", None), ("OMPI_COMM_WORLD_SIZE", "1"), ("PMI_SIZE", "1")):
-        if "WORLD_SIZE" not in environ and environ.get(name, harmless) != harmless:
+    if "WORLD_SIZE" not in environ:
+        # Accelerate reads these, too, and would start a process group.
+        for name, harmless in (("LOCAL_RANK", None), ("OMPI_COMM_WORLD_SIZE", "1"), ("PMI_SIZE", "1")):
+            if environ.get(name, harmless) != harmless:
+                raise LaunchError(
+                    f"{name} is set, and WORLD_SIZE is not, as by mpirun or by hand; start with accelerate launch or "
+                    f"torchrun, or unset {name}"
+                )
+        # accelerate's one-process launcher sets an address for other processes only if it was asked for several.
+        if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ:
             raise LaunchError(
-                f"{name} is set, and WORLD_SIZE is not, as by mpirun or by hand; start with accelerate launch or "
-                f"torchrun, or unset {name}"
+                "accelerate launch was asked for several processes but started one, as it does with --cpu or "
+                "distributed_type: MULTI_CPU; use --config_file recipes/launch/cpu2.yaml, or --multi_gpu with "
+                "ACCELERATE_USE_CPU=true (and if it was asked for one, unset MASTER_PORT)"
             )
-    if "WORLD_SIZE" in environ:
-        names = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
-        values = [environ.get(name, default) for name, default in names.items()]
-        processes, local, rank = (int(value) if value.isdecimal() else -1 for value in values)
-        if not (1 <= local <= processes and 0 <= rank < processes):
-            raise LaunchError(f"{', '.join(names)}: got {', '.join(values)}, expected numbers from a launcher")
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
-        if processes > 1 and missing:
-            raise LaunchError(
-                f"WORLD_SIZE is {processes}, and {', '.join(missing)} not set; start with accelerate launch or "
-                "torchrun, or unset WORLD_SIZE"
-            )
-        return Launched(processes, local, rank)
-    # accelerate's one-process launcher names an address for the others only when it was asked for several.
-    if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ:
+        return Launched()
+    launched = read_launched(environ)
+    if not (1 <= launched.local_processes <= launched.processes and 0 <= launched.rank < launched.processes):
+        values = ", ".join(environ.get(name, default) for name, default in _COUNTS.items())
+        raise LaunchError(f"{', '.join(_COUNTS)}: got {values}, expected numbers from a launcher")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
+    if launched.processes > 1 and missing:
         raise LaunchError(
-            "accelerate launch was asked for several processes but started one, as it does with --cpu or "
-            "distributed_type: MULTI_CPU; use --config_file recipes/launch/cpu2.yaml, or --multi_gpu with "
-            "ACCELERATE_USE_CPU=true (and if it was asked for one, unset MASTER_PORT)"
+            f"WORLD_SIZE is {launched.processes}, and {', '.join(missing)} not set; start with accelerate launch or "
+            "torchrun, or unset WORLD_SIZE"
         )
-    return Launched()
+    return launched
 
 
 def is_sharded(environ: Mapping[str, str] = os.environ) -> bool:
@@ -77,8 +91,13 @@ def is_sharded(environ: Mapping[str, str] = os.environ) -> bool:
     return _is_true(environ, "ACCELERATE_USE_FSDP")
 
 
+def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun (--max_restarts) or Slurm (requeue) has started this command before."""
+    return any(environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def ignored_settings(precision: str, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """What the launch configuration asks for and the recipe decides instead, a sentence each."""
+    """A sentence for each setting of the launch configuration that differs from the recipe, which decides."""
     settings = (
         ("mixed_precision", "ACCELERATE_MIXED_PRECISION", ("no", precision), "precision"),
         ("fsdp_activation_checkpointing", "FSDP_ACTIVATION_CHECKPOINTING", ("false",), "activation_checkpointing"),
@@ -92,11 +111,11 @@ def ignored_settings(precision: str, environ: Mapping[str, str] = os.environ) ->
     ]
 
 
-def check_processes(launched: int, joined: int) -> None:
-    """Compare the processes that the launcher started with those that joined.
+def check_joined(launched: int, joined: int) -> None:
+    """Compare the number of processes that the launcher started with the number that joined the process group.
 
     Raises:
-        LaunchError: they differ, so that each would train a model of its own.
+        LaunchError: they differ, so that each process would train a model of its own.
     """
     if launched != joined:
         raise LaunchError(
@@ -105,9 +124,8 @@ def check_processes(launched: int, joined: int) -> None:
         )
 
 
-def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun (--max_restarts) or Slurm (requeue) has started this command before."""
-    return any(environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+def _number(value: str) -> int:
+    return int(value) if value.isdecimal() else -1
 
 
 def _is_true(environ: Mapping[str, str], name: str) -> bool:

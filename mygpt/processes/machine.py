@@ -1,4 +1,4 @@
-"""The machine under a run: device, threads, determinism, processes, and a record of them all."""
+"""The machine under a process: its device, threads and determinism, and the versions that results depend on."""
 
 import importlib.metadata
 import os
@@ -12,22 +12,25 @@ import torch
 
 from mygpt import __version__
 from mygpt.errors import LaunchError
+from mygpt.processes.environment import local_rank
 
 RECORDED_PACKAGES = ("torch", "accelerate", "safetensors", "numpy")
 
 
 def resolve_device(name: str, precision: str, local_processes: int = 1) -> torch.device:
-    """The device that a recipe's `device` means on this machine.
+    """The torch device for a recipe's `device`; "auto" takes the first of cuda, mps and cpu that this machine has.
 
     Raises:
-        LaunchError: it is not there, cannot compute in `precision`, or is fewer than `local_processes`.
+        LaunchError: it does not exist, cannot compute in `precision`, or there are fewer GPUs than `local_processes`.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kinds = [kind for kind, is_there in available.items() if is_there]
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        there = " or ".join(kind for kind, found in available.items() if found)
-        raise LaunchError(f"device: got {name}, which this machine (or this build of torch) does not have; use {there}")
+        name = kinds[0]
+    if name not in kinds:
+        raise LaunchError(
+            f"device: got {name}, which this machine (or this build of torch) does not have; use {' or '.join(kinds)}"
+        )
     if precision == "bf16" and name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise LaunchError("precision: got bf16, which this GPU does not support; use fp32")
     if precision == "bf16" and name == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
@@ -41,10 +44,10 @@ def resolve_device(name: str, precision: str, local_processes: int = 1) -> torch
 
 
 def set_threads(threads: int | None, local_processes: int, *, pinned: bool = False) -> int:
-    """Set and return the CPU threads of this process; None: the cores that it may use / processes on this machine, or 1
-    if they are to be the same on any number of processes (`pinned`).
+    """Set and return the number of CPU threads of this process.
 
-    Done in-process, since `accelerate launch` and torchrun set OMP_NUM_THREADS=1.
+    None means one thread if results must not depend on the number of processes (`pinned`), and otherwise this process's
+    share of the cores. Set in-process, because `accelerate launch` and torchrun set OMP_NUM_THREADS=1.
     """
     if threads is None and pinned:
         threads = 1
@@ -52,30 +55,29 @@ def set_threads(threads: int | None, local_processes: int, *, pinned: bool = Fal
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = max(1, cores // local_processes)
     torch.set_num_threads(threads)
-    # Where this is not set, as by torchrun for one process, Accelerate sets another number of threads.
+    # If it is not set, as with torchrun and one process, Accelerate sets another number of threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     return threads
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Have CUDA choose kernels that give the same bits every time; CPU kernels do so by themselves."""
+    """Have CUDA choose kernels that give the same bits every time, as CPU kernels do anyway."""
     if device.type == "cuda":
-        # cuBLAS needs a fixed workspace, set before its first call, to repeat itself.
+        # cuBLAS repeats its results only with a fixed workspace, which it reads at its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """What, beside the recipe, the bits of a result depend on: versions, processor and accelerator."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # which is the GPU that Accelerate will take
+    """Versions, processor and accelerator, on which the bits of a result depend; and commit and command line."""
     return {
         "versions": {"mygpt": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "accelerator": torch.cuda.get_device_name(local_rank) if device.type == "cuda" else None,
+        "accelerator": torch.cuda.get_device_name(local_rank()) if device.type == "cuda" else None,
         "git_commit": _git_commit(),
         "command": tuple(sys.argv),
     }
@@ -90,7 +92,7 @@ def _cpu_model() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of mygpt's own checkout, "-dirty" where files differ from it; None when installed from a wheel."""
+    """The commit of mygpt's own checkout, with "-dirty" where files differ from it; None for an installed wheel."""
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return None
@@ -107,5 +109,5 @@ def dropout_generator_state(device: torch.device) -> torch.Tensor:
 
 
 def set_dropout_generator_state(device: torch.device, state: torch.Tensor) -> None:
-    """Put the global generator for the device back to a state that `dropout_generator_state` gave."""
+    """Restore the global generator for the device to a state that `dropout_generator_state` returned."""
     (torch if device.type == "cpu" else getattr(torch, device.type)).set_rng_state(state)

@@ -1,35 +1,22 @@
-"""What has to hold before step 1, on every process and between them."""
+"""The checks before step 1: device and corpus on each process, and that all processes agree."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from mygpt.data.dataset import Dataset, load_dataset
-from mygpt.errors import LaunchError, RecipeError
-from mygpt.processes.channel import Peers
+from mygpt.errors import LaunchError
+from mygpt.processes.channel import Channel
 from mygpt.processes.environment import Launched, ignored_settings, is_sharded
 from mygpt.processes.machine import describe_environment, make_deterministic, resolve_device, set_threads
-from mygpt.recipe.tables import TABLE_OF_KEY, Recipe, TrainTable
+from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
 from mygpt.runs.schemas import RunInfo
-from mygpt.training.gradient_sum import fixed_micro_batch
 
 
-class Setup(NamedTuple):
-    """What a process begins with."""
-
-    device: torch.device
-    dataset: Dataset
-    info: RunInfo
-    facts: list["Facts"]
-    """Of all processes, by rank."""
-    notes: list[str]
-    """What is not as it may have been meant."""
-
-
-class Facts(NamedTuple):
-    """What a process tells the others of itself."""
+class ProcessReport(NamedTuple):
+    """One process's machine, corpus and recipe, as it reports them to the others."""
 
     node: str
     device: str
@@ -41,17 +28,27 @@ class Facts(NamedTuple):
     """What the last bits of its results depend on."""
 
 
-def set_up(recipe: Recipe, launched: Launched, peers: Peers) -> Setup:
-    """Find the device, read the corpus, set threads, and hold all processes against each other.
+class Preflight(NamedTuple):
+    """The result of the checks, with which training starts."""
+
+    device: torch.device
+    dataset: Dataset
+    info: RunInfo
+    reports: list[ProcessReport]
+    """Of all processes, by rank."""
+    notes: list[str]
+    """Settings that may not be as the user meant them, a sentence each."""
+
+
+def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_batch_size: int) -> Preflight:
+    """Find the device, read the corpus, set threads, and compare all processes. Every process has to call it.
 
     Raises:
-        RecipeError: the processes cannot share the batch.
         CorpusError: the corpus cannot be used.
-        LaunchError: the device is not there, or the processes do not fit together.
-        PeerError: another process has raised one of these.
+        LaunchError: the device does not exist, or the processes do not fit together.
+        PeerError: another process has ended with an error.
     """
     runtime, exact = recipe.runtime, recipe.runtime.reduction == "exact"
-    micro_batch_size = resolve_micro_batch(recipe.train, launched.processes, exact=exact)
     device = resolve_device(runtime.device, runtime.precision, launched.local_processes)
     check_sharding(recipe, device)
     dataset = load_dataset(recipe.data, recipe.train.seq_len)
@@ -68,21 +65,18 @@ def set_up(recipe: Recipe, launched: Launched, peers: Peers) -> Setup:
         reduction=runtime.reduction,
         corpus_sha256=dataset.sha256,
     )
-    own = Facts(
+    # Only the main process uses output and resume; the corpus and the threads are compared by content and number.
+    keys = TABLE_OF_KEY.keys() - {"output", "resume", "corpus", "threads"}
+    own = ProcessReport(
         node=platform.node(),
         device=info.accelerator or f"{device.type} ({info.cpu}, {info.cpu_capability})",
         backend="nccl" if device.type == "cuda" else "gloo",
         corpus_sha256=dataset.sha256,
-        recipe={
-            key: getattr(getattr(recipe, table), key)
-            for key, table in TABLE_OF_KEY.items()
-            # The main process alone looks at the first two; content and meaning of the others are told apart.
-            if key not in ("output", "resume", "corpus", "threads")
-        },
+        recipe={key: getattr(getattr(recipe, table), key) for key, table in TABLE_OF_KEY.items() if key in keys},
         environment=info.environment(),
     )
-    facts = [Facts(**told) for told in peers.exchange(own._asdict())]
-    check_alike(facts, exact=exact)
+    reports = [ProcessReport(**report) for report in channel.exchange(own._asdict())]
+    check_alike(reports, exact=exact)
     notes = ignored_settings(runtime.precision)
     micro_batches = recipe.train.batch_size // micro_batch_size
     if micro_batches < launched.processes:
@@ -90,14 +84,14 @@ def set_up(recipe: Recipe, launched: Launched, peers: Peers) -> Setup:
             f"{micro_batches} of {launched.processes} processes have a micro-batch in each step, the others nothing to "
             "do: lower micro_batch_size, which changes the last bits, or start fewer"
         )
-    return Setup(device, dataset, info, facts, notes)
+    return Preflight(device, dataset, info, reports, notes)
 
 
 def check_sharding(recipe: Recipe, device: torch.device) -> None:
-    """See that what the recipe asks for can be had where the launch configuration shards the weights.
+    """If the launch configuration shards the weights, check that device and recipe allow it.
 
     Raises:
-        LaunchError: it cannot.
+        LaunchError: they do not.
     """
     if not is_sharded():
         return
@@ -106,84 +100,58 @@ def check_sharding(recipe: Recipe, device: torch.device) -> None:
             f"the launch configuration asks for FSDP on {device.type}, where Accelerate would silently not shard; use "
             "recipes/launch/cpu2.yaml"
         )
-    for key, value, way_out in (
+    for key, value, remedy in (
         ("reduction", "exact", 'sums whole gradients; use recipes/launch/ddp.yaml, or reduction = "fast"'),
         ("compile", True, "has not been tried with FSDP; use recipes/launch/ddp.yaml, or compile = false"),
     ):
         if getattr(recipe.runtime, key) == value:
-            raise LaunchError(f"[runtime] {key}: got {value!r}, which {way_out}")
+            raise LaunchError(f"[runtime] {key}: got {value!r}, which {remedy}")
 
 
-def check_alike(facts: list[Facts], *, exact: bool) -> None:
-    """Hold what the processes told against each other.
+def check_alike(reports: Sequence[ProcessReport], *, exact: bool) -> None:
+    """Compare the reports of all processes.
 
     Raises:
-        LaunchError: they would train on different texts or recipes or on different kinds of devices; or, with `exact`
-            sums, where the same step has other bits.
+        LaunchError: they have different texts, recipes or kinds of devices; or, with `exact` sums, different processors
+            or versions, on which the last bits depend.
     """
-    problems = list(_differences(facts, exact=exact))
+    problems = []
+
+    def compare(name: str, values: list[Any], remedy: str) -> None:
+        if text := describe_mismatch(reports, values):
+            problems.append(f"{name}: {text}; {remedy}")
+
+    hashes = [report.corpus_sha256[:12] for report in reports]
+    compare("corpus: the processes read different texts, by sha256", hashes, "give all of them the same file")
+    for key in reports[0].recipe:
+        values = [report.recipe[key] for report in reports]
+        compare(f"[{TABLE_OF_KEY[key]}] {key}: differs", values, "start all processes with the same recipe and flags")
+    machines = [report.environment for report in reports]
+    kinds = [machine["device"] for machine in machines]
+    compare("device: differs", kinds, "set device in the recipe, or mend the machine that has lost its own")
+    if exact and len(set(kinds)) == 1:
+        # With a GPU, the processor computes nothing.
+        ignored = {"git_commit", *(("cpu", "cpu_capability", "threads") if kinds[0] == "cuda" else ())}
+        remedy = 'exact sums need machines that compute the same bits: make them alike, or use reduction = "fast"'
+        for name in [name for name in machines[0] if name not in ignored]:
+            compare(f"{name}: differs", [machine.get(name) for machine in machines], remedy)
     if problems:
         raise LaunchError("\n".join(problems))
 
 
-def _differences(facts: list[Facts], *, exact: bool) -> Iterator[str]:
-    if text := _told_apart(facts, [entry.corpus_sha256[:12] for entry in facts]):
-        yield f"corpus: the processes read different texts, by sha256: {text}; give all of them the same file"
-    for key in facts[0].recipe:
-        if text := _told_apart(facts, [entry.recipe[key] for entry in facts]):
-            yield f"[{TABLE_OF_KEY[key]}] {key}: differs: {text}; start all processes with the same recipe and flags"
-    kinds = [entry.environment["device"] for entry in facts]
-    if text := _told_apart(facts, kinds):
-        yield f"device: differs: {text}; set device in the recipe, or mend the machine that has lost its own"
-    elif exact:
-        # The processor computes nothing where there is a GPU.
-        left_out = {"device", "git_commit", *(("cpu", "cpu_capability", "threads") if kinds[0] == "cuda" else ())}
-        for name in facts[0].environment:
-            if name in left_out:
-                continue
-            if text := _told_apart(facts, [entry.environment.get(name) for entry in facts]):
-                yield (
-                    f"{name}: differs: {text}; exact sums need machines that compute the same bits: make them alike, "
-                    'or use reduction = "fast"'
-                )
-
-
-def _told_apart(facts: list[Facts], values: list[Any]) -> str:
-    """Which processes have which of the values; "" if all have the same."""
+def describe_mismatch(reports: Sequence[ProcessReport], values: Sequence[Any]) -> str:
+    """The different values, each with the processes that have it; "" if all values, one per rank, are equal."""
     if all(value == values[0] for value in values):
         return ""
-    owners: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        owners.setdefault(str(value), []).append(rank)
-    return ", ".join(f"{value} on {name_ranks(facts, ranks)}" for value, ranks in owners.items())
+    texts = [str(value) for value in values]
+    owners = {text: [rank for rank, other in enumerate(texts) if other == text] for text in dict.fromkeys(texts)}
+    return ", ".join(f"{text} on {describe_ranks(reports, ranks)}" for text, ranks in owners.items())
 
 
-def name_ranks(facts: list[Facts], ranks: list[int]) -> str:
-    """Processes by machine: "rank 2, 3 on nodeB"."""
-    nodes: dict[str, list[int]] = {}
-    for rank in ranks:
-        nodes.setdefault(facts[rank].node, []).append(rank)
-    return " and ".join(f"rank {', '.join(map(str, own))} on {node}" for node, own in nodes.items())
-
-
-def resolve_micro_batch(table: TrainTable, processes: int, *, exact: bool = False) -> int:
-    """The windows of one forward pass on one of `processes`; for `exact` sums the same on any number of them.
-
-    Raises:
-        RecipeError: the batch cannot be divided so.
-    """
-    if exact:
-        return table.micro_batch_size or fixed_micro_batch(table.batch_size)
-    if table.batch_size % processes:
-        raise RecipeError(
-            f"batch_size: got {table.batch_size}, expected a multiple of the {processes} processes (or none, with "
-            'reduction = "exact")'
-        )
-    rows = table.batch_size // processes
-    size = table.micro_batch_size or rows
-    if rows % size:
-        raise RecipeError(
-            f"micro_batch_size: got {size}, expected a divisor of the {rows} windows that each of the {processes} "
-            f"processes has of batch_size = {table.batch_size}"
-        )
-    return size
+def describe_ranks(reports: Sequence[ProcessReport], ranks: Sequence[int]) -> str:
+    """Processes by machine: "rank 0, 1 on nodeA and rank 2, 3 on nodeB"."""
+    nodes = {
+        node: [str(rank) for rank in ranks if reports[rank].node == node]
+        for node in dict.fromkeys(reports[rank].node for rank in ranks)
+    }
+    return " and ".join(f"rank {', '.join(own)} on {node}" for node, own in nodes.items())

@@ -1,8 +1,8 @@
-"""What a run reports: the header, a line and a record per logged step."""
+"""Record each step once, and hand the record to every sink: the run's files and the console."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,60 +15,65 @@ from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import TIMING_FILE
 from mygpt.runs.records import Record, Timing, rewind
 
+Sink = Callable[[Record, Timing, bool], None]
+"""Takes the record and timing of a step, and whether the console prints them. Only the main process has sinks."""
 
-class Reporter:
-    """Prints the lines, writes metrics.jsonl and timing.jsonl, draws the progress bar; silent but on the main process.
 
-    Lines go to stdout. The bar goes to stderr, and only to a terminal. A run that continues after `step` drops the
-    records after it, and prints again the lines up to it: its output is that of a run never interrupted.
+class Recorder:
+    """Makes the records of a run, and gives each to all sinks: metrics.jsonl, timing.jsonl, stdout, the progress bar.
+
+    The bar is on stderr, and only on a terminal. A run that continues after `step` drops the later records, and prints
+    the lines up to `step` again, so that its output is that of a run never interrupted. The records of a run that
+    `is_complete` (by default: of one whose `step` is the last of the recipe) are left as they are.
+
+    Raises:
+        DamagedCheckpointError: the disk refused the files.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, *, is_main: bool, step: int = 0):
+    def __init__(
+        self, recipe: Recipe, run: Path, *, is_main: bool = True, step: int = 0, is_complete: bool | None = None
+    ):
         self._recipe = recipe
-        self._is_main = is_main
         self._tokens_per_step = recipe.train.batch_size * recipe.train.seq_len
-        self._files: list[tuple[Path, TextIO]] = []
         self._tokens_before = 0
+        self._sinks: list[Sink] = []
+        self._files: list[tuple[Path, TextIO]] = []
         elapsed = 0.0
         if is_main:
-            is_complete = step >= recipe.train.steps
-            records = rewind(run / METRICS_FILE, Record, step, cut=not is_complete)
+            cut = not (step >= recipe.train.steps if is_complete is None else is_complete)
+            records = rewind(run / METRICS_FILE, Record, step, cut=cut)
+            timings = rewind(run / TIMING_FILE, Timing, step, cut=cut)
             for record in records:
                 if is_printed(record.step, recipe, evaluated=record.val is not None):
                     print(step_line(record, recipe))
+            sys.stdout.flush()
             last = records[-1] if records else None
             if step - (last.step if last else 0) >= recipe.train.log_every:
-                told = f"its last record is of step {last.step}" if last else "it has no record"
-                print(f"{run / METRICS_FILE}: {told}, and the checkpoint is of step {step}", file=sys.stderr)
-            # Not 0 only after another batch size.
-            self._tokens_before = last.tokens - last.step * self._tokens_per_step if last else 0
-            timings = rewind(run / TIMING_FILE, Timing, step, cut=not is_complete)
+                end = f"its last record is of step {last.step}" if last else "it has no record"
+                print(f"{run / METRICS_FILE}: {end}, and the checkpoint is of step {step}", file=sys.stderr)
+            if last:  # 0 except after a change of the batch size
+                self._tokens_before = last.tokens - last.step * self._tokens_per_step
             elapsed = timings[-1].elapsed_seconds if timings else 0.0
             self._files = [(path, path.open("a", encoding="utf-8")) for path in (run / METRICS_FILE, run / TIMING_FILE)]
-            sys.stdout.flush()
-        self._bar = tqdm(
-            total=recipe.train.steps,
-            initial=step,
-            unit="step",
-            disable=None if is_main else True,
-            dynamic_ncols=True,
-        )
+            self._sinks = [self._append, self._show]
+        disable = None if is_main else True  # None: unless stderr is a terminal
+        self._bar = tqdm(total=recipe.train.steps, initial=step, unit="step", disable=disable, dynamic_ncols=True)
         self._started_at = time.perf_counter() - elapsed
         self._interval = (step, time.perf_counter())
         self._paused_seconds = 0.0
 
-    def __enter__(self) -> "Reporter":
+    def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
         for _path, file in self._files:
-            with suppress(OSError):  # what a full disk has not taken has been told when it was written
+            with suppress(OSError):  # a full disk, which `record` has reported
                 file.close()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of what is done inside out of the throughput."""
+        """Leave the time spent inside out of the throughput."""
         paused_at = time.perf_counter()
         try:
             yield
@@ -76,22 +81,11 @@ class Reporter:
             self._paused_seconds += time.perf_counter() - paused_at
 
     def step_done(self) -> None:
-        """Move the progress bar on."""
+        """Advance the progress bar."""
         self._bar.update()
 
-    def log(
-        self,
-        step: int,
-        *,
-        printed: bool,
-        loss: float,
-        lr: float,
-        grad_norm: float | None = None,
-        val: float | None = None,
-        val_stderr: float | None = None,
-        val_dof: int | None = None,
-    ) -> None:
-        """Record a step, and print it if it is to be `printed`.
+    def record(self, step: int, *, printed: bool, **values: Any) -> None:
+        """Record a step, and print it if `printed`. `values` are fields of `Record`.
 
         Raises:
             DamagedCheckpointError: the disk refused the record.
@@ -100,22 +94,17 @@ class Reporter:
         last_step, last_time = self._interval
         seconds = now - last_time - self._paused_seconds
         self._interval, self._paused_seconds = (step, now), 0.0
-        record = Record(
-            step=step,
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            val=val,
-            val_stderr=val_stderr,
-            val_dof=val_dof,
-            tokens=self._tokens_before + step * self._tokens_per_step,
-        )
+        record = Record(step=step, tokens=self._tokens_before + step * self._tokens_per_step, **values)
         timing = Timing(
             step=step,
             elapsed_seconds=round(now - self._started_at, 6),
             tokens_per_second=round((step - last_step) * self._tokens_per_step / seconds, 1),
         )
-        for (path, file), line in zip(self._files, (record, timing), strict=False):
+        for sink in self._sinks:
+            sink(record, timing, printed)
+
+    def _append(self, record: Record, timing: Timing, _printed: bool) -> None:
+        for (path, file), line in zip(self._files, (record, timing), strict=True):
             try:
                 file.write(line.model_dump_json(exclude_none=True) + "\n")
                 file.flush()
@@ -123,24 +112,28 @@ class Reporter:
                 raise DamagedCheckpointError(
                     f"{path}: cannot be written: {error.strerror}; make room, and the same command continues"
                 ) from None
+
+    def _show(self, record: Record, timing: Timing, printed: bool) -> None:
         self._bar.set_postfix_str(f"{timing.tokens_per_second:,.0f} tokens/s", refresh=False)
-        if self._is_main and printed:
+        if printed:
             self._bar.write(step_line(record, self._recipe), file=sys.stdout)
             sys.stdout.flush()
 
 
 def header_lines(recipe: Recipe, *, device: str, sizes: dict[str, int], vocab_size: int, params: int) -> Iterator[str]:
-    """The lines that a run begins with. `sizes` are the characters of the corpus and of its parts."""
+    """The lines that a run begins with. `sizes` are the numbers of characters of the corpus and of its parts."""
     schedule = recipe.schedule
-    yield _header("device", device)
-    yield _header("precision", recipe.runtime.precision)
-    for part, size in sizes.items():
-        yield _header(f"{part} chars", f"{size:,}")
-    yield _header("vocab_size", vocab_size)
-    yield _header("params", f"{params:,}")
-    yield _header("steps", recipe.train.steps)
-    yield _header("schedule", f"{schedule.schedule} (warmup={schedule.warmup})")
-    yield _header("max_grad_norm", recipe.train.max_grad_norm)
+    values = {
+        "device": device,
+        "precision": recipe.runtime.precision,
+        **{f"{part} chars": f"{size:,}" for part, size in sizes.items()},
+        "vocab_size": vocab_size,
+        "params": f"{params:,}",
+        "steps": recipe.train.steps,
+        "schedule": f"{schedule.schedule} (warmup={schedule.warmup})",
+        "max_grad_norm": recipe.train.max_grad_norm,
+    }
+    return (f"{label + ':':<14}{value}" for label, value in values.items())
 
 
 def step_line(record: Record, recipe: Recipe) -> str:
@@ -158,14 +151,10 @@ def step_line(record: Record, recipe: Recipe) -> str:
 
 
 def is_printed(step: int, recipe: Recipe, *, evaluated: bool) -> bool:
-    """Whether a step has a printed line."""
+    """Whether the console prints the record of a step."""
     return evaluated or step == 1 or due(step, recipe.train.print_every, recipe.train.steps)
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something done every `every` steps (0: never), and at the `last` one, is to be done at 1-based `step`."""
+    """Whether 1-based `step` is a multiple of `every` or the `last` one; never if `every` is 0."""
     return every > 0 and (step % every == 0 or step == last)
-
-
-def _header(label: str, value: Any) -> str:
-    return f"{label + ':':<14}{value}"

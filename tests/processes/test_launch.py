@@ -13,7 +13,7 @@ from support.runs import TINY
 
 from mygpt.checks.compare import compare
 from mygpt.errors import LaunchError
-from mygpt.processes.environment import Launched, check_processes, launched_processes
+from mygpt.processes.environment import Launched, check_joined, launched_processes
 from mygpt.processes.machine import set_threads
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.records import read_records
@@ -316,9 +316,9 @@ def test_launched_processes_are_counted_from_the_environment():
 
 def test_processes_that_do_not_meet_are_refused():
     """Two independent runs of one process each would train two models."""
-    check_processes(2, 2)
+    check_joined(2, 2)
     with pytest.raises(LaunchError, match="started 2 processes but 1 joined"):
-        check_processes(2, 1)
+        check_joined(2, 1)
 
 
 def test_threads_are_set_in_process(monkeypatch):

@@ -15,9 +15,9 @@ from support.runs import TINY
 from torch.distributed import DistNetworkError, TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from mygpt.cli.main import _complain
+from mygpt.cli.main import print_error
 from mygpt.errors import PeerError
-from mygpt.processes.channel import Peers, peers_of
+from mygpt.processes.channel import Channel, connect
 from mygpt.processes.environment import Launched
 from mygpt.recipe.tables import Recipe
 from mygpt.training import agreement
@@ -36,7 +36,8 @@ def undisturbed(text_file, tmp_path_factory) -> Path:
 def torchrun(processes, text_file, place, patch, *flags, launcher=()):
     """Run so many processes with a patch of the program; returns what the launcher printed and how it ended."""
     (place / "patched.py").write_text(
-        f"import os, signal, sys\nfrom mygpt.cli.main import main as cli\nfrom mygpt.processes import channel as launch\nfrom mygpt.training import evaluate, loop, parts, train as phases\nlaunch.GRACE_SECONDS = 1.0\n{patch}\n"
+        "import os, signal, sys\nfrom mygpt.cli import main as cli\nfrom mygpt.processes import channel\n"
+        f"from mygpt.training import evaluate, loop, parts\nchannel.GRACE_SECONDS = 1.0\n{patch}\n"
         "from mygpt.cli.main import main\nmain(['train', *sys.argv[1:]])\n"
     )
     launcher = launcher or ("--master-port", free_port())
@@ -54,7 +55,7 @@ def assert_same_run(run, expected):
 
 
 DYING = """
-cli._complain = lambda *args, **kwargs: None  # it leaves others the time to speak first
+cli.print_error = lambda *args, **kwargs: None  # it leaves others the time to speak first
 attempt, calls, step = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), [], loop.train_step
 def dying_step(*args, **kwargs):
     calls.append(1)
@@ -186,7 +187,7 @@ LOOK_LIKE_LOST = [
 @pytest.mark.parametrize("error", [*LOOK_LIKE_LOST, DistNetworkError("Broken pipe")])
 def test_one_process_has_lost_nobody(error):
     """Whatever its error looks like, it stays what it is."""
-    with pytest.raises(type(error)) as raised, peers_of(Launched()):
+    with pytest.raises(type(error)) as raised, connect(Launched()):
         raise error
     assert raised.value is error
 
@@ -247,7 +248,7 @@ def test_many_processes_ask_little_of_the_store():
     """64 of them, on one store: some requests each, not some for each other; and an error is heard within a second."""
     count, delay = 64, 1.5
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    peers = [Peers(Launched(count, count, rank), CountingStore(server.port)) for rank in range(count)]
+    peers = [Channel(Launched(count, count, rank), CountingStore(server.port)) for rank in range(count)]
     results, ended = [None] * count, [0.0] * count
 
     def meet(rank):
@@ -303,11 +304,11 @@ def test_a_launcher_ends_with_the_message(text_file, tmp_path, launcher):
 def test_a_launcher_is_told_what_is_printed(monkeypatch, tmp_path, capsys):
     """Lines of a message, with what a terminal would act on escaped; a file that cannot be written is no error."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    _complain("one\ntwo \x1b[31m")
+    print_error("one\ntwo \x1b[31m")
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
     assert failure.message["message"] == "one\ntwo \\x1b[31m"
     assert abs(failure.timestamp - time.time()) < 60
     assert capsys.readouterr().err == "mygpt: one\nmygpt: two \\x1b[31m\n"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere" / "error.json"))
-    _complain("three")
+    print_error("three")
     assert capsys.readouterr().err == "mygpt: three\n"

@@ -9,11 +9,11 @@ from torch.distributed import HashStore
 
 from mygpt.errors import CorpusError, LaunchError, LostProcessError, PeerError
 from mygpt.processes import channel as launch
-from mygpt.processes.channel import Peers
+from mygpt.processes.channel import Channel
 from mygpt.processes.environment import Launched, ignored_settings, launched_processes
-from mygpt.processes.preflight import Facts, check_alike, name_ranks
+from mygpt.processes.preflight import ProcessReport, check_alike, describe_ranks
 
-FACTS = Facts(
+REPORT = ProcessReport(
     node="a",
     device="cpu",
     backend="gloo",
@@ -23,15 +23,15 @@ FACTS = Facts(
 )
 
 
-def differing(**changes) -> list[Facts]:
-    return [FACTS, FACTS._replace(node="b", **changes)]
+def differing(**changes) -> list[ProcessReport]:
+    return [REPORT, REPORT._replace(node="b", **changes)]
 
 
 def test_every_process_knows_what_every_process_told(monkeypatch):
     """In order of rank; one process alone tells itself."""
     told = [{"node": "node0"}, {"node": "node1"}, {"node": "node2"}]
     assert together(monkeypatch, exchange, exchange, exchange) == [told] * 3
-    assert Peers(Launched(), HashStore()).exchange({"node": "x"}) == [{"node": "x"}]
+    assert Channel(Launched(), HashStore()).exchange({"node": "x"}) == [{"node": "x"}]
 
 
 def test_a_mistake_of_one_process_is_told_by_all_under_its_name(monkeypatch):
@@ -91,7 +91,7 @@ def test_a_process_that_does_not_come_is_waited_for_a_bounded_time(monkeypatch, 
             r"\[optimizer\] lr: differs: 0.001 on rank 0 on a, 0.0001 on rank 1 on b",
         ),
         (
-            {"environment": FACTS.environment | {"device": "cuda"}},
+            {"environment": REPORT.environment | {"device": "cuda"}},
             "device: differs: cpu on rank 0 on a, cuda on rank 1",
         ),
     ],
@@ -107,16 +107,16 @@ def test_processes_that_would_train_on_different_things_are_refused(changes, pro
 @pytest.mark.parametrize("name", ["cpu", "threads", "torch"])
 def test_exact_sums_need_machines_that_compute_alike(name):
     """Fast sums do not promise the last bits; and the commit is no machine."""
-    facts = differing(environment=FACTS.environment | {name: "other"})
+    facts = differing(environment=REPORT.environment | {name: "other"})
     check_alike(facts, exact=False)
     with pytest.raises(LaunchError, match=f"{name}: differs: .* on rank 0 on a, other on rank 1 on b; exact sums need"):
         check_alike(facts, exact=True)
-    check_alike(differing(environment=FACTS.environment | {"git_commit": "2"}), exact=True)
+    check_alike(differing(environment=REPORT.environment | {"git_commit": "2"}), exact=True)
 
 
 def test_ranks_are_named_by_machine():
     """Several on one machine once."""
-    assert name_ranks([FACTS, FACTS, FACTS._replace(node="b")], [0, 1, 2]) == "rank 0, 1 on a and rank 2 on b"
+    assert describe_ranks([REPORT, REPORT, REPORT._replace(node="b")], [0, 1, 2]) == "rank 0, 1 on a and rank 2 on b"
 
 
 def test_settings_of_the_launch_file_that_are_not_used_are_told():

@@ -4,7 +4,7 @@ import pytest
 
 from mygpt.errors import CheckpointError
 from mygpt.recipe.tables import Recipe
-from mygpt.reports.recorder import Reporter, due, header_lines, step_line
+from mygpt.reports.recorder import Recorder, due, header_lines, step_line
 from mygpt.runs.records import Record, read_records
 
 
@@ -63,9 +63,9 @@ def test_due_counts_from_one_and_includes_the_last():
 def test_only_the_main_process_reports(tmp_path, capsys):
     """Other processes print nothing and write nothing."""
     for is_main in (False, True):
-        with Reporter(Recipe.of(steps=2), tmp_path, is_main=is_main) as reporter:
-            reporter.log(1, printed=True, loss=1.0, lr=0.1)
-            reporter.log(2, printed=False, loss=1.0, lr=0.1)
+        with Recorder(Recipe.of(steps=2), tmp_path, is_main=is_main) as reporter:
+            reporter.record(1, printed=True, loss=1.0, lr=0.1)
+            reporter.record(2, printed=False, loss=1.0, lr=0.1)
         assert capsys.readouterr().out == ("step     1: loss = 1.0000\n" if is_main else "")
         assert (tmp_path / "metrics.jsonl").exists() is is_main
     assert [r.step for r in read_records(tmp_path)] == [1, 2]
@@ -83,8 +83,8 @@ def test_records_that_are_none_are_refused(tmp_path):
 
 def test_an_unfinished_last_line_is_left_out(tmp_path):
     """What a killed run has recorded can be read."""
-    with Reporter(Recipe.of(steps=2), tmp_path, is_main=True) as reporter:
-        reporter.log(1, printed=False, loss=1.0, lr=0.1)
+    with Recorder(Recipe.of(steps=2), tmp_path, is_main=True) as reporter:
+        reporter.record(1, printed=False, loss=1.0, lr=0.1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     assert [r.step for r in read_records(tmp_path)] == [1]

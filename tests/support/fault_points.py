@@ -196,4 +196,4 @@ def share_store(monkeypatch, store):
 
 def end_silently():
     """A process that fails ends without a message, and without the seconds in which it lets others print theirs."""
-    cli._complain = lambda *args, **kwargs: None
+    cli.print_error = lambda *args, **kwargs: None

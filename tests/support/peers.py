@@ -5,19 +5,19 @@ import threading
 from torch.distributed import HashStore
 
 from mygpt.processes import channel as launch
-from mygpt.processes.channel import Peers, peers_of
+from mygpt.processes.channel import Channel, connect
 from mygpt.processes.environment import Launched
 
 
 def together(monkeypatch, *works, grace=3.0):
-    """Run a function of its `Peers` for each process, in threads; returns what each returned or raised."""
+    """Run a function of its `Channel` for each process, in threads; returns what each returned or raised."""
     monkeypatch.setattr(launch, "GRACE_SECONDS", grace)
     store, results = HashStore(), [None] * len(works)
     monkeypatch.setattr(launch, "_open_store", lambda: store)
 
     def run(rank, work):
         try:
-            with peers_of(Launched(len(works), len(works), rank)) as peers:
+            with connect(Launched(len(works), len(works), rank)) as peers:
                 results[rank] = work(peers)
         except Exception as error:
             results[rank] = error
@@ -30,7 +30,7 @@ def together(monkeypatch, *works, grace=3.0):
     return results
 
 
-def exchange(peers: Peers):
+def exchange(peers: Channel):
     return peers.exchange({"node": f"node{peers.launched.rank}"})
 
 
@@ -41,7 +41,7 @@ def fail(error):
     return work
 
 
-def lose(peers: Peers):
+def lose(peers: Channel):
     exchange(peers)
     raise RuntimeError(
         "[/a/gloo/pair.cc:1] Read error [10.0.0.1]:5: Connection reset by peer. This is typically a riddle"

@@ -1,0 +1,57 @@
+"""How commands are declared, and what they share. Imports neither torch nor pydantic, so that help answers at once."""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from mygpt import __version__
+from mygpt.errors import MygptError
+from mygpt.processes.environment import launched_processes, read_launched
+
+Command = Callable[[list[str]], int | None]
+"""Takes the arguments after the command's name, and returns the exit code; None: 0."""
+
+
+def command(function: Callable[[Any], int | None]) -> Command:
+    """Make a command of a function of `options`, a dataclass whose fields are the flags. Docstrings are the help."""
+
+    def run(arguments: list[str]) -> int | None:
+        from mygpt.recipe.flags import parse_options
+
+        kind, prog = function.__annotations__["options"], f"mygpt {function.__name__}"
+        return function(parse_options(kind, arguments, prog, function.__doc__ or ""))
+
+    return run
+
+
+def dispatch(arguments: list[str], prog: str, commands: Mapping[str, Command], usage: str) -> int | None:
+    """Run the command that the first argument names, or print `usage`.
+
+    Raises:
+        MygptError: there is no such command.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        return print(usage, end="")
+    if name == "--version":
+        return print(f"mygpt {__version__}")
+    if name not in commands:
+        close = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(commands)}"
+        raise MygptError(f"unknown command '{prog} {name}'; {hint}")
+    return commands[name](rest)
+
+
+@contextmanager
+def errors_reach_all_processes() -> Iterator[None]:
+    """Report an error inside to the other processes of a launch, which may have none and would wait for this one."""
+    try:
+        yield
+    except MygptError:
+        if read_launched().processes == 1:
+            raise
+        from mygpt.processes.channel import connect
+
+        with connect(launched_processes()):
+            raise
