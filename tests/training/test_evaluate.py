@@ -63,7 +63,7 @@ def test_full_is_the_mean_over_every_target(gpt, data):
 
 
 def test_standard_error_is_that_of_the_windows(gpt, data):
-    """For windows of one length: the sample deviation of their losses over the root of their number."""
+    """For windows of one length: the sample deviation of their losses, divided by the root of their number."""
     places = WindowSet(draw_starts(data, 12, 8), 8)
     gpt.eval()
     losses = [gpt(x[None], y[None]).item() for x, y in zip(*windows(data, places.starts, places.seq_len), strict=True)]
@@ -73,7 +73,7 @@ def test_standard_error_is_that_of_the_windows(gpt, data):
     assert held_out_loss(gpt, data, [WindowSet(torch.tensor([3]), 8)], 5).stderr is None
 
 
-def test_standard_error_tells_the_spread_of_estimates(gpt, data):
+def test_standard_error_is_the_spread_of_estimates(gpt, data):
     """Estimates from fresh batches scatter as widely as the standard error says."""
     generator = torch.Generator().manual_seed(3)
     results = [held_out_loss(gpt, data, random_windows(data, 16, 8, 1, generator), 16) for _ in range(200)]
@@ -93,7 +93,7 @@ def correlated(correlation, windows, texts):
 
 
 def coverage(results, truth, *, quantile=None) -> float:
-    """How many of the 95% intervals hold the truth; by Student's t, or with a quantile of one's own."""
+    """The share of 95% intervals that contain the truth, by Student's t or with the given quantile."""
     quantiles = [quantile or stats.t.ppf(0.975, result.dof) for result in results]
     held = [abs(result.mean - truth) <= q * result.stderr for result, q in zip(results, quantiles, strict=True)]
     return sum(held) / len(held)
@@ -101,9 +101,9 @@ def coverage(results, truth, *, quantile=None) -> float:
 
 @pytest.mark.parametrize("correlation", [0.0, 0.3, 0.6, 0.8])
 def test_errors_of_consecutive_windows_respect_their_correlation(correlation):
-    """The variance of the mean of an autoregressive process is known: the error finds it, and intervals hold 95%.
+    """The variance of the mean of an autoregressive process is known: the error finds it, and 95% intervals hold.
 
-    As if the windows were independent, it would be half as large at a correlation of 0.6, and a third at 0.8.
+    Taken for independent, the windows would have an error half as large at a correlation of 0.6, and a third at 0.8.
     """
     windows, texts, seq_len = 1742, 2000, 64
     loss_MN, length_N = correlated(correlation, windows, texts), torch.full((windows,), float(seq_len)).double()
@@ -123,7 +123,7 @@ def test_errors_of_consecutive_windows_respect_their_correlation(correlation):
 @pytest.mark.parametrize("windows", [12, 20, 40, 100])
 @pytest.mark.parametrize("correlation", [0.0, 0.3, 0.6])
 def test_errors_of_few_consecutive_windows_respect_it_too(correlation, windows):
-    """A short text: fewer batches, and Student's t, so that the interval is wide and still holds the truth."""
+    """A short text: fewer batches, and Student's t, so that the interval is wide and still contains the truth."""
     loss_MN, length_N = correlated(correlation, windows, 2000), torch.ones(windows).double()
     results = [ratio_estimate(loss_N, length_N, consecutive=True) for loss_N in loss_MN]
     assert coverage(results, 128) >= 0.91
@@ -131,7 +131,7 @@ def test_errors_of_few_consecutive_windows_respect_it_too(correlation, windows):
 
 @pytest.mark.parametrize("windows", [2, 3, 16])
 def test_intervals_from_few_windows_need_students_t(windows):
-    """Independent windows, as few as two: with 1.96 the interval is too short, with Student's t it holds 95%."""
+    """Independent windows, as few as two: with 1.96 the interval is too short, with Student's t it covers 95%."""
     loss_MN, length_N = correlated(0.0, windows, 4000), torch.ones(windows).double()
     results = [ratio_estimate(loss_N, length_N, consecutive=False) for loss_N in loss_MN]
     assert {result.dof for result in results} == {windows - 1}
@@ -140,7 +140,7 @@ def test_intervals_from_few_windows_need_students_t(windows):
 
 
 def test_the_short_last_window_counts_by_its_length():
-    """A window of one token in a text of 101: the estimate is that of its tokens, also where it stands out."""
+    """A window of one token in a text of 101: the estimate is the mean over tokens, also where this one is far off."""
     length_N = torch.tensor([10.0] * 10 + [1.0]).double()
     loss_N = 2 * length_N
     loss_N[-1] += 1
@@ -151,8 +151,8 @@ def test_the_short_last_window_counts_by_its_length():
     assert (one.stderr, one.dof) == (None, None)
 
 
-def test_all_of_a_text_is_known_to_be_consecutive(gpt, data):
-    """What "full" evaluates has the errors of batches, and what is drawn at random those of windows."""
+def test_full_sampling_counts_as_consecutive(gpt, data):
+    """Its error is that of batches of windows; the error of random windows is that of single windows."""
     assert held_out_loss(gpt, data, consecutive_windows(data, 8), 3).dof == 1  # 26 windows: two batches
     places = random_windows(data, 16, 8, 1, torch.Generator().manual_seed(3))
     assert held_out_loss(gpt, data, places, 16).dof == 15

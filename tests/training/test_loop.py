@@ -1,18 +1,17 @@
 """Training runs: the same numbers as the plainest implementation, the same bits every time."""
 
 import json
-import math
 
 import pytest
 import reference
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support.runs import TINY
+from support.runs import TINY, contents, model_bytes, steps_of
 
 from mygpt.checks.compare import compare
+from mygpt.compat import forget_accelerator
 from mygpt.data.dataset import Dataset
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import CheckpointError, LaunchError, NonFiniteError, RecipeError
@@ -26,14 +25,9 @@ from mygpt.training.step import train_step
 from mygpt.training.train import train
 
 
-def model_bytes(run) -> bytes:
-    (file,) = run.glob("step-*/model.safetensors")
-    return file.read_bytes()
-
-
 @st.composite
 def small_recipes(draw):
-    """Settings that both implementations have, at sizes where a run takes a tenth of a second."""
+    """Settings that both implementations have, at sizes at which a run takes a tenth of a second."""
     steps = draw(st.integers(1, 8))
     heads = draw(st.sampled_from([1, 2, 4]))
     max_seq_len = draw(st.integers(2, 24))
@@ -59,8 +53,8 @@ def small_recipes(draw):
     }
 
 
-# With windows of one token attention has nothing to choose: its gradients are exactly zero in fp32, and noise in
-# float64 that Adam would blow up to whole steps. So the oracle computes in fp32, too.
+# With windows of one token the gradients of attention are exactly zero in fp32, and in float64 noise that Adam would
+# amplify to whole steps. So the oracle computes in fp32, too.
 @example(
     keys={"steps": 4, "num_heads": 4, "embed_dim": 64, "num_layers": 3, "max_seq_len": 3, "seq_len": 1, "batch_size": 2}
 )
@@ -97,13 +91,13 @@ def test_the_same_recipe_gives_the_same_bytes(tiny, tmp_path, sampling):
     keys = {"dropout": 0.2, "micro_batch_size": 2, "max_grad_norm": 1.0, "val_split": 0.1, "val_every": 2}
     runs = [train(tiny(**keys, sampling=sampling, output=str(tmp_path / name))) for name in "ab"]
     assert model_bytes(runs[0]) == model_bytes(runs[1])
-    # And a negative control: the bytes do depend on what was trained.
+    # The negative control: other batches give other bytes.
     other = train(tiny(**keys, sampling=sampling, data_seed=43, output=str(tmp_path / "c")))
     assert model_bytes(other) != model_bytes(runs[0])
 
 
 def test_only_shared_stream_evaluation_changes_the_training(tiny, tmp_path):
-    """Asking for a held-out loss from its own windows changes no weight; the published way does."""
+    """Evaluations on separate windows change no weight; the default, which draws from the training stream, does."""
 
     def weights(name, **keys):
         return load_checkpoint(train(tiny(val_split=0.2, **keys, output=str(tmp_path / name)))).model.state_dict()
@@ -114,7 +108,7 @@ def test_only_shared_stream_evaluation_changes_the_training(tiny, tmp_path):
         assert all(torch.equal(plain[name], other[name]) for name in plain) is same, sampling
 
 
-def test_a_step_at_rate_zero_changes_no_bit(tiny):
+def test_step_at_rate_zero_changes_no_bit(tiny):
     """The cosine's last rate is exactly zero, so the weights before and after the last step are the same."""
     run = train(tiny(schedule="cosine", warmup=2, max_grad_norm=1.0, save_every=5))
     result = compare(run / "step-000005", run / "step-000006")
@@ -127,13 +121,13 @@ def test_a_step_at_rate_zero_changes_no_bit(tiny):
 def test_weights_are_saved_when_due(tiny):
     """Every save_every steps and at the last; `latest` names the newest."""
     run = train(tiny(save_every=4))
-    assert sorted(path.name for path in run.glob("step-*")) == ["step-000004", "step-000006"]
+    assert steps_of(run) == [4, 6]
     assert (run / "latest").read_text() == "step-000006\n"
     assert compare(run / "step-000004", run).weights.differences
 
 
-def test_run_directory_holds_what_made_it(tiny):
-    """The recipe as resolved, the environment, and one record per logged step."""
+def test_run_directory_holds_recipe_environment_and_records(tiny):
+    """The resolved recipe, the environment, and one record per logged step."""
     recipe = tiny(val_split=0.1, val_every=3, log_every=2, max_grad_norm=1.0)
     run = train(recipe)
     names = {".lock", "recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "latest", "step-000006"}
@@ -152,8 +146,8 @@ def test_run_directory_holds_what_made_it(tiny):
 
 
 @pytest.mark.parametrize("sampling", ["shared-stream", "full"])
-def test_evaluation_keeps_to_the_micro_batch(tiny, tmp_path, monkeypatch, sampling):
-    """Memory that suffices for training suffices for evaluating, and the held-out loss is the same."""
+def test_evaluation_uses_the_micro_batch(tiny, tmp_path, monkeypatch, sampling):
+    """Memory that is enough for training is enough for evaluation, and the held-out loss is the same."""
     keys = {"val_split": 0.2, "val_every": 3, "sampling": sampling, "steps": 3}
     whole = read_records(train(tiny(**keys, output=str(tmp_path / "whole"))))
     seen, forward = [], GPT.forward
@@ -207,38 +201,38 @@ def test_compiled_model_gives_the_same_numbers(tiny, tmp_path):
     assert names[0] == names[1]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny):
-    """A rate that blows the weights up ends with an error that names the step, and nothing is saved."""
+def test_non_finite_loss_stops_the_run(tiny):
+    """A rate at which the weights diverge ends with an error that names the step."""
     with pytest.raises(NonFiniteError, match=r"^step \d+: the (loss|gradient norm) is (nan|inf)") as caught:
         train(tiny(lr=1e30, steps=50))
     assert caught.value.exit_code == 1
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tiny, tmp_path):
-    """The last update may break the weights after the last loss was fine."""
+def test_non_finite_weights_are_not_saved(tiny, tmp_path):
+    """The last update may give non-finite weights after a finite loss."""
     with pytest.raises(NonFiniteError, match="not finite; not saved"):
         train(tiny(lr=1e38, weight_decay=1e30, steps=1))
     assert not list((tmp_path / "run").glob("step-*"))
 
 
-def test_existing_run_is_kept_unless_told(tiny, tmp_path):
+def test_existing_run_is_replaced_only_with_overwrite(tiny):
     """Nothing of a complete run changes; with overwrite all of it is new, and a file that is not a run's stays."""
     run = train(tiny(save_every=2))
     (run / "notes.txt").write_text("mine")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = contents(run)
     train(tiny(save_every=2))
     for recipe in (tiny(save_every=2, resume="never"), tiny(save_every=2, resume=str(run / "step-000002"))):
         with pytest.raises(CheckpointError, match=r"already holds a run.*--output.*--overwrite"):
             train(recipe)
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert contents(run) == before
     train(tiny(steps=3), overwrite=True)
     assert {p.name for p in run.iterdir()} == {
         *(".lock", "recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "latest", "step-000003", "notes.txt")
     }
 
 
-def test_a_folder_that_is_no_run_is_left_alone(tiny, tmp_path):
-    """Overwriting replaces runs, not whatever else a path may hold."""
+def test_folder_that_is_no_run_is_not_replaced(tiny, tmp_path):
+    """Overwriting replaces runs, and no other folder."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.toml").write_text("precious")
     with pytest.raises(CheckpointError, match="not a run"):
@@ -250,7 +244,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny, tmp_path):
     ("batch", "micro", "processes", "expected"), [(16, None, 1, 16), (16, None, 4, 4), (16, 2, 2, 2), (12, 3, 4, 3)]
 )
 def test_micro_batch_is_the_process_share_unless_given(batch, micro, processes, expected):
-    """The global batch is the recipe's on any number of processes."""
+    """The global batch is that of the recipe on any number of processes."""
     assert (
         FastSum(TrainTable(batch_size=batch, micro_batch_size=micro), processes=processes).micro_batch_size == expected
     )
@@ -258,7 +252,7 @@ def test_micro_batch_is_the_process_share_unless_given(batch, micro, processes, 
 
 @pytest.mark.parametrize(("batch", "micro", "processes"), [(16, None, 3), (16, 8, 4), (12, 4, 4)])
 def test_batch_that_processes_cannot_share_is_refused(batch, micro, processes):
-    """Rather than training on another batch than the recipe's."""
+    """It would be another batch than that of the recipe."""
     with pytest.raises(RecipeError, match=r"batch_size: got \d+, expected"):
         FastSum(TrainTable(batch_size=batch, micro_batch_size=micro), processes=processes)
 
@@ -274,19 +268,22 @@ def test_user_configuration_of_accelerate_does_not_reach_the_numbers(tiny, tmp_p
 
 
 def test_another_accelerator_in_the_process_is_refused(tiny, tmp_path):
-    """Its settings would win over the recipe's; and it is left as it was."""
+    """Its settings would override the recipe; it stays as it was."""
     own = Accelerator(cpu=True)
     try:
         with pytest.raises(LaunchError, match="already has an Accelerator"):
             train(tiny())
         assert own.state.device == torch.device("cpu")
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_accelerator()
     assert not (tmp_path / "run").exists()
 
 
-def test_elapsed_time_and_loss_are_numbers(tiny):
-    """metrics.jsonl is strict JSON, one object a line."""
-    run = train(tiny())
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        assert all(math.isfinite(value) for value in json.loads(line).values())
+def test_records_are_strict_json_and_repeat(tiny, tmp_path):
+    """One object of finite numbers a line; times are in timing.jsonl alone, so that metrics.jsonl repeats."""
+    runs = [train(tiny(val_split=0.1, val_every=3, output=str(tmp_path / name))) for name in "ab"]
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        lines = [json.loads(line, parse_constant=pytest.fail) for line in (runs[0] / name).read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        assert all(isinstance(value, int | float) for line in lines for value in line.values())
+    assert (runs[0] / "metrics.jsonl").read_bytes() == (runs[1] / "metrics.jsonl").read_bytes()

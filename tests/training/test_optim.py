@@ -38,7 +38,7 @@ def test_rates_rise_to_the_peak_and_fall_to_the_minimum(schedule, steps, warmup_
 
 
 def test_linear_has_the_area_of_the_cosine():
-    """Next to each other the two spend the same total rate, so they can be compared."""
+    """Both have the same total rate, so they can be compared."""
     cosine, linear = (ScheduleTable(schedule=name, warmup=100) for name in ("cosine", "linear"))
     area = [sum(learning_rate(t, table, 1e-3, 2000) for t in range(1, 2001)) for table in (cosine, linear)]
     assert area[0] == pytest.approx(area[1], rel=1e-3)

@@ -1,4 +1,4 @@
-"""Exact sums: the same bits in any order and on any number of processes, and an error rather than a wrap."""
+"""Exact sums: the same bits in any order and on any number of processes, and overflow is counted, not wrapped."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def parameters() -> list[torch.nn.Parameter]:
 
 
 def mean_over_processes(steps, shares):
-    """The means as each of several processes gets them, which add the micro-batches of `steps` that `shares` name."""
+    """The means that each of several processes gets, of which each adds its share of the micro-batches in `steps`."""
     own = [parameters() for _ in shares]
     sums = [FixedPointSum(params, len(steps)) for params in own]
     for total, params, share in zip(sums, own, shares, strict=True):
@@ -25,7 +25,10 @@ def mean_over_processes(steps, shares):
                 parameter.grad = gradient.clone()
             total.add(loss)
             assert all(parameter.grad is None for parameter in params)
-    whole = torch.stack([total._sum for total in sums]).sum(0)
+    shares_summed = []
+    for total in sums:
+        total.mean_over(lambda own: shares_summed.append(own) or own)
+    whole = torch.stack(shares_summed).sum(0)
     results = []
     for total, params in zip(sums, own, strict=True):
         loss, out_of_range = total.mean_over(lambda _: whole)
@@ -46,8 +49,8 @@ def random_steps(seed, count, scale=1.0):
     scale=st.sampled_from([1e-9, 1e-3, 1.0, 1e4]),
     data=st.data(),
 )
-def test_who_adds_what_in_which_order_changes_no_bit(seed, count, world, scale, data):
-    """However the micro-batches are dealt out, also when a process gets none, every process has the same means."""
+def test_sums_do_not_depend_on_order_and_processes(seed, count, world, scale, data):
+    """However the micro-batches are distributed, also when a process gets none, every process has the same means."""
     steps = random_steps(seed, count, scale)
     order = data.draw(st.permutations(range(count)))
     owner = data.draw(st.lists(st.integers(0, world - 1), min_size=count, max_size=count))
@@ -61,7 +64,7 @@ def test_who_adds_what_in_which_order_changes_no_bit(seed, count, world, scale, 
 
 
 def test_float_sums_do_depend_on_the_order():
-    """The negative control: what the exact sum is for."""
+    """The negative control: the reason for exact sums."""
     steps = random_steps(0, 3)
     a, b, c = (values[0] for values in steps)
     assert not torch.equal((a + b) + c, a + (b + c))
@@ -71,7 +74,7 @@ def test_float_sums_do_depend_on_the_order():
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 9))
 @example(seed=1, count=7)
 def test_the_mean_is_the_mean(seed, count):
-    """To the grain of 2**-40 and the rounding of one float."""
+    """To the resolution of 2**-40 and the rounding of one float."""
     steps = random_steps(seed, count)
     [(means, _)] = mean_over_processes(steps, [range(count)])
     for place, value in enumerate(means):
@@ -81,8 +84,8 @@ def test_the_mean_is_the_mean(seed, count):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, RANGE / 4 * 1.001])
 @pytest.mark.parametrize("place", [0, 2, 3])
-def test_what_does_not_fit_is_counted(value, place):
-    """A gradient or a loss, of any one micro-batch: every process knows of it."""
+def test_values_out_of_range_are_counted(value, place):
+    """A gradient or a loss of any micro-batch: every process has the count."""
     steps = random_steps(0, 4)
     steps[2][place] = torch.full_like(steps[2][place], value)
     assert [count for _, count in mean_over_processes(steps, [[0, 1], [3], [2]])] == [1, 1, 1]
@@ -91,7 +94,7 @@ def test_what_does_not_fit_is_counted(value, place):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("count", [1, 3, 8, 1000])
 def test_the_largest_values_that_fit_do_not_wrap(count, sign):
-    """So many of the largest as there are micro-batches."""
+    """Every micro-batch has the largest value."""
     largest = sign * RANGE / count
     steps = [[torch.full(shape, largest) for shape in (*SHAPES, ())]] * count
     [(means, out_of_range)] = mean_over_processes(steps, [range(count)])
@@ -101,6 +104,6 @@ def test_the_largest_values_that_fit_do_not_wrap(count, sign):
 
 
 @pytest.mark.parametrize(("batch", "size"), [(16, 4), (1, 1), (3, 1), (6, 1), (8, 2), (24, 6), (7, 1), (9, 1), (10, 2)])
-def test_the_micro_batch_left_open_lets_four_share(batch, size):
+def test_fixed_micro_batch_lets_four_processes_share(batch, size):
     """It depends on the batch alone, divides it, and makes at least four pieces of any batch of four or more."""
     assert fixed_micro_batch(batch) == size

@@ -1,13 +1,12 @@
 """Sharded weights (FSDP2): the numbers of one process, the checkpoints of any, the options of the recipe."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.commands import REPOSITORY, run_process
-from support.runs import TINY
+from support.commands import BIN, TESTS, run_process
+from support.runs import TINY, flags_of
 
 from mygpt.checks.compare import compare
 from mygpt.errors import LaunchError
@@ -17,8 +16,8 @@ from mygpt.runs.records import read_records
 from mygpt.runs.run import read_run
 from mygpt.training.train import train
 
-SCRIPT = REPOSITORY / "tests" / "support" / "sharded.py"
-TORCHRUN = [Path(sys.executable).parent / "torchrun", "--nproc-per-node"]
+SCRIPT = TESTS / "support" / "sharded.py"
+TORCHRUN = [BIN / "torchrun", "--nproc-per-node"]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 KEYS = TINY | {
     "batch_size": 12,
@@ -31,12 +30,11 @@ KEYS = TINY | {
     "sampling": "full",
     "log_grad_norm": True,
 }
-FLAGS = [part for key, value in KEYS.items() for part in (f"--{key.replace('_', '-')}", value) if value is not True]
-FLAGS += ["--log-grad-norm"]
+FLAGS = flags_of(KEYS)
 
 
 def run(processes, text_file, folder, *flags, sharded=True, **environment):
-    """Train on so many processes, or plainly on 1, and return the finished process."""
+    """Train on so many processes, 1 without a launcher, and return the finished process."""
     command = [*TORCHRUN, processes] if processes > 1 else [sys.executable]
     environment |= FSDP if sharded else {}
     result = run_process([*command, SCRIPT, text_file, *FLAGS, *flags], folder, environment=environment)
@@ -106,8 +104,8 @@ def test_activation_checkpointing_changes_no_bit(tiny, tmp_path):
         ({"compile": True}, "cuda", "compile"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused(monkeypatch, runtime, device, problem):
-    """On CPUs Accelerate would silently not shard; an exact sum needs whole gradients."""
+def test_impossible_sharding_is_refused(monkeypatch, runtime, device, problem):
+    """On CPUs Accelerate would silently not shard; exact sums need whole gradients; compiling is not supported yet."""
     recipe = Recipe.of(**runtime)
     check_sharding(recipe, torch.device(device))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
