@@ -110,7 +110,7 @@ def test_recipe_prints_the_published_numbers(runs, recipe, launcher):
 def test_course_command_is_the_hardened_recipe(shakespeare):
     """The command line of the course, on the text file itself, asks for the run whose numbers are published.
 
-    The README's test runs it, and the recipe, for a few steps, and compares the two.
+    The documentation's test runs it, and the recipe, for a few steps, and compares the two.
     """
     flags, _ = parse_recipe([str(shakespeare), *map(str, FLAGS)], "mygpt train")
     hardened, _ = parse_recipe(["hardened", "--corpus", str(shakespeare)], "mygpt train")
