@@ -5,12 +5,12 @@ gradients of each micro-batch once, to multiples of 2**-40, and adds int64.
 Source: the idea of pre-rounding, Demmel & Nguyen, "Fast Reproducible Floating-Point Summation" (ARITH 2013).
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mygpt.compat import autocast_forward
@@ -25,6 +25,9 @@ RANGE = 2.0**22
 """What no loss or gradient, and no sum of them, may exceed, so that it fits: half of 2**63 / SCALE."""
 
 
+Prepared = tuple[torch.nn.Module, Optimizer, LambdaLR]
+
+
 class Mean(NamedTuple):
     """What the backward passes of a step measured, as scalars on the device."""
 
@@ -34,50 +37,42 @@ class Mean(NamedTuple):
     """Micro-batches whose loss or gradients an exact sum could not hold."""
 
 
-class GradientSum(ABC):
-    """How the gradients of a step are summed; `gradient_sum_for` chooses once, from the recipe.
+class GradientSum:
+    """How the gradients of a step are summed: `FastSum` or `ExactSum`, chosen once by `gradient_sum_for`.
 
     The global batch is cut into micro-batches of `micro_batch_size` windows; each process computes its `share` of them.
     """
 
-    accumulation_steps: int
-    """Backward passes over which Accelerate is to average the gradients."""
-    is_exact = False
+    is_exact: bool
     """Whether all processes have the same bits. Dropout then has a seed for each micro-batch; else it draws from a
     generator of each process, which a checkpoint has to keep."""
+    accumulation_steps: int
+    """Backward passes over which Accelerate is to average the gradients."""
 
     def __init__(self, table: TrainTable, micro_batch_size: int, rank: int, processes: int):
         self.micro_batch_size = micro_batch_size
+        self.micro_batches = table.batch_size // micro_batch_size  # of the global batch
         self.share = Share(micro_batch_size, rank, processes)
         self._table = table
 
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of the global batch."""
-        return self._table.batch_size // self.micro_batch_size
-
-    @abstractmethod
-    def prepare(
-        self, accelerator: Accelerator, gpt: GPT, optimizer: torch.optim.Optimizer, scheduler: LambdaLR
-    ) -> tuple[torch.nn.Module, torch.optim.Optimizer, LambdaLR]:
+    def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
         """Have Accelerate wrap the parts of a run."""
+        raise NotImplementedError
 
-    @abstractmethod
     def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> Mean:
         """Give the model the gradient of 1-based `step`, averaged over the micro-batches of all processes.
 
         `batch` is this process's share of the global batch.
         """
+        raise NotImplementedError
 
     def dropout_seeds(self, step: int, micro_batches: Iterable[int]) -> tuple[int, ...]:
         """The seed of dropout in each micro-batch of a step; none unless `is_exact`."""
         return ()
 
     def _pieces(self, batch: Batch) -> list[Batch]:
-        if not len(batch.inputs):
-            return []
         splits = (rows.split(self.micro_batch_size) for rows in batch)
-        return [Batch(*pair) for pair in zip(*splits, strict=True)]
+        return [Batch(*pair) for pair in zip(*splits, strict=True)] if len(batch.inputs) else []
 
 
 class FastSum(GradientSum):
@@ -86,6 +81,8 @@ class FastSum(GradientSum):
     Raises:
         RecipeError: the processes cannot share the batch.
     """
+
+    is_exact = False
 
     def __init__(self, table: TrainTable, rank: int = 0, processes: int = 1):
         if table.batch_size % processes:
@@ -103,9 +100,7 @@ class FastSum(GradientSum):
         super().__init__(table, size, rank, processes)
         self.accumulation_steps = rows // size
 
-    def prepare(
-        self, accelerator: Accelerator, gpt: GPT, optimizer: torch.optim.Optimizer, scheduler: LambdaLR
-    ) -> tuple[torch.nn.Module, torch.optim.Optimizer, LambdaLR]:
+    def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
         if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
             autocast_forward(gpt, accelerator.device)
         return accelerator.prepare(gpt, optimizer, scheduler)
@@ -132,9 +127,7 @@ class ExactSum(GradientSum):
     def __init__(self, table: TrainTable, rank: int = 0, processes: int = 1):
         super().__init__(table, table.micro_batch_size or fixed_micro_batch(table.batch_size), rank, processes)
 
-    def prepare(
-        self, accelerator: Accelerator, gpt: GPT, optimizer: torch.optim.Optimizer, scheduler: LambdaLR
-    ) -> tuple[torch.nn.Module, torch.optim.Optimizer, LambdaLR]:
+    def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
         # As for evaluation: the precision, and nothing that would sum gradients by itself.
         return accelerator.prepare_model(gpt, evaluation_mode=True), *accelerator.prepare(optimizer, scheduler)
 
