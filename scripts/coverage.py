@@ -19,7 +19,7 @@ from mygpt.data.batches import consecutive_windows
 from mygpt.data.dataset import load_dataset
 from mygpt.errors import MygptError
 from mygpt.runs.loading import load_checkpoint
-from mygpt.runs.start import recorded_recipe
+from mygpt.runs.run import Run
 from mygpt.training.evaluate import HeldOutLoss, ratio_estimate, window_losses
 
 STRETCHES = (100, 400, 1742)
@@ -41,7 +41,7 @@ def main() -> None:
 
 def held_out_losses(run: Path) -> tuple[torch.Tensor, int]:
     """The total loss of each whole window of a run's held-out text, in order, and the tokens in a window."""
-    recipe, (model, _, _) = recorded_recipe(run), load_checkpoint(run)
+    recipe, (model, _, _) = Run(run).recipe, load_checkpoint(run)
     seq_len = recipe.train.seq_len
     val = load_dataset(recipe.data, seq_len).val
     if len(val) < 2 * STRETCHES[-1] * seq_len:

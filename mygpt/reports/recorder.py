@@ -24,15 +24,13 @@ class Recorder:
 
     The bar is on stderr, and only on a terminal. A run that continues after `step` drops the later records, and prints
     the lines up to `step` again, so that its output is that of a run never interrupted. The records of a run that
-    `is_complete` (by default: of one whose `step` is the last of the recipe) are left as they are.
+    `is_complete` are left as they are.
 
     Raises:
         DamagedCheckpointError: the disk refused the files.
     """
 
-    def __init__(
-        self, recipe: Recipe, run: Path, *, is_main: bool = True, step: int = 0, is_complete: bool | None = None
-    ):
+    def __init__(self, recipe: Recipe, run: Path, *, is_main: bool = True, step: int = 0, is_complete: bool = False):
         self._recipe = recipe
         self._tokens_per_step = recipe.train.batch_size * recipe.train.seq_len
         self._tokens_before = 0
@@ -40,7 +38,7 @@ class Recorder:
         self._files: list[tuple[Path, TextIO]] = []
         elapsed = 0.0
         if is_main:
-            cut = not (step >= recipe.train.steps if is_complete is None else is_complete)
+            cut = not is_complete
             records = rewind(run / METRICS_FILE, Record, step, cut=cut)
             timings = rewind(run / TIMING_FILE, Timing, step, cut=cut)
             for record in records:

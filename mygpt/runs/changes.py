@@ -1,40 +1,50 @@
-"""Where a run begins: anew, or after a checkpoint, once what has changed since then is known. Imports no torch."""
+"""What has changed since a checkpoint, in recipe, text and machine: refused, warned of, recorded."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mygpt.errors import MismatchError, RecipeError
 from mygpt.recipe.tables import TABLE_OF_KEY, CheckpointTable, Recipe
 from mygpt.runs.files import MODEL_FILE
+from mygpt.runs.run import Run, Warn
 from mygpt.runs.schemas import RunInfo
 from mygpt.runs.steps import read_metadata
 
-# Keys that say what is shown and kept, and change no number; what `steps` changes is told apart.
+# Keys that choose what is shown and kept, and change no number; a change of `steps` is looked at by itself.
 HARMLESS_KEYS = {
     *CheckpointTable.model_fields,
     *("print_every", "log_every", "log_grad_norm", "log_val_stderr", "activation_checkpointing", "steps"),
 }
-# Keys whose meaning on this machine, or whose content, run.json has: that is what is compared.
+# Keys of which run.json has the resolved value or the content, which is compared instead.
 RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "reduction", "corpus"}
-# Keys that shift the training batches with sampling = "shared-stream", and else change no weight.
+# Keys that shift the training batches with sampling = "shared-stream", and otherwise change no weight.
 EVALUATION_KEYS = {"val_every", "eval_batches", "sampling"}
 
-Warn = Callable[[str], None]
+Changes = dict[str, tuple[Any, Any]]
+"""Old and new value by name."""
 
 
-class Source(NamedTuple):
-    """The run from which one continues, and after which of its checkpoints; None: it has none yet."""
+@dataclass(frozen=True)
+class Source:
+    """The run that is continued, or branched off, after one of its checkpoints."""
 
-    run: Path
+    run: Run
     checkpoint: Path | None
+    """Its step directory; None: the run has none yet."""
     in_place: bool
-    """Whether it is the run itself that goes on."""
+    """Whether this run is continued, and not another one branched off."""
+
+    @cached_property
+    def trained_with(self) -> Recipe:
+        """The recipe that trained the checkpoint, which need not be the run's newest."""
+        return self.run.recipe_of(self.checkpoint) if self.checkpoint else self.run.recipe
 
 
 def check_checkpoint(source: Source, recipe: Recipe, vocab: str, *, may_end: bool) -> int:
-    """See that the checkpoint fits the recipe, whose last step it is only if it `may_end`, and the vocabulary; returns
-    its step."""
+    """Check model, vocabulary and steps; returns the checkpoint's step, which is the last one only if it `may_end`."""
     if source.checkpoint is None:
         return 0
     # A branch has an output of its own already: another one would change nothing.
@@ -61,24 +71,19 @@ def check_checkpoint(source: Source, recipe: Recipe, vocab: str, *, may_end: boo
 
 
 def check_changes(
-    source: Source,
-    old: Recipe,
-    before: dict[str, Any],
-    recipe: Recipe,
-    info: RunInfo,
-    allow_changes: bool,
-    warn: Warn,
-) -> dict[str, tuple[Any, Any]]:
-    """Refuse, or tell, what differs from the recipe `old` and the environment `before` in which the source was trained;
-    returns old and new values by name."""
-    where, now = source.checkpoint or source.run, info.recorded()
+    source: Source, step: int, recipe: Recipe, info: RunInfo, *, allow_changes: bool, warn: Warn
+) -> Changes:
+    """Return what has changed since `step` was trained, with a warning; without `allow_changes` a change that matters
+    raises RecipeError, and another text MismatchError."""
+    old, before = source.trained_with, source.run.info.recorded_at(step)
     keys = dict(changed_keys(old, recipe))
+    recorded = {name: (before[name], now) for name, now in info.recorded().items() if before.get(name, now) != now}
+    where = source.checkpoint or source.run.path
     problems = [
         f"[{TABLE_OF_KEY[key]}] {key}: got {new}, expected {was}, as {where} was trained"
         for key, (was, new) in keys.items()
     ]
-    changed = {name: (before[name], value) for name, value in now.items() if before.get(name, value) != value}
-    is_other_text = "corpus_sha256" in changed
+    is_other_text = "corpus_sha256" in recorded
     if is_other_text:
         problems.append(f"[data] corpus: {recipe.data.corpus} is not the text that {where} was trained on")
         keys["corpus"] = (old.data.corpus, recipe.data.corpus)
@@ -90,16 +95,21 @@ def check_changes(
         raise kind("\n".join(f"{problem}; {way_out}" for problem in problems))
     for problem in problems:
         warn(problem)
-    # Exact sums do not depend on who computed what.
-    exact = before["reduction"] == info.reduction == "exact"
-    inexact = changed.keys() & info.environment().keys() - ({"processes"} if exact else set())
-    if inexact:
-        told = ", ".join(f"{name} {was} -> {new}" for name, (was, new) in changed.items() if name in inexact)
-        warn(f"the last bits may differ from those of a run that was never interrupted: {told}")
-        if recipe.model.dropout and {"processes", "reduction", "device"} & inexact:
-            warn("and dropout, whose masks belong to a process or a micro-batch, drops other activations from here on")
+    _warn_of_last_bits(recorded, recipe, info, warn)
     evaluation = {key: values for key, values in _differing(old, recipe) if key in EVALUATION_KEYS}
-    return keys | evaluation | changed
+    return keys | evaluation | recorded
+
+
+def _warn_of_last_bits(recorded: Changes, recipe: Recipe, info: RunInfo, warn: Warn) -> None:
+    inexact = {name: values for name, values in recorded.items() if name in info.environment()}
+    if info.reduction == "exact" and "reduction" not in recorded:
+        inexact.pop("processes", None)  # exact sums are the same on any number of processes
+    if not inexact:
+        return
+    changes = ", ".join(f"{name} {was} -> {new}" for name, (was, new) in inexact.items())
+    warn(f"the last bits may differ from those of a run that was never interrupted: {changes}")
+    if recipe.model.dropout and {"processes", "reduction", "device"} & inexact.keys():
+        warn("and dropout drops other activations from here on: its masks depend on processes, reduction and device")
 
 
 def changed_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -113,29 +123,27 @@ def changed_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any
 
 def _differing(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
     values = new.flat()
-    for key, was in old.flat().items():
-        if was != values[key]:
-            yield key, (was, values[key])
+    return ((key, (was, values[key])) for key, was in old.flat().items() if was != values[key])
 
 
 def window_names(old: Recipe, new: Recipe) -> set[str]:
-    """What held-out windows depend on: losses over other windows are no longer comparable."""
+    """The names on which held-out windows depend: losses over other windows cannot be compared."""
     names = {"sampling", "val_split", "seq_len", "corpus_sha256"}
     if any(recipe.validation.sampling != "full" for recipe in (old, new)):
         names |= {"eval_batches", "batch_size"}
     return names
 
 
-def tell_steps(old: Recipe, recipe: Recipe, step: int, warn: Warn) -> None:
-    """Say where going on to another number of steps is not what a run of that many from the start would be."""
+def warn_of_steps(old: Recipe, recipe: Recipe, step: int, warn: Warn) -> None:
+    """Warn where continuing to another number of steps differs from a run of that many steps from the start."""
     was, now, validation = old.train.steps, recipe.train.steps, old.validation
     if recipe.schedule.schedule != "constant":
         warn(
             f"steps {was} -> {now}: from step {step + 1} on, the rate is that of a {recipe.schedule.schedule} schedule "
-            f"over {now} steps; before, it fell as over {was}: not the run that {now} steps from the start would be"
+            f"over {now} steps; before, it was that of one over {was}: a run of {now} steps from the start would differ"
         )
     elif step == was and validation.val_every and was % validation.val_every and validation.sampling == "shared-stream":
         warn(
             f"steps {was} -> {now}: the held-out loss at step {was}, then the last, drew from the stream of training "
-            f"batches: those that follow are not those of a run of {now} steps from the start"
+            f"batches: the next batches are not those of a run of {now} steps from the start"
         )

@@ -1,8 +1,8 @@
-"""Run directories: where things are in them, how one is made, tidied and locked, and how a checkpoint in one is found.
+"""Names of the files in a run directory, and safe ways to read, write and remove them.
 
 A run directory holds the resolved recipe, run.json, metrics.jsonl, timing.jsonl, one directory `step-NNNNNN` per
-checkpoint, `latest` and `best`, which name one of these, and `.lock`. A step directory has its name only once it is
-whole: it is written as `.tmp-step-NNNNNN`, and removed as `.tmp-old-NNNNNN`. Imports no torch.
+checkpoint, the files `latest` and `best`, which name one of these, and `.lock`. A step directory is written as
+`.tmp-step-NNNNNN` and renamed when it is complete; before it is deleted it is renamed to `.tmp-old-NNNNNN`.
 """
 
 import errno
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from mygpt.errors import DamagedCheckpointError
 
 MODEL_FILE = "model.safetensors"
@@ -26,17 +28,52 @@ BEST_FILE = "best"
 LOCK_FILE = ".lock"
 
 METADATA_KEY = "mygpt"
-"""The only key: safetensors writes two or more in random order, and the file's bytes should be repeatable."""
+"""The only metadata key of a safetensors file: with several keys safetensors orders them at random."""
 
-STEP_NAME = re.compile(r"step-(\d{6,})")
+STEP_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})")
 FAILED_NAME = re.compile(r"failed-step-(\d{6,})")
 TEMPORARY_NAME = re.compile(r"\.tmp-(step-\d{6,}|failed-step-\d{6,}|old-.*|[a-z]+(\.[a-z]+)?)")
 
-# What a run writes into its directory; replacing a run removes nothing else.
+# All that a run writes into its directory. Replacing a run removes nothing else.
 RUN_ENTRY = re.compile(
     rf"recipe\.toml|run\.json|metrics\.jsonl|timing\.jsonl|latest|best"
     rf"|{STEP_NAME.pattern}|{FAILED_NAME.pattern}|{TEMPORARY_NAME.pattern}"
 )
+
+CANNOT_READ = "{path}: cannot be read: {reason}"
+CANNOT_WRITE = "output: {file}: cannot be written: {reason}"
+
+
+@contextmanager
+def explain_disk_error(message: str, path: Path) -> Iterator[None]:
+    """Raise a disk error as a DamagedCheckpointError whose message names {path}, {file}, {reason} or {error}.
+
+    The file is the one that the system names in its error, or else the path.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        file, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+        text = message.format(path=path, file=file or path, reason=reason or error, error=error)
+        raise DamagedCheckpointError(text) from error
+
+
+def is_directory(path: Path) -> bool:
+    """Whether it is a directory, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def regular(file: Path) -> Path:
+    """The file itself, which may be missing; OSError if it is a link, a directory or a device."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return file
+
+
+def read_bytes(file: Path) -> bytes:
+    """The content of a regular file; DamagedCheckpointError if it cannot be read."""
+    with explain_disk_error(CANNOT_READ, file):
+        return regular(file).read_bytes()
 
 
 def file_sha256(file: Path) -> str:
@@ -44,59 +81,14 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-# ---- keeping a run tidy
-
-
-def publish(partial: Path, target: Path) -> None:
-    """Give a complete, synced temporary directory its name.
-
-    Whatever is in its place, which resuming has found to be damaged, is set aside under another name, and not deleted.
-    """
-    if os.path.lexists(target):
-        set_aside(target)
-    partial.rename(target)
-    sync(target.parent)
-
-
-def set_aside(path: Path, *, copy: bool = False) -> Path:
-    """Keep what is damaged, or a copy of it, under a name that no run uses; returns that path."""
-    names = (path.with_name(f"damaged-{path.name}-{number}") for number in itertools.count(1))
-    aside = next(name for name in names if not os.path.lexists(name))
-    shutil.copyfile(path, aside) if copy else path.rename(aside)
-    return aside
-
-
-def remove(entry: Path) -> None:
-    """Remove a file, a link or a directory of ours; a directory loses its name first, so that no part of it counts."""
-    if entry.is_dir() and not entry.is_symlink():
-        doomed = entry.with_name(f".tmp-old-{entry.name.removeprefix('.tmp-')}")
-        if entry != doomed:
-            while os.path.lexists(doomed):
-                doomed = doomed.with_name(f"{doomed.name}-again")
-            entry.rename(doomed)
-        entry = doomed
-    _delete(entry)
-
-
-def _delete(entry: Path) -> None:
-    # rmtree follows no links. What it cannot remove yet, as where a network disk has a file open, is swept later.
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry, ignore_errors=True)
-    else:
-        entry.unlink()
-
-
-# ---- files
-
-
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old or the new one, on the disk when this returns."""
+    """Write a file atomically: it holds the old or the new text, and the new one is on the disk on return."""
     content = text.encode()
     with suppress(OSError):
-        if path.read_bytes() == content:
+        if regular(path).read_bytes() == content:
             return
     partial = path.with_name(f".tmp-{path.name}")
-    partial.unlink(missing_ok=True)  # a leftover could be a link
+    partial.unlink(missing_ok=True)  # a link that was left there would be followed
     partial.write_bytes(content)
     sync(partial)
     partial.replace(path)
@@ -104,7 +96,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file or a directory's entries to the disk."""
+    """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -112,16 +104,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _regular(file: Path) -> Path:
-    """The path itself, which must not be a link, a directory or a device."""
-    if file.is_symlink() or (file.exists() and not file.is_file()):
-        raise OSError(errno.EINVAL, "not a regular file")
-    return file
+def publish(partial: Path, target: Path) -> None:
+    """Rename a complete and synced temporary directory to its name; a damaged one of that name is set aside."""
+    if os.path.lexists(target):
+        set_aside(target)
+    partial.rename(target)
+    sync(target.parent)
 
 
-@contextmanager
-def _naming_disk(run: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DamagedCheckpointError(f"output: {error.filename or run}: cannot be written: {error.strerror}") from None
+def set_aside(path: Path, *, copy: bool = False) -> Path:
+    """Rename a damaged entry, or copy it, to a free name that no run uses; returns that path."""
+    names = (path.with_name(f"damaged-{path.name}-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    shutil.copyfile(path, aside) if copy else path.rename(aside)
+    return aside
+
+
+def remove(entry: Path) -> None:
+    """Remove a file, a link or a directory, which gets a temporary name first: half of it is no checkpoint."""
+    if not is_directory(entry):
+        entry.unlink()
+        return
+    if not TEMPORARY_NAME.fullmatch(entry.name):
+        doomed = entry.with_name(f".tmp-old-{entry.name}")
+        while os.path.lexists(doomed):
+            doomed = doomed.with_name(f"{doomed.name}-again")
+        entry = entry.rename(doomed)
+    shutil.rmtree(entry, ignore_errors=True)  # files that a network disk keeps open are left for the next start

@@ -1,20 +1,23 @@
-"""Checkpoints: the weights and training state of a step, written beside the training and verified when read."""
+"""Reading checkpoints: their tensors, checked against the architecture in their metadata."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import DamagedCheckpointError, MismatchError
 from mygpt.model.gpt import GPT
 from mygpt.recipe.tables import ModelTable
-from mygpt.runs.files import MANIFEST_FILE, STATE_FILE
+from mygpt.runs.files import MANIFEST_FILE, STATE_FILE, explain_disk_error
 from mygpt.runs.run import find_model_file
 from mygpt.runs.saver import Tensors, TrainingState
 from mygpt.runs.steps import read_manifest, read_metadata, read_state_metadata, verify_file
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""The state that AdamW keeps of each parameter."""
 
 
 class Checkpoint(NamedTuple):
@@ -28,7 +31,7 @@ class Checkpoint(NamedTuple):
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Load the model of a run directory, step directory or model file, on the CPU in eval mode.
 
-    A file is held against the manifest beside it; one without a manifest is taken as it is if it was named itself.
+    The file is compared with the manifest beside it; a file that was named itself may have none.
 
     Raises:
         CheckpointError: there is none.
@@ -51,11 +54,11 @@ def read_weights(file: Path, config: ModelTable, vocab_size: int, *, finite: boo
     """The weights in a model file, which must be those of this architecture.
 
     Raises:
-        DamagedCheckpointError: it cannot be read; or, if they must be `finite`, some are not.
-        MismatchError: they are not, as after a change of the model's code.
+        DamagedCheckpointError: it cannot be read; or some weights are not finite, though they must be `finite`.
+        MismatchError: the weights are of another architecture, as after a change of the model's code.
     """
     weights = read_tensors(file)
-    # Before building what the metadata asks for: a damaged number of layers could take hours to build.
+    # Before building the model: a damaged number of layers could take hours to build.
     if config.embed_dim % config.num_heads or config.num_layers > len(weights):
         raise DamagedCheckpointError(f"{file}: damaged: its metadata describes no model with these weights")
     with torch.device("meta"):
@@ -73,7 +76,7 @@ def read_weights(file: Path, config: ModelTable, vocab_size: int, *, finite: boo
 
 
 def read_state(directory: Path, weights: Tensors) -> TrainingState:
-    """The training state in a step directory, whose moments must be those of `weights`.
+    """The training state in a step directory, whose optimizer moments must be those of `weights`.
 
     Raises:
         DamagedCheckpointError: it cannot be read, or they are not.
@@ -95,25 +98,10 @@ def read_state(directory: Path, weights: Tensors) -> TrainingState:
     return TrainingState(tensors, metadata)
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-"""What AdamW keeps of each parameter."""
-
-
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a safetensors file.
-
-    Raises:
-        DamagedCheckpointError: it cannot be read.
-    """
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - it is no dict
-    except (OSError, SafetensorError) as error:
-        raise DamagedCheckpointError(f"{file}: damaged: {error}") from None
-
-
-def _describe(tensor: torch.Tensor | None) -> str:
-    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    """The tensors in a safetensors file; raises DamagedCheckpointError if it cannot be read."""
+    with explain_disk_error("{path}: damaged: {error}", file), safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - it is no dict
 
 
 def _first_unlike(tensors: Tensors, expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> str | None:
@@ -121,3 +109,7 @@ def _first_unlike(tensors: Tensors, expected: Mapping[str, tuple[torch.Size, tor
     names = sorted(expected.keys() | tensors.keys())
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     return next((name for name in names if found.get(name) != expected.get(name)), None)
+
+
+def _describe(tensor: torch.Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

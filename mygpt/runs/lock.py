@@ -1,9 +1,4 @@
-"""Run directories: where things are in them, how one is made, tidied and locked, and how a checkpoint in one is found.
-
-A run directory holds the resolved recipe, run.json, metrics.jsonl, timing.jsonl, one directory `step-NNNNNN` per
-checkpoint, `latest` and `best`, which name one of these, and `.lock`. A step directory has its name only once it is
-whole: it is written as `.tmp-step-NNNNNN`, and removed as `.tmp-old-NNNNNN`. Imports no torch.
-"""
+"""The lock of a run directory, which keeps two processes from training into it at once."""
 
 import fcntl
 import os
@@ -12,30 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mygpt.errors import CheckpointError, DamagedCheckpointError
-from mygpt.runs.files import LOCK_FILE, sync
+from mygpt.errors import CheckpointError
+from mygpt.runs.files import CANNOT_WRITE, LOCK_FILE, explain_disk_error, sync
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Make the run directory where there is none, and keep other processes from writing to it.
-
-    The kernel releases the lock when the process ends, however that ends. It is on a file that is open for writing: on
-    NFS a lock on a directory holds for one machine only, and a file must be writable for a lock that holds for all.
+    """Hold the lock of a run directory, which is made if it is missing. The kernel frees the lock of a killed process.
 
     Raises:
         CheckpointError: another process trains into it.
         DamagedCheckpointError: the disk refused it.
     """
     is_new = not run.exists()
-    try:
+    with explain_disk_error(CANNOT_WRITE, run):
         descriptor = _lock(run)
-    except BlockingIOError:
-        raise CheckpointError(
-            f"output: another process is training into {run}; wait for it, or choose another --output"
-        ) from None
-    except OSError as error:
-        raise DamagedCheckpointError(f"output: {run}: cannot be written: {error.strerror}") from None
     try:
         yield
     finally:
@@ -49,11 +35,9 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def _lock(run: Path) -> int:
-    """The descriptor of the lock file of `run`, locked if the disk has locks.
+    """The descriptor of the lock file, locked unless the disk has no locks.
 
-    Raises:
-        BlockingIOError: another process holds the lock.
-        OSError: the disk refused the directory or the file.
+    On NFS a lock on a directory holds for one machine only, and a lock on a file needs a descriptor that may write.
     """
     file = run / LOCK_FILE
     while True:
@@ -68,7 +52,9 @@ def _lock(run: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise
+            raise CheckpointError(
+                f"output: another process is training into {run}; wait for it, or choose another --output"
+            ) from None
         except OSError as error:
             print(f"{run}: cannot be locked ({error.strerror}): see that no two runs write there", file=sys.stderr)
             return descriptor

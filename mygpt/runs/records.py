@@ -1,4 +1,4 @@
-"""What a run reports: the header, a line and a record per logged step."""
+"""metrics.jsonl and timing.jsonl: the records of a run, and how they are read and continued."""
 
 import os
 import sys
@@ -7,14 +7,14 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field, ValidationError
 
-from mygpt.errors import CheckpointError, DamagedCheckpointError
+from mygpt.errors import CheckpointError
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Table
-from mygpt.runs.files import set_aside
+from mygpt.runs.files import explain_disk_error, set_aside
 
 
 class Record(Table):
-    """One line of metrics.jsonl; a value that was not taken at this step is None."""
+    """One line of metrics.jsonl; a value that was not measured at this step is None."""
 
     step: int
     loss: float
@@ -22,7 +22,7 @@ class Record(Table):
     lr: float
     """The learning rate of this step's update."""
     tokens: int
-    """Tokens trained on so far, this step's included."""
+    """Tokens trained on so far, including this step."""
     val: float | None = None
     """Held-out loss after this step's update, in nats per token."""
     val_stderr: Annotated[float, Field(ge=0)] | None = None
@@ -38,13 +38,13 @@ class Timing(Table):
 
     step: int
     elapsed_seconds: float
-    """Since the first step began, evaluation and saving included; time in which the run was down is left out."""
+    """Since the first step began, with evaluation and saving, without the time in which the run was down."""
     tokens_per_second: float
-    """Training throughput since the record before, evaluation and saving left out."""
+    """Training throughput since the previous record, without evaluation and saving."""
 
 
 def read_records(run: Path) -> list[Record]:
-    """The records of a run directory; a last line that a killed run did not finish is left out.
+    """The records of a run directory, without a last line that a killed run left unfinished.
 
     Raises:
         CheckpointError: there are none, or a line is not a record.
@@ -70,35 +70,35 @@ _Line = TypeVar("_Line", Record, Timing)
 
 
 def rewind(path: Path, kind: type[_Line], step: int, *, cut: bool = True) -> list[_Line]:
-    """The records up to `step`, or to a line that is none; `cut` the file off there.
+    """The records up to `step`, or up to a line that is no record; with `cut` the file ends there from now on.
 
     Raises:
         DamagedCheckpointError: the disk refused it.
     """
     kept: list[_Line] = []
     size = 0
-    try:
+    with explain_disk_error("{path}: cannot be continued: {reason}", path):
         if cut and path.is_symlink():
-            path.unlink()  # what is appended is to stay in the run directory
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    record = kind.model_validate_json(line)
-                except ValidationError:
-                    if cut and line.endswith(b"\n"):  # a killed run leaves no whole line that is wrong
-                        aside = set_aside(path, copy=True)
-                        print(
-                            f"{path}: line {len(kept) + 1} is no record; the file is kept as {aside}", file=sys.stderr
-                        )
-                    break
-                if record.step > step or not line.endswith(b"\n"):
-                    # Records of a continuation that has been given up go, also from a complete run.
-                    cut = cut or (record.step > step and not path.is_symlink())
-                    break
-                kept.append(record)
-                size += len(line)
-            if cut:
-                os.truncate(path, size)
-    except OSError as error:
-        raise DamagedCheckpointError(f"{path}: cannot be continued: {error.strerror}") from None
+            path.unlink()  # records are appended to a file in the run directory
+        if not path.exists():
+            return []
+        for line in path.read_bytes().splitlines(keepends=True):
+            is_whole = line.endswith(b"\n")
+            try:
+                record = kind.model_validate_json(line)
+            except ValidationError:
+                if cut and is_whole:  # a killed run leaves no whole line that is wrong
+                    aside = set_aside(path, copy=True)
+                    print(f"{path}: line {len(kept) + 1} is no record; the file is kept as {aside}", file=sys.stderr)
+                break
+            if record.step > step:
+                # Later records are of an abandoned continuation: they go, even if nothing else is cut.
+                cut = not path.is_symlink()
+                break
+            if not is_whole:
+                break
+            kept.append(record)
+            size += len(line)
+        if cut:
+            os.truncate(path, size)
     return kept

@@ -1,183 +1,172 @@
-"""Run directories: where things are in them, how one is made, tidied and locked, and how a checkpoint in one is found.
-
-A run directory holds the resolved recipe, run.json, metrics.jsonl, timing.jsonl, one directory `step-NNNNNN` per
-checkpoint, `latest` and `best`, which name one of these, and `.lock`. A step directory has its name only once it is
-whole: it is written as `.tmp-step-NNNNNN`, and removed as `.tmp-old-NNNNNN`. Imports no torch.
-"""
+"""A run directory: reading what it holds (class `Run`), and checking that a run may be written there."""
 
 import errno
 import os
-import shutil
-from contextlib import suppress
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import tomli_w
-from pydantic import ValidationError
-
-from mygpt.errors import CheckpointError, DamagedCheckpointError
-from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
-from mygpt.recipe.tables import NAMED_CORPORA, Recipe
+from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError, RecipeError
+from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE, load_recipe
+from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
 from mygpt.runs.files import (
     BEST_FILE,
-    FAILED_NAME,
     LATEST_FILE,
     LOCK_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
-    RUN_ENTRY,
     STEP_NAME,
     TEMPORARY_NAME,
     TIMING_FILE,
-    _delete,
-    _naming_disk,
-    _regular,
-    remove,
-    replace_text,
+    file_sha256,
+    is_directory,
 )
-from mygpt.runs.schemas import RunInfo
-from mygpt.runs.steps import point_to, prune, step_directories
+from mygpt.runs.records import Record, read_records
+from mygpt.runs.schemas import RunInfo, read_table
+from mygpt.runs.steps import read_manifest, step_directories, verify_checkpoint
 
-# ---- making a run
+Warn = Callable[[str], None]
 
 
-def check_output(run: Path, replace: bool) -> None:
-    """See that a run may be written to `run`, without touching the disk; with `replace` one may be there already.
+@dataclass(frozen=True)
+class Run:
+    """A run directory, to be read. run.json and the recipe are read once, when they are first needed.
 
-    Raises:
-        CheckpointError: there is a run and `replace` is not set, or there is something that is not a run.
+    Raises CheckpointError if there is no run, DamagedCheckpointError for a file that cannot be read, and
+    NewerFormatError for a file that a later version of mygpt wrote.
     """
-    try:
-        # A run killed before it had its first file has only temporaries.
-        entries = [entry.name for entry in run.iterdir() if not _is_transient(entry.name)]
-        parent = run
-    except FileNotFoundError:
-        entries = []
-        parent = next(path for path in run.absolute().parents if path.exists())
-        if not parent.is_dir():
-            raise CheckpointError(f"output: {parent} is a file; choose another --output") from None
-        if any(len(os.fsencode(name)) > 255 for name in run.parts):
-            raise CheckpointError(
-                f"output: {run}: {os.strerror(errno.ENAMETOOLONG)}; choose another --output"
+
+    path: Path
+
+    @cached_property
+    def info(self) -> RunInfo:
+        """run.json."""
+        if not os.path.lexists(self.path / RUN_FILE):
+            raise CheckpointError(f"{self.path}: no such run; expected a directory that `mygpt train` has written")
+        return read_table(RunInfo, self.path / RUN_FILE)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The newest recipe."""
+        if self.info.recipe is not None:
+            return self.info.recipe.replace(output=str(self.path))
+        try:
+            return load_recipe(self.path / RECIPE_FILE)
+        except RecipeError as error:
+            raise DamagedCheckpointError(
+                f"{self.path}: its recipe cannot be read, so that it cannot be continued: {error}; mend it, choose "
+                "another --output, or --overwrite the run"
             ) from None
-        if run.is_symlink():
-            raise CheckpointError(f"output: {run} is a link to nothing; choose another --output") from None
-    except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"output: {str(run)!r}: {reason}; choose another --output") from None
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"output: {parent}: cannot be written to; choose another --output")
-    if RUN_FILE not in entries and METRICS_FILE in entries:
-        raise CheckpointError(
-            f"output: {run} holds a run without its {RUN_FILE}; restore it, or choose another --output"
+
+    @property
+    def records(self) -> list[Record]:
+        """The records in metrics.jsonl; it is an error if there are none."""
+        return read_records(self.path)
+
+    @property
+    def checkpoints(self) -> dict[int, Path]:
+        """The step directories, by step, in order; they may be damaged."""
+        return step_directories(self.path)
+
+    @property
+    def best(self) -> Path | None:
+        """The step directory with the lowest held-out loss; None: there is no file `best`."""
+        return self.pointed_by(BEST_FILE) if (self.path / BEST_FILE).exists() else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run ended with its newest whole checkpoint, and not by a signal."""
+        newest = self.newest_checkpoint()
+        return newest is not None and self.ended_with(newest)
+
+    @property
+    def has_no_steps(self) -> bool:
+        """Whether the run was killed before its first step, so that replacing it loses nothing."""
+        return all(
+            entry.name in (RUN_FILE, RECIPE_FILE)
+            or (entry.name in (METRICS_FILE, TIMING_FILE) and entry.stat().st_size == 0)
+            for entry in _entries(self.path)
         )
-    if entries and RUN_FILE not in entries:
-        raise CheckpointError(
-            f"output: {run} is not empty and not a run (it holds {entries[0]!r}); choose another --output"
-        )
-    if entries and not replace and not has_no_steps(run):
-        raise CheckpointError(
-            f"output: {run} already holds a run; choose another --output, or replace it with --overwrite"
-        )
 
-
-def _is_transient(name: str) -> bool:
-    """Whether an entry of a run directory is no part of the run: its lock, or a temporary file of a process."""
-    return name == LOCK_FILE or TEMPORARY_NAME.fullmatch(name) is not None
-
-
-def has_no_steps(run: Path) -> bool:
-    """Whether a run was killed before its first step, so that replacing it loses nothing."""
-    return all(
-        entry.name in (RUN_FILE, RECIPE_FILE)
-        or (entry.name in (METRICS_FILE, TIMING_FILE) and entry.stat().st_size == 0)
-        for entry in run.iterdir()
-        if not _is_transient(entry.name)
-    )
-
-
-def create_run(run: Path, recipe: Recipe, info: RunInfo, *, overwrite: bool, after: Path | None = None) -> None:
-    """Write recipe.toml and run.json of a new run; with `overwrite`, in place of the run that is in the directory.
-
-    One that goes on `after` a checkpoint of another run begins with that run's records.
-
-    Raises:
-        CheckpointError: there is a run, and `overwrite` is not set.
-        DamagedCheckpointError: the disk refused it.
-    """
-    with _naming_disk(run):
-        if not overwrite and step_directories(run):
-            raise CheckpointError(
-                f"output: {run} holds checkpoints but no {RECIPE_FILE}; restore it, choose another --output, or "
-                "--overwrite the run"
+    @property
+    def origin(self) -> Path | None:
+        """The step directory of another run after which this one began, or None; MismatchError if it has changed."""
+        if (begun := self.info.origin) is None:
+            return None
+        path = Path(begun.checkpoint or "")
+        try:
+            found = file_sha256(path / MANIFEST_FILE)
+        except (OSError, ValueError):
+            found = None
+        if found != begun.manifest_sha256:
+            raise MismatchError(
+                f"{path}: the checkpoint after which {self.path} began is {'another now' if found else 'gone'}; put it "
+                "back, or begin again with --overwrite and the --resume of where it is now"
             )
-        # In an order in which a kill leaves the old run with fewer checkpoints, or the new one without its steps: both
-        # run.json, which marks the directory as a run, and recipe.toml, which may be what the command names, are
-        # replaced and never missing. A new directory gets recipe.toml last.
-        for _, directory in reversed(step_directories(run)):
-            remove(directory)
-        for entry in run.iterdir():
-            kept = entry.name in (RUN_FILE, RECIPE_FILE) or (not overwrite and FAILED_NAME.fullmatch(entry.name))
-            if RUN_ENTRY.fullmatch(entry.name) and not kept:
-                remove(entry)
-        replace_text(run / RUN_FILE, info.to_json())
-        for name in (METRICS_FILE, TIMING_FILE):
-            if after is not None and (after.parent / name).is_file():
-                shutil.copyfile(after.parent / name, run / name)
-        replace_text(run / RECIPE_FILE, _run_recipe(recipe))
+        return path
 
+    def newest_checkpoint(self, warn: Warn = lambda _: None) -> Path | None:
+        """The newest whole step directory; None: there are no step directories.
 
-def record_run(run: Path, recipe: Recipe, info: RunInfo) -> None:
-    """Write run.json and recipe.toml, each whole or not at all; a file that says the same already is left as it is.
+        `latest` is not read: if the run was killed just before `latest` was replaced, there is a newer checkpoint. A
+        newer format is an error, since falling back would discard that checkpoint.
+        """
+        directories = self.checkpoints.values()
+        for directory in reversed(directories):
+            try:
+                verify_checkpoint(directory)
+            except DamagedCheckpointError as error:
+                warn(f"{error}; falling back to the checkpoint before it")
+            else:
+                return directory
+        if directories:
+            raise DamagedCheckpointError(
+                f"{self.path}: none of its {len(directories)} checkpoints is whole; restore one, choose another "
+                "--output, or start again with --overwrite"
+            )
+        return None
 
-    Raises:
-        DamagedCheckpointError: the disk refused it.
-    """
-    with _naming_disk(run):
-        replace_text(run / RUN_FILE, info.to_json())
-        replace_text(run / RECIPE_FILE, _run_recipe(recipe))
+    def recipe_at(self, step: int) -> Recipe:
+        """The recipe that trained a step: the one that was replaced when the run next continued, or the newest."""
+        later = [resumed for resumed in self.info.history if resumed.after_step >= step]
+        if later and later[0].recipe is not None:
+            return later[0].recipe
+        # mygpt 0.1 recorded no recipes, but the old value of each key that changed.
+        keys = {name: was for resumed in reversed(later) for name, (was, _) in resumed.changed.items()}
+        return self.recipe.replace(**{name: was for name, was in keys.items() if name in TABLE_OF_KEY})
 
+    def recipe_of(self, checkpoint: Path) -> Recipe:
+        """The recipe that trained one of its checkpoints, with the paths that its manifest leaves out."""
+        manifest, paths = read_manifest(checkpoint), self.recipe.checkpoint
+        recipe = self.recipe_at(manifest.step)
+        if manifest.recipe is None:
+            return recipe
+        return manifest.recipe.replace(corpus=recipe.data.corpus, output=paths.output, resume=paths.resume)
 
-def _run_recipe(recipe: Recipe) -> str:
-    """What recipe.toml says: all but `output`, which is the directory in which it lies, wherever that is moved."""
-    tables = recipe.model_dump(exclude_none=True, exclude={"checkpoint": {"output"}})
-    return f"# The run in this directory, which `mygpt train` on this file continues.\n\n{tomli_w.dumps(tables)}"
+    def ended_with(self, checkpoint: Path) -> bool:
+        """Whether the run ended with this checkpoint; in format 1, whether it is the last step of the newest recipe."""
+        manifest = read_manifest(checkpoint)
+        return manifest.step == self.recipe.train.steps if manifest.finished is None else manifest.finished
 
-
-def self_contained(recipe: Recipe) -> Recipe:
-    """The recipe as a run records it: its paths do not depend on the working directory."""
-    paths = {}
-    if recipe.data.corpus not in NAMED_CORPORA:
-        paths["corpus"] = os.path.realpath(recipe.data.corpus)
-    if recipe.checkpoint.resume not in ("auto", "never"):
-        with suppress(ValueError):  # a NUL character, which looking for the run will name
-            paths["resume"] = os.path.realpath(recipe.checkpoint.resume)
-    return recipe.replace(**paths)
-
-
-def read_run(run: Path) -> RunInfo:
-    """What run.json says.
-
-    Raises:
-        DamagedCheckpointError: it cannot be read.
-    """
-    path = run / RUN_FILE
-    try:
-        return RunInfo.model_validate_json(_regular(path).read_bytes())
-    except OSError as error:
-        raise DamagedCheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
+    def pointed_by(self, pointer: str) -> Path:
+        """The step directory that the file `latest` or `best` names; OSError if there is no such file."""
+        # This is text from a file: only the plain name of a step may choose a path.
+        name = (self.path / pointer).read_text(encoding="utf-8", errors="replace").strip()
+        directory = self.path / name
+        if STEP_NAME.fullmatch(name) and is_directory(directory) and (directory / MODEL_FILE).is_file():
+            return directory
         raise DamagedCheckpointError(
-            f"{path}: damaged: {'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}"
-        ) from None
+            f"{self.path / pointer}: got {name!r}, which is not a checkpoint of this run; name a step directory instead"
+        )
 
 
 def find_model_file(path: Path) -> Path:
-    """The model file that a user means by a file, a step directory or a run directory (its newest step).
+    """The model file of a run directory (its newest step) or of a step directory; a file stands for itself.
 
     Raises:
         CheckpointError: there is none.
-        DamagedCheckpointError: `latest` does not name a step of this run.
+        DamagedCheckpointError: `latest` names no step of this run.
     """
     try:
         if path.is_file():
@@ -186,35 +175,53 @@ def find_model_file(path: Path) -> Path:
             return path / MODEL_FILE
         if (path / MANIFEST_FILE).is_file():
             raise DamagedCheckpointError(f"{path / MODEL_FILE}: is missing; resuming falls back to the step before")
-        name = (path / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
+        return Run(path).pointed_by(LATEST_FILE) / MODEL_FILE
     except OSError:
-        what = "has no checkpoint" if path.is_dir() else "no such run, step directory or model file"
+        problem = "has no checkpoint" if path.is_dir() else "no such run, step directory or model file"
         if path.is_dir() and step_directories(path):
-            what = f"has checkpoints, but no file `{LATEST_FILE}` that names the newest; name a step directory"
-        raise CheckpointError(f"{path}: {what}; expected what `mygpt train` has written") from None
+            problem = f"has checkpoints, but no file `{LATEST_FILE}` that names the newest; name a step directory"
+        raise CheckpointError(f"{path}: {problem}; expected what `mygpt train` has written") from None
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r}: not a path: {error}") from None
-    # `latest` is text from a file: only a step's plain name may choose a path, and a link could lead anywhere.
-    file = path / name / MODEL_FILE
-    if not STEP_NAME.fullmatch(name) or (path / name).is_symlink() or not file.is_file():
-        raise DamagedCheckpointError(
-            f"{path / LATEST_FILE}: got {name!r}, which is not a checkpoint of this run; name a step directory instead"
-        )
-    return file
 
 
-def tidy(run: Path, keep_last: int, newest: int, best: int | None) -> None:
-    """Finish what killed processes have left half done: a file half-written or half-removed, `latest`, pruning.
+def check_output(run: Path, replace: bool) -> None:
+    """Check that a run may be written to `run`, without touching the disk; `replace`: there may be one already.
 
     Raises:
-        DamagedCheckpointError: the disk refused it.
+        CheckpointError: it may not.
     """
-    with _naming_disk(run):
-        for entry in run.iterdir():
-            if TEMPORARY_NAME.fullmatch(entry.name):
-                _delete(entry)
-        if best is None:
-            (run / BEST_FILE).unlink(missing_ok=True)
-        if newest:
-            point_to(run, newest, best)
-            prune(run, keep_last, newest, best)
+    if problem := _output_problem(run, replace):
+        raise CheckpointError(f"output: {problem}")
+
+
+def _output_problem(run: Path, replace: bool) -> str:
+    entries: list[str] = []
+    existing = run
+    try:
+        # A run that was killed before it had its first file holds only temporary ones.
+        entries = [entry.name for entry in _entries(run)]
+    except FileNotFoundError:
+        existing = next(path for path in run.absolute().parents if path.exists())
+        if not existing.is_dir():
+            return f"{existing} is a file; choose another --output"
+        if any(len(os.fsencode(name)) > 255 for name in run.parts):
+            return f"{run}: {os.strerror(errno.ENAMETOOLONG)}; choose another --output"
+        if run.is_symlink():
+            return f"{run} is a link to nothing; choose another --output"
+    except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
+        return f"{str(run)!r}: {getattr(error, 'strerror', None) or error}; choose another --output"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing}: cannot be written to; choose another --output"
+    if RUN_FILE not in entries and METRICS_FILE in entries:
+        return f"{run} holds a run without its {RUN_FILE}; restore it, or choose another --output"
+    if entries and RUN_FILE not in entries:
+        return f"{run} is not empty and not a run (it holds {entries[0]!r}); choose another --output"
+    if entries and not replace and not Run(run).has_no_steps:
+        return f"{run} already holds a run; choose another --output, or replace it with --overwrite"
+    return ""
+
+
+def _entries(run: Path) -> list[Path]:
+    """The entries of a directory, without a lock and the temporary files of a process."""
+    return [entry for entry in run.iterdir() if entry.name != LOCK_FILE and not TEMPORARY_NAME.fullmatch(entry.name)]

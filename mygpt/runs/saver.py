@@ -1,4 +1,4 @@
-"""Checkpoints: the weights and training state of a step, written beside the training and verified when read."""
+"""Writing checkpoints: class `Saver` writes them in a thread beside the training."""
 
 import shutil
 import sys
@@ -11,7 +11,6 @@ from stat import S_IMODE
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mygpt.data.tokenizer import CharTokenizer
@@ -24,23 +23,25 @@ from mygpt.runs.files import (
     METADATA_KEY,
     MODEL_FILE,
     STATE_FILE,
+    explain_disk_error,
     file_sha256,
     publish,
     replace_text,
     sync,
 )
 from mygpt.runs.schemas import FileEntry, Manifest, ModelMetadata, Reason, StateMetadata, TokenizerMetadata
-from mygpt.runs.steps import (
-    point_to,
-    prune,
-    step_directory,
-)
+from mygpt.runs.steps import point_to, prune, step_directory
 
 Tensors = Mapping[str, torch.Tensor]
 
+CANNOT_SAVE = (
+    "{path}: cannot be saved: {error}; earlier checkpoints are as they were: mend the disk or make room, and the same "
+    "command continues"
+)
+
 
 class TrainingState(NamedTuple):
-    """What continuing a run needs beside the weights."""
+    """All that continuing a run needs beside the weights."""
 
     tensors: Tensors
     """Optimizer moments, named optimizer.PARAMETER.MOMENT, and generator states, named generator.NAME."""
@@ -49,9 +50,9 @@ class TrainingState(NamedTuple):
 
 @dataclass
 class Saver:
-    """Saves checkpoints into `run` beside the training: `save` takes a copy and returns, a thread writes it.
+    """Saves checkpoints into `run` beside the training: `save` copies the tensors and returns, a thread writes them.
 
-    At most one is being written; the next `save` waits for it. Errors of the thread are raised by the next call.
+    At most one checkpoint is being written; the next `save` waits for it. The next call raises the thread's errors.
     """
 
     run: Path
@@ -69,37 +70,38 @@ class Saver:
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown()
         if error[0] is not None and self._writing is not None and (unsaved := self._writing.exception()):
-            print(f"mygpt: {unsaved}", file=sys.stderr)  # another error is on its way and would hide it
+            print(f"mygpt: {unsaved}", file=sys.stderr)  # the error that is being raised would hide it
 
     def save(
         self, weights: Tensors, state: TrainingState, reason: Reason = "scheduled", *, finished: bool = False
     ) -> None:
         """Save the weights and state of a step as `run`/step-NNNNNN, and point `latest` (and `best`) there.
 
+        `finished` says whether the run ends with this step.
+
         Raises:
             DamagedCheckpointError, NonFiniteError: the checkpoint before could not be saved; see `write_checkpoint`.
         """
         self.wait()
-        model_copy, state_copy = self._copy("model.", weights), self._copy("state.", state.tensors)
+        step = state.metadata.step
+        copies = self._copy("model.", weights), TrainingState(self._copy("state.", state.tensors), state.metadata)
         manifest = Manifest(
-            step=state.metadata.step,
+            step=step,
             reason=reason,
             finished=finished,
             recipe=self.recipe,
             corpus_sha256=self.corpus_sha256,
             files={},
         )
-        self._writing = self._thread.submit(
-            self._write, model_copy, TrainingState(state_copy, state.metadata), manifest
-        )
+        self._writing = self._thread.submit(self._write, *copies, manifest)
 
     def check(self) -> None:
-        """Raise what the thread has raised by now; does not wait for it."""
+        """Raise the error of a save that has failed by now; does not wait."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the checkpoint is on the disk, and raise what the thread has raised."""
+        """Wait until the checkpoint is on the disk; raises the error of a save that failed."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -117,18 +119,14 @@ class Saver:
 
     def _write(self, weights: Tensors, state: TrainingState, manifest: Manifest) -> None:
         step, best = state.metadata.step, state.metadata.best_step
-        target = step_directory(self.run, step)
-        try:
-            # The records up to this step are part of what a resumed run continues.
-            if (self.run / METRICS_FILE).exists():
-                sync(self.run / METRICS_FILE)
-        except OSError as error:
-            raise _unsaved(self.run / METRICS_FILE, error) from error
-        write_checkpoint(target, weights, model_metadata(self.recipe.model, self.tokenizer, step), state, manifest)
-        try:
+        metrics = self.run / METRICS_FILE
+        with explain_disk_error(CANNOT_SAVE, metrics):
+            if metrics.exists():  # a resumed run continues the records up to this step
+                sync(metrics)
+        metadata = model_metadata(self.recipe.model, self.tokenizer, step)
+        write_checkpoint(step_directory(self.run, step), weights, metadata, state, manifest)
+        with explain_disk_error(CANNOT_SAVE, self.run / LATEST_FILE):
             point_to(self.run, step, best)
-        except OSError as error:
-            raise _unsaved(self.run / LATEST_FILE, error) from error
         with suppress(OSError):  # the next save, or the next start, tries again
             prune(self.run, self.recipe.checkpoint.keep_last, step, best)
 
@@ -145,49 +143,38 @@ def write_checkpoint(
     manifest: Manifest,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a checkpoint of CPU tensors to `target`, which has its name only when it is whole and on the disk.
+    """Write CPU tensors as the step directory `target`, which has its name only once it is complete and on the disk.
 
     `texts` are the contents of further files, by name.
 
     Raises:
-        DamagedCheckpointError: the disk refused it; what was saved before is untouched.
-        NonFiniteError: a weight is infinite or not a number, and it is not the record of a step that failed.
+        DamagedCheckpointError: the disk refused it; earlier checkpoints are untouched.
+        NonFiniteError: a weight is not finite, and the manifest's reason is not "failed".
     """
-    if manifest.reason != "failed":
-        for name, tensor in weights.items():
-            if not torch.isfinite(tensor).all():
-                raise NonFiniteError(
-                    f"step {manifest.step}: weights of {name} are not finite; not saved; lower lr or clip gradients"
-                )
-    partial = target.with_name(f".tmp-{target.name}")
+    for name, tensor in weights.items():
+        if manifest.reason != "failed" and not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"step {manifest.step}: weights of {name} are not finite; not saved; lower lr or clip gradients"
+            )
+    partial, files = target.with_name(f".tmp-{target.name}"), {}
     contents = ((MODEL_FILE, weights, model_metadata), (STATE_FILE, state.tensors, state.metadata))
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-        (partial / MANIFEST_FILE).touch()
-        mode = (partial / MANIFEST_FILE).stat().st_mode
-        files = {}
-        for name, tensors, metadata in contents:
-            file = partial / name
-            save_file(dict(tensors), file, {METADATA_KEY: metadata.to_json()})
-            # safetensors makes files readable by their owner alone; give this one the mode of any other new file.
-            file.chmod(S_IMODE(mode))
-            sync(file)
-            files[name] = FileEntry(bytes=file.stat().st_size, sha256=file_sha256(file))
-        for name, text in (texts or {}).items():
-            replace_text(partial / name, text)
-        replace_text(partial / MANIFEST_FILE, manifest.model_copy(update={"files": files}).to_json() + "\n")
-        publish(partial, target)
-    except (OSError, SafetensorError) as error:
-        # A full disk is not to stay full of it.
-        with suppress(OSError):
-            shutil.rmtree(partial)
-        raise _unsaved(target, error) from error
-
-
-def _unsaved(target: Path, error: Exception) -> DamagedCheckpointError:
-    return DamagedCheckpointError(
-        f"{target}: cannot be saved: {error}; earlier checkpoints are as they were: mend the disk or make room, and "
-        "the same command continues"
-    )
+        with explain_disk_error(CANNOT_SAVE, target):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            (partial / MANIFEST_FILE).touch()
+            mode = S_IMODE((partial / MANIFEST_FILE).stat().st_mode)
+            for name, tensors, metadata in contents:
+                file = partial / name
+                save_file(dict(tensors), file, {METADATA_KEY: metadata.to_json()})
+                file.chmod(mode)  # that of any other new file: safetensors lets only the owner read it
+                sync(file)
+                files[name] = FileEntry(bytes=file.stat().st_size, sha256=file_sha256(file))
+            for name, text in (texts or {}).items():
+                replace_text(partial / name, text)
+            replace_text(partial / MANIFEST_FILE, manifest.model_copy(update={"files": files}).to_json() + "\n")
+            publish(partial, target)
+    except DamagedCheckpointError:
+        # Free the space: this checkpoint may have filled the disk.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,39 +1,43 @@
-"""What mygpt writes of its files: of a model, a training state, a checkpoint and a run. Imports no torch."""
+"""Schemas of run.json, of manifests, and of the metadata in model and state files."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from mygpt.errors import DamagedCheckpointError, NewerFormatError
 from mygpt.recipe.tables import Count, ModelTable, Recipe, Table
+from mygpt.runs.files import read_bytes
 
 FORMAT: Final = 2
-"""Of checkpoints: raised when an older mygpt could not read a newer one's. Format 1 is read, too: its manifests do not
-hold the recipe, the corpus, and whether the run is finished."""
+"""Format of checkpoints, raised when an older mygpt could not read newer ones. Format 1, of mygpt 0.1, can be read: its
+manifests lack recipe, corpus_sha256 and finished."""
 
 
 class TokenizerMetadata(Table):
-    """What a tokenizer is made again from."""
+    """All that a tokenizer is built from."""
 
     type: Literal["char"] = "char"
     vocab: Annotated[str, Field(min_length=1)]
 
 
 class _Metadata(Table):
-    """What mygpt writes of a file's content as canonical JSON: the same content is always the same text."""
+    """Metadata of a checkpoint's file, as canonical JSON: equal values are equal text."""
+
+    left_out: ClassVar[dict[str, Any]] = {}
+    """Fields that are not written."""
 
     format: Literal[1, 2] = FORMAT
     step: Annotated[int, Field(ge=0)]
     """The optimizer step after which it was saved."""
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
+        return json.dumps(self.model_dump(exclude=self.left_out), sort_keys=True, separators=(",", ":"))
 
 
 class ModelMetadata(_Metadata):
-    """What a model file says of itself, beside its weights."""
+    """Metadata of a model file: with the weights, all that generating needs."""
 
     model: ModelTable
     tokenizer: TokenizerMetadata
@@ -47,10 +51,10 @@ class Best(Table):
 
 
 class StateMetadata(_Metadata):
-    """What a state file says of itself, beside optimizer moments and generator states."""
+    """Metadata of a state file, which holds optimizer moments and generator states."""
 
     processes: Annotated[int, Field(ge=1)] | None
-    """Whose dropout generators it holds; None with reduction = "exact", where there are none."""
+    """How many processes' dropout generators it holds; None with reduction = "exact", which needs none."""
     best: Best | None = None
     """Only with `save_best`."""
 
@@ -60,7 +64,7 @@ class StateMetadata(_Metadata):
 
 
 class FileEntry(Table):
-    """What a manifest says of one file."""
+    """Size and hash of a checkpoint's file."""
 
     bytes: Annotated[int, Field(ge=0)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -70,41 +74,39 @@ Reason = Literal["scheduled", "best", "interrupted", "failed"]
 
 
 class Manifest(_Metadata):
-    """What a step directory must hold to be whole."""
+    """manifest.json: why a checkpoint was saved, with which recipe, and what its files must be."""
+
+    left_out: ClassVar[dict[str, Any]] = {"recipe": {"data": {"corpus"}, "checkpoint": {"output", "resume"}}}
 
     reason: Reason
-    """Why it was saved: by `save_every` or as the last step; as the best so far; by a signal; before a step that
-    broke. Those of "best" and "interrupted" go when they are superseded."""
+    """scheduled: by `save_every`, or the last step. best: the lowest held-out loss so far. interrupted: by a signal.
+    failed: before a step that was not finite. Those of "best" and "interrupted" are removed once superseded."""
     finished: bool | None = None
     """Whether the run ended with this step, and not by a signal; None in format 1."""
     recipe: Recipe | None = None
-    """What the step was trained with; None in format 1. Corpus, output and resume are left out, so that the same recipe
-    gives the same bytes in any directory: where this is read they have their defaults, which mean nothing."""
+    """The recipe that trained this step; None in format 1. Its paths (corpus, output, resume) are not written, so that
+    the same run gives the same bytes in any directory: as read, they hold meaningless defaults."""
     corpus_sha256: str | None = None
-    """Of the text that it was trained on; None in format 1."""
+    """Of the training text; None in format 1."""
     files: dict[Literal["model.safetensors", "state.safetensors"], FileEntry]
-
-    def to_json(self) -> str:
-        paths = {"recipe": {"data": {"corpus"}, "checkpoint": {"output", "resume"}}}
-        return json.dumps(self.model_dump(exclude=paths), sort_keys=True, separators=(",", ":"))
 
 
 class Resumed(Table):
-    """That a run went on after a checkpoint, and what was different from then on."""
+    """A point at which a run continued with changes, or branched off another run."""
 
     after_step: Annotated[int, Field(ge=0)]
     checkpoint: str | None = None
-    """The step directory of another run after which this one began, absolute; None: its own."""
+    """The step directory of the other run, absolute; None: it continued after a checkpoint of its own."""
     manifest_sha256: str | None = None
     """Of that step directory's manifest.json, and so of all that is in it."""
     changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
     """Old and new value by name: of recipe keys, of `environment`, of git_commit and corpus_sha256."""
     recipe: Recipe | None = None
-    """With which the steps up to then were trained; None as mygpt 0.1 wrote it."""
+    """The recipe that trained the steps before; None if mygpt 0.1 wrote this."""
 
 
 class RunInfo(Table):
-    """run.json: what, beside the recipe, the bits of a run depend on, and where it came from."""
+    """run.json: all that the bits of a run depend on beside its recipe, and its history."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -126,58 +128,67 @@ class RunInfo(Table):
     reduction: Literal["fast", "exact"] = "fast"
     corpus_sha256: str
     recipe: Recipe | None = None
-    """The newest, as recipe.toml has it: here it is replaced together with what is recorded of its changes. None as
-    mygpt 0.1 wrote it."""
+    """The newest recipe, as in recipe.toml, but replaced atomically with `resumed`. None if mygpt 0.1 wrote this."""
     resumed: tuple[Resumed, ...] = ()
 
+    def to_json(self) -> str:
+        # The output is the directory in which this file lies.
+        output = {"checkpoint": {"output"}}
+        resumed = {"__all__": {"recipe": output}} if self.resumed else True
+        return self.model_dump_json(indent=2, exclude={"recipe": output, "resumed": resumed}) + "\n"
+
     def environment(self) -> dict[str, Any]:
-        """What the last bits of a result depend on, by name."""
+        """All that the last bits of a result depend on, by name."""
         names = (
             *("cpu", "cpu_capability", "accelerator"),
             *("device", "compile", "threads", "processes", "sharded", "micro_batch_size", "reduction"),
         )
         return {**self.versions, **{name: getattr(self, name) for name in names}}
 
-    def to_json(self) -> str:
-        # The output is where this file lies.
-        output = {"checkpoint": {"output"}}
-        resumed = {"__all__": {"recipe": output}} if self.resumed else True
-        return self.model_dump_json(indent=2, exclude={"recipe": output, "resumed": resumed}) + "\n"
-
     def recorded(self) -> dict[str, Any]:
-        """What is compared when a run goes on, by name."""
+        """All that is compared when a run is continued, by name."""
         return {**self.environment(), "git_commit": self.git_commit, "corpus_sha256": self.corpus_sha256}
 
     def recorded_at(self, step: int) -> dict[str, Any]:
-        """`recorded` as it was when `step` was trained: the run may have gone on elsewhere since, and before."""
+        """`recorded`, with the values that held when `step` was trained."""
         values = self.recorded()
         for resumed in self.before(step):
             values |= {name: now for name, (_, now) in resumed.changed.items() if name in values}
         return values
 
     def before(self, step: int) -> tuple[Resumed, ...]:
-        """The times that the run went on before it trained `step`."""
+        """The part of the history before `step` was trained."""
         return tuple(resumed for resumed in self.history if resumed.after_step < step)
 
     @property
     def history(self) -> tuple[Resumed, ...]:
-        """`resumed` in the order of steps, without continuations that were given up, which mygpt 0.1 left there."""
+        """`resumed` by step, without the abandoned continuations that mygpt 0.1 left there."""
         kept: list[Resumed] = []
         for resumed in self.resumed:
             kept = [entry for entry in kept if entry.after_step < resumed.after_step] + [resumed]
         return tuple(kept)
 
+    @property
+    def origin(self) -> Resumed | None:
+        """The point at which this run branched off another one; None: it did not."""
+        return self.resumed[0] if self.resumed and self.resumed[0].checkpoint else None
 
-M = TypeVar("M", bound=_Metadata)
+
+T = TypeVar("T", bound=Table)
 
 
-def parse_metadata(kind: type[M], text: str | bytes, file: Path) -> M:
-    """The metadata that `file` holds as JSON.
+def read_table(kind: type[T], file: Path) -> T:
+    """Read a JSON file as a table of this kind.
 
     Raises:
-        DamagedCheckpointError: it is not of this kind.
+        DamagedCheckpointError: it cannot be read, or holds something else.
         NewerFormatError: a later version of mygpt wrote it.
     """
+    return parse_table(kind, read_bytes(file), file)
+
+
+def parse_table(kind: type[T], text: str | bytes, file: Path) -> T:
+    """As `read_table`, of JSON that was read from `file`."""
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:

@@ -1,8 +1,7 @@
-"""Run directories: where things are in them, how one is made, tidied and locked, and how a checkpoint in one is found.
+"""Step directories: finding, reading, verifying and pruning the checkpoints of a run.
 
-A run directory holds the resolved recipe, run.json, metrics.jsonl, timing.jsonl, one directory `step-NNNNNN` per
-checkpoint, `latest` and `best`, which name one of these, and `.lock`. A step directory has its name only once it is
-whole: it is written as `.tmp-step-NNNNNN`, and removed as `.tmp-old-NNNNNN`. Imports no torch.
+All that reads one raises DamagedCheckpointError for a file that is missing, or is not as it was saved, and
+NewerFormatError for a file that a later version of mygpt wrote.
 """
 
 from contextlib import suppress
@@ -13,46 +12,39 @@ from safetensors import SafetensorError, safe_open
 from mygpt.errors import DamagedCheckpointError, NewerFormatError
 from mygpt.runs.files import (
     BEST_FILE,
+    CANNOT_READ,
     LATEST_FILE,
     MANIFEST_FILE,
     METADATA_KEY,
     MODEL_FILE,
     STATE_FILE,
     STEP_NAME,
-    _regular,
+    explain_disk_error,
     file_sha256,
+    is_directory,
+    regular,
     remove,
     replace_text,
 )
-from mygpt.runs.schemas import M, Manifest, ModelMetadata, StateMetadata, parse_metadata
-
-# ---- step directories
+from mygpt.runs.schemas import Manifest, ModelMetadata, StateMetadata, T, parse_table, read_table
 
 
 def step_directory(run: Path, step: int) -> Path:
     return run / f"step-{step:06d}"
 
 
-def step_directories(run: Path) -> list[tuple[int, Path]]:
-    """Step and path of what has the name of a step directory, from the earliest step to the newest."""
-    return sorted((int(match[1]), path) for path in run.iterdir() if (match := STEP_NAME.fullmatch(path.name)))
+def step_directories(run: Path) -> dict[int, Path]:
+    """All entries with the name of a step directory, by step, in order."""
+    found = {int(match[1]): path for path in run.iterdir() if (match := STEP_NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def read_manifest(directory: Path, prefix: str | None = "step-") -> Manifest:
-    """The manifest of a step directory, whose name is that prefix and the step; None: any name, also of a link.
-
-    Raises:
-        DamagedCheckpointError: it is no step directory, or its manifest cannot be read.
-        NewerFormatError: a later version of mygpt wrote it.
-    """
-    if prefix is not None and (directory.is_symlink() or not directory.is_dir()):
+    """The manifest of a directory that is named by this prefix and its step; None: any name, and also a link to one."""
+    if prefix is not None and not is_directory(directory):
         raise DamagedCheckpointError(f"{directory}: is a link or a file; expected a step directory of mygpt")
     path = directory / MANIFEST_FILE
-    try:
-        text = _regular(path).read_bytes()
-    except OSError as error:
-        raise DamagedCheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    manifest = parse_metadata(Manifest, text, path)
+    manifest = read_table(Manifest, path)
     if prefix is not None and directory.name != f"{prefix}{manifest.step:06d}":
         raise DamagedCheckpointError(f"{path}: is that of step {manifest.step}, not of {directory.name}")
     if set(manifest.files) != {MODEL_FILE, STATE_FILE}:
@@ -61,12 +53,7 @@ def read_manifest(directory: Path, prefix: str | None = "step-") -> Manifest:
 
 
 def verify_checkpoint(directory: Path, prefix: str = "step-") -> Manifest:
-    """Hold every file of a step directory against its manifest.
-
-    Raises:
-        DamagedCheckpointError: a file is missing, or not the one that was saved.
-        NewerFormatError: a later version of mygpt wrote it.
-    """
+    """Compare every file of a checkpoint with its manifest, which is returned."""
     manifest = read_manifest(directory, prefix)
     for name in manifest.files:
         verify_file(directory / name, manifest)
@@ -74,69 +61,58 @@ def verify_checkpoint(directory: Path, prefix: str = "step-") -> Manifest:
 
 
 def verify_file(file: Path, manifest: Manifest) -> None:
-    """Hold a file against what the manifest says of it.
-
-    Raises:
-        DamagedCheckpointError: it is missing, or not the one that was saved.
-    """
+    """Compare size and hash of a file with its manifest."""
     entry = manifest.files[file.name]  # type: ignore[index]
-    try:
-        size = _regular(file).stat().st_size
+    with explain_disk_error(CANNOT_READ, file):
+        size = regular(file).stat().st_size
         if size != entry.bytes:
             raise DamagedCheckpointError(f"{file}: damaged: {size:,} bytes, expected {entry.bytes:,}")
         if file_sha256(file) != entry.sha256:
             raise DamagedCheckpointError(f"{file}: damaged: its sha256 is not the manifest's")
-    except OSError as error:
-        raise DamagedCheckpointError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def read_metadata(file: Path) -> ModelMetadata:
-    """The metadata that mygpt wrote into a model file.
-
-    Raises:
-        DamagedCheckpointError: it is not such a file.
-        NewerFormatError: a later version of mygpt wrote it.
-    """
+    """The metadata of a model file."""
     return _read_metadata(file, ModelMetadata)
 
 
 def read_state_metadata(file: Path) -> StateMetadata:
-    """The metadata that mygpt wrote into a state file; raises as `read_metadata` does."""
+    """The metadata of a state file."""
     return _read_metadata(file, StateMetadata)
 
 
-def _read_metadata(file: Path, kind: type[M]) -> M:
+def _read_metadata(file: Path, kind: type[T]) -> T:
     try:
         with safe_open(file, framework="numpy") as tensors:
             text = (tensors.metadata() or {})[METADATA_KEY]
     except (OSError, SafetensorError, KeyError) as error:
         raise DamagedCheckpointError(f"{file}: not a file that mygpt saved, or damaged ({error})") from None
-    return parse_metadata(kind, text, file)
+    return parse_table(kind, text, file)
 
 
 def point_to(run: Path, newest: int, best: int | None) -> None:
-    """Have `latest`, and `best` where there is one, name their steps."""
+    """Write the names of these steps into `latest` and, unless it is None, `best`."""
     replace_text(run / LATEST_FILE, f"step-{newest:06d}\n")
     if best is not None:
         replace_text(run / BEST_FILE, f"step-{best:06d}\n")
 
 
 def prune(run: Path, keep_last: int, newest: int, best: int | None) -> None:
-    """Remove the checkpoints up to step `newest` that are no longer to be kept, and that are whole and ours.
+    """Remove superseded checkpoints, up to step `newest`; entries that are damaged or hold other files stay.
 
-    Kept are the newest, the best, and of the scheduled ones the `keep_last` newest, or all where that is 0. While there
-    is no `best`, what was the best under another way to evaluate is kept, too.
+    It keeps the newest, the best, and the `keep_last` newest scheduled ones (0: all). Without a `best` it also keeps
+    those that were the best of an earlier kind of evaluation.
     """
-    manifests = {}
-    for _, directory in step_directories(run):
+    reasons = {}
+    for step, directory in step_directories(run).items():
         with suppress(DamagedCheckpointError, NewerFormatError):
             manifest = read_manifest(directory)
             sizes = {entry.name: entry.lstat().st_size for entry in directory.iterdir() if entry.name != MANIFEST_FILE}
-            if sizes == {name: entry.bytes for name, entry in manifest.files.items()} and manifest.step <= newest:
-                manifests[manifest.step] = manifest
-    scheduled = [step for step, manifest in sorted(manifests.items()) if manifest.reason == "scheduled"]
+            if step <= newest and sizes == {name: entry.bytes for name, entry in manifest.files.items()}:
+                reasons[step] = manifest.reason
+    scheduled = [step for step, reason in reasons.items() if reason == "scheduled"]
     kept = {newest, best, *scheduled[-keep_last:]}
     if best is None:
-        kept |= {step for step, manifest in manifests.items() if manifest.reason == "best"}
-    for step in manifests.keys() - kept:
+        kept |= {step for step, reason in reasons.items() if reason == "best"}
+    for step in reasons.keys() - kept:
         remove(step_directory(run, step))

@@ -119,7 +119,7 @@ def run_steps(
         begin_run(start)
         print_header(start, parts)
     with (
-        Recorder(recipe, run, is_main=is_main, step=progress.step) as recorder,
+        Recorder(recipe, run, is_main=is_main, step=progress.step, is_complete=start.is_complete) as recorder,
         Saver(run, recipe, dataset.tokenizer, dataset.sha256) as saver,
     ):
         stop.graceful = True
@@ -170,7 +170,7 @@ def print_header(start: Start, parts: Parts) -> None:
     if accelerator.num_processes > 1:
         of_weights = "; the weights are sharded over them" if accelerator.is_fsdp2 else ""
         print_note(f"{accelerator.num_processes} processes share each batch{of_weights}")
-    if start.checkpoint and start.step < recipe.train.steps:
+    if start.checkpoint and not start.is_complete:
         lines_from = f"the lines up to it are from {METRICS_FILE}"
         print_note(f"continuing after step {start.step} from {start.checkpoint}; {lines_from}")
     if not recipe.validation.val_every:

@@ -17,9 +17,8 @@ from mygpt.errors import InterruptedRunError, RecipeError
 from mygpt.runs.files import BEST_FILE
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
-from mygpt.runs.run import read_run
+from mygpt.runs.run import Run
 from mygpt.runs.schemas import RunInfo
-from mygpt.runs.start import recorded_recipe
 from mygpt.runs.steps import read_manifest
 from mygpt.training.evaluate import HeldOutLoss
 from mygpt.training.train import train, train_until
@@ -39,7 +38,7 @@ def test_step_records_its_recipe(changed, tiny, tmp_path):
     manifests = {step: read_manifest(run / f"step-{step:06d}") for step in (2, 4, 6)}
     assert [manifest.recipe.optimizer.lr for manifest in manifests.values()] == [1e-3, 1e-3, 1e-4]
     assert [manifest.finished for manifest in manifests.values()] == [False, True, True]
-    assert {manifest.corpus_sha256 for manifest in manifests.values()} == {read_run(run).corpus_sha256}
+    assert {manifest.corpus_sha256 for manifest in manifests.values()} == {Run(run).info.corpus_sha256}
     assert str(tmp_path) not in (run / "step-000006" / "manifest.json").read_text()
     elsewhere = train(tiny(steps=4, save_every=2, dropout=0.1, output=str(tmp_path / "elsewhere")))
     for step in ("step-000002", "step-000004"):
@@ -72,7 +71,7 @@ def test_falling_back_is_judged_by_the_recipe_of_the_step(changed, tiny, capsys)
     train(again, allow_changes=True)
     assert "lr: got 0.0001, expected 0.001, as" in capsys.readouterr().err
     # The record of the lost continuation is gone, too.
-    (resumed,) = read_run(run).resumed
+    (resumed,) = Run(run).info.resumed
     assert (resumed.after_step, resumed.changed) == (2, {"lr": (1e-3, 1e-4), "steps": (4, 6)})
     assert verify(run).identical
 
@@ -117,7 +116,7 @@ def format_1(tmp_path, monkeypatch):
 def test_runs_of_format_1_are_read(format_1, capsys):
     """Loaded, continued, judged step by step by the records of run.json; their later steps are of format 2."""
     assert load_checkpoint(format_1).step == 6
-    recipe = recorded_recipe(format_1)
+    recipe = Run(format_1).recipe
     assert recipe.checkpoint.output == "run"
     branch = {"resume": "run/step-000002", "output": "branch", "steps": 8}
     with pytest.raises(RecipeError, match=r"lr: got 0\.0001, expected 0\.001, as .*step-000002 was trained"):
@@ -158,13 +157,13 @@ def test_another_commit_alone_costs_no_warning(tiny, capsys):
     (run / "run.json").write_text(json.dumps(info | {"git_commit": "0" * 40}))
     train(tiny(save_every=2))
     assert "last bits" not in capsys.readouterr().err
-    (resumed,) = read_run(run).resumed
+    (resumed,) = Run(run).info.resumed
     assert resumed.changed.keys() == {"git_commit"}
 
 
 def test_run_info_knows_the_settings_of_each_step(tiny):
     """Of a run that continued with more threads, and later with fewer."""
-    info = read_run(train_until(tiny(save_every=2), 2))
+    info = Run(train_until(tiny(save_every=2), 2)).info
     resumed = [
         {"after_step": 2, "changed": {"threads": [1, 2]}},
         {"after_step": 4, "changed": {"threads": [2, 1], "lr": [1e-3, 1e-4]}},
@@ -197,7 +196,7 @@ def test_changed_run_that_is_killed_early_continues(folder, text, monkeypatch, c
     monkeypatch.chdir(place)
     result = verify(Path("run"))
     assert result.identical, (result.difference, result.tensors)
-    (resumed,) = read_run(Path("run")).resumed
+    (resumed,) = Run(Path("run")).info.resumed
     assert (resumed.after_step, resumed.recipe.train.steps) == (4, 4)
     assert resumed.recipe.data.corpus == str(place / "text.txt")
 
@@ -243,14 +242,14 @@ def test_parts_of_a_run_are_repeated_with_their_keys(tiny):
     """An absent key stays absent: its value depends on the number of processes, which may be another."""
     run = train_until(tiny(save_every=2), 2)
     train(tiny(save_every=2, micro_batch_size=2))
-    first, second = parts_of(recorded_recipe(run), read_run(run), 0, 6)
+    first, second = parts_of(Run(run), 0, 6)
     assert (first.until, first.recipe.train.micro_batch_size) == (2, None)
     assert (second.until, second.recipe.train.micro_batch_size) == (6, 2)
 
 
 def test_abandoned_continuations_do_not_count(tiny):
     """mygpt 0.1 left them in run.json, in order of time: after step 4, then after step 2."""
-    info = read_run(train_until(tiny(save_every=2), 2))
+    info = Run(train_until(tiny(save_every=2), 2)).info
     given_up = [{"after_step": step, "changed": {"threads": [1, threads]}} for step, threads in ((4, 2), (2, 3))]
     info = RunInfo.model_validate_json(json.dumps(json.loads(info.to_json()) | {"resumed": given_up}))
     assert [resumed.after_step for resumed in info.history] == [2]

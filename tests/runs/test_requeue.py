@@ -7,7 +7,7 @@ import pytest
 from support.runs import contents
 
 from mygpt.errors import CheckpointError
-from mygpt.runs.run import read_run
+from mygpt.runs.run import Run
 from mygpt.runs.start import find_start
 from mygpt.training.train import train, train_until
 
@@ -21,13 +21,13 @@ def test_restart_continues_the_run_that_overwrite_began(tiny, monkeypatch):
     """A restart of the same command does not begin again; another run is still replaced."""
     run = train_until(tiny(steps=8, save_every=2), 2)
     recipe, notes = tiny(save_every=2), []
-    start = find_start(recipe, read_run(run), "", overwrite=True, is_restart=True, warn=notes.append)
+    start = find_start(recipe, Run(run).info, "", overwrite=True, is_restart=True, warn=notes.append)
     assert (start.checkpoint, start.overwrite) == (None, True)
     train_until(recipe, 4, overwrite=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(recipe, overwrite=True)
     assert timed_steps(run) == [1, 2, 3, 4, 5, 6]
-    assert read_run(run).resumed == ()
+    assert Run(run).info.resumed == ()
 
 
 @pytest.mark.fault(63)

@@ -11,7 +11,7 @@ from support.runs import FLAGS, contents, steps_of
 from mygpt.errors import CheckpointError
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
-from mygpt.runs.run import read_run
+from mygpt.runs.run import Run
 from mygpt.runs.steps import verify_checkpoint
 from mygpt.training import pending
 from mygpt.training.pending import PendingSteps
@@ -76,7 +76,7 @@ def test_allowed_changes_are_recorded(tiny):
     run = train_until(tiny(save_every=2), 2)
     train_until(tiny(save_every=2, lr=1e-4), 4, allow_changes=True)
     train(tiny(save_every=2, lr=1e-4))
-    (resumed,) = read_run(run).resumed
+    (resumed,) = Run(run).info.resumed
     assert (resumed.after_step, resumed.changed) == (2, {"lr": (0.001, 0.0001)})
 
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from mygpt.cli import main as cli
 from mygpt.model.gpt import GPT
 from mygpt.processes import channel as launch
-from mygpt.runs import run as rundir
 from mygpt.runs import saver as checkpoint
+from mygpt.runs import start as run_start
 from mygpt.training import evaluate, loop, parts, state
 from mygpt.training import train as phases
 
@@ -68,7 +68,7 @@ POINTS = {
     "validation": Point(evaluate, "held_out_loss"),
     "after-validation": Point(evaluate, "held_out_loss", after=True),
     "record": Point(phases.Recorder, "record", after=True),
-    "old-run-half-removed": Point(rundir, "remove", named("step-"), after=True),
+    "old-run-half-removed": Point(run_start, "remove", named("step-"), after=True),
     "copying-records": Point(shutil, "copyfile", after=True),
 }
 

@@ -13,7 +13,7 @@ from mygpt.errors import LaunchError
 from mygpt.processes.preflight import check_sharding
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.records import read_records
-from mygpt.runs.run import read_run
+from mygpt.runs.run import Run
 from mygpt.training.train import train
 
 SCRIPT = TESTS / "support" / "sharded.py"
@@ -53,7 +53,7 @@ def test_sharded_weights_give_the_numbers_of_one_process(text_file, tmp_path):
     # Three, among which the weights cannot be shared evenly.
     many = run(3, text_file, tmp_path, *flags, FLOAT64="1")
     assert "sharded over" in many.stderr
-    assert read_run(tmp_path / "sharded").sharded
+    assert Run(tmp_path / "sharded").info.sharded
     for one, other in zip(*(read_records(tmp_path / name) for name in ("alone", "sharded")), strict=True):
         for name in ("loss", "grad_norm", "val", "val_stderr"):
             assert getattr(other, name) == (getattr(one, name) and pytest.approx(getattr(one, name), rel=1e-10)), name
