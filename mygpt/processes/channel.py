@@ -95,10 +95,10 @@ class Channel:
                 while len(ended) < self.launched.processes:
                     entries = map(json.loads, self._store.get("ended").splitlines())
                     ended.update({entry["rank"]: entry for entry in entries})
+                    lost[:] = [f"rank {rank} on {node}" for rank, node in enumerate(self._nodes) if rank not in ended]
                     if time.monotonic() >= deadline:
                         break
                     time.sleep(0.05)
-                lost[:] = [f"rank {rank} on {node}" for rank, node in enumerate(self._nodes) if rank not in ended]
 
         # In a thread, because the store may never answer over a network that is gone.
         thread = threading.Thread(target=report, daemon=True)

@@ -63,6 +63,31 @@ def test_a_process_that_ends_without_a_word_is_named(monkeypatch):
         assert str(error).endswith("(Read error [10.0.0.1]:5: Connection reset by peer)")
 
 
+class EndingStore(HashStore):
+    """A store that ends once a value has been read, as it does with the process that holds it."""
+
+    reads = 0
+
+    def get(self, key):
+        self.reads += 1
+        if self.reads > 1:
+            raise RuntimeError("Connection reset by peer")
+        return super().get(key)
+
+
+def test_a_lost_process_is_named_though_the_store_ends_before_the_wait():
+    """Rank 0, which may hold the store, can end first: the last entries that were read name the silent rank."""
+    store = EndingStore()
+    store.set("reports/0", '{"node": "node0"}')
+    store.set("reports/2", '{"node": "node2"}')
+    store.append("ended", '{"rank": 0, "node": "node0", "message": null, "exit_code": 1}\n')
+    channel = Channel(Launched(3, 1, 1), store)
+    exchange(channel)
+    error = channel.leave(RuntimeError("[/a/gloo/pair.cc:1] Connection closed by peer"))
+    assert isinstance(error, LostProcessError)
+    assert str(error).startswith("rank 2 on node2 has ended, or has not answered for too long: ")
+
+
 def test_processes_that_cannot_reach_each_other_are_told_what_to_set(monkeypatch):
     """gloo listens where the machine's own name leads, often to no other machine."""
     errors = together(monkeypatch, *[fail(RuntimeError("Gloo connectFullMesh failed with [x] timed out"))] * 2)
