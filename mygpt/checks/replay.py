@@ -73,8 +73,8 @@ def replay(path: Path, device: torch.device) -> Finding:
     )
     gradient_sum = gradient_sum_for(recipe)
     with open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
-        nothing = Dataset(tokenizer, tokens.flatten(), tokens.new_empty(0), "")  # the batch is given below
-        parts, _ = build_parts(recipe, accelerator, nothing, gradient_sum)
+        dataset = Dataset(tokenizer, tokens.flatten(), tokens.new_empty(0), "")  # not drawn from: see `batch`
+        parts, _ = build_parts(recipe, accelerator, dataset, gradient_sum)
         parts.gpt.load_state_dict(weights)
         watch = Watch(parts.gpt, failed, states)
         batch = Batch(*(part.to(device) for part in (tokens[:, :-1], tokens[:, 1:])))
@@ -88,16 +88,16 @@ def replay(path: Path, device: torch.device) -> Finding:
             problem = describe_problem(measured, gradient_sum.micro_batches)
         name, largest = max(watch.largest_gradients.items(), key=lambda item: item[1])
         non_finite = f"{problem}; the largest is in {name}, {largest:.3g}"
-    is_dropped_alike = not metadata.model.dropout or (
+    has_same_dropout = not metadata.model.dropout or (
         failed.device == device.type if failed.dropout_seeds else None not in states
     )
-    return Finding(failed, lines, non_finite, tuple(_not_repeated(failed, device, is_dropped_alike)))
+    return Finding(failed, lines, non_finite, tuple(_not_repeated(failed, device, has_same_dropout)))
 
 
-def _not_repeated(failed: FailedStep, device: torch.device, is_dropped_alike: bool) -> Iterator[str]:
+def _not_repeated(failed: FailedStep, device: torch.device, has_same_dropout: bool) -> Iterator[str]:
     if failed.device != device.type:
         yield f"computed on {failed.device}; replayed on {device.type}"
-    if not is_dropped_alike:
+    if not has_same_dropout:
         yield f"dropout drew on {failed.device}: here on {device.type} it drops other activations"
     if failed.compile:
         yield "computed compiled; replayed without"
@@ -117,7 +117,7 @@ class Watch:
         """What was finite, up to the first value that was not."""
         self.non_finite: str | None = None
         self.largest_gradients: dict[str, float] = {}
-        """The largest magnitude by parameter, of the gradients accumulated so far."""
+        """The largest magnitude by parameter: of the accumulated gradient or, summed exactly, of any micro-batch's."""
         self._device = next(gpt.parameters()).device
         self._failed, self._dropout_states = failed, dropout_states
         self._micro_batches = 0
@@ -152,7 +152,8 @@ class Watch:
 
     def _measure_gradient(self, name: str, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
-            self.largest_gradients[name] = parameter.grad.abs().max().item()
+            before = self.largest_gradients.get(name, 0.0) if self._failed.dropout_seeds else 0.0
+            self.largest_gradients[name] = max(before, parameter.grad.abs().max().item())
 
 
 def _count(values: torch.Tensor) -> str:

@@ -32,13 +32,13 @@ class FailedStep(Table):
     """Their text: seq_len characters, and the one after."""
     micro_batch_size: Count
     processes: Count
-    """Each with its share of the windows, and dropout drawing from a generator of its own."""
+    """Each computed its share of the windows, and drew dropout from its own generator."""
     dropout_seeds: tuple[int, ...] = ()
-    """With reduction = "exact", that of each micro-batch, in place of these generators."""
+    """One per micro-batch with reduction = "exact", which uses them in place of these generators."""
     device: str
     precision: Literal["fp32", "bf16"]
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads of the process that wrote this; None: a record of before it was kept."""
+    """CPU threads of the process that wrote this; None in older records."""
     compile: bool = False
     activation_checkpointing: bool = False
 

@@ -119,6 +119,19 @@ def test_exact_sums_stop_before_the_update_too(fail_at_step_5, change):
     assert len(found.failed.dropout_seeds) == 4
 
 
+def test_replay_of_an_exact_sum_names_the_largest_gradient_of_any_micro_batch(fail_at_step_5):
+    """In whichever order the micro-batches are computed."""
+    _, run = fail_at_step_5(large_gradient, reduction="exact")
+    file = run / "failed-step-000005" / "batch.json"
+    batch, found = json.loads(file.read_text()), []
+    for _ in range(2):
+        found.append(replay(run, CPU).non_finite)
+        for key in ("windows", "dropout_seeds"):
+            batch[key].reverse()
+        file.write_text(json.dumps(batch))
+    assert found[0] == found[1]
+
+
 def test_failed_step_is_replayed_with_its_threads(fail_at_step_5):
     """The record has the number of threads that computed the step, and replay sets the same."""
     _, run = fail_at_step_5(infinite_loss, threads=2)
