@@ -23,23 +23,19 @@ def cosine_warmup_lr(step: int, warmup: int, total: int, max_lr: float, min_lr: 
     return min_lr + 0.5 * (max_lr - min_lr) * (1 + math.cos(math.pi * progress))
 
 
-def linear_warmup_lr(step: int, warmup: int, total: int, max_lr: float, min_lr: float = 0.0) -> float:
-    """As `cosine_warmup_lr`, with a straight line in place of the half cosine: the same area under it."""
-    if step < warmup:
-        return max_lr * step / warmup
-    if step >= total:
-        return min_lr
-    progress = (step - warmup) / (total - warmup)
-    return max_lr + (min_lr - max_lr) * progress
-
-
 def learning_rate(step: int, table: ScheduleTable, peak_lr: float, steps: int) -> float:
     """The rate of 1-based `step` in a run of `steps` optimizer steps."""
     if table.schedule == "cosine":
         return cosine_warmup_lr(step, table.warmup, steps, peak_lr, table.min_lr)
-    if table.schedule == "linear":
-        return linear_warmup_lr(step, table.warmup, steps, peak_lr, table.min_lr)
-    return peak_lr * step / table.warmup if step < table.warmup else peak_lr
+    if step < table.warmup:
+        return peak_lr * step / table.warmup
+    if table.schedule == "constant":
+        return peak_lr
+    # Linear: a straight line in place of the half cosine, with the same area under it.
+    if step >= steps:
+        return table.min_lr
+    progress = (step - table.warmup) / (steps - table.warmup)
+    return peak_lr + (table.min_lr - peak_lr) * progress
 
 
 def build_optimizer(model: torch.nn.Module, table: OptimizerTable) -> torch.optim.Optimizer:
