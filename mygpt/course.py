@@ -205,17 +205,17 @@ def save_checkpoint(model: nn.Module, tokenizer: PlainTokenizer, path: str | Pat
         if not torch.isfinite(weight).all():
             raise NonFiniteError(f"{path}: weights of {name} are not finite; not saved; lower lr or clip gradients")
     metadata = saver.model_metadata(gpt.config, tokenizer, step)
-    partial = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)  # a leftover could be a link
-        partial.write_bytes(save(weights, {METADATA_KEY: metadata.to_json()}))
-        sync(partial)
-        partial.replace(path)
+        temporary.unlink(missing_ok=True)  # a leftover could be a link
+        temporary.write_bytes(save(weights, {METADATA_KEY: metadata.to_json()}))
+        sync(temporary)
+        temporary.replace(path)
         sync(path.parent)
     except OSError as error:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise DamagedCheckpointError(f"{path}: cannot be saved: {error}; what was saved before is as it was") from error
 
 

@@ -24,11 +24,6 @@ def read_launched(environ: Mapping[str, str] = os.environ) -> Launched:
     return Launched(*(_number(environ.get(name, default)) for name, default in _COUNTS.items()))
 
 
-def rank() -> int:
-    """The number of this process among all, from 0."""
-    return read_launched().rank
-
-
 def local_rank() -> int:
     """The number of this process among those on this machine, from 0; also the number of its GPU."""
     return _number(os.environ.get("LOCAL_RANK", "0"))
@@ -36,7 +31,7 @@ def local_rank() -> int:
 
 def is_main_process() -> bool:
     """Whether this is rank 0, which alone writes the run directory and prints the lines of a run."""
-    return rank() == 0
+    return read_launched().rank == 0
 
 
 def launched_processes(environ: Mapping[str, str] = os.environ) -> Launched:

@@ -66,13 +66,13 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
         corpus_sha256=dataset.sha256,
     )
     # Only the main process uses output and resume; the corpus and the threads are compared by content and number.
-    ignored = ("output", "resume", "corpus", "threads")
+    not_compared = ("output", "resume", "corpus", "threads")
     own = ProcessReport(
         node=platform.node(),
         device=info.accelerator or f"{device.type} ({info.cpu}, {info.cpu_capability})",
         backend="nccl" if device.type == "cuda" else "gloo",
         corpus_sha256=dataset.sha256,
-        recipe={key: value for key, value in recipe.flat().items() if key not in ignored},
+        recipe={key: value for key, value in recipe.flat().items() if key not in not_compared},
         environment=info.environment(),
     )
     reports = [ProcessReport(**report) for report in channel.exchange(own._asdict())]
