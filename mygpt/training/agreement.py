@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 
 import torch
-from accelerate import Accelerator
 
 from mygpt.errors import DisagreementError
-from mygpt.processes.preflight import ProcessReport, describe_ranks
+from mygpt.processes.preflight import describe_ranks
 from mygpt.runs.saver import Tensors, TrainingState
+from mygpt.training.parts import Parts
 
 REMEDY_AT_START = (
     'their processors or versions compute other initial weights: make the machines alike, or use reduction = "fast"'
@@ -21,19 +21,13 @@ CHUNK = 2**20
 """Elements per chunk, which bounds the memory of the int64 temporaries."""
 
 
-def check_agreement(
-    accelerator: Accelerator,
-    weights: Tensors,
-    state: TrainingState,
-    reports: list[ProcessReport],
-    when: str,
-    remedy: str,
-) -> None:
-    """Compare what all processes hold, in one message of 8 bytes each. Every process has to call it.
+def check_agreement(parts: Parts, weights: Tensors, state: TrainingState, when: str, remedy: str) -> None:
+    """Compare the tensors of all processes, in one message of 8 bytes each. Every process has to call it.
 
     Raises:
         DisagreementError: they differ. All processes raise it: `when`, which ranks and machines, and the `remedy`.
     """
+    accelerator = parts.accelerator
     if accelerator.num_processes == 1:
         return
     tensors = [*weights.values(), *state.tensors.values()]
@@ -42,7 +36,7 @@ def check_agreement(
     for rank, value in enumerate(checksums):
         owners.setdefault(value, []).append(rank)
     if len(owners) > 1:
-        groups = " against ".join(describe_ranks(reports, ranks) for ranks in sorted(owners.values(), key=len))
+        groups = " against ".join(describe_ranks(parts.reports, ranks) for ranks in sorted(owners.values(), key=len))
         raise DisagreementError(f"{when}: the processes hold different weights or optimizer state, {groups}; {remedy}")
 
 

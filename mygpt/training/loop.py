@@ -92,6 +92,6 @@ def save(parts: Parts, progress: Progress, saver: Saver, reason: Reason) -> None
     """
     weights, state = parts.capture(progress)
     if parts.gradient_sum.is_exact:
-        check_agreement(parts.accelerator, weights, state, parts.reports, f"step {progress.step}", REMEDY_WHEN_SAVING)
+        check_agreement(parts, weights, state, f"step {progress.step}", REMEDY_WHEN_SAVING)
     if parts.accelerator.is_main_process:
         saver.save(weights, state, reason, finished=progress.step == parts.recipe.train.steps)

@@ -1,9 +1,9 @@
 """The parts of a run: accelerator, model, optimizer, scheduler, batch stream and gradient sum, built in one place."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     stream: BatchStream
-    reports: list[ProcessReport] = field(default_factory=list)
+    reports: Sequence[ProcessReport]
     """Of all processes, by rank: for messages that name one."""
 
     @property
@@ -73,7 +73,7 @@ class Parts:
     def capture(self, progress: Progress, generators: GeneratorStates | None = None) -> tuple[Tensors, TrainingState]:
         """Weights and training state, as a checkpoint holds them. Every process has to call this.
 
-        `generators` are the states to keep, if not today's.
+        `generators` are the generator states to save in place of the current ones.
         """
         state = capture_state(self.accelerator, self.gpt, self.optimizer, generators or self.generators(), progress)
         return gather(self.accelerator, self.gpt.state_dict()), state
@@ -85,7 +85,7 @@ def build_parts(
     dataset: Dataset,
     gradient_sum: GradientSum,
     checkpoint: Path | None = None,
-    reports: list[ProcessReport] | None = None,
+    reports: Sequence[ProcessReport] = (),
 ) -> tuple[Parts, Progress]:
     """Build the parts of a run from the beginning, or as they were after a checkpoint (a step directory).
 
@@ -111,7 +111,7 @@ def build_parts(
     model, optimizer, scheduler = gradient_sum.prepare(accelerator, gpt, optimizer, scheduler)
     if moments:
         load_optimizer_tensors(optimizer, gpt.state_dict(), moments)
-    parts = Parts(recipe, accelerator, dataset, gradient_sum, gpt, model, optimizer, scheduler, stream, reports or [])
+    parts = Parts(recipe, accelerator, dataset, gradient_sum, gpt, model, optimizer, scheduler, stream, reports)
     if checkpoint and isinstance(model, DistributedDataParallel):
         before = parts.generators()
         first = [rows[: gradient_sum.micro_batch_size] for rows in stream.batch()]

@@ -93,16 +93,12 @@ def gather(accelerator: Accelerator, tensors: Tensors) -> dict[str, torch.Tensor
     return whole
 
 
-class Restored(NamedTuple):
-    """What a checkpoint says beside the weights and the generators."""
-
-    progress: Progress
-    moments: Tensors
-    """The optimizer's, to be loaded once Accelerate has wrapped it."""
-
-
-def restore(accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchStream, data_seed: int) -> Restored:
+def restore(
+    accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchStream, data_seed: int
+) -> tuple[Progress, Tensors]:
     """Put the weights and generators of a run into the state of a checkpoint.
+
+    Returns its progress, and the optimizer's moments, which can be loaded once Accelerate has wrapped the optimizer.
 
     On another kind of device or number of processes dropout goes on with generators seeded from `data_seed`; with
     another `data_seed` than the checkpoint's, batches do, too.
@@ -126,7 +122,7 @@ def restore(accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchS
             torch.manual_seed(process_dropout_seed(data_seed, accelerator.process_index, metadata.step))
     except (KeyError, RuntimeError, TypeError) as error:
         raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: no generator's state: {error}") from None
-    return Restored(Progress(metadata.step, metadata.best), tensors)
+    return Progress(metadata.step, metadata.best), tensors
 
 
 def dropout_name(device: torch.device, process: int) -> str:

@@ -102,7 +102,7 @@ def run_steps(
 ) -> Path:
     """Build the parts, make the run directory ready, train, and say how it ended; returns the run directory.
 
-    A function of its own, so that the model is gone when the processes part.
+    The model must be gone before the process group ends: no caller may hold the parts.
     """
     recipe, is_main, dataset = start.recipe, accelerator.is_main_process, preflight.dataset
     steps, run = recipe.train.steps, Path(recipe.checkpoint.output)
@@ -111,9 +111,7 @@ def run_steps(
         progress.best = None
     if gradient_sum.is_exact:
         remedy = REMEDY_AFTER_RESUMING if start.checkpoint else REMEDY_AT_START
-        check_agreement(
-            accelerator, *parts.capture(progress), preflight.reports, f"before step {progress.step + 1}", remedy
-        )
+        check_agreement(parts, *parts.capture(progress), f"before step {progress.step + 1}", remedy)
 
     if is_main:
         begin_run(start)

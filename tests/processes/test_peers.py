@@ -95,7 +95,7 @@ def other_start(*args):
     return model
 def other_checkpoint(*args):
     restored = restore(*args)
-    flip(next(tensor for name, tensor in restored.moments.items() if name.endswith(".exp_avg")))
+    flip(next(tensor for name, tensor in restored[1].items() if name.endswith(".exp_avg")))
     return restored
 def flipping_step(built, batch, number):
     update = step(built, batch, number)
