@@ -59,7 +59,7 @@ def has_accelerator() -> bool:
 
 
 def forget_accelerator() -> None:
-    """Have the next Accelerator of this process begin with settings of its own."""
+    """Let the next Accelerator of this process start from its arguments, not from the settings of the last."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -22,7 +22,7 @@ from pydoc_data.topics import topics
 CHECKOUT = Path(__file__).parent.parent
 HASHED = ("model.safetensors", "state.safetensors", "manifest.json", "metrics.jsonl")
 
-# Ends the run by a signal to itself at the so many-th call of the model, which is the same place every time.
+# Sends itself the signal `number` at call `calls` of the model, which is the same place every time.
 TRAIN = """
 import os, sys
 number, calls = int(sys.argv.pop(1)), int(sys.argv.pop(1))
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compare", type=Path, help="the output of an earlier call")
     parser.add_argument("--program", type=Path, default=CHECKOUT, help="the checkout whose mygpt is run")
-    parser.add_argument("runs", nargs="*", help="of these runs only")
+    parser.add_argument("runs", nargs="*", help="names of runs; default: all")
     options = parser.parse_args()
     text = "\n".join(topics[name] for name in sorted(topics))[:20_000]
     hashes = {}

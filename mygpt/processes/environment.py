@@ -110,7 +110,7 @@ def check_joined(launched: int, joined: int) -> None:
     """Compare the number of processes that the launcher started with the number that joined the process group.
 
     Raises:
-        LaunchError: they differ, so that each process would train a model of its own.
+        LaunchError: they differ, so that the processes would train separate models.
     """
     if launched != joined:
         raise LaunchError(

@@ -1,4 +1,4 @@
-"""Command-line flags: one for every recipe key, and those of the commands' own options."""
+"""Command-line flags: one for every recipe key, and one for every other option of a command."""
 
 import contextlib
 import difflib

@@ -244,7 +244,7 @@ zero is at most 2**-41 (4.5e-13), and AdamW would have moved its weight by lr * 
 
 
 def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Each key whose value does not fit those of others, and the value expected instead."""
+    """Each key whose value conflicts with another key, and the value expected instead."""
     model, train, schedule, validation = recipe.model, recipe.train, recipe.schedule, recipe.validation
     if model.embed_dim % model.num_heads:
         yield "num_heads", f"a divisor of embed_dim = {model.embed_dim}"

@@ -62,7 +62,7 @@ def checksum(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Ten
 
 
 def odd_numbers(count: int, device: torch.device) -> torch.Tensor:
-    """So many odd int64 numbers without a pattern, the same on every device; a longer list begins as a shorter one."""
+    """`count` odd int64 numbers without a pattern, the same on every device; a longer list begins as a shorter one."""
     places = torch.arange(1, count + 1, device=device) * MULTIPLIER
     return (places ^ (places >> 29)) * MULTIPLIER | 1
 

@@ -103,7 +103,7 @@ def build_parts(
     if checkpoint:
         progress, moments = restore(accelerator, checkpoint, gpt, stream, table.data_seed)
     else:
-        # Only dropout draws from the global generator, and the windows of each process need masks of their own.
+        # Only dropout draws from the global generator, and the windows of each process need different masks.
         torch.manual_seed(process_dropout_seed(table.data_seed, accelerator.process_index))
     scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, table.steps, steps_done=progress.step)
     if recipe.runtime.compile:

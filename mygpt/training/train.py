@@ -142,7 +142,7 @@ def explain_out_of_memory(table: TrainTable) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # Only CUDA has an error of its own for it: the CPU's and mps's say so in a RuntimeError's text.
+        # Only CUDA has an error class for it; the CPU and mps raise a RuntimeError that says so.
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         raise OutOfMemoryError(

@@ -2,10 +2,10 @@
 
     python scripts/benchmarks/devices.py recipes/default.toml [--processes 1 2 4] [--any-recipe-flag]
 
-Launches the processes itself, each number of them in turn, `--rounds` times. In each launch both ways to sum, and steps
-on the same share of the batch that tell the others nothing, take turns, a block of steps each: read the ratios. One
-process gets all cores; several, and a second launch of one, a thread each. What went over the loopback interface
-meanwhile is counted, on Linux and where nothing else uses it.
+Launches the processes itself, each number of them in turn, `--rounds` times. In each launch three kinds of steps take
+turns, a block each: fast sums, exact sums, and steps on the same share of the batch without communication. Read the
+ratios. One process gets all cores; several, and a second launch of one, get a thread each. On Linux it also counts the
+bytes sent over the loopback interface, which nothing else should use meanwhile.
 """
 
 import json
@@ -117,7 +117,7 @@ class AloneSum(FastSum):
 
 
 def stepper(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, way: str) -> Callable[[], None]:
-    """One training step of a model of its own."""
+    """A function that makes a training step, with a new model."""
     kind = {"alone": AloneSum, "fast": FastSum, "exact": ExactSum}[way]
     gradient_sum = kind(recipe.train, accelerator.process_index, accelerator.num_processes)
     parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum)

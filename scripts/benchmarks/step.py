@@ -104,7 +104,7 @@ def plain_step(recipe: Recipe, dataset: Dataset, device: torch.device) -> Callab
 def straightforward_step(recipe: Recipe, dataset: Dataset, device: torch.device) -> Callable[[], None]:
     """reference.py, the program in the plainest PyTorch."""
     known = reference.Settings.__dataclass_fields__
-    settings = {key: value for _, table in recipe for key, value in table if key in known}
+    settings = {key: value for key, value in recipe.flat().items() if key in known}
     text = dataset.tokenizer.decode(torch.cat([dataset.train, dataset.val]).tolist())
     steps = reference.run(text, reference.Settings(**settings | {"steps": 10**9, "val_every": 0}), device=device)
 
