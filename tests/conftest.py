@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import MYGPT, REPOSITORY, run_process
-from support.runs import TINY
+from support.runs import EXACT, TINY
 
 from mygpt.cli.main import main
 from mygpt.data.corpus import TINYSHAKESPEARE_SHA256, find_tinyshakespeare, load_corpus
@@ -48,6 +48,14 @@ def folder(tmp_path_factory, text_file):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def exact_run(text_file, tmp_path_factory) -> Path:
+    """A run of one process with exact sums: its bytes are those of any number of processes."""
+    from mygpt.training.train import train
+
+    return train(Recipe.of(**EXACT, corpus=str(text_file), output=str(tmp_path_factory.mktemp("exact") / "run")))
 
 
 @pytest.fixture(scope="session")

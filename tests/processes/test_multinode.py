@@ -1,4 +1,4 @@
-"""Several machines: two network namespaces that stand for them, and Slurm's batch script with its commands faked."""
+"""Several machines: two network namespaces take their place; and Slurm's batch script, with fake commands."""
 
 import os
 import shutil
@@ -6,23 +6,19 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from support.commands import REPOSITORY, run_process
-from support.runs import TINY
+from support.commands import BIN, LAUNCH, REPOSITORY, SCRIPT, patched, run_process, wait_for
+from support.runs import TINY, assert_same_run, flags_of
 
-BIN = Path(sys.executable).parent
-SCRIPT = REPOSITORY / "scripts" / "train.py"
-LAUNCH = REPOSITORY / "recipes" / "launch"
 ADDRESSES = ["10.77.0.1", "10.77.0.2"]
 STEPS = 200
 KEYS = TINY | {"steps": STEPS, "save_every": 10, "log_every": 10, "dropout": 0.1, "print_every": 100}
 KEYS |= {"reduction": "exact", "val_split": 0.1, "val_every": 50, "max_grad_norm": 1.0}
-FLAGS = [str(part) for key, value in KEYS.items() for part in (f"--{key.replace('_', '-')}", value)]
-# Who was lost, as each of the two machines tells it: with the first goes the launcher's store, which knows the names.
+FLAGS = flags_of(KEYS)
+# The messages of the loss of each machine: with the first one ends the launcher's store, which has the names.
 ENDED = ["the launcher at 10.77.0.1:29500 has ended", "rank 1 on nodeB has ended"]
 
 pytestmark = pytest.mark.slow
@@ -36,21 +32,6 @@ def undisturbed(text_file, tmp_path_factory) -> Path:
     assert result.returncode == 0, result.stderr
     (place / "out0").write_text(result.stdout)
     return place
-
-
-def assert_same_run(place, expected):
-    """Weights, state and records are, byte for byte, those of the run in `expected`."""
-    for name in (f"step-{STEPS:06d}/model.safetensors", f"step-{STEPS:06d}/state.safetensors", "metrics.jsonl"):
-        assert (place / "run" / name).read_bytes() == (expected / "run" / name).read_bytes(), name
-
-
-def wait_for(happened, *processes, seconds=90):
-    """Wait for something that happens while these processes run."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, "what is waited for does not happen"
-        assert all(process.poll() is None for process in processes), "a process has ended too early"
-        time.sleep(0.005)
 
 
 # ---- two machines
@@ -84,13 +65,13 @@ def nodes():
 
 @contextmanager
 def launched(nodes, place, text_file, *flags, script=SCRIPT, own=([], [])):
-    """Give the documented command on both nodes, with the `own` flags of each; kills what is left of its processes."""
+    """Run the documented command on both nodes, with the `own` flags of each; kills the processes that are left."""
     command = [BIN / "accelerate", "launch", "--config_file", LAUNCH / "multinode.yaml", "--num_processes", 2]
     command += ["--main_process_ip", ADDRESSES[0]]
     with ExitStack() as stack:
         processes = []
         for rank, node in enumerate(nodes):
-            # A host name that nothing resolves; and process ids of its own, all of which die with the first.
+            # A host name that nothing resolves, and a process namespace, so that all processes die with the first.
             inside = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
             inside += ["sh", "-c", f'hostname node{"AB"[rank]} && exec "$@"', "sh"]
             training = ["--machine_rank", rank, script, text_file, *FLAGS, *flags, *own[rank], "--output", "run"]
@@ -117,13 +98,13 @@ def test_two_machines_give_the_bytes_of_one(nodes, text_file, undisturbed, tmp_p
     """Two machines of one process each train to the bytes, and print the lines, of one process."""
     with launched(nodes, tmp_path, text_file) as processes:
         end(tmp_path, processes)
-    assert_same_run(tmp_path, undisturbed)
+    assert_same_run(tmp_path / "run", undisturbed / "run")
     assert (tmp_path / "out0").read_text() == (undisturbed / "out0").read_text()
     assert (tmp_path / "out1").read_text() == ""
 
 
-def test_a_machine_that_dies_ends_the_others_and_nothing_is_lost(nodes, text_file, undisturbed, tmp_path):
-    """SIGKILL to all of a machine, whichever: the other says so within seconds, and the same commands continue."""
+def test_dead_machine_ends_the_others_and_the_run_continues(nodes, text_file, undisturbed, tmp_path):
+    """SIGKILL to all processes of either machine: the other reports it within seconds; the same commands continue."""
     latest, before = tmp_path / "run" / "latest", None
     for victim in (1, 0):
         with launched(nodes, tmp_path, text_file) as processes:
@@ -136,18 +117,13 @@ def test_a_machine_that_dies_ends_the_others_and_nothing_is_lost(nodes, text_fil
     with launched(nodes, tmp_path, text_file) as processes:
         end(tmp_path, processes)
     assert f"continuing after step {int(before.removeprefix('step-'))}" in (tmp_path / "err0").read_text()
-    assert_same_run(tmp_path, undisturbed)
+    assert_same_run(tmp_path / "run", undisturbed / "run")
     assert (tmp_path / "out0").read_text() == (undisturbed / "out0").read_text()
 
 
-def test_a_cable_that_is_pulled_ends_both_after_a_bounded_time(nodes, text_file, tmp_path):
-    """No machine is told that the other cannot be reached: they wait ten minutes by default; here five seconds."""
-    script = tmp_path / "patched.py"
-    script.write_text(
-        "import sys\nfrom datetime import timedelta\nfrom mygpt.processes import channel as launch\n"
-        "launch.PROCESS_TIMEOUT = timedelta(seconds=5)\n"
-        "from mygpt.cli.main import main\nmain(['train', *sys.argv[1:]])\n"
-    )
+def test_unplugged_cable_ends_both_after_a_bounded_time(nodes, text_file, tmp_path):
+    """A machine notices only that the other does not answer: after ten minutes by default; here five seconds."""
+    script = patched(tmp_path, "wait_at_most(5)")
     link = ["ip", "-n", nodes[1], "link", "set", "e0"]
     try:
         with launched(nodes, tmp_path, text_file, "--steps", "100000", script=script) as processes:
@@ -159,8 +135,8 @@ def test_a_cable_that_is_pulled_ends_both_after_a_bounded_time(nodes, text_file,
     assert all(ENDED[1 - rank] in (tmp_path / f"err{rank}").read_text() for rank in (0, 1))
 
 
-def test_a_text_that_is_missing_on_one_machine_is_told_by_its_name(nodes, text_file, tmp_path):
-    """On both, at once, with the code of a mistake, and nothing is created."""
+def test_text_that_one_machine_lacks_is_reported_with_its_name(nodes, text_file, tmp_path):
+    """On both machines, at once; nothing is created."""
     with launched(nodes, tmp_path, text_file, own=([], ["--corpus", "elsewhere.txt"])) as processes:
         assert all(process.wait(60) != 0 for process in processes)
     for rank in (0, 1):
@@ -171,7 +147,7 @@ def test_a_text_that_is_missing_on_one_machine_is_told_by_its_name(nodes, text_f
 
 # ---- Slurm
 
-# A task in each of its nodes, told of by its process id. As with the real one, SIGTERM to it kills them.
+# Runs a task on each node, and writes down their process ids. As with the real one, SIGTERM to it kills them.
 SRUN = """
 import os, pathlib, signal, subprocess, sys
 arguments = sys.argv[1:]
@@ -186,7 +162,7 @@ pathlib.Path(os.environ["FAKE_SLURM"], "tasks").write_text(" ".join(str(task.pid
 sys.exit(max(code if code >= 0 else 128 - code for code in [task.wait() for task in tasks]))
 """
 
-# What is not asked of the tasks: the exit code that the test wants, after SIGTERM where it sends one.
+# Takes the place of the tasks: ends with the exit code that the test wants, after SIGTERM where it sends one.
 SRUN_STUB = """
 import os, pathlib, signal, sys, time
 folder, code = pathlib.Path(os.environ["FAKE_SLURM"]), int(os.environ["FAKE_CODE"])
@@ -220,7 +196,7 @@ else:
 
 @pytest.fixture
 def sbatch(tmp_path):
-    """A function that starts the batch script as Slurm does on the first of two nodes; gives process and messages."""
+    """A function that starts the batch script as Slurm does on the first of two nodes; returns process and log file."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     with socket.socket() as free:
@@ -262,7 +238,7 @@ def sbatch(tmp_path):
             process.wait(30)
 
 
-def test_a_slurm_job_goes_on_after_its_time_limit(text_file, undisturbed, tmp_path, sbatch):
+def test_slurm_job_continues_after_its_time_limit(text_file, undisturbed, tmp_path, sbatch):
     """SIGTERM to the batch script: the run is saved, the job queued again, and ends with the bytes of one job."""
     arguments = [text_file, *FLAGS, "--output", tmp_path / "run"]
     process, log = sbatch(*arguments)
@@ -277,11 +253,11 @@ def test_a_slurm_job_goes_on_after_its_time_limit(text_file, undisturbed, tmp_pa
     assert process.wait(120) == 0, log.read_text()
     assert f"continuing after step {saved}" in log.read_text()
     assert sbatch.requeued() == [sbatch.requeue]
-    assert_same_run(tmp_path, undisturbed)
+    assert_same_run(tmp_path / "run", undisturbed / "run")
 
 
-def test_a_slurm_job_that_fails_is_not_queued_again(text_file, tmp_path, sbatch):
-    """A mistake in the recipe would only be repeated."""
+def test_failed_slurm_job_is_not_queued_again(text_file, tmp_path, sbatch):
+    """It would fail again, as with a mistake in the recipe."""
     process, log = sbatch(text_file, *FLAGS, "--lr", "-1", "--output", tmp_path / "run")
     assert process.wait(120) != 0
     assert "lr" in log.read_text()
@@ -293,8 +269,8 @@ def test_a_slurm_job_that_fails_is_not_queued_again(text_file, tmp_path, sbatch)
     ("code", "state", "signals", "requeued"),
     [(1, "RUNNING", 1, True), (1, "RUNNING", 2, True), (0, "RUNNING", 1, False), (1, "CANCELLED", 1, False)],
 )
-def test_a_slurm_job_is_queued_again_only_when_interrupted(sbatch, code, state, signals, requeued):
-    """Not one that is done when it is signalled, nor one that scancel ends, which sends SIGTERM as well."""
+def test_slurm_job_is_queued_again_only_when_interrupted(sbatch, code, state, signals, requeued):
+    """Not one that is complete at the signal, nor one that scancel ends, which sends SIGTERM as well."""
     process, log = sbatch("any.txt", srun=SRUN_STUB, FAKE_CODE=str(code), FAKE_STATE=state)
     wait_for(lambda: sbatch.tasks.exists() and sbatch.tasks.read_text(), process)
     for _ in range(signals):

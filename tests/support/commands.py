@@ -43,11 +43,11 @@ def patched(place, patch) -> Path:
     return script
 
 
-def torchrun(processes, place, *arguments, patch="", launcher=(), timeout=180) -> subprocess.CompletedProcess:
+def torchrun(processes, place, *arguments, patch="", launcher=(), timeout=180, environment=None):
     """Run `mygpt train ARGUMENTS` in so many processes in `place`, patched, by torchrun with the `launcher` flags."""
     launcher = [*launcher, *(() if "--standalone" in launcher else ("--master-port", free_port()))]
     command = [BIN / "torchrun", "--nproc-per-node", processes, *launcher, patched(place, patch), *arguments]
-    return run_process(command, place, timeout)
+    return run_process(command, place, timeout, environment)
 
 
 def free_port() -> int:
@@ -56,7 +56,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(happened, *processes, seconds=60):
+def wait_for(happened, *processes, seconds=90):
     """Wait until `happened()`, while these processes run."""
     deadline = time.monotonic() + seconds
     while not happened():

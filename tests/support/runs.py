@@ -3,6 +3,10 @@
 import hashlib
 from pathlib import Path
 
+import pytest
+
+from mygpt.runs.records import read_records
+
 # Small enough for a training run in a tenth of a second.
 TINY = {
     "embed_dim": 16,
@@ -16,6 +20,9 @@ TINY = {
     "log_every": 1,
     "device": "cpu",
 }
+
+# Their bytes do not depend on the number of processes.
+EXACT = TINY | {"reduction": "exact", "dropout": 0.1, "save_every": 1, "keep_last": 0}
 
 
 def flags_of(keys) -> list[str]:
@@ -63,6 +70,14 @@ def assert_same_run(run: Path, expected: Path):
     step = (expected / "latest").read_text().strip()
     for name in (f"{step}/model.safetensors", f"{step}/state.safetensors", "metrics.jsonl"):
         assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def assert_close_records(run: Path, expected: Path, *names, **tolerance):
+    """The records of `run` have the values of the records of `expected`, within the tolerance of pytest.approx."""
+    for record, other in zip(read_records(run), read_records(expected), strict=True):
+        for name in names:
+            value = getattr(other, name)
+            assert getattr(record, name) == (value and pytest.approx(value, **tolerance)), (record.step, name)
 
 
 def assert_undisturbed(place, undisturbed_place):

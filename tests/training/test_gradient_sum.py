@@ -4,8 +4,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.commands import BIN, run_process, torchrun
+from support.runs import TINY, contents
 
+from mygpt.checks.compare import compare
+from mygpt.recipe.tables import Recipe
+from mygpt.runs.run import read_run
 from mygpt.training.gradient_sum import RANGE, SCALE, FixedPointSum, fixed_micro_batch
+from mygpt.training.train import train
 
 SHAPES = ((3, 5), (7,), ())
 
@@ -107,3 +113,72 @@ def test_the_largest_values_that_fit_do_not_wrap(count, sign):
 def test_fixed_micro_batch_lets_four_processes_share(batch, size):
     """It depends on the batch alone, divides it, and makes at least four pieces of any batch of four or more."""
     assert fixed_micro_batch(batch) == size
+
+
+KEYS = TINY | {
+    "reduction": "exact",
+    "steps": 12,
+    "dropout": 0.1,
+    "max_grad_norm": 1.0,
+    "schedule": "cosine",
+    "warmup": 4,
+    "val_split": 0.1,
+    "val_every": 5,
+    "log_grad_norm": True,
+}
+
+
+def launch_exact(processes, folder, recipe, last_step=None) -> str:
+    """Train `recipe` on so many processes, up to `last_step`, and return what was printed."""
+    (folder / "recipe.toml").write_text(recipe.to_toml())
+    patch = f"import functools; phases.train = functools.partial(phases.train_until, last_step={last_step})"
+    result = torchrun(processes, folder, "recipe.toml", patch=patch if last_step else "")
+    assert result.returncode == 0, result.stderr
+    assert "last bits may differ" not in result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "sampling"), [(2, "shared-stream"), (3, "own-stream"), (4, "full")])
+def test_exact_sums_are_the_same_bits_on_any_number_of_processes(text_file, tmp_path, capfd, processes, sampling):
+    """Weights, moments, records and printed lines, with dropout, clipping, a schedule and held-out losses.
+
+    Four micro-batches cannot be shared evenly by three processes, and need not.
+    """
+    recipes = {
+        name: Recipe.of(**KEYS, sampling=sampling, corpus=str(text_file), output=str(tmp_path / name))
+        for name in ("alone", "together")
+    }
+    alone = train(recipes["alone"])
+    printed = capfd.readouterr().out
+    assert launch_exact(processes, tmp_path, recipes["together"]) == printed
+    files, expected = (contents(run, without=["run.json"]) for run in (tmp_path / "together", alone))
+    assert files == expected
+    assert {"metrics.jsonl", "step-000012/model.safetensors"} <= files.keys()
+    # The negative control: with accumulation "fast" sums have other bits, even on one process.
+    fast = Recipe.of(**KEYS | {"reduction": "fast", "dropout": 0.0}, corpus=str(text_file), output=str(tmp_path / "f"))
+    exact = Recipe.of(**KEYS | {"dropout": 0.0}, corpus=str(text_file), output=str(tmp_path / "e"))
+    assert compare(train(fast), train(exact)).weights.differences
+
+
+@pytest.mark.slow
+def test_exact_runs_move_between_numbers_of_processes(text_file, tmp_path, capfd):
+    """Stopped on three processes in warmup, on two later, and ended by one: the bytes of a run never stopped."""
+    keys = KEYS | {"corpus": str(text_file), "save_best": True, "keep_last": 1}
+    whole = train(Recipe.of(**keys, output=str(tmp_path / "whole")))
+    printed = capfd.readouterr().out
+    moved = Recipe.of(**keys, output=str(tmp_path / "moved"))
+    launch_exact(3, tmp_path, moved, last_step=3)
+    launch_exact(2, tmp_path, moved, last_step=8)
+    capfd.readouterr()
+    train(moved)
+    assert capfd.readouterr().out == printed
+    assert contents(tmp_path / "moved", without=["run.json"]) == contents(whole, without=["run.json"])
+    assert [resumed.changed for resumed in read_run(tmp_path / "moved").resumed] == [
+        {"processes": (3, 2)},
+        {"processes": (2, 1)},
+    ]
+    # And it verifies on a third number.
+    again = run_process([BIN / "torchrun", "--nproc-per-node", 4, "-m", "mygpt", "verify", "moved"], tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.startswith("identical: ")

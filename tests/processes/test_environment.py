@@ -1,0 +1,76 @@
+"""What a launcher started, by the environment that it sets."""
+
+import pytest
+import torch
+
+from mygpt.errors import LaunchError
+from mygpt.processes.environment import Launched, check_joined, ignored_settings, launched_processes
+from mygpt.processes.machine import set_threads
+
+
+def test_launched_processes_are_counted_from_the_environment():
+    """torchrun's WORLD_SIZE; one without a launcher; an error where the launcher would train another model."""
+    assert launched_processes({}) == Launched(1, 1, 0)
+    several = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert launched_processes(several) == Launched(8, 4, 5)
+    assert launched_processes({"ACCELERATE_MIXED_PRECISION": "no"}) == Launched(1, 1, 0)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK"):
+        for count in ("many", "-1", "8" if name == "RANK" else "0"):
+            with pytest.raises(LaunchError, match="WORLD_SIZE"):
+                launched_processes(several | {name: count})
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        with pytest.raises(LaunchError, match=f"WORLD_SIZE is 8, and {name} not set; start with"):
+            launched_processes({key: value for key, value in several.items() if key != name})
+    for name, value in (("LOCAL_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "2"), ("PMI_SIZE", "4")):
+        with pytest.raises(LaunchError, match=f"{name} is set, and WORLD_SIZE is not"):
+            launched_processes({name: value})
+    assert launched_processes({"OMPI_COMM_WORLD_SIZE": "1"}) == Launched(1, 1, 0)
+    with pytest.raises(LaunchError, match=r"cpu2\.yaml"):
+        launched_processes({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"})
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        with pytest.raises(LaunchError, match=name):
+            launched_processes({f"ACCELERATE_USE_{name}": "true", "WORLD_SIZE": "2"})
+
+
+def test_fsdp_has_to_be_version_2():
+    """Accelerate's default is version 1."""
+    with pytest.raises(LaunchError, match="fsdp_version: 2"):
+        launched_processes({"ACCELERATE_USE_FSDP": "true"})
+    assert launched_processes({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}) == Launched()
+
+
+def test_unused_settings_of_the_launch_file_are_named():
+    """Where they differ from the recipe."""
+    assert ignored_settings("fp32", {}) == []
+    assert ignored_settings("bf16", {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "NO"}) == []
+    lines = ignored_settings(
+        "fp32",
+        {
+            "ACCELERATE_MIXED_PRECISION": "fp16",
+            "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        },
+    )
+    assert [line.split(":")[0] for line in lines] == [
+        *("mixed_precision", "dynamo_backend", "gradient_accumulation_steps")
+    ]
+
+
+def test_processes_that_do_not_meet_are_refused():
+    """Two independent runs of one process each would train two models."""
+    check_joined(2, 2)
+    with pytest.raises(LaunchError, match="started 2 processes but 1 joined"):
+        check_joined(2, 1)
+
+
+def test_threads_are_set_in_process(monkeypatch):
+    """The recipe's number, else the cores shared among the processes of this machine."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    try:
+        assert set_threads(1, 1) == torch.get_num_threads() == 1
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+        assert set_threads(None, 4) == 1
+        assert set_threads(None, 3) == torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
