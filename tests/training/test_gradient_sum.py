@@ -9,7 +9,7 @@ from support.runs import TINY, contents
 
 from mygpt.checks.compare import compare
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.run import read_run
+from mygpt.runs.run import Run
 from mygpt.training.gradient_sum import RANGE, SCALE, FixedPointSum, fixed_micro_batch
 from mygpt.training.train import train
 
@@ -174,7 +174,7 @@ def test_exact_runs_move_between_numbers_of_processes(text_file, tmp_path, capfd
     train(moved)
     assert capfd.readouterr().out == printed
     assert contents(tmp_path / "moved", without=["run.json"]) == contents(whole, without=["run.json"])
-    assert [resumed.changed for resumed in read_run(tmp_path / "moved").resumed] == [
+    assert [resumed.changed for resumed in Run(tmp_path / "moved").info.resumed] == [
         {"processes": (3, 2)},
         {"processes": (2, 1)},
     ]
