@@ -13,6 +13,7 @@ from mygpt.data.dataset import Dataset
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.model.gpt import GPT
+from mygpt.processes.environment import no_launcher
 from mygpt.processes.machine import make_deterministic, set_dropout_generator_state, set_threads
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE
@@ -72,7 +73,7 @@ def replay(path: Path, device: torch.device) -> Finding:
         reduction="exact" if failed.dropout_seeds else "fast",
     )
     gradient_sum = gradient_sum_for(recipe)
-    with open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
+    with no_launcher(), open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
         dataset = Dataset(tokenizer, tokens.flatten(), tokens.new_empty(0), "")  # not drawn from: see `batch`
         parts, _ = build_parts(recipe, accelerator, dataset, gradient_sum)
         parts.gpt.load_state_dict(weights)

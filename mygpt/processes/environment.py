@@ -1,7 +1,8 @@
 """Read from the environment variables of a launcher what it started and asked for. Imports no torch."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from mygpt.errors import LaunchError
@@ -32,6 +33,34 @@ def local_rank() -> int:
 def is_main_process() -> bool:
     """Whether this is rank 0, which alone writes the run directory and prints the lines of a run."""
     return read_launched().rank == 0
+
+
+def is_launched() -> bool:
+    """Whether a launcher, or someone by hand, has set the number of processes."""
+    return "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def no_launcher() -> Iterator[None]:
+    """While inside, nothing that this process starts or asks finds a launcher's variables."""
+    names = {
+        *_COUNTS,
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "OMPI_COMM_WORLD_SIZE",
+        "PMI_SIZE",
+        "MV2_COMM_WORLD_SIZE",
+    }
+    hidden = {
+        name: os.environ[name] for name in os.environ if name in names or name.startswith(("ACCELERATE_", "FSDP_"))
+    }
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def launched_processes(environ: Mapping[str, str] = os.environ) -> Launched:

@@ -1,11 +1,15 @@
 """Turn SIGTERM and SIGINT into a request to save and stop."""
 
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from mygpt.processes.environment import is_launched
 
 ECHO_SECONDS = 2.0
 """A terminal sends Ctrl-C to every process, and torchrun passes its own on: within this time both are one request."""
@@ -19,9 +23,7 @@ class StopRequest:
         """Whether the training loop looks at `pending`; if not, a signal ends the process."""
         self.signal: int | None = None
         self._received_at = 0.0
-        # Without a launcher the parent may end before the run, as a shell does after `mygpt train ... &`.
-        is_launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-        self._launcher = os.getppid() if is_launched else None
+        self._launcher = _launcher_pid()
 
     def pending(self) -> bool:
         """Whether to stop: after a signal, or when the launcher has ended, which may have passed on no signal."""
@@ -36,8 +38,20 @@ class StopRequest:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._received_at = number, now
-        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._received_at >= ECHO_SECONDS:
+        elif not is_launched() or now - self._received_at >= ECHO_SECONDS:
             os._exit(128 + number)
+
+
+def _launcher_pid() -> int | None:
+    """The launcher that started this process; None: a parent that may end before the run, as a shell does."""
+    if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        return None
+    pid = os.getppid()
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # no /proc: the variables have to do, though a user may have exported them
+        return pid
+    return pid if re.search(rb"accelerate|torchrun|torch\.distributed", command) else None
 
 
 @contextmanager

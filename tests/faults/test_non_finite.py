@@ -168,6 +168,24 @@ def test_replay_says_how_it_differs_from_the_failed_step(monkeypatch, tiny, call
     ]
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LOCAL_RANK": "0"},
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+    ],
+)
+def test_replay_needs_no_other_process(fail_at_step_5, monkeypatch, variables):
+    """Whatever a launcher says: replay is one process, and leaves the variables as they were."""
+    _, run = fail_at_step_5(infinite_loss)
+    found = replay(run, CPU)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert replay(run, CPU) == found
+    assert variables.items() <= os.environ.items()
+
+
 def test_older_record_of_a_failed_step_is_replayed(fail_at_step_5):
     """A batch.json without the settings that the first version did not record still reads, as if nothing differed."""
     _, run = fail_at_step_5(infinite_loss)

@@ -2,17 +2,20 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
-from support.commands import BIN, LAUNCH, wait_for
+from support.commands import BIN, LAUNCH, run_process, wait_for
 from support.fault_points import disturb, send
 from support.forked import LONG, run, start
 from support.runs import FLAGS, contents, latest_step
 
 from mygpt.errors import InterruptedRunError
+from mygpt.processes.signals import StopRequest
 from mygpt.runs.steps import read_manifest
 from mygpt.training.train import train
 
@@ -38,6 +41,31 @@ def test_signal_saves_and_stops(folder, undisturbed, number, code):
     for name in (f"step-{step + 20:06d}/model.safetensors", f"step-{step + 20:06d}/state.safetensors", "metrics.jsonl"):
         assert saved[name] == expected[name]
     assert f"step-{step:06d}" not in saved or step % 50 == 0
+
+
+def test_echo_of_a_signal_is_not_a_second_one(monkeypatch):
+    """A terminal and a launcher may both send it; without a launcher the second signal ends the process."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for launched, code in ((True, []), (False, [130])):
+        monkeypatch.setenv("WORLD_SIZE", "1") if launched else monkeypatch.delenv("WORLD_SIZE")
+        request = StopRequest()
+        request.graceful = True
+        for _ in range(2):
+            request.receive(signal.SIGINT, None)
+        assert request.pending()
+        assert ended == code
+
+
+@pytest.mark.slow
+def test_background_run_outlives_its_shell(folder):
+    """Also where a variable of accelerate launch is exported: the shell is no launcher."""
+    place = folder("background")
+    command = [sys.executable, "-m", "mygpt", "train", "text.txt", *FLAGS, "--steps", 400, "--output", "run"]
+    line = f"{shlex.join(map(str, command))} > out 2> err & while ! grep -q 'step ' out; do sleep 0.05; done"
+    assert run_process(["sh", "-c", line], place, 60, {"ACCELERATE_MIXED_PRECISION": "no"}).returncode == 0
+    wait_for((place / "run" / "latest").exists)
+    assert latest_step(place / "run") == 400
 
 
 @pytest.mark.fault(15)
