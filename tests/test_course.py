@@ -1,4 +1,4 @@
-"""The course's calls run as a chapter has them, and give the numbers of `mygpt train`."""
+"""The calls of the course: as in a chapter, with the numbers of `mygpt train`."""
 
 import random
 import statistics
@@ -67,8 +67,8 @@ def train_as_a_chapter_does(text):
     return model, tokenizer, records
 
 
-def test_a_chapter_gives_the_numbers_of_mygpt_train(text, tiny):
-    """Losses, held-out losses and rates, step by step, and those of the plainest implementation."""
+def test_chapter_gives_the_numbers_of_mygpt_train(text, tiny):
+    """Losses, held-out losses and rates, step by step; the plainest implementation agrees, too."""
     _, _, records = train_as_a_chapter_does(text)
     trained = read_records(train(tiny(**CHAPTER)))
     known = {key: value for key, value in TINY.items() if key in reference.Settings.__dataclass_fields__}
@@ -81,8 +81,8 @@ def test_a_chapter_gives_the_numbers_of_mygpt_train(text, tiny):
             assert own is None or [pytest.approx(own, abs=1e-5, rel=0)] * 2 == list(others)
 
 
-def test_a_chapter_saves_loads_and_generates(text, tmp_path, command):
-    """What was saved comes back, writes the same text as before, and is a checkpoint for `mygpt generate`."""
+def test_chapter_saves_loads_and_generates(text, tmp_path, command):
+    """The loaded model has the same weights, writes the same text, and is a checkpoint for `mygpt generate`."""
     model, tokenizer, _ = train_as_a_chapter_does(text)
     path = tmp_path / "saved" / "model.safetensors"
     save_checkpoint(model, tokenizer, path, step=8)
@@ -117,8 +117,8 @@ def test_prompts_are_continued_side_by_side():
     assert model.training
 
 
-def test_a_tokenizer_is_saved_and_loaded(tmp_path):
-    """As JSON; what is no such file is named."""
+def test_tokenizer_is_saved_and_loaded(tmp_path):
+    """As JSON; another or a missing file is named."""
     tokenizer = CharTokenizer.from_text("hé\nllo")
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = CharTokenizer.load(tmp_path / "tokenizer.json")
@@ -129,23 +129,23 @@ def test_a_tokenizer_is_saved_and_loaded(tmp_path):
             CharTokenizer.load(tmp_path / name)
 
 
-def test_a_trained_run_loads_and_is_saved_as_the_same_bytes(tiny, tmp_path):
-    """Weights have their plain names, so a run's checkpoint is a course's model and the other way round."""
+def test_trained_run_loads_and_is_saved_as_the_same_bytes(tiny, tmp_path):
+    """Weights have their plain names, so that a run's checkpoint is a model of the course, and the reverse."""
     run = train(tiny(dropout=0.2))
     model, tokenizer = load_checkpoint(run)
     assert model.dropout.p == 0.2
     save_checkpoint(model, tokenizer, tmp_path / "copy.safetensors", step=6)
     (trained,) = run.glob("step-*/model.safetensors")
     assert (tmp_path / "copy.safetensors").read_bytes() == trained.read_bytes()
-    # And it can be trained on.
+    # Training can continue.
     model.train()
     _, loss = model(*get_batch(tokenizer.encode("some text to go on with, long enough"), 2, 8))
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_tokenizer_encodes_to_what_batches_are_drawn_from():
-    """A 1-d int64 tensor; decoding takes it or a list, and refuses what is not an id."""
+def test_tokenizer_encodes_to_a_tensor_for_get_batch():
+    """A 1-d int64 tensor; decoding takes it or a list, and refuses other ids."""
     tokenizer = CharTokenizer.from_text("hello")
     ids = tokenizer.encode("hole")
     assert ids.dtype == torch.int64
@@ -161,8 +161,8 @@ def test_tokenizer_encodes_to_what_batches_are_drawn_from():
         tokenizer.decode([-1])
 
 
-def test_model_is_that_of_mygpt():
-    """The same weights from the same seed, the same logits and loss; the defaults are those of recipes."""
+def test_model_equals_the_model_of_mygpt():
+    """The same weights from the same seed, the same logits and loss; the same defaults as in recipes."""
     set_seed(0)
     course = GPT(vocab_size=65)
     torch.manual_seed(0)
@@ -184,7 +184,7 @@ def test_model_is_that_of_mygpt():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_estimate_is_the_mean_over_random_batches(training):
-    """In eval mode, without gradients, and the mode is restored; mygpt's own models are taken, too."""
+    """In eval mode, without gradients, and the mode is restored; the models of mygpt are accepted, too."""
     model = small_model(dropout=0.3).train(training)
     data = torch.randint(0, 8, (300,), generator=torch.Generator().manual_seed(1))
     set_seed(7)
@@ -202,7 +202,7 @@ def test_estimate_is_the_mean_over_random_batches(training):
 
 
 def test_seed_sets_all_three_generators():
-    """torch's, numpy's and Python's own."""
+    """Those of torch, numpy and Python."""
     draws = []
     for seed in (3, 3, 4):
         set_seed(seed)
@@ -214,7 +214,7 @@ def test_seed_sets_all_three_generators():
 @pytest.mark.parametrize(
     ("available", "expected"), [((True, True), "cuda"), ((False, True), "mps"), ((False, False), "cpu")]
 )
-def test_device_is_the_first_kind_that_there_is(monkeypatch, available, expected):
+def test_device_is_the_first_available_kind(monkeypatch, available, expected):
     """cuda before mps before cpu."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available[0])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(available[0]))
@@ -231,7 +231,7 @@ def test_device_is_the_first_kind_that_there_is(monkeypatch, available, expected
     ],
 )
 def test_wrong_sizes_cost_one_line(sizes, message):
-    """As in a recipe: what was got, and what was expected."""
+    """As in a recipe: the value, and what was expected."""
     with pytest.raises(RecipeError) as caught:
         small_model(**sizes)
     assert str(caught.value) == message
@@ -251,8 +251,8 @@ def test_ids_of_a_wrong_shape_are_named():
         generate(model, torch.zeros(1, 0, dtype=torch.int64), 5)
 
 
-def test_saving_never_spoils_what_is_there(tiny, tmp_path):
-    """Weights that are not finite, a folder, or a file of a run: an error, and what was there is as it was."""
+def test_failed_saves_do_not_change_existing_files(tiny, tmp_path):
+    """Non-finite weights, a folder, or a file of a run: an error, and the existing file does not change."""
     model, tokenizer = small_model(), CharTokenizer.from_text("abcdefgh")
     path = tmp_path / "model.safetensors"
     save_checkpoint(model, tokenizer, path)
@@ -275,7 +275,7 @@ def test_saving_never_spoils_what_is_there(tiny, tmp_path):
 
 
 def test_compiled_models_are_saved_under_their_plain_names(tmp_path):
-    """torch.compile renames the weights of what it returns, which no other program would read."""
+    """torch.compile renames the weights of the model that it returns; no other program knows these names."""
     model, tokenizer = small_model(), CharTokenizer.from_text("abcdefgh")
     save_checkpoint(torch.compile(model, backend="eager"), tokenizer, tmp_path / "a.safetensors")
     save_checkpoint(model, tokenizer, tmp_path / "b.safetensors")
@@ -284,8 +284,8 @@ def test_compiled_models_are_saved_under_their_plain_names(tmp_path):
         assert set(file.keys()) == set(model.state_dict())
 
 
-def test_importing_it_is_all_that_a_notebook_needs(tmp_path):
-    """In a folder of its own, with no launcher and no recipe: every name is there."""
+def test_star_import_is_all_that_a_notebook_needs(tmp_path):
+    """In an empty folder, without launcher and recipe, every name is there."""
     code = "from mygpt.course import *; x = CharTokenizer.from_text('ab').encode('abab'); print(GPT(2)(x[None])[1])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("None\n", "")

@@ -1,19 +1,16 @@
-"""The published numbers, to four decimals: whole runs on Tiny Shakespeare, by every way to start them."""
+"""The published numbers, to four decimals: whole runs on Tiny Shakespeare, started in every way."""
 
 import hashlib
 import sys
-from pathlib import Path
 
 import pytest
-from support.commands import REPOSITORY, run_process
+from support.commands import BIN, REPOSITORY, SCRIPT, run_process
 
 from mygpt.checks.compare import compare
 from mygpt.recipe.flags import parse_recipe
 
 pytestmark = pytest.mark.slow
 
-BIN = Path(sys.executable).parent
-SCRIPT = REPOSITORY / "scripts" / "train.py"
 RECIPES = REPOSITORY / "recipes"
 
 DEFAULT = """\
@@ -59,7 +56,7 @@ LAUNCHERS = {
 }
 WAYS = {("default", "python"): ([sys.executable, SCRIPT, RECIPES / "default.toml", *CPU], DEFAULT)}
 WAYS |= {
-    # One of them also keeps the weights of step 1999, which does not change any.
+    # One of them also keeps the weights of step 1999, which changes no number.
     ("hardened", name): (
         [*launcher, SCRIPT, RECIPES / "hardened.toml", *CPU, *(["--save-every", "1999"] if name == "python" else [])],
         HARDENED,

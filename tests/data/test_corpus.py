@@ -1,4 +1,4 @@
-"""Loading texts, and downloading the one that has to be downloaded."""
+"""Loading texts, and downloading Tiny Shakespeare."""
 
 import functools
 import gc
@@ -52,7 +52,7 @@ def served(tmp_path, monkeypatch):
 
 
 def test_download_is_checked_and_kept(served, tmp_path, monkeypatch):
-    """A named corpus is fetched once, held against its hash, and then read from the cache."""
+    """A named corpus is fetched once, checked against its hash, and then read from the cache."""
     monkeypatch.setattr(corpus, "TINYSHAKESPEARE_SHA256", hashlib.sha256(b"to be").hexdigest())
     (served / "input.txt").write_bytes(b"to be")
     assert load_corpus("tinyshakespeare").text == "to be"
@@ -60,31 +60,31 @@ def test_download_is_checked_and_kept(served, tmp_path, monkeypatch):
     assert load_corpus("tinyshakespeare").text == "to be"
 
 
-def test_a_wrong_download_is_refused(served, tmp_path):
-    """Other bytes than the published ones are not trained on, and not kept."""
+def test_wrong_download_is_refused(served, tmp_path):
+    """Bytes that are not the published ones are neither trained on nor kept."""
     (served / "input.txt").write_bytes(b"not to be")
     with pytest.raises(DownloadError, match=r"cannot be downloaded.*MYGPT_DATA_DIR"):
         load_corpus("tinyshakespeare")
     assert not list((tmp_path / "cache").glob("*"))
 
 
-def test_a_failed_download_names_the_way_out(served):
-    """A machine without the network can use a file."""
+def test_failed_download_names_the_remedy(served):
+    """A machine without a network can use a file."""
     with pytest.raises(DownloadError, match=r"put the file into a folder as tinyshakespeare\.txt") as caught:
         load_corpus("tinyshakespeare")
     assert caught.value.exit_code == 1
 
 
 def test_data_dir_comes_first_and_is_checked(tmp_path, monkeypatch):
-    """The file in MYGPT_DATA_DIR is used, but only if it is the right one."""
+    """The file in MYGPT_DATA_DIR is used, if it has the right hash."""
     monkeypatch.setenv("MYGPT_DATA_DIR", str(tmp_path))
     (tmp_path / "tinyshakespeare.txt").write_text("something else")
     with pytest.raises(CorpusError, match="not Tiny Shakespeare"):
         load_corpus("tinyshakespeare")
 
 
-def test_a_data_dir_without_the_file_is_a_mistake(served, tmp_path, monkeypatch):
-    """Whoever sets MYGPT_DATA_DIR wants that file: nothing is downloaded, nor taken from the cache, in its place."""
+def test_data_dir_without_the_file_is_refused(served, tmp_path, monkeypatch):
+    """MYGPT_DATA_DIR asks for this file: nothing is downloaded, nor taken from the cache, instead."""
     monkeypatch.setattr(corpus, "TINYSHAKESPEARE_SHA256", hashlib.sha256(b"to be").hexdigest())
     (served / "input.txt").write_bytes(b"to be")
     assert load_corpus("tinyshakespeare").text == "to be"  # in the cache from now on

@@ -24,14 +24,14 @@ def test_the_end_is_held_out(val_split, boundary):
 
 @pytest.mark.parametrize("val_split", [0.0, 0.01, 0.99])
 def test_parts_too_short_for_a_window_are_refused(val_split):
-    """Each part that is used must be longer than seq_len + 1, the least from which a place can be drawn."""
+    """Each part that is used must be longer than seq_len + 1, so that a window can be drawn from it."""
     data = DATA[:9] if val_split == 0 else DATA
     with pytest.raises(CorpusError, match=r"part has \d+ of the corpus's"):
         split(data, val_split, seq_len=9)
 
 
 def test_get_batch_is_the_course_batch():
-    """Places are drawn in one call, from the global generator if none is given; targets are one later."""
+    """Starts are drawn in one call, from the global generator by default; targets are one token later."""
     torch.manual_seed(42)
     starts = torch.randint(0, 1000 - 8 - 1, (4,))
     torch.manual_seed(42)
@@ -56,7 +56,7 @@ def test_rows_of_all_processes_join_to_the_one_process_batch(
 ):
     """The global batch does not depend on the number of processes, at any position of the stream.
 
-    Each has whole micro-batches of it, as many as any other or one more; where there are too few, some have none.
+    Each has whole micro-batches of it; their numbers differ by at most one, so that some may have none.
     """
     data, size = torch.arange(length), micro_batch * micro_batches
     rows = [Share(micro_batch, process, world) for process in range(world)]
@@ -82,7 +82,7 @@ def test_full_sampling_has_every_target_once(length, seq_len):
 
 
 def test_only_shared_stream_moves_the_training_batches():
-    """Other ways of sampling leave the stream where it was; own-stream gives the same windows every time."""
+    """The other samplings do not advance the stream; own-stream gives the same windows every time."""
     stream = BatchStream(DATA, 4, 8, seed=42, share=Share(4))
 
     def sample(sampling):

@@ -14,7 +14,7 @@ from mygpt.errors import TokenizerError
 
 @given(st.text(min_size=1))
 def test_decoding_undoes_encoding(text):
-    """Any text survives, and ids are the places among its sorted distinct characters."""
+    """Any text survives, and ids are positions among its sorted distinct characters."""
     tokenizer = CharTokenizer(text)
     letters = sorted(set(text))
     assert tokenizer.vocab == "".join(letters)
@@ -25,15 +25,15 @@ def test_decoding_undoes_encoding(text):
 
 @pytest.mark.parametrize("unknown", ["z", "é", "\U0001f600", "\udcff"])
 @pytest.mark.parametrize("position", [0, 2, CHUNK + 1])
-def test_unknown_character_is_named_with_its_place(unknown, position):
-    """Also beyond the largest known code point, and beyond the first piece of a long text."""
+def test_unknown_character_is_named_with_its_position(unknown, position):
+    """Also beyond the largest known code point, and beyond the first chunk of a long text."""
     with pytest.raises(TokenizerError, match=rf"U\+{ord(unknown):04X}\) at position {position} "):
         CharTokenizer("abcx").encode("a" * position + unknown + "bc")
 
 
 @pytest.mark.parametrize(("size", "kind"), [(2, np.uint8), (256, np.uint8), (257, np.int16), (40_000, np.int32)])
 def test_ids_take_the_smallest_type(size, kind):
-    """A large corpus of few characters is kept at one byte each."""
+    """A large corpus of few distinct characters takes one byte per character."""
     text = "".join(map(chr, range(0x10000, 0x10000 + size)))
     ids = CharTokenizer(text).encode(text)
     assert ids.dtype == kind
@@ -65,7 +65,7 @@ print(len(dataset.train) + len(dataset.val), peak() - before, time.perf_counter(
 
 
 def test_empty_text_has_no_vocabulary():
-    """There is nothing to learn from no text."""
+    """The error names the reason."""
     with pytest.raises(TokenizerError, match="empty"):
         CharTokenizer("")
 

@@ -22,7 +22,7 @@ def seeded(seed=0):
 
 
 def test_the_same_seed_gives_the_same_text(gpt):
-    """And another seed another; the prompt comes first and the length is as asked, beyond the context too."""
+    """Another seed gives another; it begins with the prompt and has the length asked for, beyond the context too."""
     first = generate(gpt, TOKENIZER, "abc", 40, generator=seeded())
     assert first.startswith("abc")
     assert len(first) == 43
@@ -31,7 +31,7 @@ def test_the_same_seed_gives_the_same_text(gpt):
 
 
 def test_temperature_zero_takes_the_most_likely(gpt):
-    """No chance is left: the argmax of the logits of the last max_seq_len characters."""
+    """The argmax of the logits for the last max_seq_len characters."""
     text = generate(gpt, TOKENIZER, "h", 20, temperature=0)
     gpt.eval()
     for end in range(1, 21):
@@ -39,7 +39,7 @@ def test_temperature_zero_takes_the_most_likely(gpt):
         assert TOKENIZER.vocab[gpt(context[None])[0, -1].argmax()] == text[end]
 
 
-def test_top_k_leaves_the_others_out():
+def test_top_k_excludes_the_others():
     """Only the k most likely are ever drawn; 0 means all; shares follow the softmax."""
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
     drawn = {k: {int(sample_token(logits, 1.0, k, seeded(i))) for i in range(300)} for k in (1, 2, 0, 9)}

@@ -1,4 +1,4 @@
-"""The model, held against the plainest implementation."""
+"""The model, compared with the plainest implementation."""
 
 import pytest
 import reference
@@ -22,11 +22,11 @@ def both(dtype=torch.float32):
 
 
 def test_default_size():
-    """The published number of weights; the tied head has none of its own."""
+    """The published number of weights; the output layer shares the weights of the token embedding."""
     assert GPT(ModelTable(), vocab_size=65).num_params() == 207_296
 
 
-def test_initial_weights_are_those_of_separate_projections():
+def test_initial_weights_equal_separate_projections():
     """One wide layer for query, key and value draws the same numbers, in the same order, as three layers."""
     gpt, plain = both()
     for ours, theirs in zip(gpt.blocks, plain.blocks, strict=True):
@@ -40,7 +40,7 @@ def test_initial_weights_are_those_of_separate_projections():
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
-def test_logits_are_those_of_the_plain_model(dtype, atol):
+def test_logits_equal_the_plain_model(dtype, atol):
     """Fused attention and norms compute the same function: to rounding in float64."""
     gpt, plain = both(dtype)
     tokens = torch.randint(0, 11, (5, 10))

@@ -110,8 +110,7 @@ def test_shipped_recipes_give_the_reference_numbers(text, text_file, tmp_path, r
         "two-processes": ["accelerate", "launch", "--config_file", LAUNCH / "cpu2.yaml"],
     }[launcher]
     settings = {"steps": 30, "val_every": 10, "warmup": 5} if recipe == "hardened" else {"steps": 30}
-    flags = [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
-    flags += ["--corpus", text_file, "--device", "cpu", "--log-every", 1, "--output", "run"]
+    flags = [*flags_of(settings), "--corpus", text_file, "--device", "cpu", "--log-every", 1, "--output", "run"]
     result = launch(*command, target=REPOSITORY / "recipes" / f"{recipe}.toml", cwd=tmp_path, flags=flags)
     assert result.returncode == 0, result.stderr
     if recipe == "hardened":

@@ -38,7 +38,7 @@ def test_help_of_printed_values_says_that_they_are_always_logged(table, key):
 
 
 def test_resolved_recipe_reads_back_equal(tmp_path):
-    """What is written beside the results can be run again."""
+    """The recipe that a run writes can be trained again."""
     recipe = Recipe.of(steps=7, lr=1 / 3, micro_batch_size=2, schedule="cosine", warmup=3, output="a/b c")
     assert load_recipe(write(tmp_path / "recipe.toml", recipe.to_toml())) == recipe
 
@@ -82,7 +82,7 @@ def test_extends_takes_a_shipped_name(tmp_path):
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path):
-    """One line per mistake, each with file, table, key, what was got and what was expected."""
+    """One line per mistake, each with file, table, key, the value and what was expected."""
     path = write(
         tmp_path / "bad.toml",
         "[train]\nmax_gradnorm = 1.0\nsteps = true\n[optimiser]\nlr = 1\n[data]\nval_split = 1.5\nwarmup = 3\n",
@@ -98,7 +98,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
     assert len(lines) == 5
 
 
-def test_a_mistake_in_a_parent_names_the_parent(tmp_path):
+def test_mistake_in_a_parent_names_the_parent(tmp_path):
     """The file to correct is the one that holds the mistake."""
     parent = write(tmp_path / "parent.toml", "[train]\nsteps = -1")
     child = write(tmp_path / "child.toml", 'extends = "parent.toml"')

@@ -15,13 +15,13 @@ RECIPES = sorted(FOLDER.glob("*.toml"))
 
 
 def test_there_are_recipes():
-    """The other tests here have something to look at."""
+    """The other tests of this file are about these."""
     assert {"default", "hardened", "overfit", "quickstart", "memorize"} <= {path.stem for path in RECIPES}
     assert shipped_recipes().keys() == {path.stem for path in RECIPES}
 
 
 def test_default_recipe_spells_out_the_defaults():
-    """default.toml names every key that has a value, and gives it the value that leaving it out gives."""
+    """default.toml names every key that has a default, with that default."""
     assert load_recipe(FOLDER / "default.toml") == Recipe()
     document = tomllib.loads((FOLDER / "default.toml").read_text())
     resolved = Recipe().model_dump(exclude_none=True)
@@ -36,13 +36,13 @@ def test_recipe_names_the_schema(path):
 
 
 def test_schema_file_is_current():
-    """Renewed by `mygpt recipe schema > recipes/recipe.schema.json`."""
+    """`mygpt recipe schema > recipes/recipe.schema.json` renews it."""
     assert (FOLDER / "recipe.schema.json").read_text() == recipe_schema()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains(path, tmp_path, text_file):
-    """Each recipe runs, shrunk to a few steps of a tiny model on a short text."""
+    """A few steps of a tiny model on a short text."""
     recipe = load_recipe(path)
     check_recipe(recipe)
     small = {"steps": 4, "warmup": min(2, recipe.schedule.warmup), "val_every": min(2, recipe.validation.val_every)}

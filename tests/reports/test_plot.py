@@ -48,14 +48,14 @@ def test_ending_chooses_the_format(runs, tmp_path, ending):
 
 
 def test_short_runs_and_runs_of_one_name_can_be_drawn(tiny, tmp_path):
-    """A run of a single record; two runs in different folders that are called the same."""
+    """A run of a single record; two runs with the same name in different folders."""
     runs = [train(tiny(steps=1, output=str(tmp_path / folder / "run"))) for folder in "ab"]
     plot(runs, tmp_path / "loss.svg")
     assert all(f"{run}: training" in (tmp_path / "loss.svg").read_text() for run in runs)
 
 
 def test_mistakes_are_named(runs, tmp_path):
-    """No records, an unknown ending, a folder that is not there."""
+    """No records, an unknown ending, a missing folder."""
     with pytest.raises(CheckpointError, match="expected a run directory"):
         plot([tmp_path], tmp_path / "a.png")
     with pytest.raises(MygptError, match=r"got the ending '\.bmp'"):

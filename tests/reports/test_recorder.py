@@ -1,4 +1,4 @@
-"""What is printed and recorded."""
+"""Printed lines and records."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_header_has_the_published_form():
     ],
 )
 def test_step_lines_show_what_applies(keys, values, line):
-    """val only where it was taken, lr only with a schedule other than constant, the rest where it was asked for."""
+    """val only after an evaluation, lr only with a schedule other than constant, the rest where it was asked for."""
     assert step_line(record(**values), Recipe.of(**keys)) == line
 
 
@@ -71,8 +71,8 @@ def test_only_the_main_process_reports(tmp_path, capsys):
     assert [r.step for r in read_records(tmp_path)] == [1, 2]
 
 
-def test_records_that_are_none_are_refused(tmp_path):
-    """A run without records, and a line that is not one, are named."""
+def test_missing_and_damaged_records_are_refused(tmp_path):
+    """The message names the run, or the line."""
     with pytest.raises(CheckpointError, match="expected a run directory"):
         read_records(tmp_path)
     for line in ('{"step": 1}', "[" * 100_000, '{"step": 1, "loss": NaN, "lr": 1}', "\udc80"):
@@ -81,8 +81,8 @@ def test_records_that_are_none_are_refused(tmp_path):
             read_records(tmp_path)
 
 
-def test_an_unfinished_last_line_is_left_out(tmp_path):
-    """What a killed run has recorded can be read."""
+def test_unfinished_last_line_is_left_out(tmp_path):
+    """The records of a killed run can be read."""
     with Recorder(Recipe.of(steps=2), tmp_path, is_main=True) as reporter:
         reporter.record(1, printed=False, loss=1.0, lr=0.1)
     with (tmp_path / "metrics.jsonl").open("a") as file:

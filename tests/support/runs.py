@@ -1,4 +1,4 @@
-"""Small recipes, and what their runs leave on the disk."""
+"""Small recipes, and comparisons of their run directories."""
 
 import hashlib
 from pathlib import Path
@@ -66,7 +66,7 @@ def model_bytes(run: Path) -> bytes:
 
 
 def assert_same_run(run: Path, expected: Path):
-    """The newest weights and state, and the records, are the same bytes as those of `expected`."""
+    """The newest weights and state, and the records, have the bytes of the run in `expected`."""
     step = (expected / "latest").read_text().strip()
     for name in (f"{step}/model.safetensors", f"{step}/state.safetensors", "metrics.jsonl"):
         assert (run / name).read_bytes() == (expected / name).read_bytes(), name
@@ -81,6 +81,6 @@ def assert_close_records(run: Path, expected: Path, *names, **tolerance):
 
 
 def assert_undisturbed(place, undisturbed_place):
-    """The run in `place` and its printed lines are those of the run that was never disturbed."""
+    """The run in `place` and its printed lines equal the run that was never disturbed."""
     assert contents(place / "run") == contents(undisturbed_place / "run")
     assert (place / "out").read_text() == (undisturbed_place / "out").read_text()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.runs import assert_same_run
+from support.runs import assert_close_records, assert_same_run
 
 from mygpt.checks.compare import compare
 from mygpt.checks.replay import replay
@@ -56,10 +56,8 @@ def test_cuda_runs_repeat_to_the_last_bit(tiny, tmp_path, precision, compiled):
 
 def test_cuda_gives_the_cpu_numbers(tiny, tmp_path):
     """fp32 on CUDA is fp32: the losses of sixty steps agree with the CPU's to four decimals."""
-    runs = [train(tiny(**KEYS | {"device": device}, output=str(tmp_path / device))) for device in ("cpu", "cuda")]
-    for a, b in zip(*map(read_records, runs), strict=True):
-        assert b.loss == pytest.approx(a.loss, abs=5e-5)
-        assert b.val == (a.val and pytest.approx(a.val, abs=5e-5))
+    runs = [train(tiny(**KEYS | {"device": device}, output=str(tmp_path / device))) for device in ("cuda", "cpu")]
+    assert_close_records(*runs, "loss", "val", abs=5e-5)
 
 
 def test_bf16_stays_near_fp32(tiny, tmp_path):
@@ -72,8 +70,7 @@ def test_bf16_stays_near_fp32(tiny, tmp_path):
 def test_compiled_stays_at_the_eager_numbers(tiny, tmp_path):
     """torch.compile changes speed only."""
     runs = [train(tiny(**KEYS | {"compile": c}, output=str(tmp_path / str(c)))) for c in (False, True)]
-    for a, b in zip(*map(read_records, runs), strict=True):
-        assert b.loss == pytest.approx(a.loss, abs=5e-5)
+    assert_close_records(*runs, "loss", abs=5e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -98,8 +95,7 @@ def test_checkpoint_moves_between_cpu_and_cuda(tiny, tmp_path, capsys):
     for device, until in (("cpu", 20), ("cuda", 40), ("cpu", None)):
         moved = train_until(tiny(**keys | {"device": device}, output=str(tmp_path / "moved")), until)
     assert "device cpu -> cuda" in capsys.readouterr().err
-    for a, b in zip(read_records(alone), read_records(moved), strict=True):
-        assert b.loss == pytest.approx(a.loss, abs=5e-5)
+    assert_close_records(moved, alone, "loss", abs=5e-5)
 
 
 @pytest.mark.parametrize("log_every", [1, 1000])
