@@ -1,4 +1,4 @@
-"""Where tests disturb the program: the functions that they replace, private ones included, and what happens there."""
+"""Where tests disturb the program: the functions that they replace, and the faults that happen there."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mygpt.cli import main as cli
 from mygpt.model.gpt import GPT
-from mygpt.processes import channel as launch
+from mygpt.processes import channel
 from mygpt.runs import saver as checkpoint
 from mygpt.runs import start as run_start
 from mygpt.training import evaluate, loop, parts, state
@@ -115,7 +115,12 @@ def disturb(point, act=kill, *, count: int | None = 1, when=lambda: True, patch=
 
 def wait_at_most(seconds):
     """How long processes wait for each other, in place of ten minutes."""
-    launch.PROCESS_TIMEOUT = parts.PROCESS_TIMEOUT = timedelta(seconds=seconds)
+    channel.PROCESS_TIMEOUT = parts.PROCESS_TIMEOUT = timedelta(seconds=seconds)
+
+
+def end_silently():
+    """A process that fails ends without a message, and without the seconds in which it lets others print theirs."""
+    cli.print_error = lambda *args, **kwargs: None
 
 
 def rank_1_after_a_save() -> bool:
@@ -184,16 +189,3 @@ FAULTS = {
     "forget-stream": forget_stream,
     "forget-rate": forget_rate,
 }
-
-
-# ---- private names
-
-
-def share_store(monkeypatch, store):
-    """Threads meet in this store, in place of the launcher's."""
-    monkeypatch.setattr(launch, "_open_store", lambda: store)
-
-
-def end_silently():
-    """A process that fails ends without a message, and without the seconds in which it lets others print theirs."""
-    cli.print_error = lambda *args, **kwargs: None
