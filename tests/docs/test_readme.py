@@ -28,7 +28,6 @@ SHORTER_STEPS = {"step-001999": "step-000003", "step-002000": "step-000004"}
 # And a benchmark to one turn of a few steps.
 SHORTER_BENCHMARKS = {
     "step.py": ["--rounds", "1", "--steps-per-round", "2"],
-    "devices.py": ["--rounds", "1", "--turns", "1", "--steps-per-turn", "2", "--processes", "1"],
     "saving.py": ["--rounds", "1"],
 }
 
