@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
 
 from mygpt.data.batches import Batch
 from mygpt.data.dataset import Dataset
@@ -18,6 +17,7 @@ from mygpt.processes.machine import make_deterministic, set_dropout_generator_st
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE
 from mygpt.runs.loading import read_tensors, read_weights
+from mygpt.runs.schemas import read_table
 from mygpt.runs.steps import read_metadata, verify_checkpoint
 from mygpt.training.failed_step import BATCH_FILE, FailedStep, describe_problem
 from mygpt.training.gradient_sum import gradient_sum_for
@@ -174,12 +174,7 @@ def _find_failed(path: Path) -> Path:
 
 
 def _read_failed_step(file: Path, max_seq_len: int) -> FailedStep:
-    try:
-        failed = FailedStep.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise DamagedCheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        raise DamagedCheckpointError(f"{file}: damaged: {error.errors()[0]['msg']}") from None
+    failed = read_table(FailedStep, file)
     windows, length = failed.windows, len(failed.windows[0])
     if not 2 <= length <= max_seq_len + 1 or any(len(text) != length for text in windows):
         raise DamagedCheckpointError(f"{file}: damaged: its windows are not of one length")

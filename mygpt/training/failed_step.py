@@ -1,5 +1,6 @@
 """Keep a step whose loss or gradient is not finite, so that `mygpt replay` can look into it."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -99,7 +100,7 @@ def _write(run: Path, parts: Parts, problem: str, weights: Tensors, state: Train
         activation_checkpointing=runtime.activation_checkpointing,
     )
     target = run / f"failed-step-{step:06d}"
-    if target.is_symlink() or target.exists():
+    if os.path.lexists(target):
         remove(target)
     manifest = Manifest(
         step=step, reason="failed", finished=False, recipe=recipe, corpus_sha256=dataset.sha256, files={}
