@@ -87,7 +87,7 @@ class ReplayOptions:
 
 @command
 def replay(options: ReplayOptions) -> int:
-    """Run the step at which a run's numbers broke again."""
+    """Run a failed step again, and say which value became non-finite first."""
     from mygpt.checks.replay import replay
     from mygpt.processes.machine import resolve_device
 

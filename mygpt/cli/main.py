@@ -28,7 +28,7 @@ Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
   generate --checkpoint RUN     continue a prompt with a trained model
   compare A B                   whether two models or runs are the same, bit for bit
   verify RUN                    whether running a recorded run again gives the same, bit for bit
-  replay RUN                    where the numbers of a step that failed broke first
+  replay RUN                    which value of a failed step became non-finite first
   plot RUN...                   draw loss and learning rate
   doctor [RECIPE]               what a launch would train on: devices, processes, their shares of the work
   recipe show|list|schema       the resolved recipe, the recipes that come with mygpt, the JSON Schema
