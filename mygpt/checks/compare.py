@@ -74,7 +74,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         DamagedCheckpointError: one of them cannot be read.
     """
     file_a, file_b = find_model_file(Path(a)), find_model_file(Path(b))
-    metadata_a, metadata_b = read_metadata(file_a), read_metadata(file_b)
+    metadata_a, metadata_b = (read_metadata(file, ModelMetadata) for file in (file_a, file_b))
     comparison = Comparison(
         list(_compare_settings(metadata_a, metadata_b)),
         compare_files(file_a, file_b),

@@ -17,7 +17,7 @@ from mygpt.processes.machine import make_deterministic, set_dropout_generator_st
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE
 from mygpt.runs.loading import read_tensors, read_weights
-from mygpt.runs.schemas import read_table
+from mygpt.runs.schemas import ModelMetadata, read_table
 from mygpt.runs.steps import read_metadata, verify_checkpoint
 from mygpt.training.failed_step import BATCH_FILE, FailedStep, describe_problem
 from mygpt.training.gradient_sum import gradient_sum_for
@@ -51,7 +51,7 @@ def replay(path: Path, device: torch.device) -> Finding:
     """
     directory = _find_failed(path)
     verify_checkpoint(directory, "failed-step-")
-    metadata = read_metadata(directory / MODEL_FILE)
+    metadata = read_metadata(directory / MODEL_FILE, ModelMetadata)
     tokenizer = CharTokenizer(metadata.tokenizer.vocab)
     failed = _read_failed_step(directory / BATCH_FILE, metadata.model.max_seq_len)
     weights = read_weights(directory / MODEL_FILE, metadata.model, tokenizer.vocab_size, finite=False)

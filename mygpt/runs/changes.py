@@ -10,7 +10,7 @@ from mygpt.errors import MismatchError, RecipeError
 from mygpt.recipe.tables import TABLE_OF_KEY, CheckpointTable, Recipe
 from mygpt.runs.files import MODEL_FILE
 from mygpt.runs.run import Run, Warn
-from mygpt.runs.schemas import RunInfo
+from mygpt.runs.schemas import ModelMetadata, RunInfo
 from mygpt.runs.steps import read_metadata
 
 # Keys that choose what is shown and kept, and change no number; a change of `steps` is looked at by itself.
@@ -49,7 +49,7 @@ def check_checkpoint(source: Source, recipe: Recipe, vocab: str, *, may_end: boo
         return 0
     # A branch has an output of its own already: another one would change nothing.
     way_out = "choose another --output" if source.in_place else "a branch goes on with what its checkpoint has"
-    metadata = read_metadata(source.checkpoint / MODEL_FILE)
+    metadata = read_metadata(source.checkpoint / MODEL_FILE, ModelMetadata)
     problems = [
         f"[model] {key}: got {value}, expected {saved}, as in {source.checkpoint}; {way_out}"
         for (key, value), (_, saved) in zip(recipe.model, metadata.model, strict=True)

@@ -14,7 +14,8 @@ from mygpt.recipe.tables import ModelTable
 from mygpt.runs.files import MANIFEST_FILE, STATE_FILE, explain_disk_error
 from mygpt.runs.run import find_model_file
 from mygpt.runs.saver import Tensors, TrainingState
-from mygpt.runs.steps import read_manifest, read_metadata, read_state_metadata, verify_file
+from mygpt.runs.schemas import ModelMetadata, StateMetadata
+from mygpt.runs.steps import read_manifest, read_metadata, verify_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """The state that AdamW keeps of each parameter."""
@@ -41,7 +42,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     file = find_model_file(Path(path))
     if (file.parent / MANIFEST_FILE).exists() or file != Path(path):
         verify_file(file, read_manifest(file.parent, prefix=None))
-    metadata = read_metadata(file)
+    metadata = read_metadata(file, ModelMetadata)
     tokenizer = CharTokenizer(metadata.tokenizer.vocab)
     weights = read_weights(file, metadata.model, tokenizer.vocab_size)
     with torch.device("meta"):
@@ -82,8 +83,7 @@ def read_state(directory: Path, weights: Tensors) -> TrainingState:
         DamagedCheckpointError: it cannot be read, or they are not.
     """
     file = directory / STATE_FILE
-    metadata = read_state_metadata(file)
-    tensors = read_tensors(file)
+    metadata, tensors = read_metadata(file, StateMetadata), read_tensors(file)
     moments = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
     expected = {
         f"optimizer.{name}.{moment}": (torch.Size() if moment == "step" else weight.shape, torch.float32)

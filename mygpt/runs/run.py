@@ -10,18 +10,7 @@ from pathlib import Path
 from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError, RecipeError
 from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE, load_recipe
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
-from mygpt.runs.files import (
-    BEST_FILE,
-    LATEST_FILE,
-    LOCK_FILE,
-    MANIFEST_FILE,
-    MODEL_FILE,
-    STEP_NAME,
-    TEMPORARY_NAME,
-    TIMING_FILE,
-    file_sha256,
-    is_directory,
-)
+from mygpt.runs import files
 from mygpt.runs.records import Record, read_records
 from mygpt.runs.schemas import RunInfo, read_table
 from mygpt.runs.steps import read_manifest, step_directories, verify_checkpoint
@@ -72,7 +61,7 @@ class Run:
     @property
     def best(self) -> Path | None:
         """The step directory with the lowest held-out loss; None: there is no file `best`."""
-        return self.pointed_by(BEST_FILE) if (self.path / BEST_FILE).exists() else None
+        return self.pointed_by(files.BEST_FILE) if (self.path / files.BEST_FILE).exists() else None
 
     @property
     def is_finished(self) -> bool:
@@ -85,7 +74,7 @@ class Run:
         """Whether the run was killed before its first step, so that replacing it loses nothing."""
         return all(
             entry.name in (RUN_FILE, RECIPE_FILE)
-            or (entry.name in (METRICS_FILE, TIMING_FILE) and entry.stat().st_size == 0)
+            or (entry.name in (METRICS_FILE, files.TIMING_FILE) and entry.stat().st_size == 0)
             for entry in _entries(self.path)
         )
 
@@ -96,7 +85,7 @@ class Run:
             return None
         path = Path(begun.checkpoint or "")
         try:
-            found = file_sha256(path / MANIFEST_FILE)
+            found = files.file_sha256(path / files.MANIFEST_FILE)
         except (OSError, ValueError):
             found = None
         if found != begun.manifest_sha256:
@@ -154,7 +143,11 @@ class Run:
         # This is text from a file: only the plain name of a step may choose a path.
         name = (self.path / pointer).read_text(encoding="utf-8", errors="replace").strip()
         directory = self.path / name
-        if STEP_NAME.fullmatch(name) and is_directory(directory) and (directory / MODEL_FILE).is_file():
+        if (
+            files.STEP_NAME.fullmatch(name)
+            and files.is_directory(directory)
+            and (directory / files.MODEL_FILE).is_file()
+        ):
             return directory
         raise DamagedCheckpointError(
             f"{self.path / pointer}: got {name!r}, which is not a checkpoint of this run; name a step directory instead"
@@ -171,15 +164,17 @@ def find_model_file(path: Path) -> Path:
     try:
         if path.is_file():
             return path
-        if (path / MODEL_FILE).is_file():
-            return path / MODEL_FILE
-        if (path / MANIFEST_FILE).is_file():
-            raise DamagedCheckpointError(f"{path / MODEL_FILE}: is missing; resuming falls back to the step before")
-        return Run(path).pointed_by(LATEST_FILE) / MODEL_FILE
+        if (path / files.MODEL_FILE).is_file():
+            return path / files.MODEL_FILE
+        if (path / files.MANIFEST_FILE).is_file():
+            raise DamagedCheckpointError(
+                f"{path / files.MODEL_FILE}: is missing; resuming falls back to the step before"
+            )
+        return Run(path).pointed_by(files.LATEST_FILE) / files.MODEL_FILE
     except OSError:
         problem = "has no checkpoint" if path.is_dir() else "no such run, step directory or model file"
         if path.is_dir() and step_directories(path):
-            problem = f"has checkpoints, but no file `{LATEST_FILE}` that names the newest; name a step directory"
+            problem = f"has checkpoints, but no file `{files.LATEST_FILE}` that names the newest; name a step directory"
         raise CheckpointError(f"{path}: {problem}; expected what `mygpt train` has written") from None
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r}: not a path: {error}") from None
@@ -224,4 +219,8 @@ def _output_problem(run: Path, replace: bool) -> str:
 
 def _entries(run: Path) -> list[Path]:
     """The entries of a directory, without a lock and the temporary files of a process."""
-    return [entry for entry in run.iterdir() if entry.name != LOCK_FILE and not TEMPORARY_NAME.fullmatch(entry.name)]
+    return [
+        entry
+        for entry in run.iterdir()
+        if entry.name != files.LOCK_FILE and not files.TEMPORARY_NAME.fullmatch(entry.name)
+    ]

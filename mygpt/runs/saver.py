@@ -17,18 +17,7 @@ from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import DamagedCheckpointError, NonFiniteError
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import ModelTable, Recipe
-from mygpt.runs.files import (
-    LATEST_FILE,
-    MANIFEST_FILE,
-    METADATA_KEY,
-    MODEL_FILE,
-    STATE_FILE,
-    explain_disk_error,
-    file_sha256,
-    publish,
-    replace_text,
-    sync,
-)
+from mygpt.runs import files
 from mygpt.runs.schemas import FileEntry, Manifest, ModelMetadata, Reason, StateMetadata, TokenizerMetadata
 from mygpt.runs.steps import point_to, prune, step_directory
 
@@ -120,12 +109,12 @@ class Saver:
     def _write(self, weights: Tensors, state: TrainingState, manifest: Manifest) -> None:
         step, best = state.metadata.step, state.metadata.best_step
         metrics = self.run / METRICS_FILE
-        with explain_disk_error(CANNOT_SAVE, metrics):
+        with files.explain_disk_error(CANNOT_SAVE, metrics):
             if metrics.exists():  # a resumed run continues the records up to this step
-                sync(metrics)
+                files.sync(metrics)
         metadata = model_metadata(self.recipe.model, self.tokenizer, step)
         write_checkpoint(step_directory(self.run, step), weights, metadata, state, manifest)
-        with explain_disk_error(CANNOT_SAVE, self.run / LATEST_FILE):
+        with files.explain_disk_error(CANNOT_SAVE, self.run / files.LATEST_FILE):
             point_to(self.run, step, best)
         with suppress(OSError):  # the next save, or the next start, tries again
             prune(self.run, self.recipe.checkpoint.keep_last, step, best)
@@ -156,24 +145,26 @@ def write_checkpoint(
             raise NonFiniteError(
                 f"step {manifest.step}: weights of {name} are not finite; not saved; lower lr or clip gradients"
             )
-    partial, files = target.with_name(f".tmp-{target.name}"), {}
-    contents = ((MODEL_FILE, weights, model_metadata), (STATE_FILE, state.tensors, state.metadata))
+    partial, entries = target.with_name(f".tmp-{target.name}"), {}
+    contents = ((files.MODEL_FILE, weights, model_metadata), (files.STATE_FILE, state.tensors, state.metadata))
     try:
-        with explain_disk_error(CANNOT_SAVE, target):
+        with files.explain_disk_error(CANNOT_SAVE, target):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            (partial / MANIFEST_FILE).touch()
-            mode = S_IMODE((partial / MANIFEST_FILE).stat().st_mode)
+            (partial / files.MANIFEST_FILE).touch()
+            mode = S_IMODE((partial / files.MANIFEST_FILE).stat().st_mode)
             for name, tensors, metadata in contents:
                 file = partial / name
-                save_file(dict(tensors), file, {METADATA_KEY: metadata.to_json()})
+                save_file(dict(tensors), file, {files.METADATA_KEY: metadata.to_json()})
                 file.chmod(mode)  # that of any other new file: safetensors lets only the owner read it
-                sync(file)
-                files[name] = FileEntry(bytes=file.stat().st_size, sha256=file_sha256(file))
+                files.sync(file)
+                entries[name] = FileEntry(bytes=file.stat().st_size, sha256=files.file_sha256(file))
             for name, text in (texts or {}).items():
-                replace_text(partial / name, text)
-            replace_text(partial / MANIFEST_FILE, manifest.model_copy(update={"files": files}).to_json() + "\n")
-            publish(partial, target)
+                files.replace_text(partial / name, text)
+            files.replace_text(
+                partial / files.MANIFEST_FILE, manifest.model_copy(update={"files": entries}).to_json() + "\n"
+            )
+            files.publish(partial, target)
     except DamagedCheckpointError:
         # Free the space: this checkpoint may have filled the disk.
         shutil.rmtree(partial, ignore_errors=True)

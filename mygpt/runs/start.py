@@ -11,6 +11,7 @@ import tomli_w
 from mygpt.errors import CheckpointError
 from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
 from mygpt.recipe.tables import NAMED_CORPORA, Recipe
+from mygpt.runs import files
 from mygpt.runs.changes import (
     HARMLESS_KEYS,
     Changes,
@@ -20,23 +21,9 @@ from mygpt.runs.changes import (
     warn_of_steps,
     window_names,
 )
-from mygpt.runs.files import (
-    BEST_FILE,
-    CANNOT_WRITE,
-    FAILED_NAME,
-    MANIFEST_FILE,
-    RUN_ENTRY,
-    STATE_FILE,
-    TEMPORARY_NAME,
-    TIMING_FILE,
-    explain_disk_error,
-    file_sha256,
-    remove,
-    replace_text,
-)
 from mygpt.runs.run import Run, Warn
-from mygpt.runs.schemas import Resumed, RunInfo
-from mygpt.runs.steps import point_to, prune, read_manifest, read_state_metadata, step_directories, verify_checkpoint
+from mygpt.runs.schemas import Resumed, RunInfo, StateMetadata
+from mygpt.runs.steps import point_to, prune, read_manifest, read_metadata, step_directories, verify_checkpoint
 
 
 class Start(NamedTuple):
@@ -117,7 +104,7 @@ def find_start(
         # this one replaces.
         info, history = run.info, run.info.before(step) + ((resumed,) if changed else ())
     else:
-        sha256 = file_sha256(checkpoint / MANIFEST_FILE)
+        sha256 = files.file_sha256(checkpoint / files.MANIFEST_FILE)
         history = (resumed.model_copy(update={"checkpoint": str(checkpoint), "manifest_sha256": sha256}),)
     info = info.model_copy(update={"recipe": recipe, "resumed": history})
     return Start(checkpoint, step, in_place, overwrite, recipe, info, keeps_best)
@@ -131,7 +118,7 @@ def begin_run(start: Start) -> None:
         DamagedCheckpointError: the disk refused it.
     """
     run = Path(start.recipe.checkpoint.output)
-    with explain_disk_error(CANNOT_WRITE, run):
+    with files.explain_disk_error(files.CANNOT_WRITE, run):
         _update(run, start) if start.in_place else _create(run, start)
 
 
@@ -146,31 +133,31 @@ def _create(run: Path, start: Start) -> None:
     # the directory as a run, and the command may name recipe.toml: both are replaced and never missing. A directory
     # without recipe.toml is a run that was killed while it was made.
     for directory in reversed(steps.values()):
-        remove(directory)
+        files.remove(directory)
     kept = {RUN_FILE, RECIPE_FILE}
     for entry in run.iterdir():
-        is_kept = entry.name in kept or (not start.overwrite and FAILED_NAME.fullmatch(entry.name))
-        if RUN_ENTRY.fullmatch(entry.name) and not is_kept:
-            remove(entry)
-    replace_text(run / RUN_FILE, start.info.to_json())
-    for name in (METRICS_FILE, TIMING_FILE):  # a branch begins with the records of its source
+        is_kept = entry.name in kept or (not start.overwrite and files.FAILED_NAME.fullmatch(entry.name))
+        if files.RUN_ENTRY.fullmatch(entry.name) and not is_kept:
+            files.remove(entry)
+    files.replace_text(run / RUN_FILE, start.info.to_json())
+    for name in (METRICS_FILE, files.TIMING_FILE):  # a branch begins with the records of its source
         if start.checkpoint is not None and (start.checkpoint.parent / name).is_file():
             shutil.copyfile(start.checkpoint.parent / name, run / name)
-    replace_text(run / RECIPE_FILE, _recipe_text(start.recipe))
+    files.replace_text(run / RECIPE_FILE, _recipe_text(start.recipe))
 
 
 def _update(run: Path, start: Start) -> None:
     """Record how the run continues, and finish what a killed process left half done."""
-    replace_text(run / RUN_FILE, start.info.to_json())
-    replace_text(run / RECIPE_FILE, _recipe_text(start.recipe))
+    files.replace_text(run / RUN_FILE, start.info.to_json())
+    files.replace_text(run / RECIPE_FILE, _recipe_text(start.recipe))
     best = None
     if start.checkpoint and start.keeps_best:
-        best = read_state_metadata(start.checkpoint / STATE_FILE).best_step
+        best = read_metadata(start.checkpoint / files.STATE_FILE, StateMetadata).best_step
     for entry in run.iterdir():
-        if TEMPORARY_NAME.fullmatch(entry.name):
-            remove(entry)
+        if files.TEMPORARY_NAME.fullmatch(entry.name):
+            files.remove(entry)
     if best is None:
-        (run / BEST_FILE).unlink(missing_ok=True)
+        (run / files.BEST_FILE).unlink(missing_ok=True)
     if start.step:
         point_to(run, start.step, best)
         prune(run, start.recipe.checkpoint.keep_last, start.step, best)
@@ -227,7 +214,7 @@ def _named_source(path: Path, warn: Warn) -> Source:
     """The run and the checkpoint that a user names by the path of either."""
     try:
         path = path.resolve()
-        if FAILED_NAME.fullmatch(path.name):
+        if files.FAILED_NAME.fullmatch(path.name):
             raise CheckpointError(f"resume: {path} is the record of a step that failed; name a step directory")
         if (path / RUN_FILE).exists():
             checkpoint = Run(path).newest_checkpoint(warn)
@@ -262,6 +249,6 @@ def _keeps_best(source: Source, checkpoint: Path, recipe: Recipe, changed: Chang
         warn(
             "the held-out windows of own-stream are not those of mygpt 0.1: losses before and after differ by that, too"
         )
-    if source.in_place and not keeps and read_state_metadata(checkpoint / STATE_FILE).best:
+    if source.in_place and not keeps and read_metadata(checkpoint / files.STATE_FILE, StateMetadata).best:
         warn("`best` begins again: earlier losses are over other held-out windows, and cannot be compared with later")
     return keeps

@@ -10,23 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from mygpt.errors import DamagedCheckpointError, NewerFormatError
-from mygpt.runs.files import (
-    BEST_FILE,
-    CANNOT_READ,
-    LATEST_FILE,
-    MANIFEST_FILE,
-    METADATA_KEY,
-    MODEL_FILE,
-    STATE_FILE,
-    STEP_NAME,
-    explain_disk_error,
-    file_sha256,
-    is_directory,
-    regular,
-    remove,
-    replace_text,
-)
-from mygpt.runs.schemas import Manifest, ModelMetadata, StateMetadata, T, parse_table, read_table
+from mygpt.runs import files
+from mygpt.runs.schemas import Manifest, T, parse_table, read_table
 
 
 def step_directory(run: Path, step: int) -> Path:
@@ -35,20 +20,20 @@ def step_directory(run: Path, step: int) -> Path:
 
 def step_directories(run: Path) -> dict[int, Path]:
     """All entries with the name of a step directory, by step, in order."""
-    found = {int(match[1]): path for path in run.iterdir() if (match := STEP_NAME.fullmatch(path.name))}
+    found = {int(match[1]): path for path in run.iterdir() if (match := files.STEP_NAME.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
 
 def read_manifest(directory: Path, prefix: str | None = "step-") -> Manifest:
     """The manifest of a directory that is named by this prefix and its step; None: any name, and also a link to one."""
-    if prefix is not None and not is_directory(directory):
+    if prefix is not None and not files.is_directory(directory):
         raise DamagedCheckpointError(f"{directory}: is a link or a file; expected a step directory of mygpt")
-    path = directory / MANIFEST_FILE
+    path = directory / files.MANIFEST_FILE
     manifest = read_table(Manifest, path)
     if prefix is not None and directory.name != f"{prefix}{manifest.step:06d}":
         raise DamagedCheckpointError(f"{path}: is that of step {manifest.step}, not of {directory.name}")
-    if set(manifest.files) != {MODEL_FILE, STATE_FILE}:
-        raise DamagedCheckpointError(f"{path}: damaged: it does not list {MODEL_FILE} and {STATE_FILE}")
+    if set(manifest.files) != {files.MODEL_FILE, files.STATE_FILE}:
+        raise DamagedCheckpointError(f"{path}: damaged: it does not list {files.MODEL_FILE} and {files.STATE_FILE}")
     return manifest
 
 
@@ -63,28 +48,19 @@ def verify_checkpoint(directory: Path, prefix: str = "step-") -> Manifest:
 def verify_file(file: Path, manifest: Manifest) -> None:
     """Compare size and hash of a file with its manifest."""
     entry = manifest.files[file.name]  # type: ignore[index]
-    with explain_disk_error(CANNOT_READ, file):
-        size = regular(file).stat().st_size
+    with files.explain_disk_error(files.CANNOT_READ, file):
+        size = files.regular(file).stat().st_size
         if size != entry.bytes:
             raise DamagedCheckpointError(f"{file}: damaged: {size:,} bytes, expected {entry.bytes:,}")
-        if file_sha256(file) != entry.sha256:
+        if files.file_sha256(file) != entry.sha256:
             raise DamagedCheckpointError(f"{file}: damaged: its sha256 is not the manifest's")
 
 
-def read_metadata(file: Path) -> ModelMetadata:
-    """The metadata of a model file."""
-    return _read_metadata(file, ModelMetadata)
-
-
-def read_state_metadata(file: Path) -> StateMetadata:
-    """The metadata of a state file."""
-    return _read_metadata(file, StateMetadata)
-
-
-def _read_metadata(file: Path, kind: type[T]) -> T:
+def read_metadata(file: Path, kind: type[T]) -> T:
+    """The metadata of a model file (ModelMetadata) or a state file (StateMetadata)."""
     try:
         with safe_open(file, framework="numpy") as tensors:
-            text = (tensors.metadata() or {})[METADATA_KEY]
+            text = (tensors.metadata() or {})[files.METADATA_KEY]
     except (OSError, SafetensorError, KeyError) as error:
         raise DamagedCheckpointError(f"{file}: not a file that mygpt saved, or damaged ({error})") from None
     return parse_table(kind, text, file)
@@ -92,9 +68,9 @@ def _read_metadata(file: Path, kind: type[T]) -> T:
 
 def point_to(run: Path, newest: int, best: int | None) -> None:
     """Write the names of these steps into `latest` and, unless it is None, `best`."""
-    replace_text(run / LATEST_FILE, f"step-{newest:06d}\n")
+    files.replace_text(run / files.LATEST_FILE, f"step-{newest:06d}\n")
     if best is not None:
-        replace_text(run / BEST_FILE, f"step-{best:06d}\n")
+        files.replace_text(run / files.BEST_FILE, f"step-{best:06d}\n")
 
 
 def prune(run: Path, keep_last: int, newest: int, best: int | None) -> None:
@@ -107,7 +83,9 @@ def prune(run: Path, keep_last: int, newest: int, best: int | None) -> None:
     for step, directory in step_directories(run).items():
         with suppress(DamagedCheckpointError, NewerFormatError):
             manifest = read_manifest(directory)
-            sizes = {entry.name: entry.lstat().st_size for entry in directory.iterdir() if entry.name != MANIFEST_FILE}
+            sizes = {
+                entry.name: entry.lstat().st_size for entry in directory.iterdir() if entry.name != files.MANIFEST_FILE
+            }
             if step <= newest and sizes == {name: entry.bytes for name, entry in manifest.files.items()}:
                 reasons[step] = manifest.reason
     scheduled = [step for step, reason in reasons.items() if reason == "scheduled"]
@@ -115,4 +93,4 @@ def prune(run: Path, keep_last: int, newest: int, best: int | None) -> None:
     if best is None:
         kept |= {step for step, reason in reasons.items() if reason == "best"}
     for step in reasons.keys() - kept:
-        remove(step_directory(run, step))
+        files.remove(step_directory(run, step))

@@ -24,21 +24,22 @@ from mygpt.errors import InterruptedRunError, LaunchError
 from mygpt.model.gpt import GPT
 from mygpt.processes.channel import PROCESS_TIMEOUT
 from mygpt.processes.environment import is_sharded
+from mygpt.processes.machine import dropout_generator_state, set_dropout_generator_state
 from mygpt.processes.preflight import ProcessReport
 from mygpt.recipe.seeds import process_dropout_seed
 from mygpt.recipe.tables import Recipe, RuntimeTable
 from mygpt.runs.saver import Tensors, TrainingState
+from mygpt.runs.schemas import StateMetadata
 from mygpt.training.gradient_sum import GradientSum
 from mygpt.training.optim import build_optimizer, build_scheduler
 from mygpt.training.state import (
     GeneratorStates,
     Progress,
-    capture_state,
+    dropout_name,
     gather,
-    generator_states,
     load_optimizer_tensors,
+    optimizer_tensors,
     restore,
-    set_generator_states,
 )
 
 
@@ -68,15 +69,33 @@ class Parts:
 
     def generators(self) -> GeneratorStates:
         """The states of all generators from which the next step will draw on this process."""
-        return generator_states(self.accelerator.device, self.stream, with_dropout=not self.gradient_sum.is_exact)
+        dropout = None if self.gradient_sum.is_exact else dropout_generator_state(self.accelerator.device)
+        return GeneratorStates(self.stream.generator.get_state(), dropout)
+
+    def set_generators(self, states: GeneratorStates) -> None:
+        """Put the generators of this process back to states that `generators` returned."""
+        self.stream.generator.set_state(states.stream)
+        if states.dropout is not None:
+            set_dropout_generator_state(self.accelerator.device, states.dropout)
 
     def capture(self, progress: Progress, generators: GeneratorStates | None = None) -> tuple[Tensors, TrainingState]:
         """Weights and training state, as a checkpoint holds them. Every process has to call this.
 
-        `generators` are the generator states to save in place of the current ones.
+        `generators` are the generator states to save in place of the current ones. Of dropout it holds those of all
+        processes or, where it is seeded for each micro-batch, none: then nothing depends on the number of processes.
         """
-        state = capture_state(self.accelerator, self.gpt, self.optimizer, generators or self.generators(), progress)
-        return gather(self.accelerator, self.gpt.state_dict()), state
+        accelerator, generators = self.accelerator, generators or self.generators()
+        weights = self.gpt.state_dict()
+        tensors = gather(accelerator, optimizer_tensors(self.optimizer, weights))
+        tensors["generator.stream"] = generators.stream
+        processes = None
+        if generators.dropout is not None:
+            processes = accelerator.num_processes
+            states = accelerator.gather(generators.dropout.to(accelerator.device)).cpu()
+            for process, state in enumerate(states.chunk(processes)):
+                tensors[dropout_name(accelerator.device, process)] = state
+        metadata = StateMetadata(step=progress.step, processes=processes, best=progress.best)
+        return gather(accelerator, weights), TrainingState(tensors, metadata)
 
 
 def build_parts(
@@ -116,7 +135,7 @@ def build_parts(
         before = parts.generators()
         first = [rows[: gradient_sum.micro_batch_size] for rows in stream.batch()]
         settle_buckets(accelerator, model, optimizer, *first)
-        set_generator_states(device, stream, before)
+        parts.set_generators(before)
     return parts, progress
 
 

@@ -12,12 +12,12 @@ from mygpt.compat import full_tensor, is_sharded_tensor, shard_like
 from mygpt.data.batches import BatchStream
 from mygpt.errors import DamagedCheckpointError
 from mygpt.model.gpt import GPT
-from mygpt.processes.machine import dropout_generator_state, set_dropout_generator_state
+from mygpt.processes.machine import set_dropout_generator_state
 from mygpt.recipe.seeds import batch_seed_after, process_dropout_seed
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.loading import MOMENTS, read_state, read_weights
-from mygpt.runs.saver import Tensors, TrainingState
-from mygpt.runs.schemas import Best, StateMetadata
+from mygpt.runs.saver import Tensors
+from mygpt.runs.schemas import Best
 from mygpt.runs.steps import read_manifest
 
 
@@ -44,38 +44,6 @@ class GeneratorStates(NamedTuple):
     stream: torch.Tensor
     dropout: torch.Tensor | None
     """None where dropout is seeded for each micro-batch."""
-
-
-def generator_states(device: torch.device, stream: BatchStream, *, with_dropout: bool) -> GeneratorStates:
-    return GeneratorStates(stream.generator.get_state(), dropout_generator_state(device) if with_dropout else None)
-
-
-def set_generator_states(device: torch.device, stream: BatchStream, states: GeneratorStates) -> None:
-    stream.generator.set_state(states.stream)
-    if states.dropout is not None:
-        set_dropout_generator_state(device, states.dropout)
-
-
-def capture_state(
-    accelerator: Accelerator,
-    gpt: GPT,
-    optimizer: torch.optim.Optimizer,
-    generators: GeneratorStates,
-    progress: Progress,
-) -> TrainingState:
-    """The state after a step, with the dropout generators of all processes, each of which has to call this.
-
-    Where dropout is seeded for each micro-batch there are none, and nothing depends on the number of processes.
-    """
-    tensors = gather(accelerator, optimizer_tensors(optimizer, gpt.state_dict()))
-    tensors["generator.stream"] = generators.stream
-    processes = None
-    if generators.dropout is not None:
-        processes = accelerator.num_processes
-        states = accelerator.gather(generators.dropout.to(accelerator.device)).cpu()
-        for process, state in enumerate(states.chunk(processes)):
-            tensors[dropout_name(accelerator.device, process)] = state
-    return TrainingState(tensors, StateMetadata(step=progress.step, processes=processes, best=progress.best))
 
 
 def gather(accelerator: Accelerator, tensors: Tensors) -> dict[str, torch.Tensor]:
