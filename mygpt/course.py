@@ -10,7 +10,6 @@ Suffixes name the axes of a tensor: B batch, T tokens, V vocabulary, N any numbe
 import json
 import random
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -23,13 +22,13 @@ from torch import nn
 
 from mygpt.data.batches import get_batch
 from mygpt.data.tokenizer import CharTokenizer as PlainTokenizer
-from mygpt.errors import CheckpointError, DamagedCheckpointError, NonFiniteError, TokenizerError
+from mygpt.errors import CheckpointError, NonFiniteError, TokenizerError
 from mygpt.model import gpt as plain
 from mygpt.model.generation import sample_token, stream_tokens
 from mygpt.processes.machine import resolve_device
 from mygpt.recipe.tables import ModelTable, build_recipe, check_recipe
 from mygpt.runs import loading, saver
-from mygpt.runs.files import MANIFEST_FILE, METADATA_KEY, sync
+from mygpt.runs.files import MANIFEST_FILE, METADATA_KEY, explain_disk_error, replace_bytes
 from mygpt.training import evaluate
 from mygpt.training.optim import cosine_warmup_lr
 
@@ -205,18 +204,9 @@ def save_checkpoint(model: nn.Module, tokenizer: PlainTokenizer, path: str | Pat
         if not torch.isfinite(weight).all():
             raise NonFiniteError(f"{path}: weights of {name} are not finite; not saved; lower lr or clip gradients")
     metadata = saver.model_metadata(gpt.config, tokenizer, step)
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
+    with explain_disk_error("{path}: cannot be saved: {error}; what was saved before is as it was", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # a leftover could be a link
-        temporary.write_bytes(save(weights, {METADATA_KEY: metadata.to_json()}))
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise DamagedCheckpointError(f"{path}: cannot be saved: {error}; what was saved before is as it was") from error
+        replace_bytes(path, save(weights, {METADATA_KEY: metadata.to_json()}))
 
 
 def load_checkpoint(path: str | PathLike[str]) -> tuple[GPT, CharTokenizer]:

@@ -38,13 +38,13 @@ mygpt COMMAND --help tells more. On several devices: accelerate launch -m mygpt 
 
 COMMANDS = {
     "train": "train",
-    "generate": "generate",
+    "generate": "inspect",
     "compare": "inspect",
     "verify": "inspect",
     "replay": "inspect",
     "plot": "inspect",
     "doctor": "train",
-    "recipe": "recipe",
+    "recipe": "train",
 }
 """The module of mygpt.cli that has the function of a command."""
 

@@ -1,9 +1,17 @@
-"""`mygpt train`, and `mygpt doctor`, which does the same up to the first step."""
+"""The commands that take a recipe: `mygpt train`, `doctor`, which does the same up to the first step, and `recipe`."""
 
 from dataclasses import dataclass
 
-from mygpt.cli.command import errors_reach_all_processes
+from mygpt.cli.command import dispatch, errors_reach_all_processes
+from mygpt.errors import MygptError
+from mygpt.recipe.files import recipe_schema, shipped_recipes
 from mygpt.recipe.flags import parse_recipe
+
+USAGE = """\
+usage: mygpt recipe show RECIPE.toml|TEXT_FILE [FLAGS]   print the resolved recipe
+       mygpt recipe list                                 print the recipes that come with mygpt
+       mygpt recipe schema                               print the JSON Schema of recipes
+"""
 
 
 @dataclass(frozen=True)
@@ -31,3 +39,27 @@ def doctor(arguments: list[str]) -> None:
 
     for line in diagnose(recipe):
         print(line)
+
+
+def recipe(arguments: list[str]) -> int | None:
+    return dispatch(arguments, "mygpt recipe", {"show": _show, "list": _list, "schema": _schema}, USAGE)
+
+
+def _show(arguments: list[str]) -> None:
+    print(parse_recipe(arguments, "mygpt recipe show")[0].to_toml(), end="")
+
+
+def _list(arguments: list[str]) -> None:
+    _expect_no_arguments(arguments, "mygpt recipe list")
+    for name, path in shipped_recipes().items():
+        print(f"{name:<12} {path}")
+
+
+def _schema(arguments: list[str]) -> None:
+    _expect_no_arguments(arguments, "mygpt recipe schema")
+    print(recipe_schema(), end="")
+
+
+def _expect_no_arguments(arguments: list[str], prog: str) -> None:
+    if arguments not in ([], ["-h"], ["--help"]):
+        raise MygptError(f"{prog} takes no arguments; got {arguments[0]!r}")

@@ -43,20 +43,10 @@ def is_launched() -> bool:
 @contextmanager
 def no_launcher() -> Iterator[None]:
     """While inside, nothing that this process starts or asks finds a launcher's variables."""
-    names = {
-        *_COUNTS,
-        "LOCAL_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "OMPI_COMM_WORLD_SIZE",
-        "PMI_SIZE",
-        "MV2_COMM_WORLD_SIZE",
-    }
-    hidden = {
-        name: os.environ[name] for name in os.environ if name in names or name.startswith(("ACCELERATE_", "FSDP_"))
-    }
-    for name in hidden:
-        del os.environ[name]
+    of_mpi = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+    names = {*_COUNTS, "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", *of_mpi}
+    found = [name for name in os.environ if name in names or name.startswith(("ACCELERATE_", "FSDP_"))]
+    hidden = {name: os.environ.pop(name) for name in found}
     try:
         yield
     finally:

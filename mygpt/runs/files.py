@@ -82,16 +82,26 @@ def file_sha256(file: Path) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file atomically: it holds the old or the new text, and the new one is on the disk on return."""
+    """As `replace_bytes`, of UTF-8; a file that holds this text already is left as it is."""
     content = text.encode()
     with suppress(OSError):
         if regular(path).read_bytes() == content:
             return
+    replace_bytes(path, content)
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: it holds the old or the new content, and the new one is on the disk on return."""
     partial = path.with_name(f".tmp-{path.name}")
     partial.unlink(missing_ok=True)  # a link that was left there would be followed
-    partial.write_bytes(content)
-    sync(partial)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        sync(partial)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)  # it may have filled the disk
+        raise
     sync(path.parent)
 
 
