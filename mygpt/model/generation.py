@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mygpt.data.tokenizer import CharTokenizer
-from mygpt.errors import TokenizerError
+from mygpt.errors import NonFiniteError, TokenizerError
 from mygpt.model.gpt import GPT
 
 Sample = Callable[[torch.Tensor], torch.Tensor]
@@ -43,6 +43,7 @@ def stream_text(
 
     Raises:
         TokenizerError: the prompt is empty or has a character outside the vocabulary.
+        NonFiniteError: on drawing, if the model's logits are not finite.
     """
     if not prompt:
         raise TokenizerError("prompt: empty; expected at least one character to continue")
@@ -74,7 +75,13 @@ def stream_tokens(
 def sample_token(
     logits_V: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """One token id, shape (1,), drawn as `stream_text` says."""
+    """One token id, shape (1,), drawn as `stream_text` says.
+
+    Raises:
+        NonFiniteError: a logit is infinite or not a number.
+    """
+    if not torch.isfinite(logits_V).all():
+        raise NonFiniteError("the model's logits are not finite: its training diverged; use an earlier checkpoint")
     if temperature == 0:
         return logits_V.argmax(keepdim=True)
     if 0 < top_k < len(logits_V):

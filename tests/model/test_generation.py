@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mygpt import GPT, CharTokenizer, generate
-from mygpt.errors import TokenizerError
+from mygpt.errors import NonFiniteError, TokenizerError
 from mygpt.model.generation import sample_token, stream_text
 from mygpt.recipe.tables import ModelTable
 
@@ -62,3 +62,12 @@ def test_bad_prompts_are_refused_before_sampling(gpt, prompt, message):
     """At the call, not at the first character."""
     with pytest.raises(TokenizerError, match=message):
         stream_text(gpt, TOKENIZER, prompt)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_model_that_diverged_is_an_error(gpt, temperature):
+    """Huge weights, as before a step that failed, give logits that are no numbers: the message says what to do."""
+    for parameter in gpt.parameters():
+        parameter.data.mul_(1e30)
+    with pytest.raises(NonFiniteError, match="use an earlier checkpoint"):
+        generate(gpt, TOKENIZER, "a", temperature=temperature)
