@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from mygpt.cli import main as cli
 from mygpt.model.gpt import GPT
 from mygpt.processes import channel
+from mygpt.runs import files
 from mygpt.runs import saver as checkpoint
-from mygpt.runs import start as run_start
 from mygpt.training import evaluate, loop, parts, state
 from mygpt.training import train as phases
 
@@ -42,11 +42,11 @@ def renamed_to(prefix):
 POINTS = {
     "made-temporary-directory": Point(Path, "mkdir", named(".tmp-step"), after=True),
     "between-files": Point(checkpoint, "save_file", after=True),
-    "before-fsync": Point(checkpoint, "sync"),
-    "before-manifest": Point(checkpoint, "replace_text"),
-    "before-rename": Point(checkpoint, "publish"),
+    "before-fsync": Point(files, "sync", lambda path: path.suffix in (".safetensors", ".jsonl")),
+    "before-manifest": Point(files, "replace_text", named("manifest")),
+    "before-rename": Point(files, "publish"),
     "after-rename": Point(Path, "rename", renamed_to("step-"), after=True),
-    "after-directory-fsync": Point(checkpoint, "publish", after=True),
+    "after-directory-fsync": Point(files, "publish", after=True),
     "before-latest": Point(Path, "replace", renamed_to("latest")),
     "after-latest": Point(Path, "replace", renamed_to("latest"), after=True),
     "before-best": Point(Path, "replace", renamed_to("best")),
@@ -68,7 +68,7 @@ POINTS = {
     "validation": Point(evaluate, "held_out_loss"),
     "after-validation": Point(evaluate, "held_out_loss", after=True),
     "record": Point(phases.Recorder, "record", after=True),
-    "old-run-half-removed": Point(run_start, "remove", named("step-"), after=True),
+    "old-run-half-removed": Point(files, "remove", named("step-"), after=True),
     "copying-records": Point(shutil, "copyfile", after=True),
 }
 
