@@ -15,7 +15,7 @@ from mygpt.model.gpt import GPT
 from mygpt.processes.environment import no_launcher
 from mygpt.processes.machine import make_deterministic, set_dropout_generator_state, set_threads
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE
+from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, real_path
 from mygpt.runs.loading import read_tensors, read_weights
 from mygpt.runs.schemas import ModelMetadata, read_table
 from mygpt.runs.steps import read_metadata, verify_checkpoint
@@ -162,8 +162,8 @@ def _count(values: torch.Tensor) -> str:
 
 
 def _find_failed(path: Path) -> Path:
-    if FAILED_NAME.fullmatch(path.resolve().name):
-        return path.resolve()
+    if FAILED_NAME.fullmatch((real := real_path(path)).name):
+        return real
     try:
         found = [(int(match[1]), entry) for entry in path.iterdir() if (match := FAILED_NAME.fullmatch(entry.name))]
     except OSError as error:

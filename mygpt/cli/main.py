@@ -97,7 +97,7 @@ def print_error(message: str, *, is_of_other: bool = False) -> None:
     launched = read_launched()
     prefix = ""
     if not is_of_other and (launched.processes > launched.local_processes or local_rank()):
-        prefix = f"rank {launched.rank} on {platform.node()}: "
+        prefix = f"rank {os.environ.get('RANK', '?')} on {platform.node()}: "
     lines = [prefix + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in message.splitlines()]
     if len(lines) > MAX_LINES:
         lines[MAX_LINES:] = [f"{prefix}and {len(lines) - MAX_LINES} more"]

@@ -92,7 +92,8 @@ def launched_processes(environ: Mapping[str, str] = os.environ) -> Launched:
         values = ", ".join(environ.get(name, default) for name, default in _COUNTS.items())
         raise LaunchError(f"{', '.join(_COUNTS)}: got {values}, expected numbers from a launcher")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
-    if launched.processes > 1 and missing:
+    # With a LOCAL_RANK Accelerate starts a process group, even of one process.
+    if missing and (launched.processes > 1 or "LOCAL_RANK" in environ):
         raise LaunchError(
             f"WORLD_SIZE is {launched.processes}, and {', '.join(missing)} not set; start with accelerate launch or "
             "torchrun, or unset WORLD_SIZE"

@@ -5,6 +5,7 @@ from math import inf, nan
 from pathlib import Path
 
 from mygpt.errors import MygptError
+from mygpt.runs.files import real_path
 from mygpt.runs.records import Record, read_records
 
 
@@ -17,7 +18,7 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         CheckpointError: a run has no records.
         MygptError: matplotlib or scipy is not installed, or `out` cannot be written.
     """
-    names = [run.resolve().name for run in runs]
+    names = [real_path(run).name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]
     records = [read_records(run) for run in runs]

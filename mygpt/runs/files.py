@@ -63,6 +63,11 @@ def is_directory(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
+def real_path(path: Path) -> Path:
+    """The path without links; unlike `Path.resolve`, links in a circle are no error here, but when it is read."""
+    return Path(os.path.realpath(path))
+
+
 def regular(file: Path) -> Path:
     """The file itself, which may be missing; OSError if it is a link, a directory or a device."""
     if file.is_symlink() or (file.exists() and not file.is_file()):

@@ -200,4 +200,5 @@ def parse_table(kind: type[T], text: str | bytes, file: Path) -> T:
         raise NewerFormatError(
             f"{file}: of format {problem['input']}, and this mygpt reads up to {FORMAT}; use a newer mygpt"
         )
-    raise DamagedCheckpointError(f"{file}: damaged: metadata {where or 'content'}: {problem['msg']}")
+    metadata = "" if file.suffix == ".json" else "metadata "
+    raise DamagedCheckpointError(f"{file}: damaged: {metadata}{where or 'content'}: {problem['msg']}")

@@ -76,7 +76,7 @@ def find_start(
     if source is None:
         return Start(None, 0, False, overwrite, recipe, info)
     in_place, checkpoint = source.in_place, source.checkpoint
-    if not in_place and source.run.path.resolve() == run.path.resolve():
+    if not in_place and files.real_path(source.run.path) == files.real_path(run.path):
         raise CheckpointError(
             f"resume: {recipe.checkpoint.resume} is in the run that --overwrite would remove; choose another --output"
         )
@@ -213,7 +213,7 @@ def _find_source(run: Run, resume: str, overwrite: bool, warn: Warn) -> Source |
 def _named_source(path: Path, warn: Warn) -> Source:
     """The run and the checkpoint that a user names by the path of either."""
     try:
-        path = path.resolve()
+        path = files.real_path(path)
         if files.FAILED_NAME.fullmatch(path.name):
             raise CheckpointError(f"resume: {path} is the record of a step that failed; name a step directory")
         if (path / RUN_FILE).exists():

@@ -132,6 +132,26 @@ def test_missing_and_unreadable_paths_cost_one_line(call, tmp_path):
     assert not os.listdir()
 
 
+@pytest.mark.fault(32)
+def test_links_in_a_circle_cost_one_line(call, tmp_path):
+    """Wherever a run can be named: Python 3.11 ends with a RuntimeError where it follows such a link."""
+    (tmp_path / "loop").symlink_to("loop")
+    loop = tmp_path / "loop"
+    for arguments in (
+        *(
+            ("replay", loop),
+            ("plot", loop),
+            ("verify", loop),
+            ("compare", loop, loop),
+            ("generate", "--checkpoint", loop),
+        ),
+        ("train", "python-docs", "--steps", 1, "--resume", loop),
+        ("train", "python-docs", "--steps", 1, "--output", loop),
+    ):
+        code, _, err = call(*arguments)
+        assert (code, err.count("\n")) == (2, 1), err
+
+
 @pytest.mark.fault(51)
 @pytest.mark.skipif(os.geteuid() == 0, reason="needs a user whom file permissions stop; this is root")
 def test_unreadable_text_costs_one_line(call, tmp_path):

@@ -21,6 +21,8 @@ def test_launched_processes_are_counted_from_the_environment():
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         with pytest.raises(LaunchError, match=f"WORLD_SIZE is 8, and {name} not set; start with"):
             launched_processes({key: value for key, value in several.items() if key != name})
+    with pytest.raises(LaunchError, match="WORLD_SIZE is 1, and MASTER_ADDR, MASTER_PORT not set"):
+        launched_processes({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"})
     for name, value in (("LOCAL_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "2"), ("PMI_SIZE", "4")):
         with pytest.raises(LaunchError, match=f"{name} is set, and WORLD_SIZE is not"):
             launched_processes({name: value})
