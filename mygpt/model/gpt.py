@@ -51,6 +51,15 @@ class GPT(nn.Module):
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of a forward and a backward pass in windows of `seq_len`, per token.
+
+        6 for every weight of a product, and those of attention without regard to its mask, so that other programs'
+        figures can be compared. Source: Chowdhery et al., "PaLM" (https://arxiv.org/abs/2204.02311), appendix B.
+        """
+        size, layers = self.config.embed_dim, self.config.num_layers
+        return 6 * (12 * layers * size**2 + self.vocab_size * size) + 12 * layers * size * seq_len
+
 
 def next_token_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
     """The mean cross-entropy in nats (a scalar) of int64 targets."""

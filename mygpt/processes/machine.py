@@ -1,10 +1,12 @@
 """The machine under a process: its device, threads and determinism, and the versions that results depend on."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,28 @@ def make_deterministic(device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+"""Dense bf16 products on the tensor cores, per second, from Nvidia's data sheets."""
+
+
+def peak_flops(device: torch.device, size: int = 512, rounds: int = 8) -> float | None:
+    """Floating-point operations per second of this process's products at their best; None where it is not known.
+
+    A GPU's is from its data sheet. A processor's is measured, in some 10 ms, with the threads that are set.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(local_rank())
+        return next((flops for model, flops in PEAK_BF16_FLOPS.items() if model in name), None)
+    if device.type != "cpu":
+        return None
+    ones, best = torch.ones(size, size), math.inf
+    for _ in range(rounds):
+        started_at = time.perf_counter()
+        torch.mm(ones, ones)
+        best = min(best, time.perf_counter() - started_at)
+    return 2 * size**3 / best
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -24,14 +24,23 @@ class Recorder:
 
     The bar is on stderr, and only on a terminal. A run that continues after `step` drops the later records, and prints
     the lines up to `step` again, so that its output is that of a run never interrupted. The records of a run that
-    `is_complete` are left as they are.
+    `is_complete` are left as they are. `peak_tokens_per_second` is what the devices could do at most, if it is known.
 
     Raises:
         DamagedCheckpointError: the disk refused the files.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, *, is_main: bool = True, step: int = 0, is_complete: bool = False):
-        self._recipe = recipe
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Path,
+        *,
+        is_main: bool = True,
+        step: int = 0,
+        is_complete: bool = False,
+        peak_tokens_per_second: float | None = None,
+    ):
+        self._recipe, self._first_step, self._peak = recipe, step, peak_tokens_per_second
         self._tokens_per_step = recipe.train.batch_size * recipe.train.seq_len
         self._tokens_before = 0
         self._sinks: list[Sink] = []
@@ -56,8 +65,8 @@ class Recorder:
             self._sinks = [self._append, self._show]
         disable = None if is_main else True  # None: unless stderr is a terminal
         self._bar = tqdm(total=recipe.train.steps, initial=step, unit="step", disable=disable, dynamic_ncols=True)
-        self._started_at = time.perf_counter() - elapsed
-        self._interval = (step, time.perf_counter())
+        self._elapsed_before, self._started_at = elapsed, time.perf_counter()
+        self._interval = (step, self._started_at)
         self._paused_seconds = 0.0
 
     def __enter__(self) -> "Recorder":
@@ -93,10 +102,14 @@ class Recorder:
         seconds = now - last_time - self._paused_seconds
         self._interval, self._paused_seconds = (step, now), 0.0
         record = Record(step=step, tokens=self._tokens_before + step * self._tokens_per_step, **values)
+        tokens_per_second = (step - last_step) * self._tokens_per_step / seconds
+        seconds_per_step = (now - self._started_at) / (step - self._first_step)
         timing = Timing(
             step=step,
-            elapsed_seconds=round(now - self._started_at, 6),
-            tokens_per_second=round((step - last_step) * self._tokens_per_step / seconds, 1),
+            elapsed_seconds=round(self._elapsed_before + now - self._started_at, 6),
+            tokens_per_second=round(tokens_per_second, 1),
+            mfu=round(tokens_per_second / self._peak, 4) if self._peak else None,
+            seconds_left=round((self._recipe.train.steps - step) * seconds_per_step, 1),
         )
         for sink in self._sinks:
             sink(record, timing, printed)
@@ -112,7 +125,8 @@ class Recorder:
                 ) from None
 
     def _show(self, record: Record, timing: Timing, printed: bool) -> None:
-        self._bar.set_postfix_str(f"{timing.tokens_per_second:,.0f} tokens/s", refresh=False)
+        share = f", {timing.mfu:.0%} of peak" if timing.mfu else ""
+        self._bar.set_postfix_str(f"{timing.tokens_per_second:,.0f} tokens/s{share}", refresh=False)
         if printed:
             self._bar.write(step_line(record, self._recipe), file=sys.stdout)
             sys.stdout.flush()

@@ -41,6 +41,10 @@ class Timing(Table):
     """Since the first step began, with evaluation and saving, without the time in which the run was down."""
     tokens_per_second: float
     """Training throughput since the previous record, without evaluation and saving."""
+    mfu: float | None = None
+    """Model FLOPs utilisation: the share of the peak rate of the processes' devices; None where that is not known."""
+    seconds_left: float | None = None
+    """Until the last step, if the rest goes as fast as this process has gone so far."""
 
 
 def read_records(run: Path) -> list[Record]:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from mygpt.errors import InterruptedRunError, OutOfMemoryError
 from mygpt.processes.channel import Channel, connect
 from mygpt.processes.environment import check_joined, is_restart, launched_processes
+from mygpt.processes.machine import peak_flops
 from mygpt.processes.preflight import Preflight, run_preflight
 from mygpt.processes.signals import StopRequest, stop_on_signal
 from mygpt.recipe.files import METRICS_FILE
@@ -117,7 +118,14 @@ def run_steps(
         begin_run(start)
         print_header(start, parts)
     with (
-        Recorder(recipe, run, is_main=is_main, step=progress.step, is_complete=start.is_complete) as recorder,
+        Recorder(
+            recipe,
+            run,
+            is_main=is_main,
+            step=progress.step,
+            is_complete=start.is_complete,
+            peak_tokens_per_second=peak_tokens_per_second(parts) if is_main else None,
+        ) as recorder,
         Saver(run, recipe, dataset.tokenizer, dataset.sha256) as saver,
     ):
         stop.graceful = True
@@ -134,6 +142,13 @@ def run_steps(
         end = f"{run} is complete; raise --steps to train on, or --overwrite it to start again"
         print_note(f"saved {run}" if progress.step > start.step else end)
     return run
+
+
+def peak_tokens_per_second(parts: Parts) -> float | None:
+    """Tokens per second of all processes if they did nothing but the model's products at their devices' peak rate."""
+    peak = peak_flops(parts.accelerator.device)
+    per_token = parts.gpt.flops_per_token(parts.recipe.train.seq_len)
+    return peak and peak * parts.accelerator.num_processes / per_token
 
 
 @contextmanager
