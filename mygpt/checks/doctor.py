@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 
+from mygpt.checks.speed import measure_speed
 from mygpt.data.batches import Share
+from mygpt.errors import LaunchError
 from mygpt.processes.channel import connect
 from mygpt.processes.environment import Launched, check_joined, launched_processes
 from mygpt.processes.preflight import Preflight, run_preflight
@@ -15,25 +17,29 @@ from mygpt.training.gradient_sum import gradient_sum_for
 from mygpt.training.parts import open_accelerator
 
 
-def diagnose(recipe: Recipe) -> list[str]:
-    """Start as `train` would, up to its first step, and say what was found; [] but on the main process.
+def diagnose(recipe: Recipe, *, speed: bool = False) -> Iterator[str]:
+    """Start as `train` would, up to its first step, and say what was found, on the main process alone.
 
-    To be called by every process that a launcher started. Writes nothing.
+    With `speed` also which settings would be faster, which takes some 20 seconds and is for a single process. To be
+    called by every process that a launcher started. Writes nothing.
 
     Raises:
         MygptError: what `train` would raise.
     """
     check_recipe(recipe)
     launched = launched_processes()
+    if speed and launched.processes > 1:
+        raise LaunchError("--speed times a single process; start it without a launcher")
     with connect(launched) as channel:
         gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes)
         preflight = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size)
         with open_accelerator(recipe.runtime, preflight.device, gradient_sum.accumulation_steps) as accelerator:
             check_joined(launched.processes, accelerator.num_processes)
             seconds = time_message(accelerator)
-            if not accelerator.is_main_process:
-                return []
-            return list(describe(recipe, launched, preflight, seconds, sharded=accelerator.is_fsdp2))
+            if accelerator.is_main_process:
+                yield from describe(recipe, launched, preflight, seconds, sharded=accelerator.is_fsdp2)
+    if speed:
+        yield from measure_speed(recipe, preflight.device, preflight.dataset)
 
 
 def time_message(accelerator: Accelerator, rounds: int = 20) -> float:

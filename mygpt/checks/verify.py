@@ -36,6 +36,8 @@ class Verification(NamedTuple):
     """The tensors that differ in that checkpoint."""
     changes: list[str]
     """Differences in versions, processor or threads, between then and now or within the run."""
+    is_repeatable: bool = True
+    """Whether the run used only kernels that give the same bits every time."""
 
     @property
     def identical(self) -> bool:
@@ -87,7 +89,8 @@ def verify(run: Path, steps: int | None = None) -> Verification:
         step, tensors = next(((step, tensors) for step, tensors in compared_in_order if tensors), (None, []))
         compared = compare_records(records, again.records)
         changes = _changes(recorded.info, again.info)
-        return Verification(until, compared.steps, len(common), compared.difference, step, tensors, changes)
+        outcome = Verification(until, compared.steps, len(common), compared.difference, step, tensors, changes)
+        return outcome._replace(is_repeatable=recorded.info.deterministic)
 
 
 class Part(NamedTuple):

@@ -120,6 +120,8 @@ def verify(options: VerifyOptions) -> int:
         print("\n".join(table(result.tensors)))
     for change in result.changes:
         print(f"changed since: {change}")
+    if not (result.identical or result.is_repeatable):
+        print("the run had deterministic = false: no two runs of it have the same last bits")
     return int(not result.identical)
 
 

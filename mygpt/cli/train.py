@@ -15,16 +15,22 @@ usage: mygpt recipe show RECIPE.toml|TEXT_FILE [FLAGS]   print the resolved reci
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainOptions:
     overwrite: bool = False
     """Replace the run that is already in the output directory."""
     allow_changes: bool = False
     """Continue a run though its recipe or corpus has changed since it was saved."""
 
 
+@dataclass(frozen=True)
+class DoctorOptions:
+    speed: bool = False
+    """Run a few steps, too, and say which settings would be faster (about 20 seconds)."""
+
+
 def train(arguments: list[str]) -> None:
     with errors_reach_all_processes():
-        recipe, options = parse_recipe(arguments, "mygpt train", Options)
+        recipe, options = parse_recipe(arguments, "mygpt train", TrainOptions)
     from mygpt.training.train import train
 
     train(recipe, overwrite=options.overwrite, allow_changes=options.allow_changes)
@@ -34,11 +40,11 @@ def doctor(arguments: list[str]) -> None:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["quickstart", *arguments]  # whose corpus needs no download
     with errors_reach_all_processes():
-        recipe, _ = parse_recipe(arguments, "mygpt doctor")
+        recipe, options = parse_recipe(arguments, "mygpt doctor", DoctorOptions)
     from mygpt.checks.doctor import diagnose
 
-    for line in diagnose(recipe):
-        print(line)
+    for line in diagnose(recipe, speed=options.speed):
+        print(line, flush=True)
 
 
 def recipe(arguments: list[str]) -> int | None:

@@ -62,13 +62,19 @@ def set_threads(threads: int | None, local_processes: int, *, pinned: bool = Fal
     return threads
 
 
-def make_deterministic(device: torch.device) -> None:
-    """Have CUDA choose kernels that give the same bits every time, as CPU kernels do anyway."""
-    if device.type == "cuda":
+def make_deterministic(device: torch.device, *, deterministic: bool = True) -> bool:
+    """Have CUDA choose kernels that give the same bits every time, as CPU kernels do anyway, or any kernels.
+
+    Returns whether results are repeatable.
+    """
+    if device.type == "cuda" and not deterministic:
+        torch.use_deterministic_algorithms(False)
+    elif device.type == "cuda":
         # cuBLAS repeats its results only with a fixed workspace, which it reads at its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return deterministic or device.type != "cuda"
 
 
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}

@@ -53,7 +53,7 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
     check_sharding(recipe, device)
     dataset = load_dataset(recipe.data, recipe.train.seq_len)
     threads = set_threads(runtime.threads, launched.local_processes, pinned=exact and device.type == "cpu")
-    make_deterministic(device)
+    is_deterministic = make_deterministic(device, deterministic=runtime.deterministic)
     info = RunInfo(
         **describe_environment(device),
         device=device.type,
@@ -63,6 +63,7 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
         sharded=is_sharded(),
         micro_batch_size=micro_batch_size,
         reduction=runtime.reduction,
+        deterministic=is_deterministic,
         corpus_sha256=dataset.sha256,
     )
     # Only the main process uses output and resume; the corpus and the threads are compared by content and number.

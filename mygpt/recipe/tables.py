@@ -140,6 +140,9 @@ class RuntimeTable(Table):
     bits of a CPU result depend on it."""
     compile: bool = False
     """Compile the model with torch.compile: slow to start, faster per step."""
+    deterministic: bool = True
+    """On cuda, use only kernels that give the same bits every time; false: any kernel, which can be faster, and two
+    runs of the recipe differ in their last bits. Other devices always give the same bits."""
     activation_checkpointing: bool = False
     """Keep only the input of each block, and recompute its activations in the backward pass: less memory, more time,
     the same numbers."""
@@ -258,6 +261,8 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "min_lr", '0 with schedule = "constant"; choose "cosine" or "linear"'
     elif schedule.min_lr > recipe.optimizer.lr:
         yield "min_lr", f"at most lr = {recipe.optimizer.lr}"
+    if recipe.runtime.reduction == "exact" and not recipe.runtime.deterministic:
+        yield "deterministic", 'true with reduction = "exact", whose bits are always the same'
     if recipe.runtime.reduction == "exact" and recipe.optimizer.eps < MIN_EXACT_EPS:
         rounding = 'with reduction = "exact", which rounds gradients to multiples of 2**-40, about 1e-12'
         yield "eps", f'at least {MIN_EXACT_EPS} {rounding}; raise eps, or use reduction = "fast"'

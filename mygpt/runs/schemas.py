@@ -126,6 +126,8 @@ class RunInfo(Table):
     micro_batch_size: Count
     """Windows per forward pass on one process."""
     reduction: Literal["fast", "exact"] = "fast"
+    deterministic: bool = True
+    """Whether the same run gives the same bits again."""
     corpus_sha256: str
     recipe: Recipe | None = None
     """The newest recipe, as in recipe.toml, but replaced atomically with `resumed`. None if mygpt 0.1 wrote this."""
@@ -141,7 +143,7 @@ class RunInfo(Table):
         """All that the last bits of a result depend on, by name."""
         names = (
             *("cpu", "cpu_capability", "accelerator"),
-            *("device", "compile", "threads", "processes", "sharded", "micro_batch_size", "reduction"),
+            *("device", "compile", "threads", "processes", "sharded", "micro_batch_size", "reduction", "deterministic"),
         )
         return {**self.versions, **{name: getattr(self, name) for name in names}}
 

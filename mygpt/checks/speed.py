@@ -1,0 +1,101 @@
+"""Try out which settings would make a recipe faster on this machine."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from mygpt.data.dataset import Dataset
+from mygpt.processes.machine import make_deterministic, peak_flops, set_threads
+from mygpt.recipe.tables import Recipe
+from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.parts import build_parts, open_accelerator
+from mygpt.training.step import train_step
+
+WORTH_NAMING = 0.95
+"""A setting is named if a step takes at most this share of the time."""
+
+
+class Alternative(NamedTuple):
+    """Other values of some keys, and what else they change."""
+
+    keys: dict[str, Any]
+    effect: str
+
+
+def alternatives(recipe: Recipe, device: torch.device) -> Iterator[Alternative]:
+    """Settings that differ from the recipe's and may be faster."""
+    runtime, table = recipe.runtime, recipe.train
+    last_bits, less_memory = "other last bits", "needs more memory"
+    if runtime.precision == "fp32":
+        yield Alternative({"precision": "bf16"}, "products are less precise")
+    if not runtime.compile:
+        yield Alternative({"compile": True}, last_bits + "; takes longer to start")
+    if runtime.activation_checkpointing:
+        yield Alternative({"activation_checkpointing": False}, less_memory)
+    if runtime.reduction == "exact":
+        yield Alternative({"reduction": "fast"}, "the last bits depend on the number of processes")
+    elif table.micro_batch_size not in (None, table.batch_size):
+        yield Alternative({"micro_batch_size": None}, f"{last_bits}; {less_memory}")
+    if device.type == "cuda" and runtime.deterministic:
+        yield Alternative({"deterministic": False}, "no two runs have the same last bits")
+    if device.type == "cpu":
+        own = torch.get_num_threads()
+        for threads in sorted({1, max(1, own // 2), 2 * own} - {own}):
+            yield Alternative({"threads": threads}, last_bits)
+    yield Alternative({"batch_size": 4 * table.batch_size}, "another training: four times the tokens a step")
+
+
+def measure_speed(recipe: Recipe, device: torch.device, dataset: Dataset, seconds: float = 1.5) -> Iterator[str]:
+    """Lines that say how fast the recipe is, and with which settings it would be faster.
+
+    Each alternative takes its turn beside the recipe as it is, since the speed of a machine drifts. For one process.
+    """
+    base = time_step(recipe, device, dataset, seconds)
+    table = recipe.train
+    tokens = table.batch_size * table.seq_len
+    yield f"speed:        {base.seconds * 1e3:.3g} ms a step, {tokens / base.seconds:,.0f} tokens/s"
+    if peak := peak_flops(device):
+        share = base.flops / base.seconds / peak
+        yield f"peak:         products at {peak / 1e9:,.0f} GFLOP/s, of which a step reaches {share:.0%}"
+    for keys, effect in alternatives(recipe, device):
+        other, again = time_step(recipe.replace(**keys), device, dataset, seconds), None
+        again = time_step(recipe, device, dataset, seconds)
+        of_tokens = keys.get("batch_size", table.batch_size) / table.batch_size
+        ratio = other.seconds / of_tokens / statistics.mean((base.seconds, again.seconds))
+        base = again
+        if ratio <= WORTH_NAMING:
+            name = ", ".join(f"{key} = {value}" for key, value in keys.items())
+            yield f"faster:       {name}: {ratio:.2f} of the time per token; {effect}"
+
+
+class Timed(NamedTuple):
+    """The duration of a step and its floating-point operations."""
+
+    seconds: float
+    flops: float
+
+
+def time_step(recipe: Recipe, device: torch.device, dataset: Dataset, seconds: float) -> Timed:
+    """The median duration of a step, from about so many seconds of steps after the first few."""
+    set_threads(recipe.runtime.threads, 1, pinned=recipe.runtime.reduction == "exact" and device.type == "cpu")
+    make_deterministic(device, deterministic=recipe.runtime.deterministic)
+    gradient_sum = gradient_sum_for(recipe)
+    with open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
+        parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum)
+        durations: list[float] = []
+        warm_at = None
+        while warm_at is None or time.perf_counter() - warm_at < seconds or len(durations) < 3:
+            if progress.step == 3:
+                warm_at = time.perf_counter()
+            started_at = time.perf_counter()
+            progress.step += 1
+            loss, *_ = train_step(parts, parts.stream.batch(), progress.step)
+            parts.scheduler.step()
+            loss.item()  # waits for the device
+            if warm_at is not None:
+                durations.append(time.perf_counter() - started_at)
+        per_token = parts.gpt.flops_per_token(recipe.train.seq_len)
+        return Timed(statistics.median(durations), per_token * recipe.train.batch_size * recipe.train.seq_len)
