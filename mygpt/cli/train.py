@@ -1,11 +1,14 @@
 """The commands that take a recipe: `mygpt train`, `doctor`, which does the same up to the first step, and `recipe`."""
 
+import os
 from dataclasses import dataclass
 
 from mygpt.cli.command import dispatch, errors_reach_all_processes
 from mygpt.errors import MygptError
+from mygpt.processes.environment import choose_threads, read_launched
 from mygpt.recipe.files import recipe_schema, shipped_recipes
 from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.tables import Recipe
 
 USAGE = """\
 usage: mygpt recipe show RECIPE.toml|TEXT_FILE [FLAGS]   print the resolved recipe
@@ -31,6 +34,7 @@ class DoctorOptions:
 def train(arguments: list[str]) -> None:
     with errors_reach_all_processes():
         recipe, options = parse_recipe(arguments, "mygpt train", TrainOptions)
+    _announce_threads(recipe)
     from mygpt.training.train import train
 
     train(recipe, overwrite=options.overwrite, allow_changes=options.allow_changes)
@@ -41,10 +45,19 @@ def doctor(arguments: list[str]) -> None:
         arguments = ["quickstart", *arguments]  # whose corpus needs no download
     with errors_reach_all_processes():
         recipe, options = parse_recipe(arguments, "mygpt doctor", DoctorOptions)
+    _announce_threads(recipe)
     from mygpt.checks.doctor import diagnose
 
     for line in diagnose(recipe, speed=options.speed):
         print(line, flush=True)
+
+
+def _announce_threads(recipe: Recipe) -> None:
+    """Set the threads where torch finds them when it is imported; see `set_threads` in processes/machine.py."""
+    runtime = recipe.runtime
+    pinned = runtime.reduction == "exact" and runtime.device == "cpu"
+    threads = choose_threads(runtime.threads, read_launched().local_processes, pinned=pinned)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def recipe(arguments: list[str]) -> int | None:

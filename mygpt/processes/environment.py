@@ -101,6 +101,18 @@ def launched_processes(environ: Mapping[str, str] = os.environ) -> Launched:
     return launched
 
 
+def choose_threads(threads: int | None, local_processes: int, *, pinned: bool = False) -> int:
+    """The number of CPU threads of this process, if the recipe asks for `threads`.
+
+    None means one thread if results must not depend on the number of processes (`pinned`), and otherwise this process's
+    share of the cores.
+    """
+    if threads is not None or pinned:
+        return threads or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // max(1, local_processes))
+
+
 def is_sharded(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the launch configuration asks for sharded weights (FSDP)."""
     return _is_true(environ, "ACCELERATE_USE_FSDP")

@@ -14,7 +14,7 @@ import torch
 
 from mygpt import __version__
 from mygpt.errors import LaunchError
-from mygpt.processes.environment import local_rank
+from mygpt.processes.environment import choose_threads, local_rank
 
 RECORDED_PACKAGES = ("torch", "accelerate", "safetensors", "numpy")
 
@@ -48,15 +48,15 @@ def resolve_device(name: str, precision: str, local_processes: int = 1) -> torch
 def set_threads(threads: int | None, local_processes: int, *, pinned: bool = False) -> int:
     """Set and return the number of CPU threads of this process.
 
-    None means one thread if results must not depend on the number of processes (`pinned`), and otherwise this process's
-    share of the cores. Set in-process, because `accelerate launch` and torchrun set OMP_NUM_THREADS=1.
+    See `choose_threads` for the arguments. Set in-process, because `accelerate launch` and torchrun set
+    OMP_NUM_THREADS=1.
     """
-    if threads is None and pinned:
-        threads = 1
-    elif threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, cores // local_processes)
-    torch.set_num_threads(threads)
+    threads = choose_threads(threads, local_processes, pinned=pinned)
+    # Setting them, even to what they are, also turns MKL_DYNAMIC off. Small products inside torch's attention, which each
+    # of its threads computes alone, are then spread over threads once more: a step of a small model takes a tenth
+    # longer, for the same bits. So `mygpt train` sets OMP_NUM_THREADS before torch is imported.
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
     # If it is not set, as with torchrun and one process, Accelerate sets another number of threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     return threads
@@ -81,10 +81,10 @@ PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e1
 """Dense bf16 products on the tensor cores, per second, from Nvidia's data sheets."""
 
 
-def peak_flops(device: torch.device, size: int = 512, rounds: int = 8) -> float | None:
+def peak_flops(device: torch.device, size: int = 512, rounds: int = 20) -> float | None:
     """Floating-point operations per second of this process's products at their best; None where it is not known.
 
-    A GPU's is from its data sheet. A processor's is measured, in some 10 ms, with the threads that are set.
+    A GPU's is from its data sheet. A processor's is measured, in some 30 ms, with the threads that are set.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(local_rank())

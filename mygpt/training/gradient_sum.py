@@ -114,7 +114,7 @@ class FastSum(GradientSum):
                 losses.append(loss.detach())
                 # An infinite loss can have a finite gradient: times 1, which is exact, or times nan, for all to see.
                 accelerator.backward(loss * (losses[-1] * 0 + 1))
-        mean = torch.stack(losses).mean()
+        mean = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         return Mean(mean, torch.zeros_like(mean))
 
 

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -61,6 +62,11 @@ class Parts:
     stream: BatchStream
     reports: Sequence[ProcessReport]
     """Of all processes, by rank: for messages that name one."""
+
+    @cached_property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters of `model`; finding them takes a while, and each step needs them."""
+        return list(self.model.parameters())
 
     @property
     def learning_rate(self) -> float:

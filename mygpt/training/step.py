@@ -28,13 +28,12 @@ def train_step(parts: Parts, batch: Batch, step: int) -> Update:
     max_grad_norm (0: not clipped). Once a loss or norm is not finite nothing is updated any more; the host does not
     wait to know.
     """
-    accelerator, model, max_grad_norm = parts.accelerator, parts.model, parts.recipe.train.max_grad_norm
-    loss, out_of_range = parts.gradient_sum.backward(accelerator, model, batch, step)
+    accelerator, max_grad_norm = parts.accelerator, parts.recipe.train.max_grad_norm
+    loss, out_of_range = parts.gradient_sum.backward(accelerator, parts.model, batch, step)
     if max_grad_norm:
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+        grad_norm = accelerator.clip_grad_norm_(parts.parameters, max_grad_norm)
     else:
-        grad_norm = get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        grad_norm = get_total_norm(p.grad for p in parts.parameters if p.grad is not None)
     grad_norm = full_tensor(grad_norm)
     update_unless(parts.optimizer, ~torch.isfinite(grad_norm) | (out_of_range > 0))
-    parts.optimizer.zero_grad()
     return Update(loss, grad_norm, out_of_range)
