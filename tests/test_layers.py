@@ -32,7 +32,7 @@ MODULES = {
 WITHOUT_TORCH = [
     *(name for name in MODULES if name.startswith(("recipe.", "reports."))),
     *(f"runs.{name}" for name in ("run", "steps", "files", "lock", "schemas", "start", "changes", "records")),
-    *("errors", "data.corpus", "data.tokenizer", "checks.compare", "processes.environment", "cli.main"),
+    *("errors", "data.corpus", "data.tokenizer", "checks.compare", "processes.environment", "cli.main", "cli.train"),
 ]
 
 

@@ -61,13 +61,13 @@ def measure_speed(recipe: Recipe, device: torch.device, dataset: Dataset, second
         share = base.flops / base.seconds / peak
         yield f"peak:         products at {peak / 1e9:,.0f} GFLOP/s, of which a step reaches {share:.0%}"
     for keys, effect in alternatives(recipe, device):
-        other, again = time_step(recipe.replace(**keys), device, dataset, seconds), None
+        other = time_step(recipe.replace(**keys), device, dataset, seconds)
         again = time_step(recipe, device, dataset, seconds)
         of_tokens = keys.get("batch_size", table.batch_size) / table.batch_size
         ratio = other.seconds / of_tokens / statistics.mean((base.seconds, again.seconds))
         base = again
         if ratio <= WORTH_NAMING:
-            name = ", ".join(f"{key} = {value}" for key, value in keys.items())
+            name = ", ".join(f"{key} left out" if value is None else f"{key} = {value}" for key, value in keys.items())
             yield f"faster:       {name}: {ratio:.2f} of the time per token; {effect}"
 
 

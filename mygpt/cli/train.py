@@ -1,6 +1,7 @@
 """The commands that take a recipe: `mygpt train`, `doctor`, which does the same up to the first step, and `recipe`."""
 
 import os
+import sys
 from dataclasses import dataclass
 
 from mygpt.cli.command import dispatch, errors_reach_all_processes
@@ -54,6 +55,8 @@ def doctor(arguments: list[str]) -> None:
 
 def _announce_threads(recipe: Recipe) -> None:
     """Set the threads where torch finds them when it is imported; see `set_threads` in processes/machine.py."""
+    if "torch" in sys.modules:
+        return
     runtime = recipe.runtime
     pinned = runtime.reduction == "exact" and runtime.device == "cpu"
     threads = choose_threads(runtime.threads, read_launched().local_processes, pinned=pinned)

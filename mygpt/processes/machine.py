@@ -52,9 +52,9 @@ def set_threads(threads: int | None, local_processes: int, *, pinned: bool = Fal
     OMP_NUM_THREADS=1.
     """
     threads = choose_threads(threads, local_processes, pinned=pinned)
-    # Setting them, even to what they are, also turns MKL_DYNAMIC off. Small products inside torch's attention, which each
-    # of its threads computes alone, are then spread over threads once more: a step of a small model takes a tenth
-    # longer, for the same bits. So `mygpt train` sets OMP_NUM_THREADS before torch is imported.
+    # Setting them, even to what they are, also turns MKL_DYNAMIC off. Then the small products inside torch's attention,
+    # each of which is one thread's, are spread over threads once more: a step of a small model takes a tenth longer,
+    # for the same bits. So `mygpt train` sets OMP_NUM_THREADS before torch is imported.
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     # If it is not set, as with torchrun and one process, Accelerate sets another number of threads.
@@ -81,10 +81,10 @@ PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e1
 """Dense bf16 products on the tensor cores, per second, from Nvidia's data sheets."""
 
 
-def peak_flops(device: torch.device, size: int = 512, rounds: int = 20) -> float | None:
+def peak_flops(device: torch.device, size: int = 512, rounds: int = 8) -> float | None:
     """Floating-point operations per second of this process's products at their best; None where it is not known.
 
-    A GPU's is from its data sheet. A processor's is measured, in some 30 ms, with the threads that are set.
+    A GPU's is from its data sheet. A processor's is measured, in some 20 ms, with the threads that are set.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(local_rank())

@@ -2,9 +2,8 @@
 
     python scripts/benchmarks/step.py recipes/default.toml [--any-recipe-flag]
 
-The contenders take turns, a block of steps each, in one process: read the ratios, since a machine's speed drifts. On a
-GPU it also prints the model FLOPs utilisation, from 6 FLOPs per weight and token plus those of attention (Chowdhery et
-al., "PaLM", https://arxiv.org/abs/2204.02311, appendix B) and the GPU's dense bf16 peak.
+The contenders take turns, a block of steps each, in one process: read the ratios, since a machine's speed drifts. MFU
+is the model FLOPs utilisation; see `GPT.flops_per_token` and `peak_flops`.
 """
 
 import statistics
@@ -20,14 +19,12 @@ from accelerate import Accelerator
 from mygpt.data.batches import BatchStream, Share
 from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.model.gpt import GPT
-from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
+from mygpt.processes.machine import make_deterministic, peak_flops, resolve_device, set_threads
 from mygpt.recipe.flags import parse_recipe
 from mygpt.recipe.tables import Recipe
 from mygpt.training.gradient_sum import gradient_sum_for
 from mygpt.training.parts import build_parts, open_accelerator
 from mygpt.training.step import train_step
-
-PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass(frozen=True)
@@ -60,13 +57,14 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} threads"
     print(f"{name}, torch {torch.__version__}, {recipe.runtime.precision}, compile={recipe.runtime.compile}")
     tokens = recipe.train.batch_size * recipe.train.seq_len
+    flops_per_token = GPT(recipe.model, dataset.tokenizer.vocab_size).flops_per_token(recipe.train.seq_len)
+    peak = peak_flops(device)
     for contender in contenders:
         seconds = statistics.median(r[contender] for r in rounds)
         ratio = statistics.median(r["mygpt"] / r[contender] for r in rounds)
         line = f"{contender:<16}{seconds * 1e3:8.2f} ms/step {tokens / seconds:12,.0f} tokens/s   mygpt/it {ratio:.3f}"
-        peak = next((flops for gpu, flops in PEAK_BF16_FLOPS.items() if gpu in name), None)
         if peak:
-            line += f"   MFU {flops_per_token(recipe, dataset.tokenizer.vocab_size) * tokens / seconds / peak:.3f}"
+            line += f"   MFU {flops_per_token * tokens / seconds / peak:.3f}"
         print(line)
 
 
@@ -122,12 +120,6 @@ def time_steps(step: Callable[[], None], device: torch.device, steps: int) -> fl
     if device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - started_at) / steps
-
-
-def flops_per_token(recipe: Recipe, vocab_size: int) -> float:
-    model = recipe.model
-    weights = model.num_layers * 12 * model.embed_dim**2 + vocab_size * model.embed_dim
-    return 6 * weights + 12 * model.num_layers * model.embed_dim * recipe.train.seq_len
 
 
 if __name__ == "__main__":

@@ -3,8 +3,15 @@
 import re
 
 import pytest
+import torch
 from support.commands import BIN, LAUNCH, run_process
 from support.runs import FLAGS
+
+from mygpt.checks import speed
+from mygpt.data.dataset import load_dataset
+from mygpt.recipe.tables import Recipe
+
+every = speed.alternatives
 
 
 @pytest.mark.slow
@@ -23,6 +30,38 @@ def test_doctor_describes_a_launch(text_file, tmp_path):
     assert "note:         mixed_precision: bf16 of the launch configuration is not used" in result.stdout
     assert "note:         2 of 3 processes have a micro-batch in each step" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_doctor_says_what_would_be_faster(text_file, monkeypatch):
+    """Of a recipe that takes its windows one by one: its speed, the share of the peak, and what else would change."""
+    # Compiling takes ten seconds each time.
+    monkeypatch.setattr(speed, "alternatives", lambda *_: (a for a in every(*_) if "compile" not in a.keys))
+    recipe = Recipe.of(corpus=str(text_file), micro_batch_size=1, batch_size=32, seq_len=16, embed_dim=16, num_layers=1)
+    dataset = load_dataset(recipe.data, 16)
+    first, peak, *faster = speed.measure_speed(recipe, torch.device("cpu"), dataset, seconds=0.1)
+    assert re.fullmatch(r"speed: +[\d.]+ ms a step, [\d,]+ tokens/s", first)
+    assert re.fullmatch(r"peak: +products at \d+ GFLOP/s, of which a step reaches \d+%", peak)
+    expected = r"faster: +micro_batch_size left out: 0\.\d+ of the time per token; other last bits; needs more memory"
+    assert any(re.fullmatch(expected, line) for line in faster), faster
+
+
+def test_doctor_proposes_what_the_recipe_does_not_have():
+    """Each with what it costs; threads only on CPUs, and other kernels only on cuda."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    slow = {"reduction": "exact", "activation_checkpointing": True}
+    named = {key for alternative in speed.alternatives(Recipe.of(**slow), cpu) for key in alternative.keys}
+    assert named == {"precision", "compile", "activation_checkpointing", "reduction", "threads", "batch_size"}
+    fast = Recipe.of(precision="bf16", compile=True, deterministic=False)
+    assert {key for alternative in speed.alternatives(fast, cuda) for key in alternative.keys} == {"batch_size"}
+    assert "deterministic" in {key for alternative in speed.alternatives(Recipe(), cuda) for key in alternative.keys}
+
+
+def test_doctor_times_a_single_process(text_file, command):
+    """Under a launcher a step is not the recipe's alone."""
+    several = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    refused = command("doctor", text_file, *FLAGS, "--speed", **several)
+    assert refused.returncode == 2
+    assert "--speed times a single process; start it without a launcher" in refused.stderr
 
 
 def test_doctor_refuses_what_train_refuses(text_file, command):

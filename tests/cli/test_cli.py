@@ -152,6 +152,18 @@ def test_links_in_a_circle_cost_one_line(call, tmp_path):
         assert (code, err.count("\n")) == (2, 1), err
 
 
+def test_threads_are_where_torch_finds_them(call, monkeypatch):
+    """When it is imported: setting them later makes a small model slower. The recipe's, or this process's cores."""
+    seen = []
+    monkeypatch.setattr("mygpt.training.train.train", lambda *_, **__: seen.append(os.environ["OMP_NUM_THREADS"]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.delitem(sys.modules, "torch")
+    for flags in (["--threads", 3], [], ["--reduction", "exact", "--device", "cpu"]):
+        assert call("train", "python-docs", *flags)[0] == 0
+    assert seen == ["3", "6", "1"]
+
+
 @pytest.mark.fault(51)
 @pytest.mark.skipif(os.geteuid() == 0, reason="needs a user whom file permissions stop; this is root")
 def test_unreadable_text_costs_one_line(call, tmp_path):
@@ -320,7 +332,7 @@ def test_interrupt_ends_without_traceback(text_file, tmp_path):
 
 
 def test_progress_bar_is_drawn_on_a_terminal_only(text_file, tmp_path):
-    """stderr on a terminal shows steps, time left and tokens per second; stdout has the lines and nothing else."""
+    """stderr on a terminal shows steps, time left, tokens per second and share of the peak; stdout has the lines and nothing else."""
     terminal, other_end = pty.openpty()
     termios.tcsetwinsize(other_end, (30, 100))
     command = [*MYGPT, "train", text_file, *FLAGS, "--output", "run"]
@@ -328,7 +340,7 @@ def test_progress_bar_is_drawn_on_a_terminal_only(text_file, tmp_path):
     os.close(other_end)
     drawn = os.read(terminal, 1 << 16).decode()
     os.close(terminal)
-    assert re.search(r"6/6 \[.*<.*step.*tokens/s\]", drawn)
+    assert re.search(r"6/6 \[.*<.*step.*tokens/s, \d+% of peak\]", drawn)
     lines = done.stdout.decode().splitlines()
     assert [line for line in lines if "loss" in line] == lines[-2:]
     assert "\r" not in done.stdout.decode()

@@ -136,6 +136,8 @@ def test_exact_sums_need_an_eps_above_their_rounding():
         'multiples of 2**-40, about 1e-12; raise eps, or use reduction = "fast"'
     )
     check_recipe(Recipe.of(eps=MIN_EXACT_EPS, reduction="exact"))
+    with pytest.raises(RecipeError, match="deterministic: got false, expected true with reduction"):
+        check_recipe(Recipe.of(deterministic=False, reduction="exact"))
     check_recipe(Recipe.of(eps=1e-12, reduction="fast"))
     largest_lost = 0.5 / SCALE
     assert largest_lost / (largest_lost + MIN_EXACT_EPS) < 1 / 20

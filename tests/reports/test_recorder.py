@@ -1,11 +1,13 @@
 """Printed lines and records."""
 
+import time
+
 import pytest
 
 from mygpt.errors import CheckpointError
 from mygpt.recipe.tables import Recipe
 from mygpt.reports.recorder import Recorder, due, header_lines, step_line
-from mygpt.runs.records import Record, read_records
+from mygpt.runs.records import Record, Timing, read_records
 
 
 def record(**values):
@@ -69,6 +71,20 @@ def test_only_the_main_process_reports(tmp_path, capsys):
         assert capsys.readouterr().out == ("step     1: loss = 1.0000\n" if is_main else "")
         assert (tmp_path / "metrics.jsonl").exists() is is_main
     assert [r.step for r in read_records(tmp_path)] == [1, 2]
+
+
+def test_timing_says_how_fast_and_how_long(tmp_path):
+    """The share of the peak, and the time left at the pace of this process, which began after step 10."""
+    with Recorder(Recipe.of(steps=20, batch_size=2), tmp_path, step=10, peak_tokens_per_second=1e4) as reporter:
+        time.sleep(0.05)
+        reporter.record(15, printed=False, loss=1.0, lr=0.1)
+        time.sleep(0.05)
+        reporter.record(20, printed=False, loss=1.0, lr=0.1)
+    halfway, last = (Timing.model_validate_json(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines())
+    assert halfway.seconds_left == pytest.approx(halfway.elapsed_seconds, abs=0.06)
+    assert last.seconds_left == 0
+    assert halfway.mfu == pytest.approx(halfway.tokens_per_second / 1e4, abs=1e-4)
+    assert halfway.mfu > 0.01
 
 
 def test_missing_and_damaged_records_are_refused(tmp_path):
