@@ -332,7 +332,7 @@ def test_interrupt_ends_without_traceback(text_file, tmp_path):
 
 
 def test_progress_bar_is_drawn_on_a_terminal_only(text_file, tmp_path):
-    """stderr on a terminal shows steps, time left, tokens per second and share of the peak; stdout has the lines and nothing else."""
+    """stderr on a terminal shows steps, time left, throughput and share of the peak; stdout the lines alone."""
     terminal, other_end = pty.openpty()
     termios.tcsetwinsize(other_end, (30, 100))
     command = [*MYGPT, "train", text_file, *FLAGS, "--output", "run"]
