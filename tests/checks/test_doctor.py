@@ -44,6 +44,16 @@ def test_doctor_says_what_would_be_faster(text_file, monkeypatch):
     expected = r"faster: +micro_batch_size left out: 0\.\d+ of the time per token; other last bits; needs more memory"
     assert any(re.fullmatch(expected, line) for line in faster), faster
 
+    def time_step(recipe, *_):
+        if recipe.runtime.precision == "bf16":
+            raise RuntimeError("no compiler\nmore")
+        return speed.Timed(1.0, 1.0)
+
+    monkeypatch.setattr(speed, "time_step", time_step)
+    _, _, *rest = speed.measure_speed(recipe, torch.device("cpu"), dataset)
+    assert rest == ["not possible: precision = bf16: no compiler", *rest[1:]]
+    assert all(line.startswith("faster:       batch_size = 128: 0.25") for line in rest[1:])
+
 
 def test_doctor_proposes_what_the_recipe_does_not_have():
     """Each with what it costs; threads only on CPUs, and other kernels only on cuda."""
