@@ -169,8 +169,8 @@ disturb("before-step", die, count=2, when=lambda: attempt < 3 and rank == attemp
 @pytest.mark.fault(64)
 @pytest.mark.parametrize(
     ("processes", "launcher"),
-    [(2, ()), (4, ("--standalone",))],
-    ids=["2", "4-alone"],
+    [(2, ()), (3, ("--standalone",))],
+    ids=["2", "3-alone"],
 )
 def test_launcher_restarts_killed_processes_three_times(text_file, tmp_path, exact_run, processes, launcher):
     """Another process is killed each time; the run ends with the bytes of a run never disturbed."""
