@@ -29,24 +29,25 @@ class Alternative(NamedTuple):
 def alternatives(recipe: Recipe, device: torch.device) -> Iterator[Alternative]:
     """Settings that differ from the recipe's and may be faster."""
     runtime, table = recipe.runtime, recipe.train
-    last_bits, less_memory = "other last bits", "needs more memory"
+    last_bits, more_memory = "other last bits", "needs more memory"
     if runtime.precision == "fp32":
         yield Alternative({"precision": "bf16"}, "products are less precise")
     if not runtime.compile:
         yield Alternative({"compile": True}, last_bits + "; takes longer to start")
     if runtime.activation_checkpointing:
-        yield Alternative({"activation_checkpointing": False}, less_memory)
+        yield Alternative({"activation_checkpointing": False}, more_memory)
     if runtime.reduction == "exact":
         yield Alternative({"reduction": "fast"}, "the last bits depend on the number of processes")
     elif table.micro_batch_size not in (None, table.batch_size):
-        yield Alternative({"micro_batch_size": None}, f"{last_bits}; {less_memory}")
+        yield Alternative({"micro_batch_size": None}, f"{last_bits}; {more_memory}")
     if device.type == "cuda" and runtime.deterministic:
         yield Alternative({"deterministic": False}, "no two runs have the same last bits")
+    yield Alternative({"batch_size": 4 * table.batch_size}, "another training: four times the tokens a step")
+    # Last, since setting other threads slows down what is timed after it: see `set_threads`.
     if device.type == "cpu":
         own = torch.get_num_threads()
         for threads in sorted({1, max(1, own // 2), 2 * own} - {own}):
             yield Alternative({"threads": threads}, last_bits)
-    yield Alternative({"batch_size": 4 * table.batch_size}, "another training: four times the tokens a step")
 
 
 def measure_speed(recipe: Recipe, device: torch.device, dataset: Dataset, seconds: float = 1.5) -> Iterator[str]:

@@ -89,8 +89,8 @@ def verify(run: Path, steps: int | None = None) -> Verification:
         step, tensors = next(((step, tensors) for step, tensors in compared_in_order if tensors), (None, []))
         compared = compare_records(records, again.records)
         changes = _changes(recorded.info, again.info)
-        outcome = Verification(until, compared.steps, len(common), compared.difference, step, tensors, changes)
-        return outcome._replace(is_repeatable=recorded.info.deterministic)
+        counts, repeatable = (compared.steps, len(common)), recorded.info.deterministic
+        return Verification(until, *counts, compared.difference, step, tensors, changes, repeatable)
 
 
 class Part(NamedTuple):

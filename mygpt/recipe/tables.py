@@ -142,7 +142,7 @@ class RuntimeTable(Table):
     """Compile the model with torch.compile: slow to start, faster per step."""
     deterministic: bool = True
     """On cuda, use only kernels that give the same bits every time; false: any kernel, which can be faster, and two
-    runs of the recipe differ in their last bits. Other devices always give the same bits."""
+    runs of the recipe differ in their last bits. CPUs always give the same bits."""
     activation_checkpointing: bool = False
     """Keep only the input of each block, and recompute its activations in the backward pass: less memory, more time,
     the same numbers."""

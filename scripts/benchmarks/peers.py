@@ -50,11 +50,6 @@ class Size(NamedTuple):
     vocab_size: int = 65
     precision: str = "fp32"
 
-    def flops_per_step(self) -> float:
-        weights = 12 * self.layers * self.embed_dim**2 + self.vocab_size * self.embed_dim
-        per_token = 6 * weights + 12 * self.layers * self.embed_dim * self.seq_len
-        return float(per_token * self.batch_size * self.seq_len)
-
 
 SIZES = {
     "0.2M": Size(64, 4, 4, 64, 16),
@@ -173,13 +168,18 @@ def mygpt(size: Size, tokens: Path, device: torch.device, **keys: Any) -> Iterat
         yield step
 
 
-def plain(size: Size, tokens: Path, device: torch.device, compiled: bool = False) -> Step:
-    """mygpt's model in a loop of plain PyTorch: what a careful user would write by hand."""
+def own_model(size: Size) -> Any:
+    """mygpt's model of this size."""
     from mygpt.model.gpt import GPT
     from mygpt.recipe.tables import ModelTable
 
     shape = {"embed_dim": size.embed_dim, "num_layers": size.layers, "num_heads": size.heads}
-    model = GPT(ModelTable(**shape, max_seq_len=size.seq_len), size.vocab_size).to(device)
+    return GPT(ModelTable(**shape, max_seq_len=size.seq_len), size.vocab_size)
+
+
+def plain(size: Size, tokens: Path, device: torch.device, compiled: bool = False) -> Step:
+    """mygpt's model in a loop of plain PyTorch: what a careful user would write by hand."""
+    model = own_model(size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     return plain_loop(
         model, optimizer, torch.compile(model) if compiled else model, batches(size, tokens, device), size
@@ -294,9 +294,14 @@ def litgpt(size: Size, tokens: Path, device: torch.device, turns: Turns) -> None
     trainer.fit(Module(), loader)
 
 
+def product_side(device: torch.device) -> int:
+    """Rows and columns of what counts as a large product."""
+    return 8192 if device.type == "cuda" else 1024
+
+
 def products(size: Size, device: torch.device) -> Step:
     """Large products, whose rate is the machine's peak."""
-    side = 8192 if device.type == "cuda" else 1024
+    side = product_side(device)
     dtype = torch.bfloat16 if size.precision == "bf16" else torch.float32
     a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
 
@@ -397,6 +402,8 @@ def peers_python() -> str:
 def compare(size_name: str, contenders: dict[str, str], options: argparse.Namespace, device: torch.device) -> None:
     """Time the contenders, each with the Python named beside it, and print the table of a size."""
     size = SIZES[size_name]
+    if size.precision != "fp32":  # which is all that reference.py has
+        contenders = {name: python for name, python in contenders.items() if name != "reference"}
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.npy"
         np.save(tokens, np.random.default_rng(0).integers(0, size.vocab_size, 2_000_000, dtype=np.uint16))
@@ -416,8 +423,8 @@ def compare(size_name: str, contenders: dict[str, str], options: argparse.Namesp
         for contender in ready:
             contender.end()
     large, *ready = ready
-    side = 8192 if device.type == "cuda" else 1024
-    peak = PRODUCTS * 2 * side**3 / statistics.median(large.seconds)
+    peak = PRODUCTS * 2 * product_side(device) ** 3 / statistics.median(large.seconds)
+    flops_per_token = own_model(size).flops_per_token(size.seq_len)
     yardstick = next((one for one in ready if one.name == "nanoGPT"), ready[0])
     print(f"\n{size_name}: {size.batch_size} windows of {size.seq_len} tokens, {size.precision}; ", end="")
     print(f"large products {peak / 1e9:,.0f} GFLOP/s; ratios to {yardstick.name}, medians of {options.rounds} turns")
@@ -426,8 +433,8 @@ def compare(size_name: str, contenders: dict[str, str], options: argparse.Namesp
         seconds = statistics.median(one.seconds)
         ratios = sorted(a / b for a, b in zip(one.seconds, yardstick.seconds, strict=True))
         spread = f"{ratios[len(ratios) // 4]:.2f} - {ratios[-1 - len(ratios) // 4]:.2f}"
-        share = size.flops_per_step() / seconds / peak
         tokens_per_second = size.batch_size * size.seq_len / seconds
+        share = flops_per_token * tokens_per_second / peak
         print(
             f"{one.name:<20}{seconds * 1e3:>10.2f}{statistics.median(ratios):>8.2f}{spread:>14}"
             f"{tokens_per_second:>12,.0f}{share:>7.0%}{one.memory / 2**20:>6,.0f} MiB{one.first:>6.1f} s"
@@ -458,7 +465,8 @@ def main() -> None:
     contenders = {name: sys.executable if name in ours else python for name in names}
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.processor() or 'cpu'}, ", end="")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
-    for size_name in options.sizes.split(",") if options.sizes else [name for name in SIZES if name != "124M"]:
+    fitting = [name for name in SIZES if name != "124M" or device.type == "cuda"]
+    for size_name in options.sizes.split(",") if options.sizes else fitting:
         compare(size_name, contenders, options, device)
 
 
