@@ -108,6 +108,53 @@ def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
+# ---- Products by oneDNN
+
+
+def has_onednn_linear() -> bool:
+    """Whether this build of torch has the private operator that `onednn_linear` calls."""
+    is_built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return is_built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+# An operator of our own, because the compiler replaces torch's only for constant weights.
+_operators = torch.library.Library("mygpt", "DEF")  # type: ignore[no-untyped-call]
+_operators.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
+_operators.impl("product", _product, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake(
+    "mygpt::product", lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)), lib=_operators
+)
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """The gradient, which torch's operator does not have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mygpt.product(x, weight, bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        rows = grad.flatten(0, -2)
+        # BLAS takes transposed operands as they are, oneDNN only copies of them: of these two products the second is
+        # faster with BLAS, since the copies of activations are larger than that of a weight.
+        grad_x = torch.ops.mygpt.product(grad, weight.t().contiguous(), None)
+        return grad_x, rows.t() @ x.flatten(0, -2), rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """As `torch.nn.functional.linear` of fp32 tensors on a CPU, computed by oneDNN."""
+    return _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
+
+
 # ---- The optimizer
 
 

@@ -95,6 +95,23 @@ def test_a_patched_forward_is_the_one_that_is_called():
     assert model(torch.ones(1, 4)).dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_onednn_computes_what_blas_computes(compiled):
+    """Product and gradients; if not, or if torch has lost the operator, have has_onednn_linear return False."""
+    assert compat.has_onednn_linear()
+    inputs = [torch.randn(2, 8, 24), torch.randn(32, 24), torch.randn(32)]
+    for linear_inputs in (inputs, inputs[:2]):
+        results = []
+        for function in (torch.nn.functional.linear, compat.onednn_linear):
+            own = [value.clone().requires_grad_() for value in linear_inputs]
+            y = (torch.compile(function) if compiled and function is compat.onednn_linear else function)(*own)
+            (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+            results.append([y, *(value.grad for value in own)])
+        for theirs, ours in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_fused_adamw_withholds_an_update_on_the_device():
     """By found_inf, now and ever after; if not, update_unless has to ask the host, as on mps."""
     model = torch.nn.Linear(2, 2)

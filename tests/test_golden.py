@@ -56,7 +56,7 @@ WAYS = {
     ("default", "python"): ([sys.executable, SCRIPT, RECIPES / "default.toml", *CPU], DEFAULT),
     # It also keeps the weights of step 1999, which changes no number.
     ("hardened", "accelerate"): ([*ACCELERATE, *HARDENED_RUN, "--save-every", "1999"], HARDENED),
-    ("hardened", "two-processes"): ([*TWO_PROCESSES, *HARDENED_RUN], HARDENED),
+    ("hardened", "two-processes"): ([*TWO_PROCESSES, *HARDENED_RUN, "--matmul", "onednn"], HARDENED),
     ("hardened", "exact"): ([*TWO_PROCESSES, *HARDENED_RUN, "--reduction", "exact"], HARDENED),
 }
 FLAGS = ["--val-split", 0.1, "--val-every", 500, "--schedule", "cosine", "--warmup", 100, "--max-grad-norm", 1.0]

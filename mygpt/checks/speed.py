@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mygpt.data.dataset import Dataset
-from mygpt.processes.machine import make_deterministic, peak_flops, set_threads
+from mygpt.errors import LaunchError
+from mygpt.processes.machine import choose_matmul, make_deterministic, peak_flops, set_threads
 from mygpt.recipe.tables import Recipe
 from mygpt.training.gradient_sum import gradient_sum_for
 from mygpt.training.parts import build_parts, open_accelerator
@@ -43,6 +44,9 @@ def alternatives(recipe: Recipe, device: torch.device) -> Iterator[Alternative]:
     if device.type == "cuda" and runtime.deterministic:
         yield Alternative({"deterministic": False}, "no two runs have the same last bits")
     yield Alternative({"batch_size": 4 * table.batch_size}, "another training: four times the tokens a step")
+    if device.type == "cpu" and runtime.precision == "fp32":
+        own_matmul = choose_matmul(runtime, device)
+        yield Alternative({"matmul": "blas" if own_matmul == "onednn" else "onednn"}, last_bits)
     # Last, since setting other threads slows down what is timed after it: see `set_threads`.
     if device.type == "cpu":
         own = torch.get_num_threads()
@@ -70,7 +74,7 @@ def measure_speed(recipe: Recipe, device: torch.device, dataset: Dataset, second
         name = ", ".join(f"{key} left out" if value is None else f"{key} = {value}" for key, value in keys.items())
         try:
             other = time_step(recipe.replace(**keys), device, dataset, seconds)
-        except RuntimeError as error:  # it does not fit into memory, or there is no compiler
+        except (RuntimeError, LaunchError) as error:  # it does not fit into memory, or there is no compiler
             yield f"not possible: {name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
             continue
         again = time_step(recipe, device, dataset, seconds)

@@ -47,8 +47,8 @@ class Verification(NamedTuple):
 def verify(run: Path, steps: int | None = None) -> Verification:
     """Train the recorded recipe of `run`, or its first `steps` steps, in a temporary directory, and compare.
 
-    Uses the recorded number of threads; the number of processes is the launcher's. Where the run continued with another
-    recipe, so does this; a branch begins after the same checkpoint again.
+    Uses the recorded threads and `matmul`; the number of processes is the launcher's. Where the run continued with
+    another recipe, so does this; a branch begins after the same checkpoint again.
 
     Raises:
         CheckpointError: there is no run, or nothing recorded of these steps.
@@ -102,14 +102,15 @@ class Part(NamedTuple):
 
 
 def parts_of(run: Run, first: int, until: int) -> Iterator[Part]:
-    """The parts of the steps from `first` + 1 to `until`, with the number of threads that each had."""
+    """The parts of the steps from `first` + 1 to `until`, with the number of threads and the kind of products that each
+    had."""
     ends = [resumed.after_step for resumed in run.info.before(until) if resumed.after_step > first]
     newest_text = run.info.recorded_at(sys.maxsize)["corpus_sha256"]
     for end in [*ends, until]:
         recorded, recipe = run.info.recorded_at(end), run.recipe_at(end)
         # The same text may have been moved since.
         corpus = run.recipe.data.corpus if recorded["corpus_sha256"] == newest_text else recipe.data.corpus
-        yield Part(recipe.replace(threads=recorded["threads"], corpus=corpus), end)
+        yield Part(recipe.replace(threads=recorded["threads"], matmul=recorded["matmul"], corpus=corpus), end)
 
 
 def _train_parts(parts: list[Part], output: Path, resume: str) -> None:

@@ -5,6 +5,9 @@ Suffixes name the axes of a tensor: B batch, T tokens, D embed_dim, H heads, K h
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -31,7 +34,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.embed_dim)
-        self.logits = nn.Identity()  # shows the logits to hooks when forward returns the loss
+        self.logits = Product()
 
     def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, V) or, with targets, their mean cross-entropy in nats (a scalar).
@@ -45,8 +48,16 @@ class GPT(nn.Module):
                 x_BTD = checkpoint(block, x_BTD, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD)
-        logits_BTV: torch.Tensor = self.logits(F.linear(self.norm(x_BTD), self.token_embedding.weight))
+        logits_BTV: torch.Tensor = self.logits(self.norm(x_BTD), self.token_embedding.weight)
         return logits_BTV if targets_BT is None else next_token_loss(logits_BTV, targets_BT)
+
+    def compute_products_with(self, linear: Callable[..., torch.Tensor]) -> None:
+        """Have `linear` compute the products with weights, in place of F.linear, whose arguments it takes."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.forward = partial(_forward_linear, module, linear)  # type: ignore[method-assign]
+            elif isinstance(module, Product):
+                module.forward = linear  # type: ignore[method-assign]
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -61,9 +72,20 @@ class GPT(nn.Module):
         return 6 * (12 * layers * size**2 + self.vocab_size * size) + 12 * layers * size * seq_len
 
 
+def _forward_linear(module: nn.Linear, linear: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return linear(x, module.weight, module.bias)
+
+
 def next_token_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
     """The mean cross-entropy in nats (a scalar) of int64 targets."""
     return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+
+class Product(nn.Module):
+    """x @ weight.T with the weight of another module. A module of its own, so that hooks see the logits."""
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight)
 
 
 class Block(nn.Module):

@@ -10,7 +10,13 @@ from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.errors import LaunchError
 from mygpt.processes.channel import Channel
 from mygpt.processes.environment import Launched, ignored_settings, is_sharded
-from mygpt.processes.machine import describe_environment, make_deterministic, resolve_device, set_threads
+from mygpt.processes.machine import (
+    choose_matmul,
+    describe_environment,
+    make_deterministic,
+    resolve_device,
+    set_threads,
+)
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
 from mygpt.runs.schemas import RunInfo
 
@@ -57,6 +63,7 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
     info = RunInfo(
         **describe_environment(device),
         device=device.type,
+        matmul=choose_matmul(runtime, device),
         compile=runtime.compile,
         threads=threads,
         processes=launched.processes,

@@ -138,6 +138,10 @@ class RuntimeTable(Table):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads per process; absent: the machine's cores / its processes, or 1 with reduction = "exact". The last
     bits of a CPU result depend on it."""
+    matmul: Literal["auto", "blas", "onednn"] = "auto"
+    """What computes fp32 products on a CPU: torch's BLAS library (MKL, OpenBLAS or Accelerate) or oneDNN. "auto":
+    oneDNN on AMD processors from Zen 5 on, of whose AVX-512 MKL makes no use, else BLAS; see run.json. The last bits
+    depend on it."""
     compile: bool = False
     """Compile the model with torch.compile: slow to start, faster per step."""
     deterministic: bool = True
@@ -263,6 +267,8 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "min_lr", f"at most lr = {recipe.optimizer.lr}"
     if recipe.runtime.reduction == "exact" and not recipe.runtime.deterministic:
         yield "deterministic", 'true with reduction = "exact", whose bits are always the same'
+    if recipe.runtime.matmul == "onednn" and recipe.runtime.precision == "bf16":
+        yield "matmul", '"auto" with precision = "bf16", whose products torch computes with oneDNN where it can'
     if recipe.runtime.reduction == "exact" and recipe.optimizer.eps < MIN_EXACT_EPS:
         rounding = 'with reduction = "exact", which rounds gradients to multiples of 2**-40, about 1e-12'
         yield "eps", f'at least {MIN_EXACT_EPS} {rounding}; raise eps, or use reduction = "fast"'

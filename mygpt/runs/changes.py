@@ -19,7 +19,7 @@ HARMLESS_KEYS = {
     *("print_every", "log_every", "log_grad_norm", "log_val_stderr", "activation_checkpointing", "steps"),
 }
 # Keys of which run.json has the resolved value or the content, which is compared instead.
-RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "reduction", "deterministic", "corpus"}
+RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "matmul", "reduction", "deterministic", "corpus"}
 # Keys that shift the training batches with sampling = "shared-stream", and otherwise change no weight.
 EVALUATION_KEYS = {"val_every", "eval_batches", "sampling"}
 

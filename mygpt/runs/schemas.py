@@ -120,6 +120,8 @@ class RunInfo(Table):
     device: str
     compile: bool
     threads: Annotated[int, Field(ge=1, le=1024)]
+    matmul: Literal["blas", "onednn"] = "blas"
+    """What computed products on a CPU."""
     processes: Count
     sharded: bool = False
     """Whether each process held a part of the weights (FSDP)."""
@@ -142,7 +144,7 @@ class RunInfo(Table):
     def environment(self) -> dict[str, Any]:
         """All that the last bits of a result depend on, by name."""
         names = (
-            *("cpu", "cpu_capability", "accelerator"),
+            *("cpu", "cpu_capability", "accelerator", "matmul"),
             *("device", "compile", "threads", "processes", "sharded", "micro_batch_size", "reduction", "deterministic"),
         )
         return {**self.versions, **{name: getattr(self, name) for name in names}}

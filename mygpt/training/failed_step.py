@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mygpt.data.batches import draw_starts
 from mygpt.errors import DamagedCheckpointError, NonFiniteError
+from mygpt.processes.machine import choose_matmul
 from mygpt.recipe.tables import Count, Table
 from mygpt.runs.files import remove
 from mygpt.runs.saver import Tensors, TrainingState, model_metadata, write_checkpoint
@@ -40,6 +41,7 @@ class FailedStep(Table):
     precision: Literal["fp32", "bf16"]
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the process that wrote this; None in older records."""
+    matmul: Literal["blas", "onednn"] = "blas"
     compile: bool = False
     activation_checkpointing: bool = False
 
@@ -96,6 +98,7 @@ def _write(run: Path, parts: Parts, problem: str, weights: Tensors, state: Train
         device=parts.accelerator.device.type,
         precision=runtime.precision,
         threads=torch.get_num_threads(),
+        matmul=choose_matmul(runtime, parts.accelerator.device),
         compile=runtime.compile,
         activation_checkpointing=runtime.activation_checkpointing,
     )

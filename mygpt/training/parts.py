@@ -18,14 +18,14 @@ from accelerate.utils import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from mygpt.compat import INIT_METHOD, forget_accelerator, has_accelerator, settle_buckets
+from mygpt.compat import INIT_METHOD, forget_accelerator, has_accelerator, onednn_linear, settle_buckets
 from mygpt.data.batches import BatchStream
 from mygpt.data.dataset import Dataset
 from mygpt.errors import InterruptedRunError, LaunchError
 from mygpt.model.gpt import GPT
 from mygpt.processes.channel import PROCESS_TIMEOUT
 from mygpt.processes.environment import is_sharded
-from mygpt.processes.machine import dropout_generator_state, set_dropout_generator_state
+from mygpt.processes.machine import choose_matmul, dropout_generator_state, set_dropout_generator_state
 from mygpt.processes.preflight import ProcessReport
 from mygpt.recipe.seeds import process_dropout_seed
 from mygpt.recipe.tables import Recipe, RuntimeTable
@@ -120,6 +120,8 @@ def build_parts(
     device, table = accelerator.device, recipe.train
     torch.manual_seed(table.init_seed)
     gpt = GPT(recipe.model, dataset.tokenizer.vocab_size).to(device)
+    if choose_matmul(recipe.runtime, device) == "onednn":
+        gpt.compute_products_with(onednn_linear)
     gpt.activation_checkpointing = recipe.runtime.activation_checkpointing
     optimizer = build_optimizer(gpt, recipe.optimizer)
     dataset = dataset.to(device)

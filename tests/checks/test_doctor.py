@@ -60,7 +60,7 @@ def test_doctor_proposes_what_the_recipe_does_not_have():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     slow = {"reduction": "exact", "activation_checkpointing": True}
     named = {key for alternative in speed.alternatives(Recipe.of(**slow), cpu) for key in alternative.keys}
-    assert named == {"precision", "compile", "activation_checkpointing", "reduction", "threads", "batch_size"}
+    assert named == {"precision", "compile", "activation_checkpointing", "reduction", "matmul", "threads", "batch_size"}
     fast = Recipe.of(precision="bf16", compile=True, deterministic=False)
     assert {key for alternative in speed.alternatives(fast, cuda) for key in alternative.keys} == {"batch_size"}
     assert "deterministic" in {key for alternative in speed.alternatives(Recipe(), cuda) for key in alternative.keys}

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from support.fault_points import POINTS, disturb
 
+from mygpt import compat
 from mygpt.checks.replay import replay
 from mygpt.errors import NonFiniteError
 from mygpt.model.gpt import GPT
@@ -168,6 +169,22 @@ def test_replay_says_how_it_differs_from_the_failed_step(monkeypatch, tiny, call
     ]
 
 
+def test_replay_computes_products_as_the_step_did(tiny, monkeypatch):
+    """By oneDNN, where this machine has it; else it says so."""
+    recipe = tiny(matmul="onednn", lr=1e30)
+    with pytest.raises(NonFiniteError):
+        train(recipe)
+    used = []
+    monkeypatch.setattr(compat._OneDNNLinear, "apply", lambda *xs: used.append(xs) or torch.nn.functional.linear(*xs))
+    found = replay(Path(recipe.checkpoint.output), CPU)
+    assert (len(used) > 0, found.not_repeated) == (True, ())
+    assert found.non_finite
+    used.clear()
+    monkeypatch.setattr("mygpt.checks.replay.has_onednn_linear", lambda: False)
+    found = replay(Path(recipe.checkpoint.output), CPU)
+    assert (used, found.not_repeated) == ([], ("products computed by onednn; replayed without",))
+
+
 @pytest.mark.parametrize(
     "variables",
     [
@@ -191,7 +208,7 @@ def test_older_record_of_a_failed_step_is_replayed(fail_at_step_5):
     _, run = fail_at_step_5(infinite_loss)
     file = run / "failed-step-000005" / "batch.json"
     batch = json.loads(file.read_text())
-    for key in ("threads", "compile", "activation_checkpointing"):
+    for key in ("threads", "matmul", "compile", "activation_checkpointing"):
         del batch[key]
     file.write_text(json.dumps(batch))
     found = replay(run, CPU)

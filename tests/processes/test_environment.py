@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from mygpt.errors import LaunchError
+from mygpt.processes import machine
 from mygpt.processes.environment import Launched, check_joined, ignored_settings, launched_processes
-from mygpt.processes.machine import set_threads
+from mygpt.processes.machine import choose_matmul, set_threads
+from mygpt.recipe.tables import RuntimeTable
 
 
 def test_launched_processes_are_counted_from_the_environment():
@@ -83,3 +85,52 @@ def test_threads_that_are_right_are_not_set(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("set"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert set_threads(torch.get_num_threads(), 1) == torch.get_num_threads()
+
+
+CPUINFO = """\
+processor\t: 0
+vendor_id\t: {}
+cpu family\t: {}
+model name\t: AMD EPYC
+flags\t\t: fpu {} avx2
+
+processor\t: 1
+vendor_id\t: another
+"""
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        (("AuthenticAMD", 26, "avx512f"), "onednn"),
+        (("AuthenticAMD", 26, "sse"), "blas"),
+        (("AuthenticAMD", 25, "avx512f"), "blas"),
+        (("GenuineIntel", 26, "avx512f"), "blas"),
+    ],
+)
+def test_the_processor_decides_what_computes_products(tmp_path, monkeypatch, processor, expected):
+    """Unless the recipe does, or there are no fp32 products on a CPU to compute."""
+    file = tmp_path / "cpuinfo"
+    file.write_text(CPUINFO.format(*processor))
+    found = machine.cpu(file)
+    assert machine.cpu(tmp_path / "nothing") == {}
+    monkeypatch.setattr(machine, "cpu", lambda: found)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    cpu = torch.device("cpu")
+    assert choose_matmul(RuntimeTable(), cpu) == expected
+    assert choose_matmul(RuntimeTable(matmul="blas"), cpu) == "blas"
+    assert choose_matmul(RuntimeTable(matmul="onednn"), cpu) == "onednn"
+    assert choose_matmul(RuntimeTable(precision="bf16"), cpu) == "blas"
+    assert choose_matmul(RuntimeTable(), torch.device("cuda")) == "blas"
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert choose_matmul(RuntimeTable(), cpu) == "blas"
+
+
+def test_onednn_that_is_not_there_is_an_error(monkeypatch):
+    """Asked for in the recipe; "auto" does without."""
+    with pytest.raises(LaunchError, match='matmul: got onednn, which is for a cpu; use "auto"'):
+        choose_matmul(RuntimeTable(matmul="onednn"), torch.device("cuda"))
+    monkeypatch.setattr(machine, "has_onednn_linear", lambda: False)
+    with pytest.raises(LaunchError, match="onednn, which this build of torch does not have"):
+        choose_matmul(RuntimeTable(matmul="onednn"), torch.device("cpu"))
+    assert choose_matmul(RuntimeTable(), torch.device("cpu")) == "blas"

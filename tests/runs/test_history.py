@@ -79,11 +79,13 @@ def test_falling_back_is_judged_by_the_recipe_of_the_step(changed, tiny, capsys)
 @pytest.mark.fault(65)
 @pytest.mark.parametrize("steps", [None, 3, 4, 5])
 def test_verify_repeats_the_changes(tiny, steps):
-    """Rate, threads, steps and sampling: each part of the run is run again as it was."""
+    """Rate, threads, products, steps and sampling: each part of the run is run again as it was."""
     keys = {"save_every": 2, "dropout": 0.1, "val_split": 0.2, "val_every": 2, "sampling": "own-stream"}
-    train_until(tiny(**keys, steps=4), 3)
-    train(tiny(**keys, steps=5, lr=1e-4, threads=2), allow_changes=True)
-    run = train(tiny(**keys | {"sampling": "full"}, steps=8, lr=1e-4, threads=2))
+    train_until(tiny(**keys, steps=4, matmul="blas"), 3)
+    train(tiny(**keys, steps=5, lr=1e-4, threads=2, matmul="onednn"), allow_changes=True)
+    run = train(tiny(**keys | {"sampling": "full"}, steps=8, lr=1e-4, threads=2, matmul="onednn"))
+    changed = Run(run).info.resumed[0].changed
+    assert changed["matmul"] == ("blas", "onednn")
     result = verify(run, steps)
     assert result.identical, (result.difference, result.tensors)
     assert result.until == (steps or 8)
