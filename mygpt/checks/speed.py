@@ -9,7 +9,7 @@ import torch
 
 from mygpt.data.dataset import Dataset
 from mygpt.errors import LaunchError
-from mygpt.processes.machine import choose_matmul, make_deterministic, peak_flops, set_threads
+from mygpt.processes.machine import choose_matmul, peak_flops, set_up
 from mygpt.recipe.tables import Recipe
 from mygpt.training.gradient_sum import gradient_sum_for
 from mygpt.training.parts import build_parts, open_accelerator
@@ -94,8 +94,7 @@ class Timed(NamedTuple):
 
 def time_step(recipe: Recipe, device: torch.device, dataset: Dataset, seconds: float) -> Timed:
     """The median duration of a step, from about so many seconds of steps after the first few."""
-    set_threads(recipe.runtime.threads, 1, pinned=recipe.runtime.reduction == "exact" and device.type == "cpu")
-    make_deterministic(device, deterministic=recipe.runtime.deterministic)
+    set_up(recipe.runtime, device)
     gradient_sum = gradient_sum_for(recipe)
     with open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
         parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum)

@@ -10,13 +10,7 @@ from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.errors import LaunchError
 from mygpt.processes.channel import Channel
 from mygpt.processes.environment import Launched, ignored_settings, is_sharded
-from mygpt.processes.machine import (
-    choose_matmul,
-    describe_environment,
-    make_deterministic,
-    resolve_device,
-    set_threads,
-)
+from mygpt.processes.machine import choose_matmul, describe_environment, resolve_device, set_up
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
 from mygpt.runs.schemas import RunInfo
 
@@ -58,8 +52,7 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
     device = resolve_device(runtime.device, runtime.precision, launched.local_processes)
     check_sharding(recipe, device)
     dataset = load_dataset(recipe.data, recipe.train.seq_len)
-    threads = set_threads(runtime.threads, launched.local_processes, pinned=exact and device.type == "cpu")
-    is_deterministic = make_deterministic(device, deterministic=runtime.deterministic)
+    threads, is_deterministic = set_up(runtime, device, launched.local_processes)
     info = RunInfo(
         **describe_environment(device),
         device=device.type,

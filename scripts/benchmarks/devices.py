@@ -23,7 +23,7 @@ from accelerate import Accelerator
 
 from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.processes.environment import launched_processes
-from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
+from mygpt.processes.machine import resolve_device, set_up
 from mygpt.recipe.flags import parse_recipe
 from mygpt.recipe.tables import Recipe
 from mygpt.training.gradient_sum import ExactSum, FastSum
@@ -88,8 +88,7 @@ def work(recipe: Recipe, options: Options) -> None:
     """What each of the processes does; the first prints the seconds and bytes per step of each turn as JSON."""
     launched = launched_processes()
     device = resolve_device(recipe.runtime.device, recipe.runtime.precision, launched.local_processes)
-    set_threads(recipe.runtime.threads, launched.local_processes)
-    make_deterministic(device)
+    set_up(recipe.runtime, device, launched.local_processes)
     dataset = load_dataset(recipe.data, recipe.train.seq_len).to(device)
     with open_accelerator(recipe.runtime, device, 1) as accelerator:
         steps = {way: stepper(recipe, accelerator, dataset, way) for way in WAYS}

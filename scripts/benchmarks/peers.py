@@ -136,7 +136,7 @@ def mygpt(size: Size, tokens: Path, device: torch.device, **keys: Any) -> Iterat
     """The parts and the step of `mygpt train`."""
     from mygpt.data.dataset import Dataset
     from mygpt.data.tokenizer import CharTokenizer
-    from mygpt.processes.machine import make_deterministic, set_threads
+    from mygpt.processes.machine import set_up
     from mygpt.recipe.tables import Recipe
     from mygpt.training.gradient_sum import gradient_sum_for
     from mygpt.training.parts import build_parts, open_accelerator
@@ -151,8 +151,7 @@ def mygpt(size: Size, tokens: Path, device: torch.device, **keys: Any) -> Iterat
         batch_size=size.batch_size,
         **{"precision": size.precision, "max_grad_norm": MAX_NORM, "device": device.type, **keys},
     )
-    set_threads(None, 1)
-    make_deterministic(device)
+    set_up(recipe.runtime, device)
     data = torch.from_numpy(np.load(tokens))
     tokenizer = CharTokenizer("".join(chr(0x100 + token) for token in range(size.vocab_size)))
     gradient_sum = gradient_sum_for(recipe)

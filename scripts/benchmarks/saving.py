@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 from mygpt.data.dataset import Dataset
 from mygpt.data.tokenizer import CharTokenizer
-from mygpt.processes.machine import make_deterministic, resolve_device, set_threads
+from mygpt.processes.machine import resolve_device, set_up
 from mygpt.recipe.flags import parse_recipe
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.saver import Saver
@@ -48,8 +48,7 @@ class Options:
 def main() -> None:
     recipe, options = parse_recipe(sys.argv[1:], "saving.py", Options)
     device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
-    set_threads(recipe.runtime.threads, 1)
-    make_deterministic(device)
+    set_up(recipe.runtime, device)
     with open_accelerator(recipe.runtime, device, gradient_sum_for(recipe).accumulation_steps) as accelerator:
         measure(recipe, options, accelerator, device)
 

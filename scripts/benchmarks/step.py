@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from mygpt.data.batches import BatchStream, Share
 from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.model.gpt import GPT
-from mygpt.processes.machine import make_deterministic, peak_flops, resolve_device, set_threads
+from mygpt.processes.machine import peak_flops, resolve_device, set_up
 from mygpt.recipe.flags import parse_recipe
 from mygpt.recipe.tables import Recipe
 from mygpt.training.gradient_sum import gradient_sum_for
@@ -38,8 +38,7 @@ class Options:
 def main() -> None:
     recipe, options = parse_recipe(sys.argv[1:], "step.py", Options)
     device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
-    threads = set_threads(recipe.runtime.threads, 1)
-    make_deterministic(device)
+    threads = set_up(recipe.runtime, device).threads
     dataset = load_dataset(recipe.data, recipe.train.seq_len).to(device)
     with open_accelerator(recipe.runtime, device, gradient_sum_for(recipe).accumulation_steps) as accelerator:
         contenders = {
