@@ -46,7 +46,7 @@ def held_out_losses(run: Path) -> tuple[torch.Tensor, int]:
     val = load_dataset(recipe.data, seq_len).val
     if len(val) < 2 * STRETCHES[-1] * seq_len:
         raise MygptError(f"{run}: holds out {len(val):,} tokens; expected {2 * STRETCHES[-1] * seq_len:,} or more")
-    return window_losses(model, val, consecutive_windows(val, seq_len)[0], 256, None).double(), seq_len
+    return window_losses(model, val, consecutive_windows(val, seq_len)[0], 256).double(), seq_len
 
 
 def estimates(loss_N: torch.Tensor, seq_len: int) -> Iterator[tuple[str, list[HeldOutLoss]]]:

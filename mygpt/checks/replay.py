@@ -134,8 +134,8 @@ class Watch:
         for name, module in gpt.named_modules():
             module.register_forward_hook(partial(self._see_output, name or "loss"))
         for name, parameter in gpt.named_parameters():
-            parameter.register_hook(partial(self._look, f"gradient with respect to the weights of {name}"))
-            parameter.register_post_accumulate_grad_hook(partial(self._measure_gradient, name))
+            parameter.register_hook(partial(self._see_gradient, name))
+            parameter.register_post_accumulate_grad_hook(partial(self._measure_accumulated, name))
 
     def _start_micro_batch(self) -> None:
         seeds, size = self._failed.dropout_seeds, self._failed.micro_batch_size
@@ -159,10 +159,15 @@ class Watch:
             else:
                 self.non_finite = f"{name}, {_count(values)}{self._where}"
 
-    def _measure_gradient(self, name: str, parameter: torch.Tensor) -> None:
+    def _see_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        self._look(f"gradient with respect to the weights of {name}", gradient)
+        if self._failed.dropout_seeds:
+            largest = gradient.abs().max().item()
+            self.largest_gradients[name] = max(self.largest_gradients.get(name, 0.0), largest)
+
+    def _measure_accumulated(self, name: str, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
-            before = self.largest_gradients.get(name, 0.0) if self._failed.dropout_seeds else 0.0
-            self.largest_gradients[name] = max(before, parameter.grad.abs().max().item())
+            self.largest_gradients[name] = parameter.grad.abs().max().item()
 
 
 def _count(values: torch.Tensor) -> str:

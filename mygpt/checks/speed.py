@@ -9,6 +9,7 @@ import torch
 
 from mygpt.data.dataset import Dataset
 from mygpt.errors import LaunchError
+from mygpt.processes.environment import choose_workers
 from mygpt.processes.machine import choose_matmul, peak_flops, set_up
 from mygpt.recipe.tables import Recipe
 from mygpt.training.gradient_sum import gradient_sum_for
@@ -95,7 +96,7 @@ class Timed(NamedTuple):
 def time_step(recipe: Recipe, device: torch.device, dataset: Dataset, seconds: float) -> Timed:
     """The median duration of a step, from about so many seconds of steps after the first few."""
     set_up(recipe.runtime, device)
-    gradient_sum = gradient_sum_for(recipe)
+    gradient_sum = gradient_sum_for(recipe, workers=choose_workers(recipe.runtime.threads, 1))
     with open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
         parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum)
         durations: list[float] = []

@@ -113,6 +113,12 @@ def choose_threads(threads: int | None, local_processes: int, *, pinned: bool = 
     return max(1, cores // max(1, local_processes))
 
 
+def choose_workers(threads: int | None, local_processes: int) -> int:
+    """How many micro-batches at a time fill this process's share of the cores, if each is computed by so many
+    `threads`, or by one."""
+    return max(1, choose_threads(None, local_processes) // (threads or 1))
+
+
 def is_sharded(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the launch configuration asks for sharded weights (FSDP)."""
     return _is_true(environ, "ACCELERATE_USE_FSDP")

@@ -97,7 +97,7 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of malloc.h: how many bytes may be free at the end of the heap, and the size of a block from which on it is mapped."""
+"""Of malloc.h: how many bytes may be free at the end of the heap, and from which size on a block is mapped."""
 
 
 def choose_matmul(table: RuntimeTable, device: torch.device) -> Literal["blas", "onednn"]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mygpt.data.batches import WindowSet, held_out_windows, random_windows, windows
 from mygpt.errors import NonFiniteError
+from mygpt.processes.workers import ALONE, Workers
 from mygpt.training.failed_step import REMEDY
 from mygpt.training.parts import Parts
 
@@ -50,7 +51,8 @@ def evaluate(parts: Parts, step: int) -> dict[str, Any]:
     """
     held_out = held_out_windows(parts.dataset.val, parts.recipe.validation, parts.stream)
     size = parts.gradient_sum.micro_batch_size
-    val, stderr, dof = held_out_loss(parts.model, parts.dataset.val, held_out, size, parts.accelerator)
+    workers = parts.gradient_sum.workers
+    val, stderr, dof = held_out_loss(parts.model, parts.dataset.val, held_out, size, parts.accelerator, workers)
     if not math.isfinite(val):
         raise NonFiniteError(f"step {step}: the held-out loss is {val}; {REMEDY}")
     return {"val": val, "val_stderr": stderr, "val_dof": dof}
@@ -62,17 +64,18 @@ def held_out_loss(
     places: Iterable[WindowSet],
     micro_batch_size: int,
     accelerator: Accelerator | None = None,
+    workers: Workers = ALONE,
 ) -> HeldOutLoss:
     """The loss over the windows of `data` (n,) at `places`, in eval mode.
 
-    With an accelerator its processes share them. `micro_batch_size` windows go through the model at a time. Every token
-    counts the same.
+    With an accelerator its processes share them, and the `workers` of each its part. `micro_batch_size` windows go
+    through the model at a time. Every token counts the same.
     """
     groups = list(places)
     was_training = model.training
     model.eval()
     try:
-        losses = [window_losses(model, data, group, micro_batch_size, accelerator) for group in groups]
+        losses = [window_losses(model, data, group, micro_batch_size, accelerator, workers) for group in groups]
     finally:
         model.train(was_training)
     # On the CPU, since mps has no float64.
@@ -105,13 +108,13 @@ def ratio_estimate(loss_N: torch.Tensor, length_N: torch.Tensor, *, consecutive:
     return HeldOutLoss(mean, math.sqrt(residual_N.square().sum().item() * count / (count - 1)) / total, count - 1)
 
 
-@torch.no_grad()
 def window_losses(
     model: torch.nn.Module,
     data: torch.Tensor,
     places: WindowSet,
     micro_batch_size: int,
-    accelerator: Accelerator | None,
+    accelerator: Accelerator | None = None,
+    workers: Workers = ALONE,
 ) -> torch.Tensor:
     """The total loss of each window (batch,), known to every process."""
     device = next(model.parameters()).device
@@ -119,7 +122,9 @@ def window_losses(
     pieces = places.starts.split(micro_batch_size)
     dtype = next(model.parameters()).dtype
     losses_N = torch.zeros(len(places.starts), dtype=dtype, device=device)
-    for first in range(0, len(pieces), processes):
+
+    @torch.no_grad()
+    def compute(first: int) -> None:
         # Where pieces run out a process repeats the last, since gathering sharded weights needs them all.
         own = min(first + process, len(pieces) - 1)
         inputs_BT, targets_BT = (rows.to(device) for rows in windows(data, pieces[own], places.seq_len))
@@ -127,5 +132,7 @@ def window_losses(
         losses_BT = F.cross_entropy(logits_BTV.to(losses_N.dtype).flatten(0, 1), targets_BT.flatten(), reduction="none")
         if own == first + process:
             losses_N[own * micro_batch_size :][: len(inputs_BT)] = losses_BT.view(targets_BT.shape).sum(1)
+
+    workers.map(compute, range(0, len(pieces), processes))
     # Every window has its loss from one process and zeros from the others: the sum is exact in any order.
     return accelerator.reduce(losses_N, "sum") if accelerator and processes > 1 else losses_N

@@ -5,7 +5,7 @@ gradients of each micro-batch once, to multiples of 2**-40, and adds int64.
 Source: the idea of pre-rounding, Demmel & Nguyen, "Fast Reproducible Floating-Point Summation" (ARITH 2013).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from mygpt.compat import autocast_forward
 from mygpt.data.batches import Batch, Share
 from mygpt.errors import RecipeError
 from mygpt.model.gpt import GPT
+from mygpt.processes.workers import ALONE, Workers
 from mygpt.recipe.seeds import micro_batch_dropout_seed
 from mygpt.recipe.tables import Recipe, TrainTable
 
@@ -48,6 +49,8 @@ class GradientSum:
     generator of each process, which a checkpoint has to keep."""
     accumulation_steps: int
     """Backward passes over which Accelerate is to average the gradients."""
+    workers = ALONE
+    """Threads for computations that do not depend on their number."""
 
     def __init__(self, table: TrainTable, micro_batch_size: int, rank: int, processes: int):
         self.micro_batch_size = micro_batch_size
@@ -119,39 +122,55 @@ class FastSum(GradientSum):
 
 
 class ExactSum(GradientSum):
-    """Sums integers: the same bits on any number of processes, which need not divide the batch."""
+    """Sums integers: the same bits on any number of processes, which need not divide the batch.
+
+    Nor do they depend on the number of `workers`, which compute micro-batches of this process side by side.
+    """
 
     accumulation_steps = 1  # the sum is divided once, at its end
     is_exact = True
 
-    def __init__(self, table: TrainTable, rank: int = 0, processes: int = 1):
+    def __init__(self, table: TrainTable, rank: int = 0, processes: int = 1, workers: int = 1):
         super().__init__(table, table.micro_batch_size or fixed_micro_batch(table.batch_size), rank, processes)
+        self.workers = Workers(min(workers, len(self.share.micro_batches(table.batch_size)) or 1))
 
     def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
         # As for evaluation: the precision, and nothing that would sum gradients by itself.
         return accelerator.prepare_model(gpt, evaluation_mode=True), *accelerator.prepare(optimizer, scheduler)
 
     def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> Mean:
-        total = FixedPointSum(model.parameters(), self.micro_batches)
+        parameters = list(model.parameters())
         seeds = self.dropout_seeds(step, self.share.micro_batches(self._table.batch_size))
-        for (inputs, targets), seed in zip(self._pieces(batch), seeds, strict=True):
-            torch.manual_seed(seed)
-            loss = model(inputs, targets)
-            accelerator.backward(loss)
-            total.add(loss.detach())
+        pieces = list(zip(self._pieces(batch), seeds, strict=True))
+
+        def add_up(own: list[tuple[Batch, int]]) -> FixedPointSum:
+            total = FixedPointSum(parameters, self.micro_batches)
+            for (inputs, targets), seed in own:
+                torch.manual_seed(seed)
+                loss = model(inputs, targets)
+                total.add(loss.detach(), torch.autograd.grad(loss, parameters))
+            return total
+
+        total, *others = self.workers.map(add_up, [pieces[i :: self.workers.count] for i in range(self.workers.count)])
+        for other in others:
+            total.join(other)
         return total.mean_over(accelerator.reduce if accelerator.num_processes > 1 else None)
 
     def dropout_seeds(self, step: int, micro_batches: Iterable[int]) -> tuple[int, ...]:
         return tuple(micro_batch_dropout_seed(self._table.data_seed, step, index) for index in micro_batches)
 
 
-def gradient_sum_for(recipe: Recipe, rank: int = 0, processes: int = 1) -> GradientSum:
+def gradient_sum_for(recipe: Recipe, rank: int = 0, processes: int = 1, workers: int = 1) -> GradientSum:
     """The way to sum gradients that the recipe's `reduction` names, on one of so many processes.
+
+    Of these each has up to so many `workers`, unless they would have to share the generator of dropout.
 
     Raises:
         RecipeError: the processes cannot share the batch.
     """
-    return (ExactSum if recipe.runtime.reduction == "exact" else FastSum)(recipe.train, rank, processes)
+    if recipe.runtime.reduction == "fast":
+        return FastSum(recipe.train, rank, processes)
+    return ExactSum(recipe.train, rank, processes, 1 if recipe.model.dropout else workers)
 
 
 def fixed_micro_batch(batch_size: int) -> int:
@@ -163,23 +182,20 @@ def fixed_micro_batch(batch_size: int) -> int:
 class FixedPointSum:
     """The mean over the `micro_batches` of a step, on all processes together, of the loss and of the gradients.
 
-    `add` after each backward pass of this process, then `mean_over` the processes, once.
+    `add` after each backward pass of this process, `join` with those of other threads, then `mean_over` the processes,
+    once.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], micro_batches: int):
-        self._parameters = list(parameters)
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], micro_batches: int):
+        self._parameters = parameters
         self._micro_batches = micro_batches
-        first = self._parameters[0]
-        values = sum(parameter.numel() for parameter in self._parameters)
+        values = sum(parameter.numel() for parameter in parameters)
         # Of all gradients, the loss, and the number of micro-batches with a value that is out of range.
-        self._sum = torch.zeros(values + 2, dtype=torch.int64, device=first.device)
+        self._sum = torch.zeros(values + 2, dtype=torch.int64, device=parameters[0].device)
 
-    def add(self, loss: torch.Tensor) -> None:
-        """Add a micro-batch's loss (a scalar) and gradients, and set these to None."""
-        gradients = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in self._parameters]
-        values = torch.cat([*gradients, loss[None]])
-        for parameter in self._parameters:
-            parameter.grad = None
+    def add(self, loss: torch.Tensor, gradients: Sequence[torch.Tensor]) -> None:
+        """Add a micro-batch's loss (a scalar) and its gradients, one for each parameter."""
+        values = torch.cat([*(gradient.flatten() for gradient in gradients), loss[None]])
         least, largest = torch.aminmax(values)
         limit = RANGE / self._micro_batches
         # True also of nan.
@@ -187,6 +203,10 @@ class FixedPointSum:
         # Exact but for the rounding: the scale is a power of two.
         self._sum[:-1] += values.mul_(SCALE).round_().long()
         self._sum[-1] += is_out
+
+    def join(self, other: "FixedPointSum") -> None:
+        """Add all that was added to `other`."""
+        self._sum += other._sum
 
     def mean_over(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None) -> Mean:
         """Set the gradients to their mean over the processes; `reduce` sums an int64 tensor over them.

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from mygpt.errors import InterruptedRunError, OutOfMemoryError
 from mygpt.processes.channel import Channel, connect
-from mygpt.processes.environment import check_joined, is_restart, launched_processes
+from mygpt.processes.environment import check_joined, choose_workers, is_restart, launched_processes
 from mygpt.processes.machine import peak_flops
 from mygpt.processes.preflight import Preflight, run_preflight
 from mygpt.processes.signals import StopRequest, stop_on_signal
@@ -55,7 +55,8 @@ def train_until(recipe: Recipe, last_step: int | None, *, overwrite: bool = Fals
         channel = stack.enter_context(connect(launched))
         stack.enter_context(explain_out_of_memory(recipe.train))
 
-        gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes)
+        workers = choose_workers(recipe.runtime.threads, launched.local_processes)
+        gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, workers)
         preflight = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size)
         accelerator = stack.enter_context(
             open_accelerator(recipe.runtime, preflight.device, gradient_sum.accumulation_steps)

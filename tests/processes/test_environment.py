@@ -5,7 +5,7 @@ import torch
 
 from mygpt.errors import LaunchError
 from mygpt.processes import machine
-from mygpt.processes.environment import Launched, check_joined, ignored_settings, launched_processes
+from mygpt.processes.environment import Launched, check_joined, choose_workers, ignored_settings, launched_processes
 from mygpt.processes.machine import choose_matmul, set_threads
 from mygpt.recipe.tables import RuntimeTable
 
@@ -85,6 +85,13 @@ def test_threads_that_are_right_are_not_set(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("set"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert set_threads(torch.get_num_threads(), 1) == torch.get_num_threads()
+
+
+def test_workers_fill_the_cores(monkeypatch):
+    """This process's share of them, with so many threads each."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    got = [choose_workers(threads, processes) for threads, processes in ((None, 1), (None, 4), (3, 1), (16, 1))]
+    assert got == [8, 2, 2, 1]
 
 
 CPUINFO = """\

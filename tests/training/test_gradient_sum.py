@@ -8,9 +8,10 @@ from support.commands import BIN, run_process, torchrun
 from support.runs import TINY, contents
 
 from mygpt.checks.compare import compare
+from mygpt.processes.workers import Workers
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.run import Run
-from mygpt.training.gradient_sum import RANGE, SCALE, FixedPointSum, fixed_micro_batch
+from mygpt.training.gradient_sum import RANGE, SCALE, FixedPointSum, fixed_micro_batch, gradient_sum_for
 from mygpt.training.train import train
 
 SHAPES = ((3, 5), (7,), ())
@@ -24,13 +25,10 @@ def mean_over_processes(steps, shares):
     """The means that each of several processes gets, of which each adds its share of the micro-batches in `steps`."""
     own = [parameters() for _ in shares]
     sums = [FixedPointSum(params, len(steps)) for params in own]
-    for total, params, share in zip(sums, own, shares, strict=True):
+    for total, share in zip(sums, shares, strict=True):
         for index in share:
             *gradients, loss = steps[index]
-            for parameter, gradient in zip(params, gradients, strict=True):
-                parameter.grad = gradient.clone()
-            total.add(loss)
-            assert all(parameter.grad is None for parameter in params)
+            total.add(loss, gradients)
     shares_summed = []
     for total in sums:
         total.mean_over(lambda own: shares_summed.append(own) or own)
@@ -136,6 +134,34 @@ def launch_exact(processes, folder, recipe, last_step=None) -> str:
     assert result.returncode == 0, result.stderr
     assert "last bits may differ" not in result.stderr
     return result.stdout
+
+
+@pytest.mark.parametrize("keys", [{}, {"precision": "bf16"}, {"activation_checkpointing": True}], ids=str)
+def test_exact_sums_are_the_same_bits_with_any_number_of_workers(text_file, tmp_path, monkeypatch, keys):
+    """Of one process; also those that share a micro-batch each, and that evaluate."""
+    runs, used = [], set()
+    original = Workers.map
+
+    def watch(self, *arguments):
+        used.add(self.count)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Workers, "map", watch)
+    for workers in (1, 2, 3, 9):
+        monkeypatch.setattr("mygpt.training.train.choose_workers", lambda *_, workers=workers: workers)
+        folder = tmp_path / str(workers)
+        recipe = Recipe.of(**KEYS | keys | {"dropout": 0.0}, corpus=str(text_file), output=str(folder))
+        runs.append(contents(train(recipe), without=["run.json"]))
+    assert all(run == runs[0] for run in runs)
+    assert used == {1, 2, 3, 4}
+
+
+def test_dropout_has_one_worker():
+    """Its masks come from a generator that all threads share."""
+    assert gradient_sum_for(Recipe.of(reduction="exact", dropout=0.1), workers=4).workers.count == 1
+    assert gradient_sum_for(Recipe.of(reduction="exact"), workers=4).workers.count == 4
+    assert gradient_sum_for(Recipe.of(reduction="exact"), rank=2, processes=3, workers=4).workers.count == 2
+    assert gradient_sum_for(Recipe(), workers=4).workers.count == 1
 
 
 @pytest.mark.slow
