@@ -5,11 +5,12 @@ gradients of each micro-batch once, to multiples of 2**-40, and adds int64.
 Source: the idea of pre-rounding, Demmel & Nguyen, "Fast Reproducible Floating-Point Summation" (ARITH 2013).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from torch.distributed import all_reduce
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -17,6 +18,7 @@ from mygpt.compat import autocast_forward
 from mygpt.data.batches import Batch, Share
 from mygpt.errors import RecipeError
 from mygpt.model.gpt import GPT
+from mygpt.processes.exchange import Sum, open_sum
 from mygpt.processes.workers import ALONE, Workers
 from mygpt.recipe.seeds import micro_batch_dropout_seed
 from mygpt.recipe.tables import Recipe, TrainTable
@@ -57,10 +59,22 @@ class GradientSum:
         self.micro_batches = table.batch_size // micro_batch_size  # of the global batch
         self.share = Share(micro_batch_size, rank, processes)
         self._table = table
+        self._parameters: Sequence[torch.nn.Parameter] = ()
+        self._sum_over_processes: Sum | None = None
+        """What Accelerate's wrapper of the model does not do."""
 
     def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
         """Have Accelerate wrap the parts of a run."""
         raise NotImplementedError
+
+    def _prepare_unwrapped(
+        self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR
+    ) -> Prepared:
+        self._parameters = list(gpt.parameters())
+        if accelerator.num_processes > 1:
+            self._sum_over_processes = open_sum() if accelerator.device.type == "cpu" else all_reduce
+        # As for evaluation: the precision, and nothing that would sum gradients by itself.
+        return accelerator.prepare_model(gpt, evaluation_mode=True), *accelerator.prepare(optimizer, scheduler)
 
     def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> Mean:
         """Give the model the gradient of 1-based `step`, averaged over the micro-batches of all processes.
@@ -104,6 +118,9 @@ class FastSum(GradientSum):
         self.accumulation_steps = rows // size
 
     def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
+        if accelerator.device.type == "cpu":
+            # Nothing is gained by sending gradients during the backward pass, which takes all cores.
+            return self._prepare_unwrapped(accelerator, gpt, optimizer, scheduler)
         if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
             autocast_forward(gpt, accelerator.device)
         return accelerator.prepare(gpt, optimizer, scheduler)
@@ -117,6 +134,10 @@ class FastSum(GradientSum):
                 losses.append(loss.detach())
                 # An infinite loss can have a finite gradient: times 1, which is exact, or times nan, for all to see.
                 accelerator.backward(loss * (losses[-1] * 0 + 1))
+        if self._sum_over_processes:
+            gradients = torch.cat([p.grad.flatten() for p in self._parameters if p.grad is not None])
+            self._sum_over_processes(gradients)
+            set_gradients(self._parameters, gradients.div_(accelerator.num_processes))
         mean = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         return Mean(mean, torch.zeros_like(mean))
 
@@ -135,26 +156,24 @@ class ExactSum(GradientSum):
         self.workers = Workers(min(workers, len(self.share.micro_batches(table.batch_size)) or 1))
 
     def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
-        # As for evaluation: the precision, and nothing that would sum gradients by itself.
-        return accelerator.prepare_model(gpt, evaluation_mode=True), *accelerator.prepare(optimizer, scheduler)
+        return self._prepare_unwrapped(accelerator, gpt, optimizer, scheduler)
 
     def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> Mean:
-        parameters = list(model.parameters())
         seeds = self.dropout_seeds(step, self.share.micro_batches(self._table.batch_size))
         pieces = list(zip(self._pieces(batch), seeds, strict=True))
 
         def add_up(own: list[tuple[Batch, int]]) -> FixedPointSum:
-            total = FixedPointSum(parameters, self.micro_batches)
+            total = FixedPointSum(self._parameters, self.micro_batches)
             for (inputs, targets), seed in own:
                 torch.manual_seed(seed)
                 loss = model(inputs, targets)
-                total.add(loss.detach(), torch.autograd.grad(loss, parameters))
+                total.add(loss.detach(), torch.autograd.grad(loss, self._parameters))
             return total
 
         total, *others = self.workers.map(add_up, [pieces[i :: self.workers.count] for i in range(self.workers.count)])
         for other in others:
             total.join(other)
-        return total.mean_over(accelerator.reduce if accelerator.num_processes > 1 else None)
+        return total.mean_over(self._sum_over_processes)
 
     def dropout_seeds(self, step: int, micro_batches: Iterable[int]) -> tuple[int, ...]:
         return tuple(micro_batch_dropout_seed(self._table.data_seed, step, index) for index in micro_batches)
@@ -208,15 +227,20 @@ class FixedPointSum:
         """Add all that was added to `other`."""
         self._sum += other._sum
 
-    def mean_over(self, reduce: Callable[[torch.Tensor], torch.Tensor] | None) -> Mean:
-        """Set the gradients to their mean over the processes; `reduce` sums an int64 tensor over them.
+    def mean_over(self, sum_over_processes: Sum | None) -> Mean:
+        """Set the gradients to their mean over the processes.
 
         If any micro-batch was out of range the means are garbage.
         """
-        total = self._sum if reduce is None else reduce(self._sum)
-        dtype = self._parameters[0].dtype
-        means = total[:-1].to(dtype).div_(SCALE * self._micro_batches)
-        *gradients, loss = torch.split(means, [*(parameter.numel() for parameter in self._parameters), 1])
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient.view_as(parameter)
-        return Mean(loss[0], total[-1])
+        if sum_over_processes:
+            sum_over_processes(self._sum)
+        means = self._sum[:-1].to(self._parameters[0].dtype).div_(SCALE * self._micro_batches)
+        set_gradients(self._parameters, means[:-1])
+        return Mean(means[-1], self._sum[-1])
+
+
+def set_gradients(parameters: Sequence[torch.nn.Parameter], gradients: torch.Tensor) -> None:
+    """Make the parameters' gradients parts of a vector that holds them all, one after the other."""
+    parts = gradients.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)

@@ -20,13 +20,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from mygpt.data.dataset import Dataset, load_dataset
-from mygpt.processes.environment import launched_processes
+from mygpt.model.gpt import GPT
+from mygpt.processes.environment import choose_workers, launched_processes
 from mygpt.processes.machine import resolve_device, set_up
 from mygpt.recipe.flags import parse_recipe
 from mygpt.recipe.tables import Recipe
-from mygpt.training.gradient_sum import ExactSum, FastSum
+from mygpt.training.gradient_sum import ExactSum, FastSum, Prepared
 from mygpt.training.parts import build_parts, open_accelerator
 from mygpt.training.step import train_step
 
@@ -112,13 +115,17 @@ def work(recipe: Recipe, options: Options) -> None:
 class AloneSum(FastSum):
     """Sums the gradients of this process alone: nothing is sent."""
 
-    prepare = ExactSum.prepare
+    def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
+        return accelerator.prepare_model(gpt, evaluation_mode=True), *accelerator.prepare(optimizer, scheduler)
 
 
 def stepper(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, way: str) -> Callable[[], None]:
     """A function that makes a training step, with a new model."""
     kind = {"alone": AloneSum, "fast": FastSum, "exact": ExactSum}[way]
     gradient_sum = kind(recipe.train, accelerator.process_index, accelerator.num_processes)
+    if way == "exact":
+        workers = choose_workers(torch.get_num_threads(), launched_processes().local_processes)
+        gradient_sum = ExactSum(recipe.train, accelerator.process_index, accelerator.num_processes, workers)
     parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum)
 
     def step() -> None:

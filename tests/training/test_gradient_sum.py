@@ -31,11 +31,11 @@ def mean_over_processes(steps, shares):
             total.add(loss, gradients)
     shares_summed = []
     for total in sums:
-        total.mean_over(lambda own: shares_summed.append(own) or own)
+        total.mean_over(lambda own: shares_summed.append(own.clone()))
     whole = torch.stack(shares_summed).sum(0)
     results = []
     for total, params in zip(sums, own, strict=True):
-        loss, out_of_range = total.mean_over(lambda _: whole)
+        loss, out_of_range = total.mean_over(lambda own: own.copy_(whole))
         results.append(([*(parameter.grad for parameter in params), loss], int(out_of_range)))
     return results
 
