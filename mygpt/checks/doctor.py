@@ -88,4 +88,4 @@ def _manner(recipe: Recipe, launched: Launched, sharded: bool) -> str:
         return "gradients summed exactly: the same bits on any number of processes"
     if launched.processes == 1:
         return "alone"
-    return "data-parallel (DDP): the last bits depend on their number"
+    return "data-parallel: the last bits depend on their number"

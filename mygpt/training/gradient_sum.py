@@ -93,7 +93,7 @@ class GradientSum:
 
 
 class FastSum(GradientSum):
-    """Sums floats, by DistributedDataParallel or FSDP2: the last bits depend on the number of processes.
+    """Sums floats, on GPUs by DistributedDataParallel or FSDP2: the last bits depend on the number of processes.
 
     Raises:
         RecipeError: the processes cannot share the batch.
