@@ -60,7 +60,10 @@ def draw_starts(
 
 def windows(data: torch.Tensor, starts: torch.Tensor, seq_len: int) -> Batch:
     """The windows of `data` (n,) that begin at `starts` (batch,)."""
-    # A blocking copy would make the host wait for the steps that the device has yet to compute.
+    # A blocking copy would make the host wait for the steps that the device has yet to compute; one from memory that is
+    # not pinned may block.
+    if data.is_cuda:
+        starts = starts.pin_memory()
     positions = starts.to(data.device, non_blocking=True)[:, None] + torch.arange(seq_len + 1, device=data.device)
     tokens_BT1 = data[positions].long()
     return Batch(tokens_BT1[:, :-1], tokens_BT1[:, 1:])

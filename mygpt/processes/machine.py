@@ -128,6 +128,15 @@ def _is_zen_5(processor: Mapping[str, str]) -> bool:
     return is_amd and int(processor["cpu family"]) >= 26 and "avx512f" in processor["flags"].split()
 
 
+def has_bf16_products() -> bool:
+    """Whether the processor has instructions for bf16 products, without which these are slower than fp32 ones.
+
+    True where that is not known.
+    """
+    flags = cpu().get("flags") or cpu().get("Features")  # of x86 and of ARM
+    return flags is None or not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
+
+
 def make_deterministic(device: torch.device, *, deterministic: bool = True) -> bool:
     """Have CUDA choose kernels that give the same bits every time, as CPU kernels do anyway, or any kernels.
 

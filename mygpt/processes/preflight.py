@@ -10,7 +10,7 @@ from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.errors import LaunchError
 from mygpt.processes.channel import Channel
 from mygpt.processes.environment import Launched, ignored_settings, is_sharded
-from mygpt.processes.machine import choose_matmul, describe_environment, resolve_device, set_up
+from mygpt.processes.machine import choose_matmul, describe_environment, has_bf16_products, resolve_device, set_up
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
 from mygpt.runs.schemas import RunInfo
 
@@ -79,6 +79,8 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
     reports = [ProcessReport(**report) for report in channel.exchange(own._asdict())]
     check_alike(reports, exact=exact)
     notes = ignored_settings(runtime.precision)
+    if runtime.precision == "bf16" and device.type == "cpu" and not has_bf16_products():
+        notes.append("precision: bf16 is slower than fp32 here: this processor has neither AVX512_BF16 nor AMX")
     micro_batches = recipe.train.batch_size // micro_batch_size
     if micro_batches < launched.processes:
         notes.append(

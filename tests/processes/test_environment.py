@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from mygpt.errors import LaunchError
-from mygpt.processes import machine
+from mygpt.processes import machine, preflight
+from mygpt.processes.channel import Channel
 from mygpt.processes.environment import Launched, check_joined, choose_workers, ignored_settings, launched_processes
 from mygpt.processes.machine import choose_matmul, set_threads
 from mygpt.recipe.tables import RuntimeTable
@@ -131,6 +133,23 @@ def test_the_processor_decides_what_computes_products(tmp_path, monkeypatch, pro
     assert choose_matmul(RuntimeTable(), torch.device("cuda")) == "blas"
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert choose_matmul(RuntimeTable(), cpu) == "blas"
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ({"flags": "avx2 avx512f"}, False),
+        ({"flags": "avx512_bf16"}, True),
+        ({"Features": "fp asimd"}, False),
+        ({}, True),
+    ],
+)
+def test_bf16_where_the_processor_has_no_products_of_it_is_noted(tiny, monkeypatch, processor, expected):
+    """By train and doctor; where the processor is unknown, it is not."""
+    monkeypatch.setattr(machine, "cpu", lambda: processor)
+    assert machine.has_bf16_products() == expected
+    found = preflight.run_preflight(tiny(precision="bf16"), Launched(), Channel(Launched(), HashStore()), 16)
+    assert any("bf16 is slower than fp32 here" in note for note in found.notes) == (not expected)
 
 
 def test_onednn_that_is_not_there_is_an_error(monkeypatch):

@@ -7,8 +7,12 @@ from support.runs import assert_close_records, assert_same_run
 
 from mygpt.checks.compare import compare
 from mygpt.checks.replay import replay
+from mygpt.data.dataset import load_dataset
 from mygpt.errors import NonFiniteError
 from mygpt.runs.records import read_records
+from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.parts import build_parts, open_accelerator
+from mygpt.training.step import train_step
 from mygpt.training.train import train, train_until
 
 pytestmark = [
@@ -109,3 +113,22 @@ def test_device_withholds_the_update_of_a_non_finite_step(tiny, tmp_path, log_ev
     for name, weight in load_file(before / "step-000001" / "model.safetensors").items():
         assert torch.equal(weight, load_file(failed)[name]), name
     assert replay(tmp_path / "run", torch.device("cuda")).non_finite
+
+
+@pytest.mark.parametrize("reduction", ["fast", "exact"])
+def test_nothing_waits_for_the_device_between_readings(tiny, reduction):
+    """torch raises at whatever would make the host wait: the host can prepare the next steps meanwhile."""
+    recipe = tiny(**KEYS | {"reduction": reduction, "dropout": 0.1, "micro_batch_size": 8})
+    gradient_sum, device = gradient_sum_for(recipe), torch.device("cuda")
+    dataset = load_dataset(recipe.data, recipe.train.seq_len)
+    with open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
+        parts, _ = build_parts(recipe, accelerator, dataset, gradient_sum)
+        for step in range(1, 9):
+            # The first steps make the optimizer's state and choose kernels.
+            torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
+            try:
+                train_step(parts, parts.stream.batch(), step)
+                parts.scheduler.step()
+                parts.generators()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
