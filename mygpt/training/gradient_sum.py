@@ -165,7 +165,8 @@ class ExactSum(GradientSum):
         def add_up(own: list[tuple[Batch, int]]) -> FixedPointSum:
             total = FixedPointSum(self._parameters, self.micro_batches)
             for (inputs, targets), seed in own:
-                torch.manual_seed(seed)
+                if self.workers.count == 1:  # with several there is no dropout
+                    torch.manual_seed(seed)
                 loss = model(inputs, targets)
                 total.add(loss.detach(), torch.autograd.grad(loss, self._parameters))
             return total
