@@ -113,8 +113,17 @@ def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 def has_onednn_linear() -> bool:
     """Whether this build of torch has the private operator that `onednn_linear` calls."""
+    try:
+        schema = str(torch.ops.mkldnn._linear_pointwise.default._schema)
+    except (AttributeError, RuntimeError):
+        return False
     is_built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return is_built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return is_built and schema == LINEAR_POINTWISE
+
+
+LINEAR_POINTWISE = (
+    "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
+)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -123,11 +132,11 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 
 
 # An operator of our own, because the compiler replaces torch's only for constant weights.
-_operators = torch.library.Library("mygpt", "DEF")  # type: ignore[no-untyped-call]
+_operators = torch.library.Library("mygpt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _operators.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
 _operators.impl("product", _product, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake(
-    "mygpt::product", lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)), lib=_operators
+    "mygpt::product", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]), lib=_operators
 )
 
 

@@ -1,6 +1,7 @@
 """Canaries for compat.py: each fails if torch or Accelerate no longer behave as it relies on, and says what to do."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 from accelerate import Accelerator
-from support.commands import free_port, run_process
+from support.commands import free_port, needs_onednn, run_process
 from torch.distributed import TCPStore
 
 from mygpt import compat
@@ -95,12 +96,18 @@ def test_a_patched_forward_is_the_one_that_is_called():
     assert model(torch.ones(1, 4)).dtype == torch.bfloat16
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86 processor, for which torch has oneDNN")
+def test_torch_has_the_operator_for_products_by_onednn():
+    """If it has lost it, or its arguments have changed, see whether there is a public one, or products are BLAS's."""
+    assert compat.has_onednn_linear()
+
+
+@needs_onednn
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own code
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_onednn_computes_what_blas_computes(compiled):
-    """Product and gradients; if not, or if torch has lost the operator, have has_onednn_linear return False."""
-    assert compat.has_onednn_linear()
-    inputs = [torch.randn(2, 8, 24), torch.randn(32, 24), torch.randn(32)]
+    """Product and gradients; if not, have has_onednn_linear return False."""
+    inputs = [torch.randn(2, 24, 8).transpose(1, 2), torch.randn(24, 32).t(), torch.randn(32)]
     for linear_inputs in (inputs, inputs[:2]):
         results = []
         for function in (torch.nn.functional.linear, compat.onednn_linear):

@@ -31,8 +31,8 @@ def diagnose(recipe: Recipe, *, speed: bool = False) -> Iterator[str]:
     if speed and launched.processes > 1:
         raise LaunchError("--speed times a single process; start it without a launcher")
     with connect(launched) as channel:
-        workers = choose_workers(recipe.runtime.threads, launched.local_processes)
-        gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, workers)
+        max_workers = choose_workers(recipe.runtime.threads, launched.local_processes)
+        gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
         preflight = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size)
         with open_accelerator(recipe.runtime, preflight.device, gradient_sum.accumulation_steps) as accelerator:
             check_joined(launched.processes, accelerator.num_processes)

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mygpt.compat import has_onednn_linear
 from mygpt.data.batches import Batch
 from mygpt.data.dataset import Dataset
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.model.gpt import GPT
 from mygpt.processes.environment import no_launcher
-from mygpt.processes.machine import make_deterministic, set_dropout_generator_state, set_threads
+from mygpt.processes.machine import has_matmul, make_deterministic, set_dropout_generator_state, set_threads
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, real_path
 from mygpt.runs.loading import read_tensors, read_weights
@@ -71,7 +70,7 @@ def replay(path: Path, device: torch.device) -> Finding:
         micro_batch_size=failed.micro_batch_size,
         seq_len=tokens.shape[1] - 1,
         precision=failed.precision,
-        matmul=failed.matmul if _has_matmul(failed, device) else "blas",
+        matmul=failed.matmul if has_matmul(failed.matmul, device) else "blas",
         reduction="exact" if failed.dropout_seeds else "fast",
     )
     gradient_sum = gradient_sum_for(recipe)
@@ -97,16 +96,12 @@ def replay(path: Path, device: torch.device) -> Finding:
     return Finding(failed, lines, non_finite, tuple(_not_repeated(failed, device, has_same_dropout)))
 
 
-def _has_matmul(failed: FailedStep, device: torch.device) -> bool:
-    return failed.matmul == "blas" or (device.type == "cpu" and has_onednn_linear())
-
-
 def _not_repeated(failed: FailedStep, device: torch.device, has_same_dropout: bool) -> Iterator[str]:
     if failed.device != device.type:
         yield f"computed on {failed.device}; replayed on {device.type}"
     if not has_same_dropout:
         yield f"dropout drew on {failed.device}: here on {device.type} it drops other activations"
-    if not _has_matmul(failed, device):
+    if not has_matmul(failed.matmul, device):
         yield f"products computed by {failed.matmul}; replayed without"
     if failed.compile:
         yield "computed compiled; replayed without"

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mygpt.data.dataset import Dataset
-from mygpt.errors import LaunchError
 from mygpt.processes.environment import choose_workers
-from mygpt.processes.machine import choose_matmul, peak_flops, set_up
+from mygpt.processes.machine import choose_matmul, has_matmul, peak_flops, set_up
 from mygpt.recipe.tables import Recipe
 from mygpt.training.gradient_sum import gradient_sum_for
 from mygpt.training.parts import build_parts, open_accelerator
@@ -45,9 +44,8 @@ def alternatives(recipe: Recipe, device: torch.device) -> Iterator[Alternative]:
     if device.type == "cuda" and runtime.deterministic:
         yield Alternative({"deterministic": False}, "no two runs have the same last bits")
     yield Alternative({"batch_size": 4 * table.batch_size}, "another training: four times the tokens a step")
-    if device.type == "cpu" and runtime.precision == "fp32":
-        own_matmul = choose_matmul(runtime, device)
-        yield Alternative({"matmul": "blas" if own_matmul == "onednn" else "onednn"}, last_bits)
+    if has_matmul("onednn", device) and runtime.precision == "fp32":
+        yield Alternative({"matmul": "blas" if choose_matmul(runtime, device) == "onednn" else "onednn"}, last_bits)
     # Last, since setting other threads slows down what is timed after it: see `set_threads`.
     if device.type == "cpu":
         own = torch.get_num_threads()
@@ -75,7 +73,7 @@ def measure_speed(recipe: Recipe, device: torch.device, dataset: Dataset, second
         name = ", ".join(f"{key} left out" if value is None else f"{key} = {value}" for key, value in keys.items())
         try:
             other = time_step(recipe.replace(**keys), device, dataset, seconds)
-        except (RuntimeError, LaunchError) as error:  # it does not fit into memory, or there is no compiler
+        except RuntimeError as error:  # it does not fit into memory, or there is no compiler
             yield f"not possible: {name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
             continue
         again = time_step(recipe, device, dataset, seconds)
@@ -96,7 +94,7 @@ class Timed(NamedTuple):
 def time_step(recipe: Recipe, device: torch.device, dataset: Dataset, seconds: float) -> Timed:
     """The median duration of a step, from about so many seconds of steps after the first few."""
     set_up(recipe.runtime, device)
-    gradient_sum = gradient_sum_for(recipe, workers=choose_workers(recipe.runtime.threads, 1))
+    gradient_sum = gradient_sum_for(recipe, max_workers=choose_workers(recipe.runtime.threads, 1))
     with open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
         parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum)
         durations: list[float] = []

@@ -12,6 +12,7 @@ from mygpt.checks.compare import Difference, compare_files, compare_records
 from mygpt.data.corpus import load_corpus
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, NonFiniteError
 from mygpt.processes.environment import is_main_process
+from mygpt.processes.machine import has_matmul, resolve_device
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.run import Run
@@ -110,7 +111,9 @@ def parts_of(run: Run, first: int, until: int) -> Iterator[Part]:
         recorded, recipe = run.info.recorded_at(end), run.recipe_at(end)
         # The same text may have been moved since.
         corpus = run.recipe.data.corpus if recorded["corpus_sha256"] == newest_text else recipe.data.corpus
-        yield Part(recipe.replace(threads=recorded["threads"], matmul=recorded["matmul"], corpus=corpus), end)
+        device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
+        matmul = recorded["matmul"] if has_matmul(recorded["matmul"], device) else "auto"
+        yield Part(recipe.replace(threads=recorded["threads"], matmul=matmul, corpus=corpus), end)
 
 
 def _train_parts(parts: list[Part], output: Path, resume: str) -> None:

@@ -114,9 +114,14 @@ def choose_threads(threads: int | None, local_processes: int, *, pinned: bool = 
 
 
 def choose_workers(threads: int | None, local_processes: int) -> int:
-    """How many micro-batches at a time fill this process's share of the cores, if each is computed by so many
-    `threads`, or by one."""
-    return max(1, choose_threads(None, local_processes) // (threads or 1))
+    """Micro-batches to compute at the same time: this process's cores / the threads of each, which are one by default.
+
+    At most `MAX_WORKERS`, since each needs memory for its activations and gradients.
+    """
+    return min(MAX_WORKERS, max(1, choose_threads(None, local_processes) // (threads or 1)))
+
+
+MAX_WORKERS = 8
 
 
 def is_sharded(environ: Mapping[str, str] = os.environ) -> bool:

@@ -19,9 +19,9 @@ Sum = Callable[[torch.Tensor], object]
 """Replaces a vector (n,) by its sum over all processes, which all have to call it."""
 
 MAX_ROWS = 8
-"""Up to so many processes, each adds up what all of them have."""
+"""With more processes gloo sums: each would have to read too many rows."""
 CHUNK_BYTES = 2**23
-"""Of each process at a time."""
+"""What each process writes before it waits for the others."""
 NAME = "mygpt-exchange"
 
 
@@ -76,7 +76,7 @@ def open_shared_memory() -> torch.Tensor | None:
     """
     shape = (2, distributed.get_world_size(), CHUNK_BYTES)
     offer, descriptor = torch.zeros(3, dtype=torch.int64), None  # process, file descriptor and mark; or zeros
-    if distributed.get_rank() == 0 and sys.platform == "linux":
+    if distributed.get_rank() == 0 and hasattr(os, "memfd_create"):  # Linux, and not all builds of Python
         try:
             descriptor, mark = os.memfd_create(NAME), secrets.token_bytes(8)
             os.posix_fallocate(descriptor, 0, math.prod(shape))

@@ -84,6 +84,10 @@ def set_threads(threads: int | None, local_processes: int, *, pinned: bool = Fal
     return threads
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h: how many bytes may be free at the end of the heap, and from which size on a block is mapped."""
+
+
 def keep_freed_memory(device: torch.device) -> None:
     """Have a process that computes on CPUs keep freed memory for its next allocations.
 
@@ -91,31 +95,33 @@ def keep_freed_memory(device: torch.device) -> None:
     a model of 10M weights, a twelfth of its time. Source: mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and device.type == "cpu" else None
-    if mallopt:
-        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(parameter, 2**30)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of malloc.h: how many bytes may be free at the end of the heap, and from which size on a block is mapped."""
+    # Older versions allow 32 MB at most; where they allow nothing, they had better adapt their thresholds themselves.
+    if mallopt and (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):
+        mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def choose_matmul(table: RuntimeTable, device: torch.device) -> Literal["blas", "onednn"]:
-    """What computes products in a run with this table; "auto" depends on the processor alone, never on a measurement,
-    so that a recipe gives the same bits on all machines of a kind.
+    """What computes products in a run with this table.
+
+    "auto" depends on processor, build of torch and precision, never on a measurement, so that a recipe gives the same
+    bits on all machines of a kind.
 
     Raises:
         LaunchError: the recipe asks for oneDNN, and the device or this build of torch does not have it.
     """
-    can_use_onednn = device.type == "cpu" and has_onednn_linear()
-    if table.matmul == "onednn" and not can_use_onednn:
-        has_not = "is for a cpu" if device.type != "cpu" else "this build of torch does not have"
-        raise LaunchError(f'matmul: got onednn, which {has_not}; use "auto"')
     if table.matmul != "auto":
+        if not has_matmul(table.matmul, device):
+            has_not = "is for a cpu" if device.type != "cpu" else "this build of torch does not have"
+            raise LaunchError(f'matmul: got {table.matmul}, which {has_not}; use "auto"')
         return table.matmul
     has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    is_better = can_use_onednn and table.precision == "fp32" and has_mkl and _is_zen_5(cpu())
+    is_better = table.precision == "fp32" and has_mkl and _is_zen_5(cpu()) and has_matmul("onednn", device)
     return "onednn" if is_better else "blas"
+
+
+def has_matmul(name: str, device: torch.device) -> bool:
+    """Whether the device can compute products with what `choose_matmul` has returned, here or elsewhere."""
+    return name == "blas" or (device.type == "cpu" and has_onednn_linear())
 
 
 def _is_zen_5(processor: Mapping[str, str]) -> bool:
@@ -125,7 +131,8 @@ def _is_zen_5(processor: Mapping[str, str]) -> bool:
     calls cost a model of 0.2M weights 6%.
     """
     is_amd = processor.get("vendor_id") == "AuthenticAMD"
-    return is_amd and int(processor["cpu family"]) >= 26 and "avx512f" in processor["flags"].split()
+    family, flags = processor.get("cpu family", ""), processor.get("flags", "").split()
+    return is_amd and family.isdecimal() and int(family) >= 26 and "avx512f" in flags
 
 
 def has_bf16_products() -> bool:
@@ -190,7 +197,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def cpu(file: Path = Path("/proc/cpuinfo")) -> Mapping[str, str]:
-    """What Linux tells of the first processor, by name; elsewhere nothing."""
+    """The fields of the first processor in /proc/cpuinfo; empty elsewhere than on Linux."""
     try:
         first, _, _ = file.read_text().partition("\n\n")
     except OSError:

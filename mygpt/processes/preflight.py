@@ -80,7 +80,7 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
     check_alike(reports, exact=exact)
     notes = ignored_settings(runtime.precision)
     if runtime.precision == "bf16" and device.type == "cpu" and not has_bf16_products():
-        notes.append("precision: bf16 is slower than fp32 here: this processor has neither AVX512_BF16 nor AMX")
+        notes.append("precision: bf16 is slower than fp32 here: this processor has no instructions for it")
     micro_batches = recipe.train.batch_size // micro_batch_size
     if micro_batches < launched.processes:
         notes.append(

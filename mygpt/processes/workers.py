@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -14,7 +14,7 @@ has ended often waits for longer than the next one takes: a step of a small mode
 
 
 class Workers:
-    """So many threads; one alone is the caller's own.
+    """So many threads or, for one, the caller's own.
 
     Python's lock is no hindrance as long as most of the time goes into torch's operators, which release it.
     """
@@ -24,19 +24,24 @@ class Workers:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="mygpt-worker") if count > 1 else None
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """The results in the order of the items. The first exception is raised once all have ended."""
+        """The results in the order of the items; `function` must not call this.
+
+        After an exception no more items are begun, and it is raised once those that were have ended.
+        """
         if self._pool is None:
             return [function(item) for item in items]
         before = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
+        futures = [self._pool.submit(function, item) for item in items]
         try:
-            futures = [self._pool.submit(function, item) for item in items]
-            errors = [error for future in futures if (error := future.exception())]
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+            raise
         finally:
             sys.setswitchinterval(before)
-        if errors:
-            raise errors[0]
-        return [future.result() for future in futures]
 
 
 ALONE = Workers()

@@ -140,8 +140,8 @@ class RuntimeTable(Table):
     bits of a CPU result depend on it."""
     matmul: Literal["auto", "blas", "onednn"] = "auto"
     """What computes fp32 products on a CPU: torch's BLAS library (MKL, OpenBLAS or Accelerate) or oneDNN. "auto":
-    oneDNN on AMD processors from Zen 5 on, of whose AVX-512 MKL makes no use, else BLAS; see run.json. The last bits
-    depend on it."""
+    oneDNN on AMD processors from Zen 5 on, where MKL does not use AVX-512, else BLAS; run.json says which. The last
+    bits depend on it."""
     compile: bool = False
     """Compile the model with torch.compile: slow to start, faster per step."""
     deterministic: bool = True

@@ -5,12 +5,13 @@ gradients of each micro-batch once, to multiples of 2**-40, and adds int64.
 Source: the idea of pre-rounding, Demmel & Nguyen, "Fast Reproducible Floating-Point Summation" (ARITH 2013).
 """
 
+import threading
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch.distributed import all_reduce
+from torch.distributed import all_reduce, broadcast
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -61,7 +62,7 @@ class GradientSum:
         self._table = table
         self._parameters: Sequence[torch.nn.Parameter] = ()
         self._sum_over_processes: Sum | None = None
-        """What Accelerate's wrapper of the model does not do."""
+        """None for one process, or where the model that Accelerate wraps does it."""
 
     def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
         """Have Accelerate wrap the parts of a run."""
@@ -118,9 +119,13 @@ class FastSum(GradientSum):
         self.accumulation_steps = rows // size
 
     def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
-        if accelerator.device.type == "cpu":
-            # Nothing is gained by sending gradients during the backward pass, which takes all cores.
-            return self._prepare_unwrapped(accelerator, gpt, optimizer, scheduler)
+        if accelerator.device.type == "cpu" and not accelerator.is_fsdp2:
+            # DistributedDataParallel would send gradients during the backward pass, which takes all cores itself.
+            prepared = self._prepare_unwrapped(accelerator, gpt, optimizer, scheduler)
+            if accelerator.num_processes > 1:
+                for parameter in self._parameters:  # equal already, unless machines differ
+                    broadcast(parameter.detach(), 0)
+            return prepared
         if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
             autocast_forward(gpt, accelerator.device)
         return accelerator.prepare(gpt, optimizer, scheduler)
@@ -135,7 +140,7 @@ class FastSum(GradientSum):
                 # An infinite loss can have a finite gradient: times 1, which is exact, or times nan, for all to see.
                 accelerator.backward(loss * (losses[-1] * 0 + 1))
         if self._sum_over_processes:
-            gradients = torch.cat([p.grad.flatten() for p in self._parameters if p.grad is not None])
+            gradients = torch.cat([parameter.grad.flatten() for parameter in self._parameters])  # type: ignore[union-attr]
             self._sum_over_processes(gradients)
             set_gradients(self._parameters, gradients.div_(accelerator.num_processes))
         mean = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
@@ -145,52 +150,51 @@ class FastSum(GradientSum):
 class ExactSum(GradientSum):
     """Sums integers: the same bits on any number of processes, which need not divide the batch.
 
-    Nor do they depend on the number of `workers`, which compute micro-batches of this process side by side.
+    Nor do they depend on the number of workers, up to `max_workers` on a CPU, which compute micro-batches side by side.
+    More than one need a model without dropout, whose generator they would share.
     """
 
     accumulation_steps = 1  # the sum is divided once, at its end
     is_exact = True
 
-    def __init__(self, table: TrainTable, rank: int = 0, processes: int = 1, workers: int = 1):
+    def __init__(self, table: TrainTable, rank: int = 0, processes: int = 1, max_workers: int = 1):
         super().__init__(table, table.micro_batch_size or fixed_micro_batch(table.batch_size), rank, processes)
-        self.workers = Workers(min(workers, len(self.share.micro_batches(table.batch_size)) or 1))
+        self._max_workers = min(max_workers, len(self.share.micro_batches(table.batch_size)) or 1)
 
     def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
+        if accelerator.device.type == "cpu":
+            self.workers = Workers(self._max_workers)
         return self._prepare_unwrapped(accelerator, gpt, optimizer, scheduler)
 
     def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> Mean:
         seeds = self.dropout_seeds(step, self.share.micro_batches(self._table.batch_size))
-        pieces = list(zip(self._pieces(batch), seeds, strict=True))
+        total = FixedPointSum(self._parameters, self.micro_batches)
 
-        def add_up(own: list[tuple[Batch, int]]) -> FixedPointSum:
-            total = FixedPointSum(self._parameters, self.micro_batches)
-            for (inputs, targets), seed in own:
-                if self.workers.count == 1:  # with several there is no dropout
-                    torch.manual_seed(seed)
-                loss = model(inputs, targets)
-                total.add(loss.detach(), torch.autograd.grad(loss, self._parameters))
-            return total
+        def add(piece: tuple[Batch, int]) -> None:
+            (inputs, targets), seed = piece
+            if self.workers.count == 1:
+                torch.manual_seed(seed)
+            loss = model(inputs, targets)
+            total.add(loss.detach(), torch.autograd.grad(loss, self._parameters))
 
-        total, *others = self.workers.map(add_up, [pieces[i :: self.workers.count] for i in range(self.workers.count)])
-        for other in others:
-            total.join(other)
+        self.workers.map(add, zip(self._pieces(batch), seeds, strict=True))
         return total.mean_over(self._sum_over_processes)
 
     def dropout_seeds(self, step: int, micro_batches: Iterable[int]) -> tuple[int, ...]:
         return tuple(micro_batch_dropout_seed(self._table.data_seed, step, index) for index in micro_batches)
 
 
-def gradient_sum_for(recipe: Recipe, rank: int = 0, processes: int = 1, workers: int = 1) -> GradientSum:
+def gradient_sum_for(recipe: Recipe, rank: int = 0, processes: int = 1, max_workers: int = 1) -> GradientSum:
     """The way to sum gradients that the recipe's `reduction` names, on one of so many processes.
-
-    Of these each has up to so many `workers`, unless they would have to share the generator of dropout.
 
     Raises:
         RecipeError: the processes cannot share the batch.
     """
     if recipe.runtime.reduction == "fast":
         return FastSum(recipe.train, rank, processes)
-    return ExactSum(recipe.train, rank, processes, 1 if recipe.model.dropout else workers)
+    # torch compiles for one thread at a time.
+    one = recipe.model.dropout or recipe.runtime.compile
+    return ExactSum(recipe.train, rank, processes, 1 if one else max_workers)
 
 
 def fixed_micro_batch(batch_size: int) -> int:
@@ -202,13 +206,13 @@ def fixed_micro_batch(batch_size: int) -> int:
 class FixedPointSum:
     """The mean over the `micro_batches` of a step, on all processes together, of the loss and of the gradients.
 
-    `add` after each backward pass of this process, `join` with those of other threads, then `mean_over` the processes,
-    once.
+    `add` after each backward pass of this process, in any of its threads, then `mean_over` the processes, once.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], micro_batches: int):
         self._parameters = parameters
         self._micro_batches = micro_batches
+        self._lock = threading.Lock()
         values = sum(parameter.numel() for parameter in parameters)
         # Of all gradients, the loss, and the number of micro-batches with a value that is out of range.
         self._sum = torch.zeros(values + 2, dtype=torch.int64, device=parameters[0].device)
@@ -221,12 +225,10 @@ class FixedPointSum:
         # True also of nan.
         is_out = ~((-limit <= least) & (largest <= limit))
         # Exact but for the rounding: the scale is a power of two.
-        self._sum[:-1] += values.mul_(SCALE).round_().long()
-        self._sum[-1] += is_out
-
-    def join(self, other: "FixedPointSum") -> None:
-        """Add all that was added to `other`."""
-        self._sum += other._sum
+        integers = values.mul_(SCALE).round_().long()
+        with self._lock:
+            self._sum[:-1] += integers
+            self._sum[-1] += is_out
 
     def mean_over(self, sum_over_processes: Sum | None) -> Mean:
         """Set the gradients to their mean over the processes.

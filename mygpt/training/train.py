@@ -36,8 +36,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
     output is found before anything is written. With `overwrite` a run that is already there is replaced; with
     `allow_changes` one is continued though its recipe or corpus has changed.
 
-    It is meant to have its process to itself: it sets torch's threads, global seeds and, on CUDA, deterministic
-    algorithms, and leaves them set. In the main thread it takes SIGTERM and SIGINT as requests to save and stop.
+    It is meant to have its process to itself: it sets torch's threads, how memory is freed, global seeds and, on CUDA,
+    deterministic algorithms, and leaves them set. In the main thread it takes SIGTERM and SIGINT as requests to save
+    and stop.
 
     Raises:
         MygptError: anything that the user can act on.
@@ -55,8 +56,8 @@ def train_until(recipe: Recipe, last_step: int | None, *, overwrite: bool = Fals
         channel = stack.enter_context(connect(launched))
         stack.enter_context(explain_out_of_memory(recipe.train))
 
-        workers = choose_workers(recipe.runtime.threads, launched.local_processes)
-        gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, workers)
+        max_workers = choose_workers(recipe.runtime.threads, launched.local_processes)
+        gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
         preflight = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size)
         accelerator = stack.enter_context(
             open_accelerator(recipe.runtime, preflight.device, gradient_sum.accumulation_steps)

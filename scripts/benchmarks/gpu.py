@@ -21,10 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 from mygpt.checks.speed import time_step
 from mygpt.data.dataset import Dataset
 from mygpt.data.tokenizer import CharTokenizer
+from mygpt.errors import MygptError
 from mygpt.model.gpt import GPT
 from mygpt.processes.machine import peak_flops, resolve_device
 from mygpt.recipe.flags import parse_recipe
-from mygpt.recipe.tables import Recipe
+from mygpt.recipe.tables import Recipe, check_recipe
 
 VOCABULARY = 50304
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
@@ -70,12 +71,13 @@ def main() -> None:
     before = measure(base, device, dataset)
     report("base", base, before, before, device)
     for variant in variants(base):
-        recipe = base.replace(**variant.keys)
         torch.compiler.reset()
         try:
+            recipe = base.replace(**variant.keys)
+            check_recipe(recipe)
             with variant.context:
                 seconds = measure(recipe, device, dataset)
-        except RuntimeError as error:
+        except (RuntimeError, MygptError) as error:
             print(f"{variant.name:<40} not possible: {(str(error).splitlines() or [''])[0][:80]}", flush=True)
             continue
         torch.compiler.reset()
@@ -84,12 +86,14 @@ def main() -> None:
         before = after
     for recipe in (base, base.replace(compile=not base.runtime.compile)):
         torch.compiler.reset()
-        print(f"\nkernels of three and more steps, compile = {recipe.runtime.compile}:")
+        print(f"\nkernels of a few steps, with the first, compile = {recipe.runtime.compile}:")
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             time_step(recipe, device, dataset, 0)
         times: Counter[str] = Counter()
         for event in profiler.key_averages():
-            times[event.key] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+            # On a GPU the operators have the time of their kernels, too.
+            if device.type == "cpu" or event.device_type.name == "CUDA":
+                times[event.key] += event.self_cpu_time_total if device.type == "cpu" else event.self_device_time_total
         total = sum(times.values())
         for kernel, time in times.most_common(25):
             print(f"{time / total:7.1%}  {kernel[:110]}")

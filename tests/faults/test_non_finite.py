@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.commands import needs_onednn
 from support.fault_points import POINTS, disturb
 
 from mygpt import compat
@@ -169,6 +170,7 @@ def test_replay_says_how_it_differs_from_the_failed_step(monkeypatch, tiny, call
     ]
 
 
+@needs_onednn
 def test_replay_computes_products_as_the_step_did(tiny, monkeypatch):
     """By oneDNN, where this machine has it; else it says so."""
     recipe = tiny(matmul="onednn", lr=1e30)
@@ -180,7 +182,7 @@ def test_replay_computes_products_as_the_step_did(tiny, monkeypatch):
     assert (len(used) > 0, found.not_repeated) == (True, ())
     assert found.non_finite
     used.clear()
-    monkeypatch.setattr("mygpt.checks.replay.has_onednn_linear", lambda: False)
+    monkeypatch.setattr("mygpt.processes.machine.has_onednn_linear", lambda: False)
     found = replay(Path(recipe.checkpoint.output), CPU)
     assert (used, found.not_repeated) == ([], ("products computed by onednn; replayed without",))
 

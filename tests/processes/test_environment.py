@@ -1,5 +1,7 @@
 """What a launcher started, by the environment that it sets."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.distributed import HashStore
@@ -125,6 +127,7 @@ def test_the_processor_decides_what_computes_products(tmp_path, monkeypatch, pro
     assert machine.cpu(tmp_path / "nothing") == {}
     monkeypatch.setattr(machine, "cpu", lambda: found)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "has_onednn_linear", lambda: True)
     cpu = torch.device("cpu")
     assert choose_matmul(RuntimeTable(), cpu) == expected
     assert choose_matmul(RuntimeTable(matmul="blas"), cpu) == "blas"
@@ -160,3 +163,21 @@ def test_onednn_that_is_not_there_is_an_error(monkeypatch):
     with pytest.raises(LaunchError, match="onednn, which this build of torch does not have"):
         choose_matmul(RuntimeTable(matmul="onednn"), torch.device("cpu"))
     assert choose_matmul(RuntimeTable(), torch.device("cpu")) == "blas"
+
+
+@pytest.mark.parametrize("largest", [2**30, 2**25, 0])
+def test_freed_memory_is_kept_only_where_large_blocks_can_be(monkeypatch, largest):
+    """Setting the one threshold stops glibc from adapting the other, which older versions allow up to 32 MB."""
+    calls = {}
+
+    def mallopt(parameter, value):
+        if parameter == machine.M_MMAP_THRESHOLD and value > largest:
+            return 0
+        calls[parameter] = value
+        return 1
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    machine.keep_freed_memory(torch.device("cpu"))
+    assert calls.get(machine.M_MMAP_THRESHOLD) == (largest or None)
+    assert (machine.M_TRIM_THRESHOLD in calls) == (largest > 0)

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.commands import TESTS
+from support.commands import TESTS, needs_onednn
 from support.fault_points import POINTS, disturb, send
 from support.forked import run as run_forked
 from support.runs import FLAGS, assert_same_run, contents
@@ -76,6 +76,7 @@ def test_falling_back_is_judged_by_the_recipe_of_the_step(changed, tiny, capsys)
     assert verify(run).identical
 
 
+@needs_onednn
 @pytest.mark.fault(65)
 @pytest.mark.parametrize("steps", [None, 3, 4, 5])
 def test_verify_repeats_the_changes(tiny, steps):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mygpt.compat import has_onednn_linear
+
 REPOSITORY = Path(__file__).parents[2]
 TESTS = REPOSITORY / "tests"
 LAUNCH = REPOSITORY / "recipes" / "launch"
@@ -17,6 +19,7 @@ SCRIPT = REPOSITORY / "scripts" / "train.py"
 BIN = Path(sys.executable).parent
 MYGPT = [sys.executable, "-m", "mygpt"]
 
+needs_onednn = pytest.mark.skipif(not has_onednn_linear(), reason="needs a torch with oneDNN")
 needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 
 

@@ -1,5 +1,7 @@
 """Exact sums: the same bits in any order and on any number of processes, and overflow is counted, not wrapped."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -138,7 +140,7 @@ def launch_exact(processes, folder, recipe, last_step=None) -> str:
 
 @pytest.mark.parametrize("keys", [{}, {"precision": "bf16"}, {"activation_checkpointing": True}], ids=str)
 def test_exact_sums_are_the_same_bits_with_any_number_of_workers(text_file, tmp_path, monkeypatch, keys):
-    """Of one process; also those that share a micro-batch each, and that evaluate."""
+    """Of one process; held-out losses are theirs, too. No more work than there are micro-batches."""
     runs, used = [], set()
     original = Workers.map
 
@@ -156,12 +158,23 @@ def test_exact_sums_are_the_same_bits_with_any_number_of_workers(text_file, tmp_
     assert used == {1, 2, 3, 4}
 
 
-def test_dropout_has_one_worker():
-    """Its masks come from a generator that all threads share."""
-    assert gradient_sum_for(Recipe.of(reduction="exact", dropout=0.1), workers=4).workers.count == 1
-    assert gradient_sum_for(Recipe.of(reduction="exact"), workers=4).workers.count == 4
-    assert gradient_sum_for(Recipe.of(reduction="exact"), rank=2, processes=3, workers=4).workers.count == 2
-    assert gradient_sum_for(Recipe(), workers=4).workers.count == 1
+@pytest.mark.parametrize(
+    ("device", "keys", "workers"),
+    [
+        ("cpu", {}, 4),
+        ("cpu", {"micro_batch_size": 8}, 2),
+        ("cpu", {"dropout": 0.1}, 1),
+        ("cpu", {"compile": True}, 1),
+        ("cuda", {}, 1),
+        ("cpu", {"reduction": "fast"}, 1),
+    ],
+)
+def test_workers_share_nothing_that_is_not_theirs(monkeypatch, device, keys, workers):
+    """One where they would share a generator, the compiler or a GPU."""
+    gradient_sum = gradient_sum_for(Recipe.of(**{"reduction": "exact"} | keys), max_workers=4)
+    monkeypatch.setattr(type(gradient_sum), "_prepare_unwrapped", lambda *_: None)
+    gradient_sum.prepare(SimpleNamespace(device=torch.device(device), num_processes=1), None, None, None)
+    assert gradient_sum.workers.count == workers
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.runs import TINY, assert_close_records, contents, model_bytes, steps_of
 
 from mygpt.checks.compare import compare
-from mygpt.compat import forget_accelerator
+from mygpt.compat import forget_accelerator, has_onednn_linear
 from mygpt.data.dataset import Dataset
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import CheckpointError, LaunchError, NonFiniteError, RecipeError
@@ -190,10 +190,11 @@ def test_bf16_stays_near_fp32(tiny, tmp_path):
 
 
 # Inductor itself uses parts of torch that torch has deprecated.
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_model_gives_the_same_numbers(tiny, tmp_path):
     """torch.compile changes speed only: the losses agree to four decimals, and names in the file stay plain."""
     keys = {"val_split": 0.1, "val_every": 3, "max_grad_norm": 1.0}
+    keys |= {"matmul": "onednn" if has_onednn_linear() else "auto"}
     plain, compiled = (train(tiny(**keys, compile=c, output=str(tmp_path / str(c)))) for c in (False, True))
     assert_close_records(compiled, plain, "loss", "val", abs=5e-5)
     names = [set(load_checkpoint(run).model.state_dict()) for run in (plain, compiled)]
