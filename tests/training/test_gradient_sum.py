@@ -173,7 +173,9 @@ def test_workers_share_nothing_that_is_not_theirs(monkeypatch, device, keys, wor
     """One where they would share a generator, the compiler or a GPU."""
     gradient_sum = gradient_sum_for(Recipe.of(**{"reduction": "exact"} | keys), max_workers=4)
     monkeypatch.setattr(type(gradient_sum), "_prepare_unwrapped", lambda *_: None)
-    gradient_sum.prepare(SimpleNamespace(device=torch.device(device), num_processes=1), None, None, None)
+    gradient_sum.prepare(
+        SimpleNamespace(device=torch.device(device), num_processes=1, is_fsdp2=False), None, None, None
+    )
     assert gradient_sum.workers.count == workers
 
 
