@@ -10,7 +10,7 @@ from mygpt.checks.speed import measure_speed
 from mygpt.data.batches import Share
 from mygpt.errors import LaunchError
 from mygpt.processes.channel import connect
-from mygpt.processes.environment import Launched, check_joined, choose_workers, launched_processes
+from mygpt.processes.environment import Launched, check_joined, launched_processes
 from mygpt.processes.preflight import Preflight, run_preflight
 from mygpt.recipe.tables import Recipe, check_recipe
 from mygpt.training.gradient_sum import gradient_sum_for
@@ -31,8 +31,7 @@ def diagnose(recipe: Recipe, *, speed: bool = False) -> Iterator[str]:
     if speed and launched.processes > 1:
         raise LaunchError("--speed times a single process; start it without a launcher")
     with connect(launched) as channel:
-        max_workers = choose_workers(recipe.runtime.threads, launched.local_processes)
-        gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
+        gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes)
         preflight = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size)
         with open_accelerator(recipe.runtime, preflight.device, gradient_sum.accumulation_steps) as accelerator:
             check_joined(launched.processes, accelerator.num_processes)

@@ -103,8 +103,7 @@ class Part(NamedTuple):
 
 
 def parts_of(run: Run, first: int, until: int) -> Iterator[Part]:
-    """The parts of the steps from `first` + 1 to `until`, with the number of threads and the kind of products that each
-    had."""
+    """The parts of the steps from `first` + 1 to `until`, with the threads and, if possible here, `matmul` of each."""
     ends = [resumed.after_step for resumed in run.info.before(until) if resumed.after_step > first]
     newest_text = run.info.recorded_at(sys.maxsize)["corpus_sha256"]
     for end in [*ends, until]:

@@ -172,7 +172,7 @@ class ExactSum(GradientSum):
 
         def add(piece: tuple[Batch, int]) -> None:
             (inputs, targets), seed = piece
-            if self.workers.count == 1:
+            if self.workers.count == 1:  # with more there is no dropout, and threads share the generator
                 torch.manual_seed(seed)
             loss = model(inputs, targets)
             total.add(loss.detach(), torch.autograd.grad(loss, self._parameters))

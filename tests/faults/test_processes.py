@@ -100,6 +100,26 @@ disturb("before-step", hang, when=rank_1_after_a_save)
     assert re.search(lost, messages, re.MULTILINE)
 
 
+@pytest.mark.slow
+def test_processes_start_with_the_weights_of_the_first(folder):
+    """Though another has other ones, as on a machine with another checkpoint or version of torch."""
+    patch = """
+original = parts.build_optimizer
+def build(gpt, table):
+    for weight in gpt.parameters() if os.environ["RANK"] == "1" else ():
+        weight.data.mul_(2)
+    return original(gpt, table)
+parts.build_optimizer = build
+"""
+    runs = []
+    for defect in ("", patch):
+        place = folder("start")
+        result = torchrun(2, place, "text.txt", *EVERYTHING, patch=defect)
+        assert result.returncode == 0, result.stderr
+        runs.append(contents(place / "run", without=["run.json"]))
+    assert runs[0] == runs[1]
+
+
 WITH_DDP = """from mygpt.training.gradient_sum import FastSum
 FastSum.prepare = lambda self, accelerator, *parts: accelerator.prepare(*parts)
 """
