@@ -25,11 +25,11 @@ class StopRequest:
         self._received_at = 0.0
         self._launcher = _launcher_pid()
 
-    def pending(self) -> bool:
-        """Whether to stop: after a signal, or when the launcher has ended, which may have passed on no signal."""
+    def pending(self) -> int:
+        """The signal that asks to stop, SIGTERM if the launcher has ended without passing one on; 0: none."""
         if self._launcher not in (None, os.getppid()):
             self.signal = self.signal or signal.SIGTERM
-        return self.signal is not None
+        return self.signal or 0
 
     def receive(self, number: int, _frame: object) -> None:
         """The signal handler."""

@@ -40,8 +40,8 @@ def due_after(step: int, recipe: Recipe, last_step: int) -> Due:
 
 def train_loop(
     parts: Parts, progress: Progress, last_step: int, recorder: Recorder, saver: Saver, stop: StopRequest
-) -> bool:
-    """Train until `progress` is at `last_step`, or until a signal asks some process to stop; returns whether one did.
+) -> int:
+    """Train until `progress` is at `last_step`, or until a signal asks some process to stop; returns it, or 0.
 
     Both end with a save.
 
@@ -50,7 +50,7 @@ def train_loop(
         DamagedCheckpointError: the disk refused a record or a checkpoint.
         DisagreementError: with exact sums, the processes do not hold the same weights.
     """
-    pending, stopped = PendingSteps(parts.accelerator), False
+    pending, stopped = PendingSteps(parts.accelerator), 0
     while progress.step < last_step and not stopped:
         before, lr = parts.generators(), parts.learning_rate
         update = train_step(parts, parts.stream.batch(), progress.step + 1)
@@ -61,7 +61,7 @@ def train_loop(
 
         now = due_after(progress.step, parts.recipe, last_step)
         # Until its numbers are needed the host runs ahead of the device.
-        if not (now.reading or pending.must_be_read(stop.pending())):
+        if not (now.reading or pending.must_be_read(bool(stop.pending()))):
             continue
         reading, improved = pending.read(stop.pending()), False
         if reading.non_finite:

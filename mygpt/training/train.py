@@ -135,7 +135,7 @@ def run_steps(
     accelerator.wait_for_everyone()
 
     if stopped and progress.step < steps:  # a run that a signal found at its last step is complete
-        number = signal.Signals(stop.signal or signal.SIGTERM)
+        number = signal.Signals(stopped)
         raise InterruptedRunError(
             f"stopped by {number.name}; saved {step_directory(run, progress.step)}, and the same command continues",
             exit_code=128 + number,

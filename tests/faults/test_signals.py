@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from support.commands import BIN, LAUNCH, run_process, wait_for
 from support.fault_points import disturb, send
 from support.forked import LONG, run, start
@@ -17,6 +18,7 @@ from support.runs import FLAGS, contents, latest_step
 from mygpt.errors import InterruptedRunError
 from mygpt.processes.signals import StopRequest
 from mygpt.runs.steps import read_manifest
+from mygpt.training.pending import PendingSteps
 from mygpt.training.train import train
 
 
@@ -84,6 +86,23 @@ def test_second_signal_ends_at_once(folder):
     assert process.exitcode == 130
     assert latest.read_text() == before
     assert run((*LONG, "--steps", 60), place) == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "told"), [(0, 2, 2), (15, 2, 2), (2, 15, 2), (0, 15, 15), (0, 0, 0)], ids=str
+)
+def test_all_processes_name_the_same_signal(own, others, told):
+    """The one that reached any of them; the SIGTERM by which a launcher then ends the others hides no SIGINT."""
+
+    class TwoProcesses:
+        num_processes = 2
+
+        def gather(self, values):
+            return torch.cat([values, torch.cat([values[:-2], torch.tensor([others, 0.1])])])
+
+    steps = PendingSteps(TwoProcesses())
+    steps.add(1, None, [torch.tensor(value) for value in (2.5, 1.0, 0.0)])
+    assert steps.read(own).stop == told
 
 
 @pytest.mark.fault(13, 14)
