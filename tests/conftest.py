@@ -1,5 +1,6 @@
 """Fixtures of many tests: small recipes, texts, folders to run in, and the command in this process or a new one."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -13,6 +14,12 @@ from mygpt.cli.main import main
 from mygpt.data.corpus import TINYSHAKESPEARE_SHA256, find_tinyshakespeare, load_corpus
 from mygpt.errors import DownloadError
 from mygpt.recipe.tables import Recipe
+
+
+def pytest_collection_finish():
+    """Take what has been imported out of garbage collection: each run collects twice, which took most of its time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
