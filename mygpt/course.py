@@ -100,10 +100,13 @@ class GPT(plain.GPT):
         num_layers: int = DEFAULTS.num_layers,
         max_seq_len: int = DEFAULTS.max_seq_len,
         dropout: float = DEFAULTS.dropout,
+        **keys: Any,
     ):
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_layers": num_layers, "max_seq_len": max_seq_len}
         # Relations are checked in whole recipes; a seq_len that fits leaves those of the model.
-        recipe = build_recipe({"model": {**sizes, "dropout": dropout}, "train": {"seq_len": max_seq_len}}, source="GPT")
+        recipe = build_recipe(
+            {"model": {**sizes, "dropout": dropout, **keys}, "train": {"seq_len": max_seq_len}}, source="GPT"
+        )
         check_recipe(recipe, source="GPT")
         super().__init__(recipe.model, vocab_size)
         self.embed_dim, self.num_heads, self.num_layers = embed_dim, num_heads, num_layers
@@ -215,9 +218,12 @@ def load_checkpoint(path: str | PathLike[str]) -> tuple[GPT, CharTokenizer]:
     The model is on the CPU in eval mode: call its `train` to continue training, and `to` for another device.
 
     Raises:
-        CheckpointError, DamagedCheckpointError, MismatchError: see mygpt.load_checkpoint.
+        CheckpointError: there is none, or its tokens are not characters.
+        DamagedCheckpointError, MismatchError: see mygpt.load_checkpoint.
     """
     saved, tokenizer, _ = loading.load_checkpoint(Path(path))
+    if not isinstance(tokenizer, PlainTokenizer):
+        raise CheckpointError(f"{path}: its tokenizer is {tokenizer.metadata.type!r}; use mygpt.load_checkpoint")
     with torch.device("meta"):
         model = GPT(saved.vocab_size, **saved.config.model_dump())
     model.load_state_dict(saved.state_dict(), assign=True)

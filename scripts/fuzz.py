@@ -19,6 +19,7 @@ except ImportError:
     sys.exit("fuzz.py: needs atheris: pip install atheris")
 
 with atheris.instrument_imports(include=["mygpt", "tomllib", "safetensors"]):
+    from mygpt.data.tokenizer import CharTokenizer
     from mygpt.errors import MygptError
     from mygpt.recipe import files, tables
     from mygpt.runs import loading, start
@@ -58,7 +59,7 @@ def fuzz_checkpoint(data: bytes) -> None:
     for job in (
         lambda: loading.load_checkpoint(RUN),
         lambda: loading.read_state(STEP, loading.read_tensors(STEP / "model.safetensors")),
-        lambda: start.find_start(Run(RUN).recipe, Run(RUN).info, "ab", warn=lambda _: None),
+        lambda: start.find_start(Run(RUN).recipe, Run(RUN).info, CharTokenizer("ab").metadata, warn=lambda _: None),
     ):
         with contextlib.suppress(MygptError):
             job()

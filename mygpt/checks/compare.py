@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from mygpt.data.tokenizer import CharMetadata, describe_tokenizer
 from mygpt.errors import DamagedCheckpointError
 from mygpt.recipe.files import RUN_FILE
 from mygpt.runs.files import STATE_FILE
@@ -138,7 +139,13 @@ def _compare_settings(a: ModelMetadata, b: ModelMetadata) -> Iterator[str]:
     for (key, value_a), (_, value_b) in zip(a.model, b.model, strict=True):
         if value_a != value_b:
             yield f"{key}: {value_a} against {value_b}"
-    vocab_a, vocab_b = a.tokenizer.vocab, b.tokenizer.vocab
+    if isinstance(a.tokenizer, CharMetadata) and isinstance(b.tokenizer, CharMetadata):
+        yield from _compare_characters(a.tokenizer.vocab, b.tokenizer.vocab)
+    elif a.tokenizer != b.tokenizer:
+        yield f"tokenizer: {describe_tokenizer(a.tokenizer)} against {describe_tokenizer(b.tokenizer)}"
+
+
+def _compare_characters(vocab_a: str, vocab_b: str) -> Iterator[str]:
     if vocab_a != vocab_b:
         # A vocabulary can have thousands of characters.
         only_a, only_b = (

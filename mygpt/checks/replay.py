@@ -9,7 +9,7 @@ import torch
 
 from mygpt.data.batches import Batch
 from mygpt.data.dataset import Dataset
-from mygpt.data.tokenizer import CharTokenizer
+from mygpt.data.tokenizer import Tokenizer, tokenizer_from
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.model.gpt import GPT
 from mygpt.processes.environment import no_launcher
@@ -52,8 +52,8 @@ def replay(path: Path, device: torch.device) -> Finding:
     directory = _find_failed(path)
     verify_checkpoint(directory, "failed-step-")
     metadata = read_metadata(directory / MODEL_FILE, ModelMetadata)
-    tokenizer = CharTokenizer(metadata.tokenizer.vocab)
-    failed = _read_failed_step(directory / BATCH_FILE, metadata.model.max_seq_len)
+    tokenizer = tokenizer_from(metadata.tokenizer)
+    failed = _read_failed_step(directory / BATCH_FILE, metadata.model.max_seq_len, tokenizer)
     weights = read_weights(directory / MODEL_FILE, metadata.model, tokenizer.vocab_size, finite=False)
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
@@ -63,7 +63,7 @@ def replay(path: Path, device: torch.device) -> Finding:
     make_deterministic(device)
     generators = read_tensors(directory / STATE_FILE)
     states = [generators.get(dropout_name(device, process)) for process in range(failed.processes)]
-    tokens = torch.stack([torch.from_numpy(tokenizer.encode(text)).long() for text in failed.windows])
+    tokens = torch.tensor(failed.tokens)
     recipe = Recipe.of(
         **metadata.model.model_dump(),
         batch_size=len(tokens),
@@ -181,10 +181,15 @@ def _find_failed(path: Path) -> Path:
     return max(found)[1]
 
 
-def _read_failed_step(file: Path, max_seq_len: int) -> FailedStep:
+def _read_failed_step(file: Path, max_seq_len: int, tokenizer: Tokenizer) -> FailedStep:
     failed = read_table(FailedStep, file)
-    windows, length = failed.windows, len(failed.windows[0])
-    if not 2 <= length <= max_seq_len + 1 or any(len(text) != length for text in windows):
+    if not failed.tokens:  # as in older records
+        ids = (tuple(tokenizer.encode(text, name=str(file)).tolist()) for text in failed.windows)
+        failed = failed.model_copy(update={"tokens": tuple(ids)})
+    windows, length = failed.tokens, len(failed.tokens[0])
+    if len(windows) != len(failed.windows) or any(token >= tokenizer.vocab_size for ids in windows for token in ids):
+        raise DamagedCheckpointError(f"{file}: damaged: its tokens are not those of its windows")
+    if not 2 <= length <= max_seq_len + 1 or any(len(ids) != length for ids in windows):
         raise DamagedCheckpointError(f"{file}: damaged: its windows are not of one length")
     micro_batches, rest = divmod(len(windows), failed.micro_batch_size)
     if rest or micro_batches % failed.processes or len(failed.dropout_seeds) not in (0, micro_batches):

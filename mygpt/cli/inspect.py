@@ -19,11 +19,11 @@ class GenerateOptions:
     prompt: str = "\n"
     """The text to continue."""
     max_new_tokens: int = 200
-    """Characters to add."""
+    """Tokens to add."""
     temperature: float = 1.0
-    """Below 1 safer, above 1 wilder; 0: always the most likely character."""
+    """Below 1 safer, above 1 wilder; 0: always the most likely token."""
     top_k: int = 10
-    """Choose among this many most likely characters; 0: among all."""
+    """Choose among this many most likely tokens; 0: among all."""
     seed: int = 0
     """Seed of the choices."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -50,11 +50,11 @@ def generate(options: GenerateOptions) -> None:
     device = resolve_device(options.device, options.precision)
     generator = torch.Generator().manual_seed(options.seed)
     choice = options.max_new_tokens, options.temperature, options.top_k, generator
-    characters = stream_text(model.to(device), tokenizer, options.prompt, *choice)
+    pieces = stream_text(model.to(device), tokenizer, options.prompt, *choice)
     print(options.prompt, end="", flush=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-        for character in characters:
-            print(character, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
     print()
 
 
@@ -155,6 +155,8 @@ class PlotOptions:
     """Run directories."""
     out: Path = Path("loss.png")
     """The picture to write; its ending (.png, .svg, .pdf) chooses the format."""
+    unit: Literal["nats-per-token", "bits-per-byte", "perplexity"] = "nats-per-token"
+    """Of the loss. Bits per byte can be compared between tokenizers; they are known of the held-out loss alone."""
 
 
 @command
@@ -164,5 +166,5 @@ def plot(options: PlotOptions) -> None:
         raise MygptError("plot: expected at least one run directory")
     from mygpt.reports.plot import plot
 
-    plot(options.runs, options.out)
+    plot(options.runs, options.out, options.unit)
     print(f"wrote {options.out}", file=sys.stderr)

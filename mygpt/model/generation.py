@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from mygpt.data.tokenizer import CharTokenizer
+from mygpt.data.tokenizer import Tokenizer
 from mygpt.errors import NonFiniteError, TokenizerError
 from mygpt.model.gpt import GPT
 
@@ -15,7 +15,7 @@ Sample = Callable[[torch.Tensor], torch.Tensor]
 
 def generate(
     model: GPT,
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int = 200,
     temperature: float = 1.0,
@@ -28,18 +28,18 @@ def generate(
 
 def stream_text(
     model: GPT,
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int = 200,
     temperature: float = 1.0,
     top_k: int = 10,
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
-    """The characters that continue `prompt`, one by one.
+    """The text that continues `prompt`, as the tokens that complete its characters are drawn.
 
-    Each is drawn from the softmax of logits / `temperature` (0: the most likely one) over the `top_k` most likely
-    characters (0: all), with `generator`, a CPU generator, or torch's global one. The model sees the last
-    max_seq_len characters. It is left in the mode in which it was.
+    Each token is drawn from the softmax of logits / `temperature` (0: the most likely one) over the `top_k` most likely
+    ones (0: all), with `generator`, a CPU generator, or torch's global one. The model sees the last max_seq_len tokens.
+    It is left in the mode in which it was.
 
     Raises:
         TokenizerError: the prompt is empty or has a character outside the vocabulary.
@@ -50,7 +50,7 @@ def stream_text(
     tokens = torch.as_tensor(tokenizer.encode(prompt, name="prompt")).long()
     sample = partial(sample_token, temperature=temperature, top_k=top_k, generator=generator)
     drawn = stream_tokens(model, tokens[None], model.config.max_seq_len, max_new_tokens, sample)
-    return (tokenizer.decode(ids_B1[0]) for ids_B1 in drawn)
+    return tokenizer.stream_decode(int(ids_B1) for ids_B1 in drawn)
 
 
 @torch.no_grad()

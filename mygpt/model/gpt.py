@@ -19,8 +19,7 @@ from mygpt.recipe.tables import ModelTable
 class GPT(nn.Module):
     """Predicts the next token at every position.
 
-    The head is tied to the token embedding. Weights are torch's default initialisation, drawn from the global
-    generator in the order of the modules below.
+    Weights are drawn from the global generator in the order of the modules below.
     """
 
     def __init__(self, config: ModelTable, vocab_size: int):
@@ -29,12 +28,27 @@ class GPT(nn.Module):
         self.vocab_size = vocab_size
         self.activation_checkpointing = False
         """Whether to keep only the input of each block, and recompute its activations in the backward pass."""
-        self.token_embedding = nn.Embedding(vocab_size, config.embed_dim)
+        self.loss_chunk = 0
+        """Tokens whose logits are in memory at a time while a loss is computed; 0: all."""
+        rows = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
+        self.token_embedding = nn.Embedding(rows, config.embed_dim)
         self.position_embedding = nn.Embedding(config.max_seq_len, config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.embed_dim)
-        self.logits = Product()
+        self.norm = nn.LayerNorm(config.embed_dim, bias=config.biases != "none")
+        self.head = None if config.tied_head else nn.Linear(config.embed_dim, rows, bias=False)
+        self.logits = Product(vocab_size)
+        if config.init == "gpt2":
+            self._init_as_gpt2()
+
+    def _init_as_gpt2(self) -> None:
+        """Source: Radford et al. (2019), section 2.3, and the released code for the deviation."""
+        for name, weight in self.named_parameters():
+            if weight.dim() > 1:
+                adds_to_stream = name.endswith(("attention.output.weight", "mlp.down.weight"))
+                nn.init.normal_(weight, std=0.02 / (2 * len(self.blocks)) ** 0.5 if adds_to_stream else 0.02)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(weight)
 
     def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, V) or, with targets, their mean cross-entropy in nats (a scalar).
@@ -48,8 +62,22 @@ class GPT(nn.Module):
                 x_BTD = checkpoint(block, x_BTD, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD)
-        logits_BTV: torch.Tensor = self.logits(self.norm(x_BTD), self.token_embedding.weight)
+        x_BTD = self.norm(x_BTD)
+        weight_VD = self.token_embedding.weight if self.head is None else self.head.weight
+        if targets_BT is not None and self.loss_chunk:
+            return self._loss_in_chunks(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten())
+        logits_BTV: torch.Tensor = self.logits(x_BTD, weight_VD)
         return logits_BTV if targets_BT is None else next_token_loss(logits_BTV, targets_BT)
+
+    def _loss_in_chunks(self, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """As `next_token_loss`; logits are computed again in the backward pass, so that those of one chunk suffice."""
+
+        def chunk_loss(x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.logits(x_ND, weight_VD), targets_N, reduction="sum")
+
+        chunks = zip(x_ND.split(self.loss_chunk), targets_N.split(self.loss_chunk), strict=True)
+        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(losses).sum() / len(targets_N)
 
     def compute_products_with(self, linear: Callable[..., torch.Tensor]) -> None:
         """Have `linear` compute the products with weights, in place of F.linear, whose arguments it takes."""
@@ -57,7 +85,7 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear):
                 module.forward = partial(_forward_linear, module, linear)  # type: ignore[method-assign]
             elif isinstance(module, Product):
-                module.forward = linear  # type: ignore[method-assign]
+                module.linear = linear
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -69,7 +97,8 @@ class GPT(nn.Module):
         figures can be compared. Source: Chowdhery et al., "PaLM" (https://arxiv.org/abs/2204.02311), appendix B.
         """
         size, layers = self.config.embed_dim, self.config.num_layers
-        return 6 * (12 * layers * size**2 + self.vocab_size * size) + 12 * layers * size * seq_len
+        rows = len(self.token_embedding.weight)
+        return 6 * (12 * layers * size**2 + rows * size) + 12 * layers * size * seq_len
 
 
 def _forward_linear(module: nn.Linear, linear: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -82,10 +111,17 @@ def next_token_loss(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch
 
 
 class Product(nn.Module):
-    """x @ weight.T with the weight of another module. A module of its own, so that hooks see the logits."""
+    """x @ weight.T, up to column `size`, with the weight of another module. A module, so that hooks see the logits."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.linear: Callable[..., torch.Tensor] = F.linear
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight)
+        product = self.linear(x, weight)
+        # Rows that fill up a multiple stand for no token.
+        return product if len(weight) == self.size else product[..., : self.size]
 
 
 class Block(nn.Module):
@@ -93,9 +129,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelTable):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.embed_dim)
+        bias = config.biases != "none"
+        self.attention_norm = nn.LayerNorm(config.embed_dim, bias=bias)
         self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.embed_dim)
+        self.mlp_norm = nn.LayerNorm(config.embed_dim, bias=bias)
         self.mlp = MLP(config)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -104,14 +141,15 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention with scale 1/sqrt(head_dim), no biases."""
+    """Causal multi-head self-attention with scale 1/sqrt(head_dim)."""
 
     def __init__(self, config: ModelTable):
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.dropout
-        self.query_key_value = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=False)
-        self.output = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
+        bias = config.biases == "all"
+        self.query_key_value = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=bias)
+        self.output = nn.Linear(config.embed_dim, config.embed_dim, bias=bias)
         self.output_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -126,13 +164,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear to 4 * embed_dim, exact GELU, linear back."""
+    """Linear to 4 * embed_dim, GELU, linear back."""
 
     def __init__(self, config: ModelTable):
         super().__init__()
-        self.up = nn.Linear(config.embed_dim, 4 * config.embed_dim)
-        self.down = nn.Linear(4 * config.embed_dim, config.embed_dim)
+        bias = config.biases != "none"
+        self.approximation = "tanh" if config.activation == "gelu-tanh" else "none"
+        self.up = nn.Linear(config.embed_dim, 4 * config.embed_dim, bias=bias)
+        self.down = nn.Linear(4 * config.embed_dim, config.embed_dim, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.down(F.gelu(self.up(x_BTD))))
+        return self.dropout(self.down(F.gelu(self.up(x_BTD), approximate=self.approximation)))

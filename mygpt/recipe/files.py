@@ -66,9 +66,10 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
         # Its output is its directory, wherever that is now. A recipe that extends it starts a new run elsewhere.
         for key in ("output", "resume") if children else ("output",):
             document.get("checkpoint", {}).pop(key, None)
-    corpus = document.get("data", {}).get("corpus", NAMED_CORPORA[0])
-    if corpus not in NAMED_CORPORA and os.path.isfile(path.parent / corpus):
-        document["data"]["corpus"] = str(path.parent / corpus)
+    data = document.get("data", {})
+    for key in {"corpus", "tokenizer_file"} & data.keys():
+        if data[key] not in NAMED_CORPORA and os.path.exists(path.parent / data[key]):
+            data[key] = str(path.parent / data[key])
     if parent is None:
         return document
     parent_path = shipped_recipes().get(parent, path.parent / parent) if isinstance(parent, str) else None

@@ -40,6 +40,14 @@ class DataTable(Table):
     corpus: Annotated[str, Field(min_length=1)] = "tinyshakespeare"
     """A text file (UTF-8), or one of the named corpora: "tinyshakespeare", "python-docs". A relative path in a recipe
     file is looked up beside that file first, then in the working directory."""
+    tokenizer: Literal["char", "byte", "bpe", "gpt2"] = "char"
+    """What a token is. "char": a character. "byte": a byte of the text's UTF-8. "bpe": a byte-pair encoding, trained on
+    the part of the text that is not held out, or read from tokenizer_file. "gpt2": GPT-2's, through tiktoken."""
+    vocab_size: Annotated[int, Field(ge=257, lt=2**31)] | None = None
+    """Tokens of a "bpe" that is trained; absent: 1024."""
+    tokenizer_file: Annotated[str, Field(min_length=1)] | None = None
+    """The tokenizer.json of a byte-level "bpe", in the format of Hugging Face's tokenizers. A relative path is looked
+    up as that of the corpus."""
     val_split: Probability = 0.0
     """Fraction of the text, at its end, that is held out and never trained on; 0: none."""
 
@@ -57,6 +65,18 @@ class ModelTable(Table):
     """Longest context in tokens: the number of position embeddings."""
     dropout: Probability = 0.0
     """Probability of dropping an activation in training; 0: off."""
+    init: Literal["torch", "gpt2"] = "torch"
+    """The initial weights: torch's defaults, which are large for embeddings; or GPT-2's: normal with deviation 0.02, in
+    layers that add to the residual stream divided by the root of their number, and biases of 0."""
+    activation: Literal["gelu", "gelu-tanh"] = "gelu"
+    """In the MLP: exact GELU, or the approximation by tanh with which GPT-2 was trained."""
+    biases: Literal["mlp", "all", "none"] = "mlp"
+    """Which layers have biases. "mlp": the MLP and the norms. "all": attention, too, as in GPT-2. "none": no layer."""
+    tied_head: bool = True
+    """Whether the head uses the weights of the token embedding, or has its own."""
+    vocab_multiple: Count = 1
+    """Round the rows of embedding and head up to a multiple of this, for faster products on a GPU, such as 64. No text
+    has the tokens that this adds; they get no probability."""
 
 
 class TrainTable(Table):
@@ -87,7 +107,7 @@ class TrainTable(Table):
 
 
 class OptimizerTable(Table):
-    """AdamW (https://arxiv.org/abs/1711.05101), with torch's defaults; weight decay applies to every parameter."""
+    """AdamW (https://arxiv.org/abs/1711.05101), with torch's defaults."""
 
     lr: Annotated[float, Field(ge=0)] = 1e-3
     """Learning rate; with a schedule or warmup, its peak."""
@@ -99,17 +119,22 @@ class OptimizerTable(Table):
     """Added to the denominator of the update; with reduction = "exact" at least 1e-11."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay, per step and unit of learning rate."""
+    decay: Literal["all", "matrices"] = "all"
+    """Which weights decay: all, or those of products and embeddings and no bias or norm, as in GPT-2."""
 
 
 class ScheduleTable(Table):
     """The learning rate as a function of the step."""
 
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After warmup: keep the rate at lr, or lower it to min_lr at the last step along half a cosine or a line."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """After warmup: keep the rate at lr, or lower it to min_lr at the last step along half a cosine or a line. "wsd"
+    (warmup, stable, decay): keep it, and lower it along a line over the last decay_steps."""
     warmup: CountOrOff = 0
     """Steps over which the rate rises linearly to lr; 0: none."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """The rate at the last step of a cosine or linear schedule."""
+    """The rate at the last step of a schedule that lowers it."""
+    decay_steps: Count | None = None
+    """Steps over which "wsd" lowers the rate; absent: a fifth of steps."""
 
 
 class ValidationTable(Table):
@@ -126,6 +151,11 @@ class ValidationTable(Table):
     windows, so that each token is predicted once."""
     log_val_stderr: bool = False
     """Print the held-out loss with its standard error; metrics.jsonl always has it."""
+    log_bits_per_byte: bool = False
+    """Print the held-out loss in bits per byte, too, which can be compared between tokenizers; metrics.jsonl always has
+    it."""
+    log_perplexity: bool = False
+    """Print the perplexity of the held-out text, e to its loss; metrics.jsonl always has it."""
 
 
 class RuntimeTable(Table):
@@ -147,6 +177,9 @@ class RuntimeTable(Table):
     deterministic: bool = True
     """On cuda, use only kernels that give the same bits every time; false: any kernel, which can be faster, and two
     runs of the recipe differ in their last bits. CPUs always give the same bits."""
+    loss_chunk: CountOrOff = 0
+    """Tokens whose logits are in memory at a time, for large vocabularies: less memory, and the head is computed twice.
+    0: all of a forward pass. The last bits depend on it."""
     activation_checkpointing: bool = False
     """Keep only the input of each block, and recompute its activations in the backward pass: less memory, more time,
     the same numbers."""
@@ -244,6 +277,9 @@ def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
         raise RecipeError("\n".join(lines))
 
 
+REFINING_EVALUATION = ("log_val_stderr", "log_bits_per_byte", "log_perplexity", "save_best")
+"""Keys that mean something only with evaluations."""
+
 MIN_EXACT_EPS = 1e-11
 """The least eps with reduction = "exact", which rounds gradients to multiples of 2**-40. A gradient g that rounds to
 zero is at most 2**-41 (4.5e-13), and AdamW would have moved its weight by lr * g / (g + eps): with this eps by at most
@@ -253,6 +289,11 @@ zero is at most 2**-41 (4.5e-13), and AdamW would have moved its weight by lr * 
 def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Each key whose value conflicts with another key, and the value expected instead."""
     model, train, schedule, validation = recipe.model, recipe.train, recipe.schedule, recipe.validation
+    data = recipe.data
+    if data.tokenizer_file and data.tokenizer != "bpe":
+        yield "tokenizer_file", 'nothing, or tokenizer = "bpe"'
+    if data.vocab_size and (data.tokenizer != "bpe" or data.tokenizer_file):
+        yield "vocab_size", 'nothing, or tokenizer = "bpe" without tokenizer_file: other vocabularies have their size'
     if model.embed_dim % model.num_heads:
         yield "num_heads", f"a divisor of embed_dim = {model.embed_dim}"
     if train.seq_len > model.max_seq_len:
@@ -262,9 +303,13 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if schedule.warmup > train.steps:
         yield "warmup", f"at most steps = {train.steps}; lower warmup or raise steps"
     if schedule.schedule == "constant" and schedule.min_lr:
-        yield "min_lr", '0 with schedule = "constant"; choose "cosine" or "linear"'
+        yield "min_lr", '0 with schedule = "constant"; choose "cosine", "linear" or "wsd"'
     elif schedule.min_lr > recipe.optimizer.lr:
         yield "min_lr", f"at most lr = {recipe.optimizer.lr}"
+    if schedule.decay_steps and schedule.schedule != "wsd":
+        yield "decay_steps", 'nothing, or schedule = "wsd"'
+    elif schedule.schedule == "wsd" and schedule.warmup + (schedule.decay_steps or 1) > train.steps:
+        yield "decay_steps", f"at most steps - warmup = {train.steps - schedule.warmup}"
     if recipe.runtime.reduction == "exact" and not recipe.runtime.deterministic:
         yield "deterministic", 'true with reduction = "exact", whose bits are always the same'
     if recipe.runtime.matmul == "onednn" and recipe.runtime.precision == "bf16":
@@ -276,7 +321,7 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "val_every", "0 without held-out text; set val_split, such as 0.1"
     if not validation.val_every:
         expected = "false without evaluations; set val_every, such as 500"
-        yield from ((key, expected) for key in ("log_val_stderr", "save_best") if recipe.flat()[key])
+        yield from ((key, expected) for key in REFINING_EVALUATION if recipe.flat()[key])
 
 
 def _explain(problem: Any, source: str | None) -> str:

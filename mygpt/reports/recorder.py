@@ -133,12 +133,12 @@ class Recorder:
 
 
 def header_lines(recipe: Recipe, *, device: str, sizes: dict[str, int], vocab_size: int, params: int) -> Iterator[str]:
-    """The lines that a run begins with. `sizes` are the numbers of characters of the corpus and of its parts."""
-    schedule = recipe.schedule
+    """The lines that a run begins with. `sizes` are the numbers of tokens of the corpus and of its parts."""
+    schedule, unit = recipe.schedule, "chars" if recipe.data.tokenizer == "char" else "tokens"
     values = {
         "device": device,
         "precision": recipe.runtime.precision,
-        **{f"{part} chars": f"{size:,}" for part, size in sizes.items()},
+        **{f"{part} {unit}": f"{size:,}" for part, size in sizes.items()},
         "vocab_size": vocab_size,
         "params": f"{params:,}",
         "steps": recipe.train.steps,
@@ -155,11 +155,23 @@ def step_line(record: Record, recipe: Recipe) -> str:
         line += f"  val = {record.val:.4f}"
         if recipe.validation.log_val_stderr and record.val_stderr is not None:
             line += f" +- {record.val_stderr:.4f}"
+        line += _in_other_units(record, recipe)
     if recipe.schedule.schedule != "constant":
         line += f"  lr = {record.lr:.2e}"
     if recipe.train.log_grad_norm and record.grad_norm is not None:
         line += f"  grad_norm = {record.grad_norm:.4f}"
     return line
+
+
+def _in_other_units(record: Record, recipe: Recipe) -> str:
+    validation, text = recipe.validation, ""
+    if validation.log_bits_per_byte and record.val_bits_per_byte is not None:
+        text += f"  bits_per_byte = {record.val_bits_per_byte:.4f}"
+        if validation.log_val_stderr and record.val_bits_per_byte_stderr is not None:
+            text += f" +- {record.val_bits_per_byte_stderr:.4f}"
+    if validation.log_perplexity and record.val_perplexity is not None:
+        text += f"  perplexity = {record.val_perplexity:.2f}"
+    return text
 
 
 def is_printed(step: int, recipe: Recipe, *, evaluated: bool) -> bool:

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mygpt.data.tokenizer import TokenizerMetadata, describe_tokenizer
 from mygpt.errors import MismatchError, RecipeError
 from mygpt.recipe.tables import TABLE_OF_KEY, CheckpointTable, Recipe
 from mygpt.runs.files import MODEL_FILE
@@ -16,10 +17,20 @@ from mygpt.runs.steps import read_metadata
 # Keys that choose what is shown and kept, and change no number; a change of `steps` is looked at by itself.
 HARMLESS_KEYS = {
     *CheckpointTable.model_fields,
-    *("print_every", "log_every", "log_grad_norm", "log_val_stderr", "activation_checkpointing", "steps"),
+    *(
+        "print_every",
+        "log_every",
+        "log_grad_norm",
+        "log_val_stderr",
+        "log_bits_per_byte",
+        "log_perplexity",
+        "activation_checkpointing",
+        "steps",
+    ),
 }
 # Keys of which run.json has the resolved value or the content, which is compared instead.
-RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "matmul", "reduction", "deterministic", "corpus"}
+RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "matmul", "reduction", "deterministic"}
+RESOLVED_KEYS |= {"corpus", "tokenizer_file"}
 # Keys that shift the training batches with sampling = "shared-stream", and otherwise change no weight.
 EVALUATION_KEYS = {"val_every", "eval_batches", "sampling"}
 
@@ -43,8 +54,8 @@ class Source:
         return self.run.recipe_of(self.checkpoint) if self.checkpoint else self.run.recipe
 
 
-def check_checkpoint(source: Source, recipe: Recipe, vocab: str, *, may_end: bool) -> int:
-    """Check model, vocabulary and steps; returns the checkpoint's step, which is the last one only if it `may_end`."""
+def check_checkpoint(source: Source, recipe: Recipe, tokenizer: TokenizerMetadata, *, may_end: bool) -> int:
+    """Check model, tokenizer and steps; returns the checkpoint's step, which is the last one only if it `may_end`."""
     if source.checkpoint is None:
         return 0
     # A branch has an output of its own already: another one would change nothing.
@@ -55,8 +66,9 @@ def check_checkpoint(source: Source, recipe: Recipe, vocab: str, *, may_end: boo
         for (key, value), (_, saved) in zip(recipe.model, metadata.model, strict=True)
         if key != "dropout" and value != saved
     ]
-    if vocab != metadata.tokenizer.vocab:
-        problems.append(f"[data] corpus: its characters are not the vocabulary of {source.checkpoint}; {way_out}")
+    if tokenizer != metadata.tokenizer:
+        here, there = describe_tokenizer(tokenizer), describe_tokenizer(metadata.tokenizer)
+        problems.append(f"[data] tokenizer: got {here}, expected {there}, as in {source.checkpoint}; {way_out}")
     if problems:
         raise MismatchError("\n".join(problems))
     step, steps = metadata.step, recipe.train.steps

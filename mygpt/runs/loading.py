@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from mygpt.data.tokenizer import CharTokenizer
+from mygpt.data.tokenizer import Tokenizer, tokenizer_from
 from mygpt.errors import DamagedCheckpointError, MismatchError
 from mygpt.model.gpt import GPT
 from mygpt.recipe.tables import ModelTable
@@ -25,7 +25,7 @@ class Checkpoint(NamedTuple):
     """A model to generate from, with the tokenizer of its corpus and the step after which it was saved."""
 
     model: GPT
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     step: int
 
 
@@ -38,12 +38,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: there is none.
         DamagedCheckpointError: it cannot be read, or is not what was saved.
         MismatchError: its tensors are not those of its architecture.
+        TokenizerError: its tokenizer needs a package that is not installed.
     """
     file = find_model_file(Path(path))
     if (file.parent / MANIFEST_FILE).exists() or file != Path(path):
         verify_file(file, read_manifest(file.parent, prefix=None))
     metadata = read_metadata(file, ModelMetadata)
-    tokenizer = CharTokenizer(metadata.tokenizer.vocab)
+    tokenizer = tokenizer_from(metadata.tokenizer)
     weights = read_weights(file, metadata.model, tokenizer.vocab_size)
     with torch.device("meta"):
         model = GPT(metadata.model, tokenizer.vocab_size)

@@ -28,7 +28,14 @@ class Record(Table):
     val_stderr: Annotated[float, Field(ge=0)] | None = None
     """Standard error of the held-out loss."""
     val_dof: Annotated[int, Field(ge=1)] | None = None
-    """Its degrees of freedom: a 95% interval is val_stderr times the 97.5% quantile of Student's t to either side."""
+    """Degrees of freedom of the standard errors: a 95% interval is the error times the 97.5% quantile of Student's t to
+    either side."""
+    val_perplexity: float | None = None
+    """e to the held-out loss."""
+    val_bits_per_byte: float | None = None
+    """Held-out loss in bits per byte of text, which can be compared between tokenizers."""
+    val_bits_per_byte_stderr: Annotated[float, Field(ge=0)] | None = None
+    """Its standard error."""
     grad_norm: float | None = None
     """Global L2 norm of this step's gradient before clipping."""
 

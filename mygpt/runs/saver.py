@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from mygpt.data.tokenizer import CharTokenizer
+from mygpt.data.tokenizer import Tokenizer
 from mygpt.errors import DamagedCheckpointError, NonFiniteError
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import ModelTable, Recipe
 from mygpt.runs import files
-from mygpt.runs.schemas import FileEntry, Manifest, ModelMetadata, Reason, StateMetadata, TokenizerMetadata
+from mygpt.runs.schemas import FileEntry, Manifest, ModelMetadata, Reason, StateMetadata
 from mygpt.runs.steps import point_to, prune, step_directory
 
 Tensors = Mapping[str, torch.Tensor]
@@ -46,7 +46,7 @@ class Saver:
 
     run: Path
     recipe: Recipe
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     corpus_sha256: str
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _writing: Future[None] | None = None
@@ -120,8 +120,8 @@ class Saver:
             prune(self.run, self.recipe.checkpoint.keep_last, step, best)
 
 
-def model_metadata(config: ModelTable, tokenizer: CharTokenizer, step: int) -> ModelMetadata:
-    return ModelMetadata(model=config, step=step, tokenizer=TokenizerMetadata(vocab=tokenizer.vocab))
+def model_metadata(config: ModelTable, tokenizer: Tokenizer, step: int) -> ModelMetadata:
+    return ModelMetadata(model=config, step=step, tokenizer=tokenizer.metadata)
 
 
 def write_checkpoint(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from mygpt.data.tokenizer import TokenizerMetadata
 from mygpt.errors import DamagedCheckpointError, NewerFormatError
 from mygpt.recipe.tables import Count, ModelTable, Recipe, Table
 from mygpt.runs.files import read_bytes
@@ -13,13 +14,6 @@ from mygpt.runs.files import read_bytes
 FORMAT: Final = 2
 """Format of checkpoints, raised when an older mygpt could not read newer ones. Format 1, of mygpt 0.1, can be read: its
 manifests lack recipe, corpus_sha256 and finished."""
-
-
-class TokenizerMetadata(Table):
-    """All that a tokenizer is built from."""
-
-    type: Literal["char"] = "char"
-    vocab: Annotated[str, Field(min_length=1)]
 
 
 class _Metadata(Table):
@@ -76,7 +70,9 @@ Reason = Literal["scheduled", "best", "interrupted", "failed"]
 class Manifest(_Metadata):
     """manifest.json: why a checkpoint was saved, with which recipe, and what its files must be."""
 
-    left_out: ClassVar[dict[str, Any]] = {"recipe": {"data": {"corpus"}, "checkpoint": {"output", "resume"}}}
+    left_out: ClassVar[dict[str, Any]] = {
+        "recipe": {"data": {"corpus", "tokenizer_file"}, "checkpoint": {"output", "resume"}}
+    }
 
     reason: Reason
     """scheduled: by `save_every`, or the last step. best: the lowest held-out loss so far. interrupted: by a signal.
@@ -84,8 +80,8 @@ class Manifest(_Metadata):
     finished: bool | None = None
     """Whether the run ended with this step, and not by a signal; None in format 1."""
     recipe: Recipe | None = None
-    """The recipe that trained this step; None in format 1. Its paths (corpus, output, resume) are not written, so that
-    the same run gives the same bytes in any directory: as read, they hold meaningless defaults."""
+    """The recipe that trained this step; None in format 1. Its paths (corpus, tokenizer_file, output, resume) are not
+    written, so that the same run gives the same bytes in any directory: as read, they hold meaningless defaults."""
     corpus_sha256: str | None = None
     """Of the training text; None in format 1."""
     files: dict[Literal["model.safetensors", "state.safetensors"], FileEntry]

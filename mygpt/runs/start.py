@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import tomli_w
 
+from mygpt.data.tokenizer import TokenizerMetadata
 from mygpt.errors import CheckpointError
 from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
 from mygpt.recipe.tables import NAMED_CORPORA, Recipe
@@ -50,7 +51,7 @@ class Start(NamedTuple):
 def find_start(
     recipe: Recipe,
     info: RunInfo,
-    vocab: str,
+    tokenizer: TokenizerMetadata,
     *,
     overwrite: bool = False,
     is_restart: bool = False,
@@ -59,7 +60,7 @@ def find_start(
 ) -> Start:
     """Decide where a run of `recipe` begins, touching nothing.
 
-    `info` describes the environment, and `vocab` is the vocabulary of the corpus. Changes since the checkpoint are
+    `info` describes the environment, and `tokenizer` is that of the corpus. Changes since the checkpoint are
     refused unless with `allow_changes`; those on which only the last bits depend cost a warning. When a launcher
     restarts the command, `overwrite` spares the run that this same command has begun.
 
@@ -82,7 +83,7 @@ def find_start(
         )
     is_over = in_place and checkpoint is not None and run.ended_with(checkpoint)
     is_complete = is_over and recipe.train.steps == source.trained_with.train.steps
-    step = check_checkpoint(source, recipe, vocab, may_end=is_over)
+    step = check_checkpoint(source, recipe, tokenizer, may_end=is_over)
     init_seed = source.trained_with.train.init_seed
     if checkpoint and allow_changes and recipe.train.init_seed != init_seed:
         warn(f"init_seed: stays {init_seed}: the weights are those of {checkpoint}")
@@ -174,6 +175,8 @@ def self_contained(recipe: Recipe) -> Recipe:
     paths = {}
     if recipe.data.corpus not in NAMED_CORPORA:
         paths["corpus"] = os.path.realpath(recipe.data.corpus)
+    if recipe.data.tokenizer_file:
+        paths["tokenizer_file"] = os.path.realpath(recipe.data.tokenizer_file)
     if recipe.checkpoint.resume not in ("auto", "never"):
         with suppress(ValueError):  # a NUL character, which looking for the run will name
             paths["resume"] = os.path.realpath(recipe.checkpoint.resume)

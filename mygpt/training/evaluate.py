@@ -16,15 +16,28 @@ from mygpt.training.parts import Parts
 
 
 class HeldOutLoss(NamedTuple):
-    """Mean cross-entropy per token, and the standard error of that mean; both in nats."""
+    """Mean cross-entropy per token, and the standard error of that mean, both in nats; and the same per byte."""
 
     mean: float
     stderr: float | None
     """See `ratio_estimate`; None for a single window, which has no variance."""
     dof: int | None = None
-    """Degrees of freedom of the standard error: of Student's t, for an interval."""
+    """Degrees of freedom of the standard errors: of Student's t, for an interval."""
+    bits_per_byte: float | None = None
+    """The total loss in bits over the bytes of the text that was predicted: it does not depend on what a token is."""
+    bits_per_byte_stderr: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean: between how many tokens the model hesitates."""
+        return math.exp(self.mean) if self.mean < MAX_EXPONENT else math.inf
 
 
+MAX_EXPONENT = 700.0
+"""The exponential of more overflows."""
+LN_2 = math.log(2)
+BYTES_AT_A_TIME = 4096
+"""Windows whose bytes are counted together."""
 MAX_BATCHES = 10
 """Batches for the standard error of consecutive windows: few, so that each is long beside the distance over which
 losses are correlated, and enough for Student's t. Schmeiser finds 10 to 30 to be a good number."""
@@ -51,11 +64,19 @@ def evaluate(parts: Parts, step: int) -> dict[str, Any]:
     """
     held_out = held_out_windows(parts.dataset.val, parts.recipe.validation, parts.stream)
     size = parts.gradient_sum.micro_batch_size
-    workers = parts.gradient_sum.workers
-    val, stderr, dof = held_out_loss(parts.model, parts.dataset.val, held_out, size, parts.accelerator, workers)
-    if not math.isfinite(val):
-        raise NonFiniteError(f"step {step}: the held-out loss is {val}; {REMEDY}")
-    return {"val": val, "val_stderr": stderr, "val_dof": dof}
+    workers, dataset = parts.gradient_sum.workers, parts.dataset
+    lengths_V = torch.from_numpy(dataset.tokenizer.byte_lengths)
+    loss = held_out_loss(parts.model, dataset.val, held_out, size, parts.accelerator, workers, lengths_V)
+    if not math.isfinite(loss.mean):
+        raise NonFiniteError(f"step {step}: the held-out loss is {loss.mean}; {REMEDY}")
+    return {
+        "val": loss.mean,
+        "val_stderr": loss.stderr,
+        "val_dof": loss.dof,
+        "val_perplexity": loss.perplexity if math.isfinite(loss.perplexity) else None,
+        "val_bits_per_byte": loss.bits_per_byte,
+        "val_bits_per_byte_stderr": loss.bits_per_byte_stderr,
+    }
 
 
 def held_out_loss(
@@ -65,11 +86,13 @@ def held_out_loss(
     micro_batch_size: int,
     accelerator: Accelerator | None = None,
     workers: Workers = ALONE,
+    byte_lengths_V: torch.Tensor | None = None,
 ) -> HeldOutLoss:
     """The loss over the windows of `data` (n,) at `places`, in eval mode.
 
     With an accelerator its processes share them, and the `workers` of each its part. `micro_batch_size` windows go
-    through the model at a time. Every token counts the same.
+    through the model at a time. Every token counts the same. With the bytes of each token also per byte: exact though
+    windows begin and end within a character, since every byte belongs to one token.
     """
     groups = list(places)
     was_training = model.training
@@ -81,11 +104,27 @@ def held_out_loss(
     # On the CPU, since mps has no float64.
     loss_N = torch.cat([loss_B.cpu().double() for loss_B in losses])
     length_N = torch.cat([torch.full((len(g.starts),), g.seq_len, dtype=torch.float64) for g in groups])
-    return ratio_estimate(loss_N, length_N, consecutive=any(group.consecutive for group in groups))
+    consecutive = any(group.consecutive for group in groups)
+    loss = ratio_estimate(loss_N, length_N, consecutive=consecutive)
+    if byte_lengths_V is None:
+        return loss
+    bytes_N = torch.cat([window_bytes(data, group, byte_lengths_V) for group in groups]).double()
+    if not bytes_N.any():
+        return loss
+    nats, stderr, *_ = ratio_estimate(loss_N, bytes_N, consecutive=consecutive)
+    return loss._replace(bits_per_byte=nats / LN_2, bits_per_byte_stderr=stderr and stderr / LN_2)
+
+
+def window_bytes(data: torch.Tensor, places: WindowSet, byte_lengths_V: torch.Tensor) -> torch.Tensor:
+    """How many bytes the targets of each window stand for, int64 (windows,)."""
+    pieces = places.starts.split(BYTES_AT_A_TIME)
+    return torch.cat([byte_lengths_V[windows(data, starts, places.seq_len).targets.cpu()].sum(1) for starts in pieces])
 
 
 def ratio_estimate(loss_N: torch.Tensor, length_N: torch.Tensor, *, consecutive: bool) -> HeldOutLoss:
-    """The mean loss per token of windows with these total losses and lengths in tokens, both float64 (windows,).
+    """The mean loss per token of windows with these total losses and lengths, both float64 (windows,).
+
+    Lengths are in tokens, or in bytes for a loss per byte.
 
     Its standard error is that of a ratio (total loss over total tokens), so that a short window counts by its length.
     Windows that were drawn at random are independent: it is the error of the loss over the text that they come from.

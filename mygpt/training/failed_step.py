@@ -29,9 +29,11 @@ class FailedStep(Table):
     step: int
     problem: str
     starts: Annotated[tuple[int, ...], Field(min_length=1)]
-    """Where the windows begin in the training part of the corpus, in characters."""
+    """Where the windows begin in the training part of the corpus, in tokens."""
     windows: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Their text: seq_len characters, and the one after."""
+    """Their text: that of seq_len tokens, and of the one after."""
+    tokens: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = ()
+    """The ids of these tokens; none in older records, whose text gives them."""
     micro_batch_size: Count
     processes: Count
     """Each computed its share of the windows, and drew dropout from its own generator."""
@@ -87,11 +89,13 @@ def _write(run: Path, parts: Parts, problem: str, weights: Tensors, state: Train
     generator = torch.Generator()
     generator.set_state(state.tensors["generator.stream"])
     starts = draw_starts(dataset.train, table.batch_size, table.seq_len, generator).tolist()
+    tokens = [dataset.train[at : at + table.seq_len + 1].tolist() for at in starts]
     failed = FailedStep(
         step=step,
         problem=problem,
         starts=tuple(starts),
-        windows=tuple(dataset.tokenizer.decode(dataset.train[at : at + table.seq_len + 1].cpu()) for at in starts),
+        windows=tuple(map(dataset.tokenizer.decode, tokens)),
+        tokens=tuple(map(tuple, tokens)),
         micro_batch_size=gradient_sum.micro_batch_size,
         processes=state.metadata.processes or 1,
         dropout_seeds=gradient_sum.dropout_seeds(step, range(gradient_sum.micro_batches)),

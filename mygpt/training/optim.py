@@ -1,6 +1,8 @@
 """The learning rate as a pure function of the step, the optimizer and the scheduler."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,26 +33,46 @@ def learning_rate(step: int, table: ScheduleTable, peak_lr: float, steps: int) -
         return peak_lr * step / table.warmup
     if table.schedule == "constant":
         return peak_lr
+    if table.schedule == "wsd":
+        start = steps - (table.decay_steps or max(1, min(steps // 5, steps - table.warmup)))
+        return peak_lr if step <= start else straight_line(step, start, steps, peak_lr, table.min_lr)
     # Linear: a straight line in place of the half cosine, with the same area under it.
-    if step >= steps:
-        return table.min_lr
-    progress = (step - table.warmup) / (steps - table.warmup)
-    return peak_lr + (table.min_lr - peak_lr) * progress
+    return straight_line(step, table.warmup, steps, peak_lr, table.min_lr)
+
+
+def straight_line(step: int, start: int, end: int, max_lr: float, min_lr: float) -> float:
+    """The rate at `step` of a line from `max_lr` at step `start` to `min_lr` at step `end`, and on."""
+    if step >= end:
+        return min_lr
+    progress = (step - start) / (end - start)
+    return max_lr + (min_lr - max_lr) * progress
 
 
 def build_optimizer(model: torch.nn.Module, table: OptimizerTable) -> torch.optim.Optimizer:
-    """Fused AdamW over every parameter of `model`.
+    """Fused AdamW over every parameter of `model`, those that decay first.
 
     Its rate is 1, so that the scheduler's factor is the rate, to the last bit.
     """
+    decaying, others = (list(part.values()) for part in split_by_decay(dict(model.named_parameters()), table))
+    groups: list[dict[str, Any]] = [{"params": decaying}]
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
     return AdamW(
-        model.parameters(),
+        groups,
         lr=1.0,
         betas=(table.beta1, table.beta2),
         eps=table.eps,
         weight_decay=table.weight_decay,
         fused=True,
     )
+
+
+def split_by_decay(
+    weights: Mapping[str, torch.Tensor], table: OptimizerTable
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights that decay, and the others, by name: the optimizer's order."""
+    decaying = {name: weight for name, weight in weights.items() if table.decay == "all" or weight.dim() > 1}
+    return decaying, {name: weight for name, weight in weights.items() if name not in decaying}
 
 
 def build_scheduler(

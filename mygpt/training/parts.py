@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from mygpt.recipe.tables import Recipe, RuntimeTable
 from mygpt.runs.saver import Tensors, TrainingState
 from mygpt.runs.schemas import StateMetadata
 from mygpt.training.gradient_sum import GradientSum
-from mygpt.training.optim import build_optimizer, build_scheduler
+from mygpt.training.optim import build_optimizer, build_scheduler, split_by_decay
 from mygpt.training.state import (
     GeneratorStates,
     Progress,
@@ -92,7 +93,8 @@ class Parts:
         """
         accelerator, generators = self.accelerator, generators or self.generators()
         weights = self.gpt.state_dict()
-        tensors = gather(accelerator, optimizer_tensors(self.optimizer, weights))
+        names = chain(*split_by_decay(weights, self.recipe.optimizer))
+        tensors = gather(accelerator, optimizer_tensors(self.optimizer, names))
         tensors["generator.stream"] = generators.stream
         processes = None
         if generators.dropout is not None:
@@ -122,6 +124,7 @@ def build_parts(
     gpt = GPT(recipe.model, dataset.tokenizer.vocab_size).to(device)
     if choose_matmul(recipe.runtime, device) == "onednn":
         gpt.compute_products_with(onednn_linear)
+    gpt.loss_chunk = recipe.runtime.loss_chunk
     gpt.activation_checkpointing = recipe.runtime.activation_checkpointing
     optimizer = build_optimizer(gpt, recipe.optimizer)
     dataset = dataset.to(device)
@@ -137,7 +140,7 @@ def build_parts(
         gpt.compile()
     model, optimizer, scheduler = gradient_sum.prepare(accelerator, gpt, optimizer, scheduler)
     if moments:
-        load_optimizer_tensors(optimizer, gpt.state_dict(), moments)
+        load_optimizer_tensors(optimizer, chain(*split_by_decay(gpt.state_dict(), recipe.optimizer)), moments)
     parts = Parts(recipe, accelerator, dataset, gradient_sum, gpt, model, optimizer, scheduler, stream, reports)
     if checkpoint and isinstance(model, DistributedDataParallel):
         before = parts.generators()

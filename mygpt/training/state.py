@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,10 +101,10 @@ def dropout_name(device: torch.device, process: int) -> str:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """The optimizer's moments by the names of its parameters, which are given in its order."""
-    (group,) = optimizer.param_groups
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     return {
         f"optimizer.{name}.{moment}": optimizer.state[parameter][moment]
-        for name, parameter in zip(names, group["params"], strict=True)
+        for name, parameter in zip(names, parameters, strict=True)
         if parameter in optimizer.state
         for moment in MOMENTS
     }
@@ -111,9 +112,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) ->
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: Tensors) -> None:
     """Give the optimizer the moments that `optimizer_tensors` took, each sharded as its parameter is."""
-    (group,) = optimizer.param_groups
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     states = {
         index: {moment: shard_like(tensors[f"optimizer.{name}.{moment}"], parameter) for moment in MOMENTS}
-        for index, (name, parameter) in enumerate(zip(names, group["params"], strict=True))
+        for index, (name, parameter) in enumerate(zip(names, parameters, strict=True))
     }
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

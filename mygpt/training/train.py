@@ -74,7 +74,7 @@ def train_until(recipe: Recipe, last_step: int | None, *, overwrite: bool = Fals
             start = find_start(
                 recipe,
                 preflight.info,
-                preflight.dataset.tokenizer.vocab,
+                preflight.dataset.tokenizer.metadata,
                 overwrite=overwrite,
                 is_restart=is_restart(),
                 allow_changes=allow_changes,

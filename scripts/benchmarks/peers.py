@@ -172,8 +172,8 @@ def own_model(size: Size) -> Any:
     from mygpt.model.gpt import GPT
     from mygpt.recipe.tables import ModelTable
 
-    shape = {"embed_dim": size.embed_dim, "num_layers": size.layers, "num_heads": size.heads}
-    return GPT(ModelTable(**shape, max_seq_len=size.seq_len), size.vocab_size)
+    table = ModelTable(embed_dim=size.embed_dim, num_layers=size.layers, num_heads=size.heads, max_seq_len=size.seq_len)
+    return GPT(table, size.vocab_size)
 
 
 def plain(size: Size, tokens: Path, device: torch.device, compiled: bool = False) -> Step:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mygpt.data.tokenizer import CHUNK, CharTokenizer
+from mygpt.data.tokenizer import CHUNK, END_OF_TEXT, ByteTokenizer, CharTokenizer, tokenizer_from
 from mygpt.errors import TokenizerError
 
 
@@ -21,6 +21,41 @@ def test_decoding_undoes_encoding(text):
     assert tokenizer.encode(text).tolist() == [letters.index(c) for c in text]
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert CharTokenizer(tokenizer.vocab).vocab == tokenizer.vocab
+
+
+@given(st.text(), st.booleans())
+def test_bytes_of_any_text_are_its_utf_8(text, end_of_text):
+    """Ids are bytes, in the smallest type; decoding undoes encoding."""
+    tokenizer = ByteTokenizer(end_of_text=end_of_text)
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == list(text.encode())
+    assert ids.dtype == (np.int16 if end_of_text else np.uint8)
+    assert tokenizer.decode(ids) == text
+
+
+@given(st.text(min_size=1), st.sampled_from(["char", "byte"]), st.booleans())
+def test_tokenizer_is_built_again_from_its_metadata(text, kind, end_of_text):
+    """Same fingerprint, ids and bytes; the token for a document's end comes last and stands for no bytes."""
+    tokenizer = (
+        CharTokenizer(text, end_of_text=end_of_text) if kind == "char" else ByteTokenizer(end_of_text=end_of_text)
+    )
+    copy = tokenizer_from(type(tokenizer.metadata).model_validate_json(tokenizer.metadata.model_dump_json()))
+    assert copy.fingerprint == tokenizer.fingerprint
+    ids = copy.encode(text)
+    assert ids.tolist() == tokenizer.encode(text).tolist()
+    assert copy.byte_lengths[ids].sum() == len(text.encode())
+    assert copy.end_of_text == (copy.vocab_size - 1 if end_of_text else None)
+    if end_of_text:
+        assert copy.byte_lengths[copy.end_of_text] == 0
+        assert copy.decode([*ids, copy.end_of_text]) == text + END_OF_TEXT
+
+
+def test_characters_come_with_the_byte_that_completes_them():
+    """No text until then; what is left at the end, or is no UTF-8, becomes U+FFFD."""
+    assert list(ByteTokenizer().stream_decode("aé€".encode())) == ["a", "é", "€"]
+    assert list(ByteTokenizer().stream_decode("a€".encode()[:-1])) == ["a", "\ufffd"]
+    assert ByteTokenizer().decode([0xFF, 0x41]) == "\ufffdA"
+    assert ByteTokenizer().encode("\udcff").tolist() == [0xFF]
 
 
 @pytest.mark.parametrize("unknown", ["z", "é", "\U0001f600", "\udcff"])

@@ -37,6 +37,19 @@ def test_picture_shows_every_run(runs, tmp_path):
     assert "<watched>" not in svg
 
 
+def test_loss_can_be_drawn_in_other_units(runs, tmp_path):
+    """In bits per byte only runs with evaluations, since training batches are not counted in bytes."""
+    plot(runs, tmp_path / "perplexity.svg", "perplexity")
+    assert "plain: training" in (tmp_path / "perplexity.svg").read_text()
+    plot(runs[1:], tmp_path / "bits.svg", "bits-per-byte")
+    svg = (tmp_path / "bits.svg").read_text()
+    assert "loss (bits per byte)" in svg
+    assert ": held-out" in svg
+    assert ": training" not in svg
+    with pytest.raises(MygptError, match="plain: has no held-out loss in bits-per-byte; expected a run with val_every"):
+        plot(runs, tmp_path / "bits.svg", "bits-per-byte")
+
+
 @pytest.mark.parametrize("ending", ["png", "pdf"])
 def test_ending_chooses_the_format(runs, tmp_path, ending):
     """PNG and PDF as well as SVG, the same bytes every time."""

@@ -33,6 +33,12 @@ def test_header_has_the_published_form():
     ]
 
 
+def test_header_counts_tokens_where_they_are_no_characters():
+    """The published form is that of characters."""
+    lines = header_lines(Recipe.of(tokenizer="byte"), device="cpu", sizes={"corpus": 10}, vocab_size=256, params=1)
+    assert list(lines)[2:4] == ["corpus tokens:10", "vocab_size:   256"]
+
+
 @pytest.mark.parametrize(
     ("keys", "values", "line"),
     [
@@ -48,6 +54,16 @@ def test_header_has_the_published_form():
             {"log_val_stderr": True, "log_grad_norm": True},
             {"val": 2.47441, "val_stderr": 0.01234, "grad_norm": 0.5},
             "step   500: loss = 2.4393  val = 2.4744 +- 0.0123  grad_norm = 0.5000",
+        ),
+        (
+            {"log_bits_per_byte": True, "log_perplexity": True},
+            {"val": 2.47441, "val_bits_per_byte": 3.56982, "val_bits_per_byte_stderr": 0.1, "val_perplexity": 11.8746},
+            "step   500: loss = 2.4393  val = 2.4744  bits_per_byte = 3.5698  perplexity = 11.87",
+        ),
+        (
+            {"log_bits_per_byte": True, "log_val_stderr": True},
+            {"val": 2.47441, "val_stderr": 0.2, "val_bits_per_byte": 3.56982, "val_bits_per_byte_stderr": 0.1},
+            "step   500: loss = 2.4393  val = 2.4744 +- 0.2000  bits_per_byte = 3.5698 +- 0.1000",
         ),
     ],
 )

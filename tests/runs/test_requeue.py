@@ -6,6 +6,7 @@ import sys
 import pytest
 from support.runs import contents
 
+from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import CheckpointError
 from mygpt.runs.run import Run
 from mygpt.runs.start import find_start
@@ -21,7 +22,9 @@ def test_restart_continues_the_run_that_overwrite_began(tiny, monkeypatch):
     """A restart of the same command does not begin again; another run is still replaced."""
     run = train_until(tiny(steps=8, save_every=2), 2)
     recipe, notes = tiny(save_every=2), []
-    start = find_start(recipe, Run(run).info, "", overwrite=True, is_restart=True, warn=notes.append)
+    start = find_start(
+        recipe, Run(run).info, CharTokenizer("a").metadata, overwrite=True, is_restart=True, warn=notes.append
+    )
     assert (start.checkpoint, start.overwrite) == (None, True)
     train_until(recipe, 4, overwrite=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

@@ -10,8 +10,9 @@ from scipy import stats
 
 from mygpt import GPT, estimate_val_loss, get_batch
 from mygpt.data.batches import WindowSet, consecutive_windows, draw_starts, random_windows, windows
+from mygpt.data.tokenizer import ByteTokenizer
 from mygpt.recipe.tables import ModelTable
-from mygpt.training.evaluate import held_out_loss, ratio_estimate
+from mygpt.training.evaluate import HeldOutLoss, held_out_loss, ratio_estimate
 
 TABLE = ModelTable(embed_dim=16, num_heads=2, num_layers=1, max_seq_len=8, dropout=0.3)
 
@@ -60,6 +61,33 @@ def test_full_is_the_mean_over_every_target(gpt, data):
     assert len(losses) == 202
     result = held_out_loss(gpt, data, consecutive_windows(data, 8), 3)
     assert result.mean == pytest.approx(statistics.mean(losses), abs=1e-6)
+
+
+def test_bits_per_byte_are_those_of_the_text(gpt):
+    """Every window, though they begin within a character: the loss of all targets in bits, over the text's bytes."""
+    text = "añ€😀 b" * 20
+    data = torch.from_numpy(ByteTokenizer().encode(text)).long()
+    lengths_V = torch.from_numpy(ByteTokenizer(end_of_text=True).byte_lengths)
+    gpt = GPT(TABLE, vocab_size=257).eval()
+    result = held_out_loss(gpt, data, consecutive_windows(data, 7), 3, byte_lengths_V=lengths_V)
+    assert result.bits_per_byte == pytest.approx(result.mean / math.log(2))
+    assert result.bits_per_byte_stderr == pytest.approx(result.stderr / math.log(2))
+    assert result.perplexity == math.exp(result.mean)
+    # A token of two characters, one of a part of one, and the end of a document, which has no bytes but a loss.
+    data[5::9] = 256
+    lengths_V[97], lengths_V[0xF0] = 6, 2
+    result = held_out_loss(gpt, data, consecutive_windows(data, 7), 3, byte_lengths_V=lengths_V)
+    expected_bytes = sum(int(lengths_V[token]) for token in data[1:])
+    total = held_out_loss(gpt, data, consecutive_windows(data, 7), 3).mean * (len(data) - 1)
+    assert result.bits_per_byte == pytest.approx(total / math.log(2) / expected_bytes)
+    assert (
+        held_out_loss(gpt, data, [WindowSet(torch.tensor([4]), 1)], 1, byte_lengths_V=lengths_V).bits_per_byte is None
+    )
+
+
+def test_perplexity_of_a_diverged_model_is_infinite():
+    """And no overflow."""
+    assert HeldOutLoss(1e6, None).perplexity == math.inf
 
 
 def test_standard_error_is_that_of_the_windows(gpt, data):

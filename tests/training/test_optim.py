@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mygpt import cosine_warmup_lr
-from mygpt.recipe.tables import OptimizerTable, ScheduleTable
+from mygpt import GPT, cosine_warmup_lr
+from mygpt.recipe.tables import ModelTable, OptimizerTable, ScheduleTable
 from mygpt.training.optim import build_optimizer, build_scheduler, learning_rate
 
 
@@ -20,7 +20,7 @@ def test_cosine_has_the_published_values():
 
 
 @given(
-    schedule=st.sampled_from(["constant", "cosine", "linear"]),
+    schedule=st.sampled_from(["constant", "cosine", "linear", "wsd"]),
     steps=st.integers(1, 300),
     warmup_share=st.floats(0, 1),
     low=st.floats(0, 1),
@@ -35,6 +35,27 @@ def test_rates_rise_to_the_peak_and_fall_to_the_minimum(schedule, steps, warmup_
     assert all(a >= b for a, b in itertools.pairwise(falling))
     assert max(rates) <= 1.0
     assert rates[-1] == (1.0 if schedule == "constant" else low)
+
+
+def test_wsd_keeps_the_rate_until_its_last_steps():
+    """A fifth of the steps by default, along a line; or as many as the recipe says."""
+    rates = [learning_rate(t, ScheduleTable(schedule="wsd", warmup=10), 1.0, 100) for t in range(1, 101)]
+    assert rates[9:80] == [1.0] * 71
+    assert rates[80:] == pytest.approx([1 - step / 20 for step in range(1, 21)])
+    rates = [learning_rate(t, ScheduleTable(schedule="wsd", decay_steps=4, min_lr=0.2), 1.0, 10) for t in range(1, 11)]
+    assert rates == pytest.approx([1.0] * 6 + [0.8, 0.6, 0.4, 0.2])
+
+
+def test_decay_of_matrices_spares_biases_and_norms():
+    """A step with gradients of zero shrinks what decays, and leaves the rest as it is."""
+    torch.manual_seed(0)
+    gpt = GPT(ModelTable(embed_dim=16, num_heads=2, num_layers=1, max_seq_len=8, biases="all"), 5)
+    before = {name: weight.clone() for name, weight in gpt.state_dict().items()}
+    optimizer = build_optimizer(gpt, OptimizerTable(weight_decay=0.1, decay="matrices"))
+    gpt(torch.zeros(1, 2, dtype=torch.long)).sum().mul(0).backward()
+    optimizer.step()
+    for name, weight in gpt.state_dict().items():
+        torch.testing.assert_close(weight, before[name] * (0.9 if weight.dim() > 1 else 1.0))
 
 
 def test_linear_has_the_area_of_the_cosine():

@@ -1,0 +1,249 @@
+"""Byte-pair encodings on Hugging Face's tokenizers: trained here, read from a tokenizer.json, or tiktoken's GPT-2.
+
+Source: Sennrich et al., "Neural machine translation of rare words with subword units" (2016), on bytes as in GPT-2.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
+from itertools import islice, pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mygpt.data.tokenizer import END_OF_TEXT, BPEMetadata, Tokenizer, id_type
+from mygpt.errors import TokenizerError
+from mygpt.recipe.reading import decode_utf8, read_file
+
+PIECE = 1 << 16
+"""Characters encoded as one string, about: the library's memory and time grow faster than a longer string."""
+
+BATCH = 32
+"""Pieces encoded at a time: the library takes hundreds of bytes of memory for each token."""
+
+CONTEXT = 64
+"""Characters to either side of a place by which is decided whether a text may be cut there."""
+
+MIN_FREQUENCY = 2
+"""How often a pair must occur to become a token: a token that occurs once saves nothing."""
+
+BYTES = sorted({*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)})
+"""The bytes that a byte-level vocabulary writes as the character of the same number; the others follow from U+0100."""
+
+PROBE = (
+    "".join(map(chr, (*range(0x180), 0x2028, 0x3000, 0x1F600))) + "  a  b\r\n\n c\t\td's 'LL 12345 \u0301e\u0301  \n "
+)
+"""Text that an encoding must give back."""
+
+
+class BPETokenizer(Tokenizer):
+    """A byte-level byte-pair encoding: any text can be encoded, and decoding gives the same bytes back.
+
+    Raises:
+        TokenizerError: `json_text`, which an error calls `name`, is not one; or tokenizers is not installed.
+    """
+
+    def __init__(self, json_text: str, name: str):
+        kind = _library().Tokenizer
+        try:
+            self._tokenizer = kind.from_str(json_text)
+        except Exception as error:  # the library raises no narrower class
+            raise TokenizerError(f"{name}: not a tokenizer.json: {error}") from None
+        # What the file adds around and cuts off a text is for other uses; in a text, names of special tokens are text.
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True
+        self.metadata = BPEMetadata(json_text=json_text)
+        self._settings = json.loads(json_text)
+        self._special = {
+            token["content"]: token["id"] for token in self._settings["added_tokens"] if token.get("special")
+        }
+        self.end_of_text = self._special.get(END_OF_TEXT)
+        self._id_type = id_type(self._vocab_size())
+        self._check(name)
+
+    @cached_property
+    def tokens(self) -> list[bytes]:
+        byte_of = {character: byte for byte, character in _byte_characters().items()}
+        added = {token["id"]: token["content"] for token in self._settings["added_tokens"]}
+        tokens = [b""] * self._vocab_size()
+        for text, token in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            is_bytes = token not in added and all(character in byte_of for character in text)
+            tokens[token] = bytes(byte_of[character] for character in text) if is_bytes else text.encode()
+        return tokens
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self._special.values())
+
+    def encode(self, text: str, name: str = "text") -> npt.NDArray[np.integer]:
+        # Lone surrogates stand for bytes that were not UTF-8, which no string of the library can hold.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        parts = [np.empty(0, dtype=self._id_type)]
+        pieces = cut(text, self._tokenizer.pre_tokenizer)
+        while batch := list(islice(pieces, BATCH)):
+            encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            parts += [np.array(encoding.ids, dtype=self._id_type) for encoding in encodings]
+        return np.concatenate(parts)
+
+    def _vocab_size(self) -> int:
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def _check(self, name: str) -> None:
+        model = self._settings["model"]
+        is_bpe = model.get("type") == "BPE" or (model.get("type") is None and "merges" in model)
+        if not is_bpe or not set(_byte_characters().values()) <= model["vocab"].keys():
+            kind = "a byte-level BPE, with all 256 bytes in its vocabulary, as GPT-2's"
+            raise TokenizerError(f"{name}: got a tokenizer of another kind, expected {kind}")
+        if model.get("dropout"):
+            raise TokenizerError(f"{name}: its dropout gives other ids each time; remove it")
+        ids = self.encode(PROBE)
+        if b"".join(self.tokens[token] for token in ids) != PROBE.encode():
+            raise TokenizerError(
+                f"{name}: changes the text (its normalizer, or a space that it adds); expected one that does not"
+            )
+
+
+def read_tokenizer(path: Path) -> BPETokenizer:
+    """The encoding in a tokenizer.json.
+
+    Raises:
+        TokenizerError: the file cannot be read, or holds another kind of tokenizer.
+    """
+    raw = read_file(path, TokenizerError, expected="a tokenizer.json", missing="no such tokenizer.json")
+    return BPETokenizer(decode_utf8(raw, path, TokenizerError), name=str(path))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """The byte-pair encoding of these texts with `vocab_size` tokens: END_OF_TEXT, all bytes, and pairs of tokens.
+
+    Words are cut as in GPT-2. The same texts give the same encoding.
+
+    Raises:
+        TokenizerError: the texts have too few pairs that occur twice, or vocab_size is below 257.
+    """
+    library = _library()
+    alphabet = sorted(_byte_characters().values())
+    if vocab_size < len(alphabet) + 1:
+        raise TokenizerError(f"vocab_size: got {vocab_size}, expected at least 257: all bytes and {END_OF_TEXT}")
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    # Not that of `tokenizer`, which is locked while it is trained.
+    words = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator((piece for text in texts for piece in cut(text, words)), trainer)
+    if (got := tokenizer.get_vocab_size()) < vocab_size:
+        raise TokenizerError(f"vocab_size: got {vocab_size}, and the text allows {got}: lower it, or give more text")
+    return BPETokenizer(tokenizer.to_str(), name="tokenizer")
+
+
+def gpt2() -> BPETokenizer:
+    """GPT-2's encoding, from tiktoken, which downloads its tables once and checks their hash.
+
+    Raises:
+        TokenizerError: tiktoken is not installed, or cannot download them.
+    """
+    try:
+        import tiktoken
+    except ImportError:
+        raise TokenizerError(
+            'tokenizer = "gpt2" needs tiktoken: pip install tiktoken, or set tokenizer = "bpe" and tokenizer_file to '
+            "the path of GPT-2's tokenizer.json"
+        ) from None
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests and tiktoken raise their own kinds
+        raise TokenizerError(
+            f'gpt2: tiktoken cannot load it ({type(error).__name__}); set tokenizer = "bpe" and tokenizer_file to the '
+            "path of GPT-2's tokenizer.json"
+        ) from None
+    number = encoding.encode_single_token
+    ranks = {token: number(token) for token in encoding.token_byte_values()}
+    return from_ranks(ranks, sorted(encoding.special_tokens_set, key=number))
+
+
+def from_ranks(ranks: Mapping[bytes, int], special: Sequence[str]) -> BPETokenizer:
+    """The encoding that tiktoken describes by the rank of each token, with words cut as in GPT-2.
+
+    `special` tokens follow, in this order. A token is made of the two that its bytes come down to if only pairs of
+    lower rank are joined.
+    """
+    library, characters = _library(), _byte_characters()
+    text = {token: "".join(characters[byte] for byte in token) for token in ranks}
+    pairs = (_join(token, ranks, ranks[token]) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1)
+    model = library.models.BPE(
+        vocab={text[token]: rank for token, rank in ranks.items()},
+        merges=[(text[left], text[right]) for left, right in pairs],
+    )
+    tokenizer = library.Tokenizer(model)
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    return BPETokenizer(tokenizer.to_str(), name="gpt2")
+
+
+def _join(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]:
+    """The parts of `token` after joining pairs, the lowest rank first, whose rank is `below` this."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 1:
+        pair_ranks = [ranks.get(left + right, below) for left, right in pairwise(parts)]
+        lowest = min(pair_ranks)
+        if lowest >= below:
+            break
+        at = pair_ranks.index(lowest)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def cut(text: str, pre_tokenizer: Any, size: int = PIECE) -> Iterator[str]:
+    """The text in pieces of at least `size` characters, whose ids, joined, are those of the whole text.
+
+    A text is cut at an end of a line, where `pre_tokenizer` finds the same words in the parts as in the whole.
+    """
+
+    def words(part: str) -> list[str]:
+        return [word for word, _ in pre_tokenizer.pre_tokenize_str(part)] if pre_tokenizer else [part]
+
+    def may_end(at: int) -> bool:
+        before, after = text[max(0, at - CONTEXT) : at], text[at : at + CONTEXT]
+        return words(before + after) == words(before) + words(after)
+
+    start = 0
+    while len(text) - start > size:
+        end = next(filter(may_end, _line_ends(text, start + size)), len(text))
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _line_ends(text: str, start: int) -> Iterator[int]:
+    """Positions from `start` on of a line's end, and of the first character after it."""
+    while (at := text.find("\n", start)) >= 0:
+        yield at
+        yield at + 1
+        start = at + 1
+
+
+@cache
+def _byte_characters() -> dict[int, str]:
+    """The character that stands for each byte in a byte-level vocabulary."""
+    others = (byte for byte in range(256) if byte not in BYTES)
+    return {byte: chr(byte) for byte in BYTES} | {byte: chr(256 + index) for index, byte in enumerate(others)}
+
+
+def _library() -> ModuleType:
+    try:
+        import tokenizers
+    except ImportError:
+        raise TokenizerError("byte-pair encodings need tokenizers: pip install 'mygpt[text]'") from None
+    return tokenizers

@@ -1,0 +1,193 @@
+"""Byte-pair encodings: trained here, read from a tokenizer.json, and GPT-2's by tiktoken's tables."""
+
+import hashlib
+import json
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mygpt.data import bpe
+from mygpt.data.bpe import BPETokenizer, cut, from_ranks, gpt2, read_tokenizer, train_bpe
+from mygpt.data.corpus import load_corpus
+from mygpt.data.tokenizer import END_OF_TEXT, tokenizer_from
+from mygpt.errors import TokenizerError
+
+pytest.importorskip("tokenizers", reason="needs tokenizers")
+import tokenizers
+from tokenizers import Regex, pre_tokenizers
+
+WORDS = "the quick brown fox jumps over the lazy dog and the cat; it's 2,000 times\n\n"
+# Words and line ends as GPT-4's tokenizer cuts them, which joins line ends to what is before.
+OTHER_WORDS = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(
+            Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def trained(text) -> BPETokenizer:
+    return train_bpe([text], 400)
+
+
+def test_same_text_gives_the_same_encoding():
+    """Byte for byte, so that a run that trains its tokenizer can be repeated; the hash is that of these versions."""
+    first, second = (train_bpe([WORDS * 50], 300) for _ in range(2))
+    assert first.metadata == second.metadata
+    settings = json.loads(first.metadata.json_text)
+    merges = json.dumps(settings["model"]["merges"])
+    assert hashlib.sha256(merges.encode()).hexdigest()[:16] == "75f21024f37270df"
+
+
+@given(st.text())
+@settings(max_examples=200)
+def test_any_text_survives(trained, text):
+    """Decoding undoes encoding, and the bytes of the tokens are those of the text."""
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert trained.byte_lengths[ids].sum() == len(text.encode())
+
+
+def test_trained_encoding(trained, text):
+    """It has as many tokens as asked for, shortens the text, and is built again from its metadata."""
+    assert trained.vocab_size == 400
+    assert trained.end_of_text == 0
+    assert trained.tokens[0] == END_OF_TEXT.encode()
+    ids = trained.encode(text)
+    assert ids.dtype == np.int16
+    assert len(ids) < 0.7 * len(text)
+    assert tokenizer_from(trained.metadata).encode(text).tolist() == ids.tolist()
+
+
+def test_names_of_special_tokens_are_text(trained):
+    """A corpus or a prompt cannot end a document."""
+    ids = trained.encode(f"a{END_OF_TEXT}b")
+    assert trained.end_of_text not in ids
+    assert trained.decode(ids) == f"a{END_OF_TEXT}b"
+    assert trained.decode([trained.end_of_text]) == END_OF_TEXT
+    assert trained.byte_lengths[trained.end_of_text] == 0
+
+
+@pytest.mark.parametrize("words", [pre_tokenizers.ByteLevel(add_prefix_space=False), OTHER_WORDS, None])
+@given(st.text(st.sampled_from("ab1 .'\n\r\té"), min_size=50, max_size=400))
+@settings(max_examples=100)
+def test_long_text_is_cut_where_it_changes_no_token(words, text):
+    """The words of the pieces are those of the whole text."""
+    pieces = list(cut(text, words, size=20))
+    assert "".join(pieces) == text
+    assert all(len(piece) >= 20 for piece in pieces[:-1])
+    if words:
+        found = [word for piece in pieces for word, _ in words.pre_tokenize_str(piece)]
+        assert found == [word for word, _ in words.pre_tokenize_str(text)]
+
+
+def test_whole_text_gives_the_ids_of_its_pieces(trained, monkeypatch):
+    """Those of the library for the text as one string, though it is encoded in many pieces."""
+    text = load_corpus("python-docs").text
+    expected = trained._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    monkeypatch.setattr(bpe, "PIECE", 1000)
+    assert len(list(cut(text, trained._tokenizer.pre_tokenizer, 1000))) > 100
+    assert trained.encode(text).tolist() == expected
+
+
+def test_file_of_another_program(trained, tmp_path, text):
+    """Padding, truncation and tokens around a text, which a file may ask for, are left out."""
+    other = tokenizers.Tokenizer.from_str(trained.metadata.json_text)
+    other.enable_padding()
+    other.enable_truncation(5)
+    other.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    other.save(str(tmp_path / "tokenizer.json"))
+    read = read_tokenizer(tmp_path / "tokenizer.json")
+    assert read.encode(text).tolist() == trained.encode(text).tolist()
+    assert read.fingerprint != trained.fingerprint
+
+
+def changed(trained, **settings):
+    values = json.loads(trained.metadata.json_text)
+    model = settings.pop("model", {})
+    return json.dumps(values | settings | {"model": values["model"] | model})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "t.json: changes the text"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+         "t.json: changes the text"),
+        ({"model": {"dropout": 0.1}}, "t.json: its dropout gives other ids each time"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "t.json: not a tokenizer.json|kind"),
+    ],
+    ids=["normalizer", "prefix", "dropout", "word-level"],
+)  # fmt: skip
+def test_encoding_that_cannot_be_trusted_is_refused(trained, settings, message):
+    """One line that says why."""
+    with pytest.raises(TokenizerError, match=message):
+        BPETokenizer(changed(trained, **settings), name="t.json")
+
+
+def test_mistakes_are_named(tmp_path, trained):
+    """A file that is missing or something else, a vocabulary too small or too large, a package that is not there."""
+    with pytest.raises(TokenizerError, match=r"none\.json: no such tokenizer\.json"):
+        read_tokenizer(tmp_path / "none.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"other\.json: not a tokenizer\.json: "):
+        read_tokenizer(tmp_path / "other.json")
+    with pytest.raises(TokenizerError, match="vocab_size: got 256, expected at least 257"):
+        train_bpe([WORDS], 256)
+    with pytest.raises(TokenizerError, match=r"vocab_size: got 1000, and the text allows 2\d\d: lower it"):
+        train_bpe([WORDS], 1000)
+
+
+def test_missing_packages_are_named(monkeypatch, trained):
+    """With the command that installs them."""
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(TokenizerError, match="pip install tiktoken, or set"):
+        gpt2()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(TokenizerError, match=r"pip install 'mygpt\[text\]'"):
+        tokenizer_from(trained.metadata)
+
+
+@pytest.fixture(scope="module")
+def ranked(text):
+    """An encoding, and the same in tiktoken."""
+    tiktoken = pytest.importorskip("tiktoken", reason="needs tiktoken")
+    trained = train_bpe([text], 1000)
+    # Without the special token, which comes first here and last in tiktoken.
+    ranks = {token: rank - 1 for rank, token in enumerate(trained.tokens) if rank}
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    return ranks, tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 999})
+
+
+def test_tables_of_tiktoken_give_its_ids(ranked, monkeypatch):
+    """On half a megabyte, through the function that asks tiktoken for GPT-2's."""
+    import tiktoken
+
+    ranks, encoding = ranked
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
+    tokenizer = gpt2()
+    text = load_corpus("python-docs").text
+    assert tokenizer.encode(text).tolist() == encoding.encode_ordinary(text)
+    assert tokenizer.end_of_text == 999
+    assert tokenizer.tokens[:999] == sorted(ranks, key=ranks.__getitem__)
+    assert from_ranks(ranks, [END_OF_TEXT]).metadata == tokenizer.metadata
+
+
+def test_tables_that_cannot_be_loaded_cost_one_line(monkeypatch):
+    """As without a network; the line says what else can be done."""
+    tiktoken = pytest.importorskip("tiktoken", reason="needs tiktoken")
+
+    def fail(_name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    with pytest.raises(TokenizerError, match=r'cannot load it \(ConnectionError\); set tokenizer = "bpe" and tokeniz'):
+        gpt2()
