@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mygpt"
 
 # Lowest first; a floor imports only from lower ones. Those of one floor do not import each other.
 FLOORS = [
-    {"errors", "compat"},
+    {"errors", "compat", "disk"},
     {"recipe"},
     {"data"},
     {"model"},
@@ -32,7 +32,16 @@ MODULES = {
 WITHOUT_TORCH = [
     *(name for name in MODULES if name.startswith(("recipe.", "reports."))),
     *(f"runs.{name}" for name in ("run", "steps", "files", "lock", "schemas", "start", "changes", "records")),
-    *("errors", "data.corpus", "data.tokenizer", "checks.compare", "processes.environment", "cli.main", "cli.train"),
+    *(
+        "errors",
+        "disk",
+        "data.corpus",
+        "data.tokenizer",
+        "checks.compare",
+        "processes.environment",
+        "cli.main",
+        "cli.train",
+    ),
 ]
 
 

@@ -30,6 +30,7 @@ Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
   verify RUN                    whether running a recorded run again gives the same, bit for bit
   replay RUN                    which value of a failed step became non-finite first
   plot RUN...                   draw loss and learning rate
+  data prepare|info             texts of any size as tokens, for --corpus
   doctor [RECIPE]               what a launch would train on: devices, processes, their shares of the work
   recipe show|list|schema       the resolved recipe, the recipes that come with mygpt, the JSON Schema
 
@@ -43,6 +44,7 @@ COMMANDS = {
     "verify": "inspect",
     "replay": "inspect",
     "plot": "inspect",
+    "data": "data",
     "doctor": "train",
     "recipe": "train",
 }

@@ -1,5 +1,6 @@
 """Windows of tokens: the stream of training batches, a process's share of them, and the held-out windows."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,14 +59,18 @@ def draw_starts(
     return torch.randint(0, len(data) - seq_len - 1, (batch_size,), generator=generator)
 
 
-def windows(data: torch.Tensor, starts: torch.Tensor, seq_len: int) -> Batch:
-    """The windows of `data` (n,) that begin at `starts` (batch,)."""
+def windows(data: torch.Tensor, starts: torch.Tensor, seq_len: int, device: torch.device | None = None) -> Batch:
+    """The windows of `data` (n,) that begin at `starts` (batch,), on `device`, or where the data is."""
     # A blocking copy would make the host wait for the steps that the device has yet to compute; one from memory that is
     # not pinned may block.
     if data.is_cuda:
         starts = starts.pin_memory()
     positions = starts.to(data.device, non_blocking=True)[:, None] + torch.arange(seq_len + 1, device=data.device)
     tokens_BT1 = data[positions].long()
+    if device is not None and device != data.device:
+        if device.type == "cuda":
+            tokens_BT1 = tokens_BT1.pin_memory()
+        tokens_BT1 = tokens_BT1.to(device, non_blocking=device.type == "cuda")
     return Batch(tokens_BT1[:, :-1], tokens_BT1[:, 1:])
 
 
@@ -76,8 +81,22 @@ class BatchStream:
     share of them: the global batch does not depend on the number of processes.
     """
 
-    def __init__(self, data: torch.Tensor, batch_size: int, seq_len: int, *, seed: int, share: Share):
+    def __init__(
+        self,
+        data: torch.Tensor,
+        batch_size: int,
+        seq_len: int,
+        *,
+        seed: int,
+        share: Share,
+        device: torch.device | None = None,
+        check: Callable[[], None] | None = None,
+    ):
         self.data = data
+        self.device = device
+        """Where batches go; None: where the data is."""
+        self.check = check
+        """Called before each batch, to see that the data can still be read."""
         self.batch_size = batch_size
         self.seq_len = seq_len
         self.share = share
@@ -86,8 +105,10 @@ class BatchStream:
 
     def batch(self) -> Batch:
         """This process's share of the next global batch."""
+        if self.check:
+            self.check()
         starts = draw_starts(self.data, self.batch_size, self.seq_len, self.generator)
-        return windows(self.data, self.share.of(starts), self.seq_len)
+        return windows(self.data, self.share.of(starts), self.seq_len, self.device)
 
 
 def held_out_windows(val: torch.Tensor, table: ValidationTable, stream: BatchStream) -> list[WindowSet]:

@@ -4,6 +4,7 @@ Source: Sennrich et al., "Neural machine translation of rare words with subword 
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import islice, pairwise
@@ -26,6 +27,8 @@ BATCH = 32
 
 CONTEXT = 64
 """Characters to either side of a place by which is decided whether a text may be cut there."""
+
+SPACE = re.compile(r"\s+")
 
 MIN_FREQUENCY = 2
 """How often a pair must occur to become a token: a token that occurs once saves nothing."""
@@ -83,11 +86,14 @@ class BPETokenizer(Tokenizer):
         # Lone surrogates stand for bytes that were not UTF-8, which no string of the library can hold.
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         parts = [np.empty(0, dtype=self._id_type)]
-        pieces = cut(text, self._tokenizer.pre_tokenizer)
+        pieces = self.cut(text)
         while batch := list(islice(pieces, BATCH)):
             encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             parts += [np.array(encoding.ids, dtype=self._id_type) for encoding in encodings]
         return np.concatenate(parts)
+
+    def cut(self, text: str) -> Iterator[str]:
+        return cut(text, self._tokenizer.pre_tokenizer)
 
     def _vocab_size(self) -> int:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -130,7 +136,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     if vocab_size < len(alphabet) + 1:
         raise TokenizerError(f"vocab_size: got {vocab_size}, expected at least 257: all bytes and {END_OF_TEXT}")
     tokenizer = library.Tokenizer(library.models.BPE())
-    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = _gpt2_words()
     tokenizer.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -139,9 +145,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    # Not that of `tokenizer`, which is locked while it is trained.
-    words = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.train_from_iterator((piece for text in texts for piece in cut(text, words)), trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in cut_words(text)), trainer)
     if (got := tokenizer.get_vocab_size()) < vocab_size:
         raise TokenizerError(f"vocab_size: got {vocab_size}, and the text allows {got}: lower it, or give more text")
     return BPETokenizer(tokenizer.to_str(), name="tokenizer")
@@ -186,7 +190,7 @@ def from_ranks(ranks: Mapping[bytes, int], special: Sequence[str]) -> BPETokeniz
         merges=[(text[left], text[right]) for left, right in pairs],
     )
     tokenizer = library.Tokenizer(model)
-    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = _gpt2_words()
     tokenizer.decoder = library.decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special))
     return BPETokenizer(tokenizer.to_str(), name="gpt2")
@@ -205,10 +209,19 @@ def _join(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]:
     return parts
 
 
-def cut(text: str, pre_tokenizer: Any, size: int = PIECE) -> Iterator[str]:
-    """The text in pieces of at least `size` characters, whose ids, joined, are those of the whole text.
+def cut_words(text: str) -> Iterator[str]:
+    """As `cut`, of words as in GPT-2."""
+    return cut(text, _gpt2_words())
 
-    A text is cut at an end of a line, where `pre_tokenizer` finds the same words in the parts as in the whole.
+
+def _gpt2_words() -> Any:
+    return _library().pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def cut(text: str, pre_tokenizer: Any, size: int | None = None) -> Iterator[str]:
+    """The text in pieces of at least `size` characters (None: `PIECE`), whose ids, joined, are those of the whole text.
+
+    A text is cut before or after white space, where `pre_tokenizer` finds the same words in the parts as in the whole.
     """
 
     def words(part: str) -> list[str]:
@@ -218,20 +231,13 @@ def cut(text: str, pre_tokenizer: Any, size: int = PIECE) -> Iterator[str]:
         before, after = text[max(0, at - CONTEXT) : at], text[at : at + CONTEXT]
         return words(before + after) == words(before) + words(after)
 
-    start = 0
+    size, start = size or PIECE, 0
     while len(text) - start > size:
-        end = next(filter(may_end, _line_ends(text, start + size)), len(text))
+        ends = (at for space in SPACE.finditer(text, start + size) for at in space.span())
+        end = next(filter(may_end, ends), len(text))
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def _line_ends(text: str, start: int) -> Iterator[int]:
-    """Positions from `start` on of a line's end, and of the first character after it."""
-    while (at := text.find("\n", start)) >= 0:
-        yield at
-        yield at + 1
-        start = at + 1
 
 
 @cache

@@ -1,17 +1,23 @@
 """A corpus as tokens, split into a training part and a held-out part."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from mygpt.data.corpus import load_corpus
+from mygpt.data.prepared import open_prepared
 from mygpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from mygpt.errors import CorpusError
-from mygpt.recipe.tables import DataTable
+from mygpt.recipe.tables import NAMED_CORPORA, DataTable
 
 DEFAULT_VOCAB_SIZE = 1024
 """Tokens of a byte-pair encoding that is trained, as in the course."""
+
+
+MAX_ON_DEVICE = 1 << 30
+"""Bytes of a prepared corpus up to which a GPU gets it whole; of a larger one it gets the windows of each batch."""
 
 
 class Dataset(NamedTuple):
@@ -22,25 +28,49 @@ class Dataset(NamedTuple):
     val: torch.Tensor
     """Empty without `val_split`."""
     sha256: str
-    """The corpus's, in hexadecimal."""
+    """The corpus's, in hexadecimal; of a prepared one, that of its tokens."""
+    check_unchanged: Callable[[], None] | None = None
+    """Raises CorpusError if the file that holds the tokens has changed; None: they are in memory."""
 
     def to(self, device: torch.device) -> "Dataset":
-        return self._replace(train=self.train.to(device), val=self.val.to(device))
+        """The dataset on the device, or where it is, if it is mapped from a file and large."""
+        size = (self.train.numel() + self.val.numel()) * self.train.element_size()
+        if self.check_unchanged and (device.type == "cpu" or size > MAX_ON_DEVICE):
+            return self
+        parts = (part.int() if part.dtype == torch.uint16 else part for part in (self.train, self.val))
+        train, val = (part.to(device) for part in parts)
+        return self._replace(train=train, val=val, check_unchanged=None)
 
 
-def load_dataset(table: DataTable, seq_len: int) -> Dataset:
-    """Read the corpus, make its tokenizer, encode it and hold out its end.
+def load_dataset(table: DataTable, seq_len: int, *, verify: bool = True) -> Dataset:
+    """Read the corpus, make its tokenizer, encode it and hold out its end; or open one that has been prepared.
+
+    With `verify` the hash of prepared tokens is checked.
 
     Raises:
         CorpusError: it cannot be read, has a single distinct character, or is too short for windows of seq_len.
         TokenizerError: the tokenizer cannot be read or trained, or needs a package that is not installed.
     """
+    if table.corpus not in NAMED_CORPORA and Path(table.corpus).is_dir():
+        return _load_prepared(table, seq_len, verify=verify)
     corpus = load_corpus(table.corpus)
     tokenizer = make_tokenizer(table, corpus.text)
     if tokenizer.vocab_size < 2:
         raise CorpusError(f"{table.corpus}: has a single distinct character; expected a text to learn from")
     tokens = torch.from_numpy(tokenizer.encode(corpus.text))
     return Dataset(tokenizer, *split(tokens, table.val_split, seq_len, table.tokenizer), corpus.sha256)
+
+
+def _load_prepared(table: DataTable, seq_len: int, *, verify: bool) -> Dataset:
+    folder = Path(table.corpus)
+    prepared = open_prepared(folder, verify=verify)
+    kind = prepared.manifest.tokenizer
+    asked = "bpe" if table.tokenizer == "gpt2" else table.tokenizer
+    if asked not in ("char", kind) or table.vocab_size or table.tokenizer_file:
+        raise CorpusError(f"{folder}: its tokenizer is {kind!r}; leave tokenizer, vocab_size and tokenizer_file out")
+    tokens = torch.from_numpy(prepared.tokens)
+    parts = split(tokens, table.val_split, seq_len, kind)
+    return Dataset(prepared.tokenizer, *parts, prepared.manifest.tokens_sha256, prepared.check_unchanged)
 
 
 def make_tokenizer(table: DataTable, text: str) -> Tokenizer:

@@ -76,6 +76,14 @@ class Tokenizer(ABC):
             TokenizerError: the text has a character that the vocabulary lacks; gives it and its position (0-based).
         """
 
+    def cut(self, text: str) -> Iterator[str]:
+        """The text in pieces, which may be empty, whose ids, joined, are those of the whole text; at least one piece.
+
+        The last can be joined with text that follows, and cut again.
+        """
+        yield text
+        yield ""
+
     @cached_property
     @abstractmethod
     def tokens(self) -> list[bytes]:

@@ -9,7 +9,7 @@ import torch
 from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.errors import LaunchError
 from mygpt.processes.channel import Channel
-from mygpt.processes.environment import Launched, ignored_settings, is_sharded
+from mygpt.processes.environment import Launched, ignored_settings, is_sharded, local_rank
 from mygpt.processes.machine import choose_matmul, describe_environment, has_bf16_products, resolve_device, set_up
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
 from mygpt.runs.schemas import RunInfo
@@ -51,7 +51,8 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
     runtime, exact = recipe.runtime, recipe.runtime.reduction == "exact"
     device = resolve_device(runtime.device, runtime.precision, launched.local_processes)
     check_sharding(recipe, device)
-    dataset = load_dataset(recipe.data, recipe.train.seq_len)
+    # One process of a machine hashes what all of them map.
+    dataset = load_dataset(recipe.data, recipe.train.seq_len, verify=not local_rank())
     threads, is_deterministic = set_up(runtime, device, launched.local_processes)
     info = RunInfo(
         **describe_environment(device),

@@ -132,9 +132,11 @@ class Recorder:
             sys.stdout.flush()
 
 
-def header_lines(recipe: Recipe, *, device: str, sizes: dict[str, int], vocab_size: int, params: int) -> Iterator[str]:
+def header_lines(
+    recipe: Recipe, *, device: str, sizes: dict[str, int], tokenizer: str, vocab_size: int, params: int
+) -> Iterator[str]:
     """The lines that a run begins with. `sizes` are the numbers of tokens of the corpus and of its parts."""
-    schedule, unit = recipe.schedule, "chars" if recipe.data.tokenizer == "char" else "tokens"
+    schedule, unit = recipe.schedule, "chars" if tokenizer == "char" else "tokens"
     values = {
         "device": device,
         "precision": recipe.runtime.precision,

@@ -6,7 +6,6 @@ checkpoint, the files `latest` and `best`, which name one of these, and `.lock`.
 """
 
 import errno
-import hashlib
 import itertools
 import os
 import re
@@ -17,6 +16,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from mygpt.disk import file_sha256 as file_sha256
+from mygpt.disk import replace_bytes as replace_bytes
+from mygpt.disk import sync as sync
 from mygpt.errors import DamagedCheckpointError
 
 MODEL_FILE = "model.safetensors"
@@ -81,11 +83,6 @@ def read_bytes(file: Path) -> bytes:
         return regular(file).read_bytes()
 
 
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def replace_text(path: Path, text: str) -> None:
     """As `replace_bytes`, of UTF-8; a file that holds this text already is left as it is."""
     content = text.encode()
@@ -93,30 +90,6 @@ def replace_text(path: Path, text: str) -> None:
         if regular(path).read_bytes() == content:
             return
     replace_bytes(path, content)
-
-
-def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: it holds the old or the new content, and the new one is on the disk on return."""
-    partial = path.with_name(f".tmp-{path.name}")
-    partial.unlink(missing_ok=True)  # a link that was left there would be followed
-    try:
-        partial.write_bytes(content)
-        sync(partial)
-        partial.replace(path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)  # it may have filled the disk
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def publish(partial: Path, target: Path) -> None:

@@ -52,7 +52,7 @@ class Parts:
     recipe: Recipe
     accelerator: Accelerator
     dataset: Dataset
-    """On the device."""
+    """On the device, unless it is too large."""
     gradient_sum: GradientSum
     gpt: GPT
     """The bare model, whose weights have their plain names."""
@@ -128,7 +128,15 @@ def build_parts(
     gpt.activation_checkpointing = recipe.runtime.activation_checkpointing
     optimizer = build_optimizer(gpt, recipe.optimizer)
     dataset = dataset.to(device)
-    stream = BatchStream(dataset.train, table.batch_size, table.seq_len, seed=table.data_seed, share=gradient_sum.share)
+    stream = BatchStream(
+        dataset.train,
+        table.batch_size,
+        table.seq_len,
+        seed=table.data_seed,
+        share=gradient_sum.share,
+        device=device,
+        check=dataset.check_unchanged,
+    )
     progress, moments = Progress(), None
     if checkpoint:
         progress, moments = restore(accelerator, checkpoint, gpt, stream, table.data_seed)

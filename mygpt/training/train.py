@@ -178,6 +178,7 @@ def print_header(start: Start, parts: Parts) -> None:
         recipe,
         device=accelerator.device.type,
         sizes=sizes,
+        tokenizer=dataset.tokenizer.metadata.type,
         vocab_size=dataset.tokenizer.vocab_size,
         params=parts.gpt.num_params(),
     )

@@ -18,7 +18,7 @@ def test_header_has_the_published_form():
     """Aligned labels, thousands separated."""
     recipe = Recipe.of(schedule="cosine", warmup=100, max_grad_norm=1.0)
     sizes = {"corpus": 1_115_394, "train": 1_003_854, "val": 111_540}
-    lines = header_lines(recipe, device="cpu", sizes=sizes, vocab_size=65, params=207_296)
+    lines = header_lines(recipe, device="cpu", sizes=sizes, tokenizer="char", vocab_size=65, params=207_296)
     assert list(lines) == [
         "device:       cpu",
         "precision:    fp32",
@@ -35,7 +35,7 @@ def test_header_has_the_published_form():
 
 def test_header_counts_tokens_where_they_are_no_characters():
     """The published form is that of characters."""
-    lines = header_lines(Recipe.of(tokenizer="byte"), device="cpu", sizes={"corpus": 10}, vocab_size=256, params=1)
+    lines = header_lines(Recipe(), device="cpu", sizes={"corpus": 10}, tokenizer="byte", vocab_size=256, params=1)
     assert list(lines)[2:4] == ["corpus tokens:10", "vocab_size:   256"]
 
 

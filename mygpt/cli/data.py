@@ -1,0 +1,95 @@
+"""The commands that make and describe prepared corpora: `mygpt data prepare` and `mygpt data info`."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from mygpt.cli.command import command, dispatch
+from mygpt.errors import MygptError
+
+USAGE = """\
+usage: mygpt data prepare SOURCE... --out DIR   tokenize texts of any size for training: --corpus DIR
+       mygpt data info DIR                      describe a prepared corpus
+
+mygpt data COMMAND --help tells more.
+"""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    sources: Positional[tuple[str, ...]]
+    """Files, patterns and folders: .txt, .md (one document each), .jsonl (one a line), .parquet (one a row); the first
+    two also as .gz and .zst."""
+    out: Path
+    """The folder to make."""
+    tokenizer: Literal["char", "byte", "bpe", "gpt2"] = "bpe"
+    """What a token is; see `mygpt train --help`."""
+    vocab_size: int | None = None
+    """Tokens of a "bpe" that is trained; absent: 1024. It is trained on all text, or a sample of 64 million characters
+    spread over it."""
+    tokenizer_file: Path | None = None
+    """The tokenizer.json of a byte-level "bpe"."""
+    field: str = "text"
+    """The field of JSON Lines, or the column of Parquet, that has the text."""
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    folder: Positional[Path]
+    """A prepared corpus."""
+
+
+@command
+def prepare(options: PrepareOptions) -> None:
+    """Tokenize texts of any size; the same command continues one that was killed."""
+    from tqdm import tqdm
+
+    from mygpt.data.prepare import TokenizerChoice, prepare
+    from mygpt.data.sources import find_sources
+
+    if options.tokenizer_file and options.tokenizer != "bpe":
+        raise MygptError('--tokenizer-file: only with --tokenizer "bpe"')
+    if options.vocab_size is not None and (options.tokenizer != "bpe" or options.tokenizer_file):
+        raise MygptError('--vocab-size: only with --tokenizer "bpe" without --tokenizer-file')
+    sources = find_sources(options.sources)
+    choice = TokenizerChoice(options.tokenizer, options.vocab_size or 1024, options.tokenizer_file)
+    started_at = time.perf_counter()
+    with tqdm(unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+        manifest = prepare(sources, options.out, choice, field=options.field, progress=bar.update)
+    seconds = time.perf_counter() - started_at
+    rate = f"{manifest.text_bytes / 1e6 / seconds:,.1f} MB/s"
+    print("\n".join(_description(options.out)))
+    print(f"prepared {options.out} in {seconds:.1f} s ({rate})", file=sys.stderr)
+
+
+@command
+def info(options: InfoOptions) -> None:
+    """Describe a prepared corpus."""
+    print("\n".join(_description(options.folder)))
+
+
+def _description(folder: Path) -> list[str]:
+    from mygpt.data.prepared import open_prepared
+    from mygpt.data.tokenizer import describe_tokenizer
+
+    corpus = open_prepared(folder, verify=False)
+    manifest = corpus.manifest
+    sample = corpus.tokenizer.decode(corpus.tokens[:60].tolist())
+    values = {
+        "tokens": f"{manifest.tokens:,} ({manifest.dtype})",
+        "documents": f"{manifest.documents:,}",
+        "text": f"{manifest.text_bytes:,} bytes, {manifest.text_bytes / manifest.tokens:.2f} a token",
+        "tokenizer": f"{describe_tokenizer(corpus.tokenizer.metadata)}, {corpus.tokenizer.vocab_size:,} tokens",
+        "sources": f"{len(manifest.sources):,} files, {sum(source.bytes for source in manifest.sources):,} bytes",
+        "sha256": manifest.tokens_sha256,
+        "begins with": repr(sample),
+    }
+    return [f"{label + ':':<14}{value}" for label, value in values.items()]
+
+
+def data(arguments: list[str]) -> int | None:
+    return dispatch(arguments, "mygpt data", {"prepare": prepare, "info": info}, USAGE)

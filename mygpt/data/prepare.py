@@ -1,0 +1,343 @@
+"""Makes a prepared corpus of text files on all cores and in bounded memory; can be killed and continued.
+
+The documents are cut into batches that depend on the sources alone. Their tokens are appended to a file, and a journal
+says how far it goes and of which text. The same command reads the sources again, and goes on after the batches whose
+text is still the same: it gives the same bytes as a command that was never killed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
+
+from mygpt.data.prepared import (
+    HEADER_BYTES,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    TOKENS_FILE,
+    TYPES,
+    Manifest,
+    SourceEntry,
+    header,
+    type_name,
+)
+from mygpt.data.sources import Piece, Source, read_pieces
+from mygpt.data.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    TokenizerMetadata,
+    distinct_code_points,
+    fingerprint,
+    tokenizer_from,
+)
+from mygpt.disk import file_sha256, replace_bytes, sync
+from mygpt.errors import CorpusError
+
+BATCH = 1 << 20
+"""Characters that one thread tokenizes at a time."""
+MAX_SAMPLE = 1 << 26
+"""Characters of the text on which a byte-pair encoding is trained; the library needs some thirty times their memory."""
+SYNC_SECONDS = 1.0
+"""Seconds of work that a power failure can cost."""
+JOURNAL_FILE = "journal.jsonl"
+SETTINGS_FILE = "settings.json"
+
+Progress = Callable[[int], None]
+"""Takes how many more bytes of text are done."""
+
+
+class Batch(NamedTuple):
+    """Consecutive pieces of documents."""
+
+    pieces: tuple[Piece, ...]
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for text, is_last in self.pieces:
+            data = text.encode()
+            digest.update(b"%d,%d:" % (len(data), is_last))
+            digest.update(data)
+        return digest.hexdigest()
+
+
+class Encoded(NamedTuple):
+    """A batch as tokens."""
+
+    sha256: str
+    ids: npt.NDArray[np.integer] | None
+    """None: the file has them already."""
+    tokens: int
+    documents: int
+    text_bytes: int
+
+
+class TokenizerChoice(NamedTuple):
+    """Which tokenizer a corpus gets."""
+
+    kind: str
+    vocab_size: int
+    file: Path | None
+
+
+def prepare(
+    sources: Sequence[Path],
+    out: Path,
+    choice: TokenizerChoice,
+    *,
+    field: str = "text",
+    workers: int | None = None,
+    progress: Progress = lambda _: None,
+) -> Manifest:
+    """Make the prepared corpus `out` of these files; a command that was killed is continued.
+
+    Raises:
+        CorpusError: a source cannot be read, `out` exists, or the disk refused it.
+        TokenizerError: the tokenizer cannot be made.
+    """
+    if os.path.lexists(out):
+        raise CorpusError(f"{out}: exists; choose another --out, or remove it")
+    partial = out.with_name(f".tmp-{out.name}")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        tokenizer, trained_on = _tokenizer(partial, sources, choice, field)
+        manifest = _write_tokens(
+            partial, sources, tokenizer, trained_on, field, workers or os.cpu_count() or 1, progress
+        )
+        replace_bytes(partial / MANIFEST_FILE, manifest.to_json().encode())
+        for name in (JOURNAL_FILE, SETTINGS_FILE):
+            (partial / name).unlink(missing_ok=True)
+        partial.rename(out)
+        sync(out.parent)
+    except OSError as error:
+        raise CorpusError(
+            f"{error.filename or partial}: cannot be written: {error.strerror or error}; make room, and the same "
+            "command continues"
+        ) from None
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)  # a mistake leaves nothing half-made
+        raise
+    return manifest
+
+
+def _tokenizer(
+    partial: Path, sources: Sequence[Path], choice: TokenizerChoice, field: str
+) -> tuple[Tokenizer, dict[str, Any] | None]:
+    """The tokenizer, trained if need be, or as the command that was killed had trained it from the same files."""
+    status = [(str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in sources]
+    settings = json.dumps([choice.kind, choice.vocab_size, str(choice.file), field, status]).encode()
+    kept = None
+    with suppress(OSError, ValidationError):
+        if (partial / SETTINGS_FILE).read_bytes().startswith(settings):
+            kept = TypeAdapter(TokenizerMetadata).validate_json((partial / TOKENIZER_FILE).read_bytes())
+            trained_on = json.loads((partial / SETTINGS_FILE).read_bytes()[len(settings) :])
+            return tokenizer_from(kept), trained_on
+    for entry in partial.iterdir():
+        entry.unlink()
+    tokenizer, trained_on = _make_tokenizer(sources, choice, field)
+    metadata = json.dumps(tokenizer.metadata.model_dump(), sort_keys=True)
+    replace_bytes(partial / TOKENIZER_FILE, metadata.encode())
+    replace_bytes(partial / SETTINGS_FILE, settings + json.dumps(trained_on).encode())
+    return tokenizer, trained_on
+
+
+def _make_tokenizer(
+    sources: Sequence[Path], choice: TokenizerChoice, field: str
+) -> tuple[Tokenizer, dict[str, Any] | None]:
+    if choice.kind == "byte":
+        return ByteTokenizer(end_of_text=True), None
+    pieces = _read(sources, field, [])
+    if choice.kind == "char":
+        vocab = distinct_code_points(piece.text for piece in pieces)
+        return CharTokenizer("".join(map(chr, vocab)), end_of_text=True), None
+    from mygpt.data import bpe  # an extra
+
+    if choice.kind == "gpt2":
+        return bpe.gpt2(), None
+    if choice.file:
+        return bpe.read_tokenizer(choice.file), None
+    blocks = ([piece.text for piece in batch.pieces] for batch in batches(pieces, bpe.cut_words))
+    sample = take_sample(blocks, MAX_SAMPLE)
+    digest = hashlib.sha256()
+    for text in sample:
+        digest.update(text.encode())
+    trained_on = {"bytes": sum(len(text.encode()) for text in sample), "sha256": digest.hexdigest()}
+    return bpe.train_bpe(sample, choice.vocab_size), trained_on
+
+
+def take_sample(blocks: Iterable[Sequence[str]], size: int) -> list[str]:
+    """Up to `size` characters in blocks taken evenly from all of the text; all of a text that is no longer."""
+    kept: list[Sequence[str]] = []
+    every, total = 1, 0
+    for index, block in enumerate(blocks):
+        if index % every:
+            continue
+        kept.append(block)
+        total += sum(map(len, block))
+        while total > size and len(kept) > 1:
+            kept, every = kept[::2], every * 2
+            total = sum(len(text) for block in kept for text in block)
+    return [text for block in kept for text in block]
+
+
+def _read(sources: Sequence[Path], field: str, done: list[Source]) -> Iterator[Piece]:
+    for source in sources:
+        yield from read_pieces(source, field, done)
+
+
+def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Iterator[Batch]:
+    """The pieces of documents in batches of about `BATCH` characters, cut where `cut` allows it."""
+    ready: list[Piece] = []
+    size, rest = 0, ""
+    for text, is_last in pieces:
+        *whole, rest = cut(rest + text)
+        ready += [Piece(part, is_last=False) for part in whole]
+        size += sum(map(len, whole))
+        if is_last:
+            ready.append(Piece(rest, is_last=True))
+            size, rest = size + len(rest), ""
+        if size >= BATCH:
+            yield Batch(tuple(ready))
+            ready, size = [], 0
+    if ready:
+        yield Batch(tuple(ready))
+
+
+def encode_batch(tokenizer: Tokenizer, batch: Batch, sha256: str, dtype: np.dtype[Any]) -> Encoded:
+    """The tokens of a batch; each document ends with `end_of_text`, where the tokenizer has it."""
+    parts, documents, text_bytes = [], 0, 0
+    for text, is_last in batch.pieces:
+        parts.append(tokenizer.encode(text).astype(dtype))
+        text_bytes += len(text.encode())
+        documents += is_last
+        if is_last and tokenizer.end_of_text is not None:
+            parts.append(np.array([tokenizer.end_of_text], dtype=dtype))
+    ids = np.concatenate(parts)
+    return Encoded(sha256, ids, len(ids), documents, text_bytes)
+
+
+def _write_tokens(
+    partial: Path,
+    sources: Sequence[Path],
+    tokenizer: Tokenizer,
+    trained_on: dict[str, Any] | None,
+    field: str,
+    workers: int,
+    progress: Progress,
+) -> Manifest:
+    name = type_name(tokenizer.vocab_size)
+    dtype, read = TYPES[name], list[Source]()
+    tokens = documents = text_bytes = 0
+    with (
+        _open(partial / TOKENS_FILE) as file,
+        _open(partial / JOURNAL_FILE) as lines,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        journal = _Journal(file, lines)
+        pending: deque[tuple[int, Future[Encoded]]] = deque()
+
+        def write() -> None:
+            nonlocal tokens, documents, text_bytes
+            number, future = pending.popleft()
+            encoded = future.result()
+            journal.add(encoded, number, tokens * dtype.itemsize)
+            tokens += encoded.tokens
+            documents += encoded.documents
+            text_bytes += encoded.text_bytes
+            progress(encoded.text_bytes)
+
+        try:
+            for number, batch in enumerate(batches(_read(sources, field, read), tokenizer.cut)):
+                sha256 = batch.sha256()
+                if number < len(journal.entries) and journal.entries[number].sha256 == sha256:
+                    future: Future[Encoded] = Future()
+                    future.set_result(journal.entries[number])
+                else:
+                    del journal.entries[number:]
+                    future = pool.submit(encode_batch, tokenizer, batch, sha256, dtype)
+                pending.append((number, future))
+                if len(pending) > workers:
+                    write()
+            while pending:
+                write()
+        finally:
+            for _, future in pending:
+                future.cancel()
+        if not tokens or not text_bytes:
+            raise CorpusError("the sources have no text")
+        file.truncate(HEADER_BYTES + tokens * dtype.itemsize)
+        file.seek(0)
+        file.write(header(name, tokens))
+        file.flush()
+        os.fsync(file.fileno())
+    return Manifest(
+        tokenizer=tokenizer.metadata.type,
+        tokenizer_sha256=fingerprint(tokenizer.metadata),
+        trained_on=trained_on,
+        dtype=name,
+        tokens=tokens,
+        documents=documents,
+        text_bytes=text_bytes,
+        tokens_sha256=file_sha256(partial / TOKENS_FILE),
+        field=field,
+        sources=tuple(SourceEntry(**source._asdict()) for source in read),
+    )
+
+
+class _Journal:
+    """Appends tokens to their file, and a line per batch to the journal: a line is on the disk only after its tokens.
+
+    `entries` are the batches that a command that was killed has written.
+    """
+
+    def __init__(self, tokens_file: IO[bytes], journal_file: IO[bytes]):
+        self._tokens, self._lines = tokens_file, journal_file
+        self.entries: list[Encoded] = []
+        self._ends = [0]
+        for line in journal_file.read().splitlines(keepends=True):
+            try:
+                self.entries.append(Encoded(ids=None, **json.loads(line)))
+            except (ValueError, TypeError):  # a line that was cut short
+                break
+            self._ends.append(self._ends[-1] + len(line))
+        self._unwritten: list[bytes] = []
+        self._synced_at = time.monotonic()
+        self._is_appending = False
+
+    def add(self, encoded: Encoded, number: int, offset: int) -> None:
+        """Add batch `number`, whose tokens begin at `offset` bytes, if the files do not have it."""
+        if encoded.ids is None:
+            return
+        if not self._is_appending:  # what follows is of other text, or of a batch that was cut short
+            for file, end in ((self._lines, self._ends[number]), (self._tokens, HEADER_BYTES + offset)):
+                file.truncate(end)
+                file.seek(end)
+            self._is_appending = True
+        self._tokens.write(encoded.ids.tobytes())
+        entry = {name: value for name, value in encoded._asdict().items() if name != "ids"}
+        self._unwritten.append(json.dumps(entry).encode() + b"\n")
+        if time.monotonic() - self._synced_at >= SYNC_SECONDS:
+            self._sync()
+
+    def _sync(self) -> None:
+        for file, data in ((self._tokens, []), (self._lines, self._unwritten)):
+            file.write(b"".join(data))
+            file.flush()
+            os.fsync(file.fileno())
+        self._unwritten.clear()
+        self._synced_at = time.monotonic()
+
+
+def _open(path: Path) -> IO[bytes]:
+    return path.open("r+b") if path.exists() else path.open("w+b")

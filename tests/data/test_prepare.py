@@ -1,0 +1,390 @@
+"""Prepared corpora: sources of every format, kills, damage, and training on them."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from support.commands import wait_for
+from support.fault_points import disturb
+from support.runs import contents
+
+from mygpt.checks.replay import replay
+from mygpt.data import prepare as preparing
+from mygpt.data.batches import windows
+from mygpt.data.dataset import Dataset, load_dataset
+from mygpt.data.prepare import TokenizerChoice, prepare, take_sample
+from mygpt.data.prepared import open_prepared
+from mygpt.data.sources import find_sources
+from mygpt.data.tokenizer import CharTokenizer
+from mygpt.errors import CorpusError, MygptError
+from mygpt.recipe.tables import DataTable
+from mygpt.training.train import train, train_until
+
+KINDS = {
+    "char": TokenizerChoice("char", 0, None),
+    "byte": TokenizerChoice("byte", 0, None),
+    "bpe": TokenizerChoice("bpe", 260, None),
+}
+DOCUMENTS = ["First one, añ€😀 with\r\nline ends.\n", "", "a b  c\n\n" * 300, "last"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks and batches of a few hundred characters, and a journal that is synced after each."""
+    monkeypatch.setattr("mygpt.data.sources.BLOCK", 100)
+    monkeypatch.setattr(preparing, "BATCH", 300)
+    monkeypatch.setattr("mygpt.data.bpe.PIECE", 50)
+    monkeypatch.setattr(preparing, "SYNC_SECONDS", 0.0)
+
+
+def write(folder, documents=DOCUMENTS):
+    """The same documents in every format, each in a folder of its own."""
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    lines = "".join(json.dumps({"text": text, "other": 1}) + "\n" for text in documents).encode()
+    texts = {f"t/{number}.txt": text.encode() for number, text in enumerate(documents)}
+    frames = [zstandard.ZstdCompressor().compress(part) for part in (lines[:50], lines[50:])]
+    files = {
+        **texts,
+        "j/a.jsonl": lines,
+        "g/a.jsonl.gz": gzip.compress(lines[:70]) + gzip.compress(lines[70:]),
+        "z/a.jsonl.zst": b"".join(frames),
+        **{f"tg/{name[2:]}.gz": gzip.compress(text) for name, text in texts.items()},
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "p").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), folder / "p" / "a.parquet", row_group_size=2)
+    return ["t", "j", "g", "z", "tg", "p"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_format_gives_the_same_tokens(tmp_path, small, kind):
+    """Each document, with a token at its end, as the tokenizer encodes it whole; the hashes of all sources."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    pytest.importorskip("zstandard", reason="needs zstandard")
+    found = {}
+    for name in write(tmp_path):
+        sources = find_sources([str(tmp_path / name)])
+        manifest = prepare(sources, tmp_path / f"out-{name}", KINDS[kind])
+        corpus = open_prepared(tmp_path / f"out-{name}")
+        found[name] = corpus.tokens.tolist()
+        assert [source.path for source in manifest.sources] == [str(source) for source in sources]
+        assert manifest.documents == len(DOCUMENTS)
+        assert manifest.text_bytes == len("".join(DOCUMENTS).encode())
+        expected = []
+        for text in DOCUMENTS:
+            expected += [*corpus.tokenizer.encode(text).tolist(), corpus.tokenizer.end_of_text]
+        assert found[name] == expected
+    assert all(tokens == found["t"] for tokens in found.values())
+    with safe_open(tmp_path / "out-t" / "tokens.safetensors", "numpy") as tensors:
+        assert tensors.get_tensor("tokens").tolist() == found["t"]
+
+
+def test_sources_are_found_by_name_folder_and_pattern(tmp_path):
+    """Each once, in the order of paths; other files in a folder are left out."""
+    for name in ("b.txt", "a.jsonl.gz", "sub/c.md", "d.png", "e"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    relative = [str(path.relative_to(tmp_path)) for path in find_sources([str(tmp_path)])]
+    assert relative == ["a.jsonl.gz", "b.txt", "sub/c.md"]
+    by_name = find_sources([str(tmp_path / "e"), str(tmp_path / "*.txt"), str(tmp_path / "**" / "*.md"), str(tmp_path)])
+    assert [path.name for path in by_name] == ["e", "b.txt", "c.md", "a.jsonl.gz"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_command_that_is_killed_again_and_again_gives_the_same_bytes(tmp_path, small, monkeypatch, kind, text):
+    """At random points; a journal or tokens that were cut short, too."""
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(200)))
+    sources = find_sources([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")])
+    prepare(sources, tmp_path / "whole", KINDS[kind])
+    encode, seed = preparing.encode_batch, random.Random(0)
+    counts = []
+    for kill in range(12):
+        left = seed.randrange(1, 12)
+
+        def encode_or_die(*arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return encode(*arguments)
+
+        monkeypatch.setattr(preparing, "encode_batch", encode_or_die)
+        try:
+            prepare(sources, tmp_path / "killed", KINDS[kind], workers=2)
+            break
+        except Killed:
+            partial = tmp_path / ".tmp-killed"
+            counts.append((partial / "journal.jsonl").read_bytes().count(b"\n"))
+            name = seed.choice(["journal.jsonl", "tokens.safetensors"])
+            if kill % 3 == 2 and name == "journal.jsonl":
+                os.truncate(partial / name, max(0, (partial / name).stat().st_size - 7))
+    monkeypatch.setattr(preparing, "encode_batch", encode)
+    if not (tmp_path / "killed").exists():
+        prepare(sources, tmp_path / "killed", KINDS[kind])
+    assert max(counts) > 10
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.jsonl", "whole", "killed"}
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(tmp_path, text):
+    """The command itself, killed ten times after random times, ends with the bytes of one never killed."""
+    (tmp_path / "a.txt").write_text(text * 400, encoding="utf-8", newline="")
+    command = [sys.executable, "-m", "mygpt", "data", "prepare", "a.txt", "--tokenizer", "bpe", "--out"]
+    subprocess.run([*command, "whole"], cwd=tmp_path, check=True, capture_output=True)
+    seed = random.Random(1)
+    for _ in range(10):
+        process = subprocess.Popen([*command, "killed"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        wait_for(lambda: (tmp_path / ".tmp-killed").exists() or (tmp_path / "killed").exists())
+        try:
+            process.wait(seed.uniform(0, 1.5))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+    if not (tmp_path / "killed").exists():
+        subprocess.run([*command, "killed"], cwd=tmp_path, check=True, capture_output=True)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_source_that_changes_in_between_is_read_anew(tmp_path, small, monkeypatch):
+    """From the first batch whose text is another one; the result is that of the new text."""
+    (tmp_path / "a.txt").write_text("the old text. " * 200)
+    encode, left = preparing.encode_batch, 5
+
+    def encode_or_die(*arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        return encode(*arguments)
+
+    monkeypatch.setattr(preparing, "encode_batch", encode_or_die)
+    with pytest.raises(Killed):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["byte"], workers=1)
+    monkeypatch.setattr(preparing, "encode_batch", encode)
+    text = "the old text. " * 30 + "a new text! " * 100
+    (tmp_path / "a.txt").write_text(text)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["byte"])
+    corpus = open_prepared(tmp_path / "out")
+    assert corpus.tokenizer.decode(corpus.tokens[:-1].tolist()) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"abc\xff", r"a\.txt: not UTF-8: byte 0xff at offset 3; convert"),
+        ("a.txt", b"ab" * 60 + b"\xe2\x82", r"a\.txt: not UTF-8: byte 0xe2 at offset 120"),
+        ("a.txt", b"", "the sources have no text"),
+        ("a.txt.gz", gzip.compress(b"a" * 10_000)[:-9], r"a\.txt\.gz: damaged gzip: "),
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz: damaged gzip: Not a gzipped file"),
+        ("a.txt.zst", b"no zstd", r"a\.txt\.zst: damaged zstd: "),
+        ("a.parquet", b"no parquet", r"a\.parquet: damaged Parquet: "),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"a\.jsonl: line 2: 'text' is int, expected text; see --field"),
+        ("a.jsonl", b'{"text": "a"}\n\n[1]', r"a\.jsonl: line 3: no JSON object with a field 'text'"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl: line 1: 'text' has half of a surrogate pair"),
+    ],
+)
+def test_bad_source_costs_one_line_and_leaves_nothing(tmp_path, small, name, content, message):
+    """Also where other sources are whole."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    pytest.importorskip("zstandard", reason="needs zstandard")
+    files = [tmp_path / name]
+    if content:
+        files.insert(0, tmp_path / "whole.txt")
+        files[0].write_text("a whole text " * 100)
+    files[-1].write_bytes(content)
+    with pytest.raises(MygptError, match=message) as caught:
+        prepare(files, tmp_path / "out", KINDS["byte"])
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {file.name for file in files}
+
+
+def test_missing_column_is_named_with_those_that_there_are(tmp_path):
+    """And so is a package that a format needs."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    write(tmp_path)
+    with pytest.raises(CorpusError, match=r"has no column 'body' but text; see --field"):
+        prepare([tmp_path / "p" / "a.parquet"], tmp_path / "out", KINDS["byte"], field="body")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        patch.setitem(sys.modules, "zstandard", None)
+        for name in ("p/a.parquet", "z/a.jsonl.zst"):
+            with pytest.raises(CorpusError, match=r"needs (pyarrow|zstandard): pip install 'mygpt\[text\]'"):
+                prepare([tmp_path / name], tmp_path / "out", KINDS["byte"])
+
+
+def test_existing_folder_is_not_replaced(tmp_path):
+    """Whatever it holds."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CorpusError, match="out: exists; choose another --out"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["byte"])
+
+
+def test_sample_is_spread_over_the_text():
+    """All of a short text; of a long one blocks from its beginning to its end, as many as fit."""
+    blocks = [[f"{number:07d}" * 10, "end"] for number in range(40)]
+    assert take_sample(blocks[:2], 1 << 24) == [*blocks[0], *blocks[1]]
+    sample = take_sample(blocks, 10 * 73)[::2]
+    assert [int(block[:7]) for block in sample] == list(range(0, 40, 4))
+
+
+# ---- Training on one
+
+
+@pytest.fixture
+def prepared(tmp_path, text_file):
+    """The text as a prepared corpus of characters."""
+    prepare([text_file], tmp_path / "prepared", KINDS["char"])
+    return tmp_path / "prepared"
+
+
+def test_training_on_prepared_text_gives_the_numbers_of_the_text(tiny, tmp_path, prepared, text, monkeypatch):
+    """Of the same tokens the same bits: here of a vocabulary that has the token for a document's end, too."""
+    keys = {"val_split": 0.2, "val_every": 3, "save_every": 2}
+    mapped = train(tiny(**keys, corpus=str(prepared)))
+
+    def load_in_memory(table, seq_len, **_):
+        tokenizer = CharTokenizer(text, end_of_text=True)
+        tokens = torch.tensor([*tokenizer.encode(text).tolist(), tokenizer.end_of_text], dtype=torch.uint8)
+        boundary = int(0.8 * len(tokens))
+        return Dataset(tokenizer, tokens[:boundary], tokens[boundary:], open_prepared(prepared).manifest.tokens_sha256)
+
+    monkeypatch.setattr("mygpt.processes.preflight.load_dataset", load_in_memory)
+    in_memory = train(tiny(**keys, corpus=str(prepared), output=str(tmp_path / "other" / "run")))
+    own = ("run.json", "recipe.toml")
+    assert contents(mapped, without=own) == contents(in_memory, without=own)
+
+
+def test_run_on_prepared_text_continues_and_is_replayed(tiny, tmp_path, prepared, monkeypatch):
+    """To the bytes of a run never stopped; from another working directory, too."""
+    keys = {"save_every": 2, "corpus": str(prepared)}
+    whole = train(tiny(**keys))
+    where = {"output": str(tmp_path / "stopped" / "run")}
+    train_until(tiny(**keys, **where), 3)
+    stopped = train(tiny(**keys, **where))
+    own = ("run.json", "recipe.toml")
+    assert contents(stopped, without=own) == contents(whole, without=own)
+
+    def break_weight(parts, *_):
+        parts.gpt.norm.weight.data[3] = float("nan")
+
+    disturb("before-step", break_weight, count=2, patch=monkeypatch.setattr)
+    with pytest.raises(MygptError, match="step 2: the loss is nan"):
+        train(tiny(**keys, output=str(tmp_path / "failed")))
+    assert "norm" in replay(tmp_path / "failed", torch.device("cpu")).non_finite
+
+
+def test_damaged_corpus_is_refused(prepared, tmp_path):
+    """Truncated or changed tokens, the tokenizer of another corpus, no manifest: each in one line."""
+    cases = {
+        "has 255 bytes, expected": lambda folder: os.truncate(folder / "tokens.safetensors", 255),
+        "damaged: its sha256 is not that in": lambda folder: flip(folder / "tokens.safetensors", 5000),
+        "not the tokenizer that the tokens are of": lambda folder: rewrite(folder / "tokenizer.json", vocab="ab"),
+        r"tokenizer\.json: damaged: ": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        r"manifest\.json: missing: a corpus is a text": lambda folder: (folder / "manifest.json").unlink(),
+        r"manifest\.json: damaged: tokens: ": lambda folder: rewrite(folder / "manifest.json", tokens=-1),
+    }  # fmt: skip
+    for number, (message, damage) in enumerate(cases.items()):
+        folder = tmp_path / str(number)
+        shutil.copytree(prepared, folder)
+        damage(folder)
+        with pytest.raises(CorpusError, match=message) as caught:
+            load_dataset(DataTable(corpus=str(folder)), 16)
+        assert "\n" not in str(caught.value)
+
+
+def flip(file, at):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def rewrite(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("change", ["truncate", "touch", "replace"])
+def test_corpus_that_changes_while_in_use_ends_the_run(tiny, tmp_path, prepared, change, monkeypatch):
+    """With one line and what was saved, not with a signal of the system."""
+    tokens = prepared / "tokens.safetensors"
+
+    def act(*_):
+        if change == "truncate":
+            os.truncate(tokens, 300)
+        elif change == "touch":
+            os.utime(tokens, ns=(1, 1))
+        else:
+            shutil.copy(tokens, tmp_path / "copy")
+            (tmp_path / "copy").replace(tokens)
+
+    disturb("after-step", act, count=3, patch=monkeypatch.setattr)
+    with pytest.raises(CorpusError, match=r"tokens\.safetensors: has changed while it was in use"):
+        train(tiny(corpus=str(prepared), save_every=1))
+    assert (tmp_path / "run" / "step-000002").is_dir()
+
+
+def test_tokenizer_of_the_recipe_must_be_that_of_the_corpus(prepared):
+    """A key that means nothing would be believed; the default stands for any."""
+    with pytest.raises(
+        CorpusError, match="its tokenizer is 'char'; leave tokenizer, vocab_size and tokenizer_file out"
+    ):
+        load_dataset(DataTable(corpus=str(prepared), tokenizer="byte"), 16)
+    assert load_dataset(DataTable(corpus=str(prepared)), 16).tokenizer.end_of_text is not None
+
+
+def test_windows_of_two_byte_tokens(tmp_path):
+    """Types of the file are no limit: any window can be taken, and a GPU gets the windows, or all that fits."""
+    (tmp_path / "a.txt").write_text("añ€😀 " * 50, encoding="utf-8")
+    prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["byte"])
+    data = load_dataset(DataTable(corpus=str(tmp_path / "out")), 16)
+    assert data.train.dtype == torch.uint16
+    inputs, targets = windows(data.train, torch.tensor([0, 7]), 5)
+    assert inputs.tolist() == [data.train[:5].tolist(), data.train[7:12].tolist()]
+    assert targets[1].tolist() == data.train[8:13].tolist()
+    assert data.to(torch.device("cpu")) is data
+    moved = data.to(torch.device("meta"))
+    assert (moved.train.device.type, moved.train.dtype) == ("meta", torch.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mygpt.data.dataset.MAX_ON_DEVICE", 10)
+        assert data.to(torch.device("meta")) is data
+
+
+def test_command_prepares_describes_and_trains(tmp_path, call, text_file):
+    """As a user types it; mistakes in one line."""
+    out = tmp_path / "data"
+    code, printed, _ = call("data", "prepare", text_file, "--tokenizer", "byte", "--out", out)
+    assert code == 0
+    assert "documents:    1\n" in printed
+    assert call("data", "info", out)[1] == printed
+    assert "tokenizer:    byte " in printed
+    for arguments, message in (
+        (["prepare", tmp_path / "none", "--out", tmp_path / "x"], "none: no such source; expected a file"),
+        (
+            ["prepare", text_file, "--tokenizer", "byte", "--vocab-size", 9, "--out", tmp_path / "x"],
+            "--vocab-size: only",
+        ),
+        (["info", tmp_path], "manifest.json: missing"),
+    ):
+        code, _, err = call("data", *arguments)
+        assert code == 2
+        assert message in err
