@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from mygpt.data.batches import Batch
+from mygpt.data.build import tokenizer_from
 from mygpt.data.dataset import Dataset
-from mygpt.data.tokenizer import Tokenizer, tokenizer_from
+from mygpt.data.tokenizer import Tokenizer
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.model.gpt import GPT
 from mygpt.processes.environment import no_launcher

@@ -1,11 +1,13 @@
 """Windows of tokens: the stream of training batches, a process's share of them, and the held-out windows."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from mygpt.recipe.seeds import held_out_seed
+from mygpt.recipe.seeds import epoch_seed, held_out_seed
 from mygpt.recipe.tables import ValidationTable
 
 
@@ -74,6 +76,51 @@ def windows(data: torch.Tensor, starts: torch.Tensor, seq_len: int, device: torc
     return Batch(tokens_BT1[:, :-1], tokens_BT1[:, 1:])
 
 
+def epoch_starts(indices: npt.NDArray[np.int64], tokens: int, seq_len: int, seed: int) -> npt.NDArray[np.int64]:
+    """Where the windows with these `indices` (n,) begin, if every window of the text is taken once per epoch.
+
+    A pure function of index and seed: nothing is kept of the order, however long the text is.
+    """
+    count = (tokens - 1) // seq_len
+    starts = np.empty(len(indices), dtype=np.int64)
+    for epoch in range(int(indices[0]) // count, int(indices[-1]) // count + 1):
+        own = indices // count == epoch
+        starts[own] = permute(indices[own] % count, count, epoch_seed(seed, epoch)) * seq_len
+    return starts
+
+
+def permute(indices: npt.NDArray[np.int64], size: int, seed: int) -> npt.NDArray[np.int64]:
+    """The images of `indices` (n,) under a permutation of range(size), which `seed` chooses.
+
+    A Feistel network over the next even power of two, walked until it arrives below `size`. Source: Black & Rogaway,
+    "Ciphers with arbitrary finite domains" (2002).
+    """
+    half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = _mix(np.array([(seed << 8) + number for number in range(ROUNDS)], dtype=np.uint64) * GOLDEN)
+    values = indices.astype(np.uint64)
+    walking = np.ones(len(values), dtype=bool)
+    while walking.any():
+        left, right = values[walking] >> half, values[walking] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        values[walking] = (left << half) | right
+        walking = values >= size
+    return values.astype(np.int64)
+
+
+ROUNDS = 8
+"""Of the Feistel network: four look random, and small domains need more."""
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Scatter 64-bit numbers. Source: Steele et al., "Fast splittable pseudorandom number generators" (2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
 class BatchStream:
     """The endless stream of training batches.
 
@@ -89,6 +136,7 @@ class BatchStream:
         *,
         seed: int,
         share: Share,
+        order: Literal["random", "epoch"] = "random",
         device: torch.device | None = None,
         check: Callable[[], None] | None = None,
     ):
@@ -100,15 +148,49 @@ class BatchStream:
         self.batch_size = batch_size
         self.seq_len = seq_len
         self.share = share
+        self.order = order
+        self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
-        """The position in the stream; "shared-stream" evaluation draws from it too."""
+        """What random windows are drawn with; "shared-stream" evaluation draws from it too."""
+        self._drawn = 0
+        """Windows that have been taken in the order of epochs."""
+
+    def state(self) -> torch.Tensor:
+        """The position in the stream, uint8 (bytes,)."""
+        state = self.generator.get_state()
+        if self.order == "random":
+            return state
+        return torch.cat([state, torch.tensor([self._drawn]).view(torch.uint8)])
+
+    def set_state(self, state: torch.Tensor) -> None:
+        """Go to a position that `state` returned.
+
+        Raises:
+            RuntimeError: it is not one of this kind of stream.
+        """
+        if self.order == "epoch":
+            state, drawn = state[:-8], state[-8:]
+            self._drawn = int(drawn.clone().view(torch.int64))
+        self.generator.set_state(state)
+
+    def reseed(self, seed: int) -> None:
+        """Go on with the batches of another seed."""
+        self.seed = seed
+        self.generator.manual_seed(seed)
+
+    def draw(self) -> torch.Tensor:
+        """Where the windows of the next global batch begin, (batch_size,)."""
+        if self.order == "random":
+            return draw_starts(self.data, self.batch_size, self.seq_len, self.generator)
+        indices = np.arange(self._drawn, self._drawn + self.batch_size)
+        self._drawn += self.batch_size
+        return torch.from_numpy(epoch_starts(indices, len(self.data), self.seq_len, self.seed))
 
     def batch(self) -> Batch:
         """This process's share of the next global batch."""
         if self.check:
             self.check()
-        starts = draw_starts(self.data, self.batch_size, self.seq_len, self.generator)
-        return windows(self.data, self.share.of(starts), self.seq_len, self.device)
+        return windows(self.data, self.share.of(self.draw()), self.seq_len, self.device)
 
 
 def held_out_windows(val: torch.Tensor, table: ValidationTable, stream: BatchStream) -> list[WindowSet]:

@@ -20,6 +20,10 @@ MAX_ON_DEVICE = 1 << 30
 """Bytes of a prepared corpus up to which a GPU gets it whole; of a larger one it gets the windows of each batch."""
 
 
+BLOCK = 1 << 20
+"""Tokens searched at a time."""
+
+
 class Dataset(NamedTuple):
     """The two parts of a corpus, 1-d tensors of token ids in the smallest type that holds them."""
 
@@ -53,6 +57,10 @@ def load_dataset(table: DataTable, seq_len: int, *, verify: bool = True) -> Data
     """
     if table.corpus not in NAMED_CORPORA and Path(table.corpus).is_dir():
         return _load_prepared(table, seq_len, verify=verify)
+    if table.hold_out == "documents":
+        raise CorpusError(
+            f'hold_out: got "documents", and {table.corpus} is one text; prepare it with `mygpt data prepare`'
+        )
     corpus = load_corpus(table.corpus)
     tokenizer = make_tokenizer(table, corpus.text)
     if tokenizer.vocab_size < 2:
@@ -69,7 +77,12 @@ def _load_prepared(table: DataTable, seq_len: int, *, verify: bool) -> Dataset:
     if asked not in ("char", kind) or table.vocab_size or table.tokenizer_file:
         raise CorpusError(f"{folder}: its tokenizer is {kind!r}; leave tokenizer, vocab_size and tokenizer_file out")
     tokens = torch.from_numpy(prepared.tokens)
-    parts = split(tokens, table.val_split, seq_len, kind)
+    end_of_text = None
+    if table.hold_out == "documents":
+        end_of_text = prepared.tokenizer.end_of_text
+        if end_of_text is None:
+            raise CorpusError(f'{folder}: its tokenizer has no token between documents; set hold_out = "tokens"')
+    parts = split(tokens, table.val_split, seq_len, kind, end_of_text)
     return Dataset(prepared.tokenizer, *parts, prepared.manifest.tokens_sha256, prepared.check_unchanged)
 
 
@@ -94,15 +107,19 @@ def make_tokenizer(table: DataTable, text: str) -> Tokenizer:
 
 
 def split(
-    tokens: torch.Tensor, val_split: float, seq_len: int, tokenizer: str = "char"
+    tokens: torch.Tensor, val_split: float, seq_len: int, tokenizer: str = "char", end_of_text: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The training part, the first `int((1 - val_split) * n)` of the `tokens` (n,), and the held-out rest.
+
+    With `end_of_text` the training part ends with the last one in it, so that it has whole documents.
 
     Raises:
         CorpusError: a part has at most seq_len + 1 tokens, so that no window can be drawn from it. The held-out part
             may be empty if val_split is 0.
     """
     boundary = int((1 - val_split) * len(tokens))
+    if val_split and end_of_text is not None:
+        boundary = after_last(tokens[:boundary], end_of_text)
     parts = tokens[:boundary], tokens[boundary:]
     unit = "characters" if tokenizer == "char" else "tokens"
     for name, part in zip(("training", "held-out"), parts if val_split else parts[:1], strict=False):
@@ -112,3 +129,12 @@ def split(
                 f"seq_len + 1 = {seq_len + 1}; give a longer text, a smaller seq_len or another val_split"
             )
     return parts
+
+
+def after_last(tokens: torch.Tensor, token: int) -> int:
+    """The position after the last occurrence of `token` in `tokens` (n,); 0: there is none."""
+    for end in range(len(tokens), 0, -BLOCK):  # from the end, so that little of a large file is read
+        start = max(0, end - BLOCK)
+        if len(found := (tokens[start:end].int() == token).nonzero()):
+            return start + int(found[-1]) + 1
+    return 0

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
+from mygpt.data.build import tokenizer_from
 from mygpt.data.prepared import (
     HEADER_BYTES,
     MANIFEST_FILE,
@@ -40,7 +41,6 @@ from mygpt.data.tokenizer import (
     TokenizerMetadata,
     distinct_code_points,
     fingerprint,
-    tokenizer_from,
 )
 from mygpt.disk import file_sha256, replace_bytes, sync
 from mygpt.errors import CorpusError

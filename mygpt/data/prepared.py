@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
-from mygpt.data.tokenizer import Tokenizer, TokenizerMetadata, fingerprint, tokenizer_from
+from mygpt.data.build import tokenizer_from
+from mygpt.data.tokenizer import Tokenizer, TokenizerMetadata, fingerprint
 from mygpt.disk import file_sha256
 from mygpt.errors import CorpusError
 from mygpt.recipe.reading import read_file

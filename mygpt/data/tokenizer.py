@@ -4,7 +4,7 @@ A tokenizer is a table with the bytes of each token, and a rule that cuts a text
 table: decoding, also of a stream that breaks off within a character, and how many bytes of text a token stands for.
 
 To add one: a subclass of `Tokenizer` in a module of its own, its metadata in `TokenizerMetadata`, a line in
-`tokenizer_from`, and its name among those of the recipe's `tokenizer` key.
+`tokenizer_from` (build.py), and its name among those of the recipe's `tokenizer` key.
 """
 
 import codecs
@@ -196,21 +196,6 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str, name: str = "text") -> npt.NDArray[np.integer]:
         # A prompt from the command line may hold lone surrogates, which stand for bytes that were not UTF-8.
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8).astype(self._id_type)
-
-
-def tokenizer_from(metadata: CharMetadata | ByteMetadata | BPEMetadata) -> Tokenizer:
-    """The tokenizer that has this metadata.
-
-    Raises:
-        TokenizerError: it cannot be used, or a package that it needs is not installed.
-    """
-    if isinstance(metadata, CharMetadata):
-        return CharTokenizer(metadata.vocab, end_of_text=metadata.end_of_text)
-    if isinstance(metadata, ByteMetadata):
-        return ByteTokenizer(end_of_text=metadata.end_of_text)
-    from mygpt.data.bpe import BPETokenizer
-
-    return BPETokenizer(metadata.json_text, name="tokenizer")
 
 
 def id_type(vocab_size: int) -> np.dtype[Any]:

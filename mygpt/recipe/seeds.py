@@ -23,6 +23,11 @@ def batch_seed_after(data_seed: int, step: int) -> int:
     return _derive("batches after", data_seed, step)
 
 
+def epoch_seed(data_seed: int, epoch: int) -> int:
+    """The seed of the order of windows in an epoch (from 0), with order = "epoch"."""
+    return _derive("epoch", data_seed, epoch)
+
+
 def held_out_seed() -> int:
     """The seed of held-out windows with sampling = "own-stream": one for all runs, so that runs can be compared."""
     return _derive("held-out windows")

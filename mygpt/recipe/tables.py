@@ -50,6 +50,9 @@ class DataTable(Table):
     up as that of the corpus."""
     val_split: Probability = 0.0
     """Fraction of the text, at its end, that is held out and never trained on; 0: none."""
+    hold_out: Literal["tokens", "documents"] = "tokens"
+    """Where the held-out part begins. "tokens": after exactly this share of the tokens. "documents": with the document
+    in which that is, so that no document is in both parts; needs a corpus of `mygpt data prepare`."""
 
 
 class ModelTable(Table):
@@ -92,6 +95,9 @@ class TrainTable(Table):
     "exact", batch_size / processes."""
     seq_len: Count = 64
     """Tokens per window; at most max_seq_len."""
+    order: Literal["random", "epoch"] = "random"
+    """How training windows are chosen. "random": each is drawn from all positions of the text. "epoch": the text is cut
+    into consecutive windows, and each is trained on once per epoch, in an order that data_seed shuffles."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
     """Clip the global L2 norm of the gradient to this; 0: no clipping."""
     log_grad_norm: bool = False

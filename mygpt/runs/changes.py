@@ -140,7 +140,7 @@ def _differing(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]
 
 def window_names(old: Recipe, new: Recipe) -> set[str]:
     """The names on which held-out windows depend: losses over other windows cannot be compared."""
-    names = {"sampling", "val_split", "seq_len", "corpus_sha256"}
+    names = {"sampling", "val_split", "hold_out", "seq_len", "corpus_sha256"}
     if any(recipe.validation.sampling != "full" for recipe in (old, new)):
         names |= {"eval_batches", "batch_size"}
     return names

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from mygpt.data.tokenizer import Tokenizer, tokenizer_from
+from mygpt.data.build import tokenizer_from
+from mygpt.data.tokenizer import Tokenizer
 from mygpt.errors import DamagedCheckpointError, MismatchError
 from mygpt.model.gpt import GPT
 from mygpt.recipe.tables import ModelTable

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from mygpt.data.batches import draw_starts
 from mygpt.errors import DamagedCheckpointError, NonFiniteError
 from mygpt.processes.machine import choose_matmul
 from mygpt.recipe.tables import Count, Table
@@ -86,9 +85,8 @@ def _write(run: Path, parts: Parts, problem: str, weights: Tensors, state: Train
     """
     recipe, dataset, gradient_sum = parts.recipe, parts.dataset, parts.gradient_sum
     table, runtime, step = recipe.train, recipe.runtime, state.metadata.step + 1
-    generator = torch.Generator()
-    generator.set_state(state.tensors["generator.stream"])
-    starts = draw_starts(dataset.train, table.batch_size, table.seq_len, generator).tolist()
+    parts.stream.set_state(state.tensors["generator.stream"])  # the run ends here
+    starts = parts.stream.draw().tolist()
     tokens = [dataset.train[at : at + table.seq_len + 1].tolist() for at in starts]
     failed = FailedStep(
         step=step,

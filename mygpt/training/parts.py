@@ -77,11 +77,11 @@ class Parts:
     def generators(self) -> GeneratorStates:
         """The states of all generators from which the next step will draw on this process."""
         dropout = None if self.gradient_sum.is_exact else dropout_generator_state(self.accelerator.device)
-        return GeneratorStates(self.stream.generator.get_state(), dropout)
+        return GeneratorStates(self.stream.state(), dropout)
 
     def set_generators(self, states: GeneratorStates) -> None:
         """Put the generators of this process back to states that `generators` returned."""
-        self.stream.generator.set_state(states.stream)
+        self.stream.set_state(states.stream)
         if states.dropout is not None:
             set_dropout_generator_state(self.accelerator.device, states.dropout)
 
@@ -134,6 +134,7 @@ def build_parts(
         table.seq_len,
         seed=table.data_seed,
         share=gradient_sum.share,
+        order=table.order,
         device=device,
         check=dataset.check_unchanged,
     )

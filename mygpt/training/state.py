@@ -70,7 +70,7 @@ def restore(
     Returns its progress, and the optimizer's moments, which can be loaded once Accelerate has wrapped the optimizer.
 
     On another kind of device or number of processes dropout goes on with generators seeded from `data_seed`; with
-    another `data_seed` than the checkpoint's, batches do, too.
+    another `data_seed` or order than the checkpoint's, batches do, too.
 
     Raises:
         DamagedCheckpointError: the checkpoint cannot be read.
@@ -80,11 +80,14 @@ def restore(
     gpt.load_state_dict(weights)
     name = dropout_name(accelerator.device, accelerator.process_index)
     trained_with = read_manifest(checkpoint).recipe
-    is_reseeded = trained_with is not None and trained_with.train.data_seed != data_seed
+    is_reseeded = trained_with is not None and (
+        (trained_with.train.data_seed, trained_with.train.order) != (data_seed, stream.order)
+    )
     try:
-        stream.generator.set_state(tensors["generator.stream"])
         if is_reseeded:
-            stream.generator.manual_seed(batch_seed_after(data_seed, metadata.step))
+            stream.reseed(batch_seed_after(data_seed, metadata.step))
+        else:
+            stream.set_state(tensors["generator.stream"])
         if metadata.processes == accelerator.num_processes and name in tensors and not is_reseeded:
             set_dropout_generator_state(accelerator.device, tensors[name])
         else:

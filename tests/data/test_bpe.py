@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from mygpt.data import bpe
 from mygpt.data.bpe import BPETokenizer, cut, from_ranks, gpt2, read_tokenizer, train_bpe
+from mygpt.data.build import tokenizer_from
 from mygpt.data.corpus import load_corpus
-from mygpt.data.tokenizer import END_OF_TEXT, tokenizer_from
+from mygpt.data.tokenizer import END_OF_TEXT
 from mygpt.errors import TokenizerError
 
 pytest.importorskip("tokenizers", reason="needs tokenizers")

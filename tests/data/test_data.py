@@ -1,13 +1,14 @@
 """The split, the batch stream and the held-out windows."""
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mygpt import get_batch
-from mygpt.data.batches import BatchStream, Share, consecutive_windows, held_out_windows, windows
-from mygpt.data.dataset import split
+from mygpt.data.batches import BatchStream, Share, consecutive_windows, held_out_windows, permute, windows
+from mygpt.data.dataset import BLOCK, after_last, split
 from mygpt.errors import CorpusError
 from mygpt.recipe.tables import ValidationTable
 
@@ -98,3 +99,64 @@ def test_only_shared_stream_moves_the_training_batches():
     assert not shared_untouched
     assert sample("own-stream")[0] == own != shared
     assert len(own) == 2 * 4
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**32 - 1))
+def test_permutation_has_every_number_once(size, seed):
+    """Whatever the size and the seed."""
+    assert sorted(permute(np.arange(size), size, seed).tolist()) == list(range(size))
+
+
+def test_permutation_looks_random():
+    """Other seeds give other orders; neighbours do not stay together; a large range costs no memory."""
+    orders = np.array([permute(np.arange(50), 50, seed) for seed in range(2000)])
+    counts = np.array([np.bincount(orders[:, place], minlength=50) for place in range(50)])
+    chi_square = ((counts - 40) ** 2 / 40).sum(axis=1)  # 49 degrees of freedom, 50 times
+    assert 49 - 6 < chi_square.mean() < 49 + 6  # four standard errors
+    assert chi_square.max() < 105
+    steps = np.diff(orders, axis=1)
+    assert (np.abs(steps) == 1).mean() < 0.06  # 2 / 50 by chance
+    large = permute(np.arange(1000), 10**12, 7)
+    assert len(set(large.tolist())) == 1000
+    assert large.max() < 10**12
+
+
+@given(
+    length=st.integers(20, 400),
+    batch_size=st.integers(1, 12),
+    seq_len=st.integers(1, 18),
+    world=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=50, deadline=None)
+def test_epoch_has_every_window_once(length, batch_size, seq_len, world, seed):
+    """In any number of processes; the next epoch has them in another order; a state continues in the middle."""
+    shares = [Share(1, rank, world) for rank in range(world)]
+    data = torch.arange(length)
+    make = [BatchStream(data, batch_size, seq_len, seed=seed, share=own, order="epoch") for own in shares]
+    count = (length - 1) // seq_len
+    batches = -(-2 * count // batch_size)
+    seen = []
+    for _ in range(batches):
+        state = make[0].state()
+        parts = [stream.batch() for stream in make]
+        seen += torch.cat([part.inputs for part in parts])[:, 0].tolist()
+        assert all((part.targets == part.inputs + 1).all() for part in parts)
+        again = BatchStream(data, batch_size, seq_len, seed=seed, share=shares[0], order="epoch")
+        again.set_state(state)
+        assert again.batch().inputs.tolist() == parts[0].inputs.tolist()
+    every = list(range(0, count * seq_len, seq_len))
+    assert sorted(seen[:count]) == sorted(seen[count : 2 * count]) == every
+    if count > 20:
+        assert seen[:count] != seen[count : 2 * count]
+
+
+def test_documents_are_held_out_whole():
+    """The training part ends with the last document that ends in its share of the tokens."""
+    tokens = torch.full((100,), 1)
+    tokens[[29, 69, 99]] = 0
+    train, val = split(tokens, 0.2, 8, "char", end_of_text=0)
+    assert (len(train), len(val)) == (70, 30)
+    with pytest.raises(CorpusError, match="the training part has 0 of"):
+        split(tokens, 0.8, 8, "char", end_of_text=0)
+    assert after_last(torch.cat([tokens, torch.ones(2 * BLOCK, dtype=torch.int64)]), 0) == 100

@@ -388,3 +388,31 @@ def test_command_prepares_describes_and_trains(tmp_path, call, text_file):
         code, _, err = call("data", *arguments)
         assert code == 2
         assert message in err
+
+
+def test_run_in_epochs_by_documents_continues_to_the_same_bytes(tiny, tmp_path, monkeypatch):
+    """Its position is part of the checkpoint; a failed step has the windows of its epoch."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {n} " * 9}) + "\n" for n in range(60)))
+    prepare([tmp_path / "a.jsonl"], tmp_path / "docs", KINDS["char"])
+    keys = {"corpus": str(tmp_path / "docs"), "order": "epoch", "hold_out": "documents", "val_split": 0.3}
+    keys |= {"val_every": 2, "save_every": 2, "steps": 80}  # more than an epoch
+    data = load_dataset(DataTable(corpus=keys["corpus"], hold_out="documents", val_split=0.3), 16)
+    assert data.train[-1] == data.tokenizer.end_of_text
+    whole = train(tiny(**keys))
+    where = {"output": str(tmp_path / "stopped" / "run")}
+    train_until(tiny(**keys, **where), 71)
+    stopped = train(tiny(**keys, **where))
+    own = ("run.json", "recipe.toml")
+    assert contents(stopped, without=own) == contents(whole, without=own)
+    with pytest.raises(CorpusError, match='hold_out: got "documents", and python-docs is one text'):
+        load_dataset(DataTable(hold_out="documents", corpus="python-docs"), 16)
+
+    def break_weight(parts, *_):
+        parts.gpt.norm.weight.data[3] = float("nan")
+
+    disturb("before-step", break_weight, count=4, patch=monkeypatch.setattr)
+    with pytest.raises(MygptError, match="step 4: the loss is nan"):
+        train(tiny(**keys, output=str(tmp_path / "failed")))
+    failed = json.loads((tmp_path / "failed" / "failed-step-000004" / "batch.json").read_text())
+    assert all(start % 16 == 0 for start in failed["starts"])
+    assert "norm" in replay(tmp_path / "failed", torch.device("cpu")).non_finite

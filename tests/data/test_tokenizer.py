@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mygpt.data.tokenizer import CHUNK, END_OF_TEXT, ByteTokenizer, CharTokenizer, tokenizer_from
+from mygpt.data.build import tokenizer_from
+from mygpt.data.tokenizer import CHUNK, END_OF_TEXT, ByteTokenizer, CharTokenizer
 from mygpt.errors import TokenizerError
 
 

@@ -159,9 +159,9 @@ def forget_stream(_count):
     original = state.restore
 
     def restore(accelerator, path, gpt, stream, seed):
-        before = stream.generator.get_state()
+        before = stream.state()
         result = original(accelerator, path, gpt, stream, seed)
-        stream.generator.set_state(before)
+        stream.set_state(before)
         return result
 
     parts.restore = restore
