@@ -1,5 +1,6 @@
 """A corpus as tokens, split into a training part and a held-out part."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -55,7 +56,7 @@ def load_dataset(table: DataTable, seq_len: int, *, verify: bool = True) -> Data
         CorpusError: it cannot be read, has a single distinct character, or is too short for windows of seq_len.
         TokenizerError: the tokenizer cannot be read or trained, or needs a package that is not installed.
     """
-    if table.corpus not in NAMED_CORPORA and Path(table.corpus).is_dir():
+    if table.corpus not in NAMED_CORPORA and os.path.isdir(table.corpus):
         return _load_prepared(table, seq_len, verify=verify)
     if table.hold_out == "documents":
         raise CorpusError(

@@ -134,12 +134,12 @@ class ScheduleTable(Table):
 
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
     """After warmup: keep the rate at lr, or lower it to min_lr at the last step along half a cosine or a line. "wsd"
-    (warmup, stable, decay): keep it, and lower it along a line over the last decay_steps."""
+    (warmup, stable, decay): keep it, and lower it along a line over the last wsd_decay."""
     warmup: CountOrOff = 0
     """Steps over which the rate rises linearly to lr; 0: none."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """The rate at the last step of a schedule that lowers it."""
-    decay_steps: Count | None = None
+    wsd_decay: Count | None = None
     """Steps over which "wsd" lowers the rate; absent: a fifth of steps."""
 
 
@@ -312,10 +312,10 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "min_lr", '0 with schedule = "constant"; choose "cosine", "linear" or "wsd"'
     elif schedule.min_lr > recipe.optimizer.lr:
         yield "min_lr", f"at most lr = {recipe.optimizer.lr}"
-    if schedule.decay_steps and schedule.schedule != "wsd":
-        yield "decay_steps", 'nothing, or schedule = "wsd"'
-    elif schedule.schedule == "wsd" and schedule.warmup + (schedule.decay_steps or 1) > train.steps:
-        yield "decay_steps", f"at most steps - warmup = {train.steps - schedule.warmup}"
+    if schedule.wsd_decay and schedule.schedule != "wsd":
+        yield "wsd_decay", 'nothing, or schedule = "wsd"'
+    elif schedule.schedule == "wsd" and schedule.warmup + (schedule.wsd_decay or 1) > train.steps:
+        yield "wsd_decay", f"at most steps - warmup = {train.steps - schedule.warmup}"
     if recipe.runtime.reduction == "exact" and not recipe.runtime.deterministic:
         yield "deterministic", 'true with reduction = "exact", whose bits are always the same'
     if recipe.runtime.matmul == "onednn" and recipe.runtime.precision == "bf16":

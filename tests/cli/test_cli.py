@@ -115,7 +115,7 @@ def test_missing_and_unreadable_paths_cost_one_line(call, tmp_path):
     for target, message in (
         (tmp_path / "gone.toml", "no such recipe"),
         (tmp_path / "gone.txt", "no such text file"),
-        (tmp_path, "not a regular file"),
+        (tmp_path, "a corpus is a text file, or a folder that `mygpt data prepare` made"),
         (tmp_path / "pipe", "not a regular file"),
         (tmp_path / ("x" * 300), "cannot be read: File name too long"),
     ):

@@ -42,7 +42,7 @@ def test_wsd_keeps_the_rate_until_its_last_steps():
     rates = [learning_rate(t, ScheduleTable(schedule="wsd", warmup=10), 1.0, 100) for t in range(1, 101)]
     assert rates[9:80] == [1.0] * 71
     assert rates[80:] == pytest.approx([1 - step / 20 for step in range(1, 21)])
-    rates = [learning_rate(t, ScheduleTable(schedule="wsd", decay_steps=4, min_lr=0.2), 1.0, 10) for t in range(1, 11)]
+    rates = [learning_rate(t, ScheduleTable(schedule="wsd", wsd_decay=4, min_lr=0.2), 1.0, 10) for t in range(1, 11)]
     assert rates == pytest.approx([1.0] * 6 + [0.8, 0.6, 0.4, 0.2])
 
 
