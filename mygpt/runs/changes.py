@@ -68,7 +68,10 @@ def check_checkpoint(source: Source, recipe: Recipe, tokenizer: TokenizerMetadat
     ]
     if tokenizer != metadata.tokenizer:
         here, there = describe_tokenizer(tokenizer), describe_tokenizer(metadata.tokenizer)
-        problems.append(f"[data] tokenizer: got {here}, expected {there}, as in {source.checkpoint}; {way_out}")
+        problem = f"tokenizer: got {here}, expected {there}, as in {source.checkpoint}"
+        if tokenizer.type == metadata.tokenizer.type == "char":
+            problem = f"corpus: its characters are not the vocabulary of {source.checkpoint}"
+        problems.append(f"[data] {problem}; {way_out}")
     if problems:
         raise MismatchError("\n".join(problems))
     step, steps = metadata.step, recipe.train.steps
