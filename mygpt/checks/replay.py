@@ -71,6 +71,7 @@ def replay(path: Path, device: torch.device) -> Finding:
         micro_batch_size=failed.micro_batch_size,
         seq_len=tokens.shape[1] - 1,
         precision=failed.precision,
+        loss_chunk=failed.loss_chunk,
         matmul=failed.matmul if has_matmul(failed.matmul, device) else "blas",
         reduction="exact" if failed.dropout_seeds else "fast",
     )

@@ -4,12 +4,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from mygpt.cli.command import command, dispatch
-from mygpt.errors import MygptError
+from mygpt.errors import InterruptedRunError, MygptError
+
+if TYPE_CHECKING:
+    from mygpt.data.prepared import Prepared
 
 USAGE = """\
 usage: mygpt data prepare SOURCE... --out DIR   tokenize texts of any size for training: --corpus DIR
@@ -49,6 +52,7 @@ def prepare(options: PrepareOptions) -> None:
     from tqdm import tqdm
 
     from mygpt.data.prepare import TokenizerChoice, prepare
+    from mygpt.data.prepared import open_prepared
     from mygpt.data.sources import find_sources
 
     if options.tokenizer_file and options.tokenizer != "bpe":
@@ -56,27 +60,35 @@ def prepare(options: PrepareOptions) -> None:
     if options.vocab_size is not None and (options.tokenizer != "bpe" or options.tokenizer_file):
         raise MygptError('--vocab-size: only with --tokenizer "bpe" without --tokenizer-file')
     sources = find_sources(options.sources)
-    choice = TokenizerChoice(options.tokenizer, options.vocab_size or 1024, options.tokenizer_file)
+    choice = TokenizerChoice(
+        options.tokenizer, 1024 if options.vocab_size is None else options.vocab_size, options.tokenizer_file
+    )
     started_at = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
-        manifest = prepare(sources, options.out, choice, field=options.field, progress=bar.update)
+        try:
+            manifest = prepare(sources, options.out, choice, field=options.field, progress=bar.update)
+        except KeyboardInterrupt:
+            raise InterruptedRunError("stopped; the same command continues", exit_code=130) from None
     seconds = time.perf_counter() - started_at
     rate = f"{manifest.text_bytes / 1e6 / seconds:,.1f} MB/s"
-    print("\n".join(_description(options.out)))
+    corpus = open_prepared(options.out, verify=False)
+    print("\n".join(_description(corpus)))
+    if corpus.tokenizer.end_of_text is None:
+        print("note: the tokenizer has no <|endoftext|>: nothing stands between documents", file=sys.stderr)
     print(f"prepared {options.out} in {seconds:.1f} s ({rate})", file=sys.stderr)
 
 
 @command
 def info(options: InfoOptions) -> None:
     """Describe a prepared corpus."""
-    print("\n".join(_description(options.folder)))
-
-
-def _description(folder: Path) -> list[str]:
     from mygpt.data.prepared import open_prepared
+
+    print("\n".join(_description(open_prepared(options.folder, verify=False))))
+
+
+def _description(corpus: "Prepared") -> list[str]:
     from mygpt.data.tokenizer import describe_tokenizer
 
-    corpus = open_prepared(folder, verify=False)
     manifest = corpus.manifest
     sample = corpus.tokenizer.decode(corpus.tokens[:60].tolist())
     values = {

@@ -74,7 +74,7 @@ def _show(arguments: list[str]) -> None:
 def _list(arguments: list[str]) -> None:
     _expect_no_arguments(arguments, "mygpt recipe list")
     for name, path in shipped_recipes().items():
-        print(f"{name:<12} {path}")
+        print(f"{name:<16} {path}")
 
 
 def _schema(arguments: list[str]) -> None:

@@ -76,6 +76,10 @@ def windows(data: torch.Tensor, starts: torch.Tensor, seq_len: int, device: torc
     return Batch(tokens_BT1[:, :-1], tokens_BT1[:, 1:])
 
 
+EPOCH_BYTES = 24
+"""What the state of a stream in epochs has beside that of its generator."""
+
+
 def epoch_starts(indices: npt.NDArray[np.int64], tokens: int, seq_len: int, seed: int) -> npt.NDArray[np.int64]:
     """Where the windows with these `indices` (n,) begin, if every window of the text is taken once per epoch.
 
@@ -160,22 +164,31 @@ class BatchStream:
         state = self.generator.get_state()
         if self.order == "random":
             return state
-        return torch.cat([state, torch.tensor([self._drawn]).view(torch.uint8)])
+        position = torch.tensor([self.seed, self._drawn, self._windows])
+        return torch.cat([state, position.view(torch.uint8)])
 
     def set_state(self, state: torch.Tensor) -> None:
         """Go to a position that `state` returned.
 
         Raises:
-            RuntimeError: it is not one of this kind of stream.
+            RuntimeError: it is of another order, or in epochs of another text or other windows.
         """
         if self.order == "epoch":
-            state, drawn = state[:-8], state[-8:]
-            self._drawn = int(drawn.clone().view(torch.int64))
+            state, position = state[:-EPOCH_BYTES], state[-EPOCH_BYTES:]
+            seed, drawn, count = position.clone().view(torch.int64).tolist()
+            if count != self._windows:
+                raise RuntimeError("a position in other epochs")
+            self.seed, self._drawn = seed, drawn
         self.generator.set_state(state)
 
+    @property
+    def _windows(self) -> int:
+        """The windows of an epoch."""
+        return (len(self.data) - 1) // self.seq_len
+
     def reseed(self, seed: int) -> None:
-        """Go on with the batches of another seed."""
-        self.seed = seed
+        """Go on with the batches of another seed; in epochs, from the beginning of one."""
+        self.seed, self._drawn = seed, 0
         self.generator.manual_seed(seed)
 
     def draw(self) -> torch.Tensor:

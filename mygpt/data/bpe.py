@@ -5,7 +5,7 @@ Source: Sennrich et al., "Neural machine translation of rare words with subword 
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import islice, pairwise
 from pathlib import Path
@@ -29,6 +29,9 @@ CONTEXT = 64
 """Characters to either side of a place by which is decided whether a text may be cut there."""
 
 SPACE = re.compile(r"\s+")
+
+MAX_PIECE = 1 << 20
+"""Characters after which a text that has no place to cut is cut all the same, since memory is bounded."""
 
 MIN_FREQUENCY = 2
 """How often a pair must occur to become a token: a token that occurs once saves nothing."""
@@ -61,9 +64,8 @@ class BPETokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self.metadata = BPEMetadata(json_text=json_text)
         self._settings = json.loads(json_text)
-        self._special = {
-            token["content"]: token["id"] for token in self._settings["added_tokens"] if token.get("special")
-        }
+        self._added = self._settings.get("added_tokens") or []
+        self._special = {token["content"]: token["id"] for token in self._added if token.get("special")}
         self.end_of_text = self._special.get(END_OF_TEXT)
         self._id_type = id_type(self._vocab_size())
         self._check(name)
@@ -71,7 +73,7 @@ class BPETokenizer(Tokenizer):
     @cached_property
     def tokens(self) -> list[bytes]:
         byte_of = {character: byte for byte, character in _byte_characters().items()}
-        added = {token["id"]: token["content"] for token in self._settings["added_tokens"]}
+        added = {token["id"]: token["content"] for token in self._added}
         tokens = [b""] * self._vocab_size()
         for text, token in self._tokenizer.get_vocab(with_added_tokens=True).items():
             is_bytes = token not in added and all(character in byte_of for character in text)
@@ -93,7 +95,12 @@ class BPETokenizer(Tokenizer):
         return np.concatenate(parts)
 
     def cut(self, text: str) -> Iterator[str]:
-        return cut(text, self._tokenizer.pre_tokenizer)
+        if self._tokenizer.pre_tokenizer is None:  # nothing keeps a token from going on across any place
+            return iter([text])
+        return cut(text, self._ids)
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _vocab_size(self) -> int:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -211,30 +218,36 @@ def _join(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]:
 
 def cut_words(text: str) -> Iterator[str]:
     """As `cut`, of words as in GPT-2."""
-    return cut(text, _gpt2_words())
+    words = _gpt2_words()
+    return cut(text, lambda part: [word for word, _ in words.pre_tokenize_str(part)])
 
 
 def _gpt2_words() -> Any:
     return _library().pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
-def cut(text: str, pre_tokenizer: Any, size: int | None = None) -> Iterator[str]:
-    """The text in pieces of at least `size` characters (None: `PIECE`), whose ids, joined, are those of the whole text.
+def cut(text: str, parse: Callable[[str], list[Any]], size: int | None = None) -> Iterator[str]:
+    """The text in pieces of at least `size` characters (None: `PIECE`), whose tokens, joined, are those of the whole.
 
-    A text is cut before or after white space, where `pre_tokenizer` finds the same words in the parts as in the whole.
+    A text is cut before or after white space, where `parse`, which gives the tokens or the words of a short text, finds
+    the same in the parts as in the whole; `CONTEXT` characters to either side decide. Where there is no such place for
+    `MAX_PIECE` characters, as in a text without spaces, it is cut there, and one token may become two. Only the last
+    piece depends on where the text ends, so that a longer text is cut at the same places.
     """
-
-    def words(part: str) -> list[str]:
-        return [word for word, _ in pre_tokenizer.pre_tokenize_str(part)] if pre_tokenizer else [part]
+    size, start = size or PIECE, 0
 
     def may_end(at: int) -> bool:
-        before, after = text[max(0, at - CONTEXT) : at], text[at : at + CONTEXT]
-        return words(before + after) == words(before) + words(after)
+        before, after = text[max(start, at - CONTEXT) : at], text[at : at + CONTEXT]
+        return parse(before + after) == parse(before) + parse(after)
 
-    size, start = size or PIECE, 0
-    while len(text) - start > size:
-        ends = (at for space in SPACE.finditer(text, start + size) for at in space.span())
-        end = next(filter(may_end, ends), len(text))
+    while len(text) - start > size + CONTEXT:
+        last = min(len(text) - CONTEXT, start + size + MAX_PIECE)
+        ends = (at for space in SPACE.finditer(text, start + size, last) for at in space.span() if at < last)
+        end = next(filter(may_end, ends), None)
+        if end is None:
+            if last < start + size + MAX_PIECE:
+                break  # the text may go on
+            end = last
         yield text[start:end]
         start = end
     yield text[start:]

@@ -1,6 +1,7 @@
 """A corpus as tokens, split into a training part and a held-out part."""
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from mygpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from mygpt.errors import CorpusError
 from mygpt.recipe.tables import NAMED_CORPORA, DataTable
 
+GPT2_VOCAB_SIZE = 50_257
 DEFAULT_VOCAB_SIZE = 1024
 """Tokens of a byte-pair encoding that is trained, as in the course."""
 
@@ -74,10 +76,14 @@ def _load_prepared(table: DataTable, seq_len: int, *, verify: bool) -> Dataset:
     folder = Path(table.corpus)
     prepared = open_prepared(folder, verify=verify)
     kind = prepared.manifest.tokenizer
-    asked = "bpe" if table.tokenizer == "gpt2" else table.tokenizer
-    if asked not in ("char", kind) or table.vocab_size or table.tokenizer_file:
+    is_gpt2 = kind == "bpe" and prepared.tokenizer.vocab_size == GPT2_VOCAB_SIZE
+    fits = table.tokenizer in ("char", kind) or (table.tokenizer == "gpt2" and is_gpt2)
+    if not fits or table.vocab_size or table.tokenizer_file:
         raise CorpusError(f"{folder}: its tokenizer is {kind!r}; leave tokenizer, vocab_size and tokenizer_file out")
-    tokens = torch.from_numpy(prepared.tokens)
+    with warnings.catch_warnings():
+        # torch has no tensors that cannot be written to, and says so once; nothing writes to these.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        tokens = torch.from_numpy(prepared.tokens)
     end_of_text = None
     if table.hold_out == "documents":
         end_of_text = prepared.tokenizer.end_of_text
@@ -103,7 +109,7 @@ def make_tokenizer(table: DataTable, text: str) -> Tokenizer:
         return bpe.gpt2()
     if table.tokenizer_file:
         return bpe.read_tokenizer(Path(table.tokenizer_file))
-    # Text that is held out chooses no token.
+    # The tokens of the held-out part are not known yet: this share of the characters is about the training part.
     return bpe.train_bpe([text[: int((1 - table.val_split) * len(text))]], table.vocab_size or DEFAULT_VOCAB_SIZE)
 
 
@@ -121,6 +127,8 @@ def split(
     boundary = int((1 - val_split) * len(tokens))
     if val_split and end_of_text is not None:
         boundary = after_last(tokens[:boundary], end_of_text)
+        if not boundary:
+            raise CorpusError("hold_out: no document ends in the training part; lower val_split, or hold out tokens")
     parts = tokens[:boundary], tokens[boundary:]
     unit = "characters" if tokenizer == "char" else "tokens"
     for name, part in zip(("training", "held-out"), parts if val_split else parts[:1], strict=False):

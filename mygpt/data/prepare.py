@@ -5,21 +5,22 @@ says how far it goes and of which text. The same command reads the sources again
 text is still the same: it gives the same bytes as a command that was never killed.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from mygpt.data.build import tokenizer_from
 from mygpt.data.prepared import (
@@ -43,10 +44,15 @@ from mygpt.data.tokenizer import (
     fingerprint,
 )
 from mygpt.disk import file_sha256, replace_bytes, sync
-from mygpt.errors import CorpusError
+from mygpt.errors import CorpusError, MygptError, TokenizerError
+from mygpt.recipe.reading import read_file
 
 BATCH = 1 << 20
 """Characters that one thread tokenizes at a time."""
+PIECE_COST = 64
+"""Characters as which a document counts beside its text, so that many that are empty make a batch, too."""
+WORKING_FILES = ("settings.json", "journal.jsonl", "tokenizer.json", "tokens.safetensors", "manifest.json")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_SAMPLE = 1 << 26
 """Characters of the text on which a byte-pair encoding is trained; the library needs some thirty times their memory."""
 SYNC_SECONDS = 1.0
@@ -78,6 +84,7 @@ class Encoded(NamedTuple):
     sha256: str
     ids: npt.NDArray[np.integer] | None
     """None: the file has them already."""
+    ids_sha256: str
     tokens: int
     documents: int
     text_bytes: int
@@ -110,46 +117,116 @@ def prepare(
         raise CorpusError(f"{out}: exists; choose another --out, or remove it")
     partial = out.with_name(f".tmp-{out.name}")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        tokenizer, trained_on = _tokenizer(partial, sources, choice, field)
-        manifest = _write_tokens(
-            partial, sources, tokenizer, trained_on, field, workers or os.cpu_count() or 1, progress
-        )
-        replace_bytes(partial / MANIFEST_FILE, manifest.to_json().encode())
-        for name in (JOURNAL_FILE, SETTINGS_FILE):
-            (partial / name).unlink(missing_ok=True)
-        partial.rename(out)
-        sync(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(out):
+            if partial.is_symlink() or (partial.exists() and not _is_own(partial)):
+                raise CorpusError(f"{partial}: in the way of the folder to work in; remove it, or choose another --out")
+            partial.mkdir(exist_ok=True)
+            try:
+                return _prepare(sources, partial, out, choice, field, workers or _cores(), progress)
+            except MygptError:
+                _clear(partial)  # a mistake leaves nothing half-made
+                partial.rmdir()
+                raise
     except OSError as error:
-        raise CorpusError(
-            f"{error.filename or partial}: cannot be written: {error.strerror or error}; make room, and the same "
-            "command continues"
-        ) from None
-    except Exception:
-        shutil.rmtree(partial, ignore_errors=True)  # a mistake leaves nothing half-made
-        raise
+        advice = "make room, and the same command continues" if error.errno in NO_ROOM else "the same command continues"
+        text = f"{error.filename or partial}: {error.strerror or error}; {advice}"
+        raise CorpusError(text) from None
+
+
+def _prepare(
+    sources: Sequence[Path],
+    partial: Path,
+    out: Path,
+    choice: TokenizerChoice,
+    field: str,
+    workers: int,
+    progress: Progress,
+) -> Manifest:
+    tokenizer, trained_on = _tokenizer(partial, sources, choice, field)
+    manifest = _write_tokens(partial, sources, tokenizer, trained_on, field, workers, progress)
+    replace_bytes(partial / MANIFEST_FILE, manifest.to_json().encode())
+    for name in (SETTINGS_FILE, JOURNAL_FILE):
+        (partial / name).unlink(missing_ok=True)
+    partial.rename(out)
+    sync(out.parent)
     return manifest
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep other commands from preparing `out` meanwhile; the kernel frees the lock of a killed command.
+
+    Raises:
+        CorpusError: another command prepares it, or has.
+    """
+    path = out.with_name(f".tmp-{out.name}.lock")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The command that held it may have ended, and removed the file, since it was opened here.
+            is_current = os.path.samestat(os.fstat(descriptor), os.stat(path)) and not os.path.lexists(out)
+        except (BlockingIOError, FileNotFoundError):
+            is_current = False
+        if not is_current:
+            raise CorpusError(f"{out}: another command prepares it, or has just done so")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _is_own(partial: Path) -> bool:
+    """Whether a folder has nothing but what a command that was killed may have left there."""
+    return partial.is_dir() and all(path.name.removeprefix(".tmp-") in WORKING_FILES for path in partial.iterdir())
+
+
+def _clear(partial: Path) -> None:
+    """Remove what a command has written; first the settings, without which nothing else is believed."""
+    for name in WORKING_FILES:
+        for path in (partial / name, partial / f".tmp-{name}"):
+            path.unlink(missing_ok=True)
+    sync(partial)
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tokenizer(
     partial: Path, sources: Sequence[Path], choice: TokenizerChoice, field: str
 ) -> tuple[Tokenizer, dict[str, Any] | None]:
     """The tokenizer, trained if need be, or as the command that was killed had trained it from the same files."""
-    status = [(str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in sources]
-    settings = json.dumps([choice.kind, choice.vocab_size, str(choice.file), field, status]).encode()
-    kept = None
-    with suppress(OSError, ValidationError):
-        if (partial / SETTINGS_FILE).read_bytes().startswith(settings):
-            kept = TypeAdapter(TokenizerMetadata).validate_json((partial / TOKENIZER_FILE).read_bytes())
-            trained_on = json.loads((partial / SETTINGS_FILE).read_bytes()[len(settings) :])
-            return tokenizer_from(kept), trained_on
-    for entry in partial.iterdir():
-        entry.unlink()
+    settings = _settings(sources, choice, field)
+    with suppress(OSError, ValueError, KeyError, TypeError):  # pydantic's errors are ValueErrors
+        before = json.loads((partial / SETTINGS_FILE).read_bytes())
+        if before["settings"] == settings:
+            kept: Any = TypeAdapter(TokenizerMetadata).validate_json((partial / TOKENIZER_FILE).read_bytes())
+            if fingerprint(kept) == before["tokenizer_sha256"]:
+                return tokenizer_from(kept), before["trained_on"]
+    _clear(partial)
     tokenizer, trained_on = _make_tokenizer(sources, choice, field)
     metadata = json.dumps(tokenizer.metadata.model_dump(), sort_keys=True)
     replace_bytes(partial / TOKENIZER_FILE, metadata.encode())
-    replace_bytes(partial / SETTINGS_FILE, settings + json.dumps(trained_on).encode())
+    record = {"settings": settings, "tokenizer_sha256": tokenizer.fingerprint, "trained_on": trained_on}
+    replace_bytes(partial / SETTINGS_FILE, json.dumps(record).encode())
     return tokenizer, trained_on
+
+
+def _settings(sources: Sequence[Path], choice: TokenizerChoice, field: str) -> list[Any]:
+    """All that the tokenizer depends on."""
+    settings: list[Any] = [choice.kind, choice.vocab_size, field]
+    if choice.file:
+        settings.append(
+            read_file(choice.file, TokenizerError, expected="a tokenizer.json", missing="no such file").hex()
+        )
+    elif choice.kind in ("char", "bpe"):  # made of the text
+        settings += [[str(file), (found := file.stat()).st_size, found.st_mtime_ns] for file in sources]
+    return settings
 
 
 def _make_tokenizer(
@@ -203,10 +280,10 @@ def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Ite
     for text, is_last in pieces:
         *whole, rest = cut(rest + text)
         ready += [Piece(part, is_last=False) for part in whole]
-        size += sum(map(len, whole))
         if is_last:
             ready.append(Piece(rest, is_last=True))
-            size, rest = size + len(rest), ""
+            rest = ""
+        size += sum(map(len, whole)) + (len(ready[-1].text) + PIECE_COST if is_last else 0)
         if size >= BATCH:
             yield Batch(tuple(ready))
             ready, size = [], 0
@@ -224,7 +301,7 @@ def encode_batch(tokenizer: Tokenizer, batch: Batch, sha256: str, dtype: np.dtyp
         if is_last and tokenizer.end_of_text is not None:
             parts.append(np.array([tokenizer.end_of_text], dtype=dtype))
     ids = np.concatenate(parts)
-    return Encoded(sha256, ids, len(ids), documents, text_bytes)
+    return Encoded(sha256, ids, hashlib.sha256(ids.data).hexdigest(), len(ids), documents, text_bytes)
 
 
 def _write_tokens(
@@ -244,7 +321,7 @@ def _write_tokens(
         _open(partial / JOURNAL_FILE) as lines,
         ThreadPoolExecutor(workers) as pool,
     ):
-        journal = _Journal(file, lines)
+        journal = _Journal(file, lines, dtype.itemsize)
         pending: deque[tuple[int, Future[Encoded]]] = deque()
 
         def write() -> None:
@@ -298,18 +375,23 @@ def _write_tokens(
 class _Journal:
     """Appends tokens to their file, and a line per batch to the journal: a line is on the disk only after its tokens.
 
-    `entries` are the batches that a command that was killed has written.
+    `entries` are the batches that a command that was killed has written, and that the files still have.
     """
 
-    def __init__(self, tokens_file: IO[bytes], journal_file: IO[bytes]):
+    def __init__(self, tokens_file: IO[bytes], journal_file: IO[bytes], token_bytes: int):
         self._tokens, self._lines = tokens_file, journal_file
         self.entries: list[Encoded] = []
         self._ends = [0]
+        tokens_file.seek(HEADER_BYTES)
         for line in journal_file.read().splitlines(keepends=True):
             try:
-                self.entries.append(Encoded(ids=None, **json.loads(line)))
+                entry = Encoded(ids=None, **json.loads(line))
+                ids = tokens_file.read(entry.tokens * token_bytes)
             except (ValueError, TypeError):  # a line that was cut short
                 break
+            if hashlib.sha256(ids).hexdigest() != entry.ids_sha256:
+                break
+            self.entries.append(entry)
             self._ends.append(self._ends[-1] + len(line))
         self._unwritten: list[bytes] = []
         self._synced_at = time.monotonic()
@@ -323,6 +405,7 @@ class _Journal:
             for file, end in ((self._lines, self._ends[number]), (self._tokens, HEADER_BYTES + offset)):
                 file.truncate(end)
                 file.seek(end)
+                os.fsync(file.fileno())
             self._is_appending = True
         self._tokens.write(encoded.ids.tobytes())
         entry = {name: value for name, value in encoded._asdict().items() if name != "ids"}

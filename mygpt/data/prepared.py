@@ -77,12 +77,16 @@ class Prepared(NamedTuple):
     """What the system says of the tokens' file: size, time of its last change, inode."""
 
     def check_unchanged(self) -> None:
-        """See that nobody has changed the tokens' file: reading behind its new end would kill the process.
+        """Compare the state of the tokens' file with that at opening: reading beyond a new end would kill the process.
 
         Raises:
-            CorpusError: it is another one than when it was opened.
+            CorpusError: it has changed, or is gone.
         """
-        if _state(self.file) != self.state:
+        try:
+            is_same = _state(self.file) == self.state
+        except OSError:
+            is_same = False
+        if not is_same:
             raise CorpusError(
                 f"{self.file}: has changed while it was in use; prepare it again, and the same command continues"
             )
@@ -115,8 +119,8 @@ def open_prepared(folder: Path, *, verify: bool = True) -> Prepared:
         with file.open("rb") as content:
             if content.read(HEADER_BYTES) != header(manifest.dtype, manifest.tokens):
                 raise CorpusError(f"{file}: damaged: its header is not that of {manifest.tokens:,} tokens")
-        # Copy on write, since torch warns of memory that it may not write to; nothing writes to it.
-        tokens = np.memmap(file, dtype, mode="c", offset=HEADER_BYTES, shape=(manifest.tokens,))
+        # Not to be written: the system would want to have memory for all that may be written.
+        tokens = np.memmap(file, dtype, mode="r", offset=HEADER_BYTES, shape=(manifest.tokens,))
     except OSError as error:
         raise CorpusError(f"{file}: cannot be read: {error.strerror}") from None
     return Prepared(manifest, tokenizer_from(metadata), tokens, file, state)

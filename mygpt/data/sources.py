@@ -19,6 +19,8 @@ from mygpt.errors import CorpusError
 
 BLOCK = 1 << 20
 """Bytes read at a time."""
+ZSTD_BLOCK = 1 << 9
+"""Compressed bytes at a time: what they stand for is in memory at once, and can be thirty thousand times as much."""
 ENDINGS = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")
 COMPRESSED = (".gz", ".zst")
 
@@ -39,9 +41,10 @@ class Source(NamedTuple):
 
 
 def find_sources(names: Sequence[str]) -> list[Path]:
-    """The files that a user names: files, folders (all files of known endings in them) and patterns, each once.
+    """The files that a user names: files, folders and patterns, each file once.
 
-    Those of a folder or a pattern come in the order of their paths.
+    A folder stands for all files of known endings in it but hidden ones. Those of a folder or a pattern come in the
+    order of their paths.
 
     Raises:
         CorpusError: a name stands for no file.
@@ -50,7 +53,9 @@ def find_sources(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+            files = sorted(
+                file for file in path.rglob("*") if file.is_file() and _kind(file) and not _hidden(file, path)
+            )
         elif path.exists():
             files = [path]
         else:
@@ -63,6 +68,11 @@ def find_sources(names: Sequence[str]) -> list[Path]:
                 raise CorpusError(f"{file}: not a regular file")
             found.setdefault(os.path.realpath(file), file)
     return list(found.values())
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder, or a folder in between, begins with a dot, as what mygpt is still writing."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def read_pieces(file: Path, field: str, done: list[Source]) -> Iterator[Piece]:
@@ -130,8 +140,12 @@ def _decompressed(file: Path, raw: _Hashing) -> Iterator[bytes]:
         elif ending == ".zst":
             yield from _zstd(file, stream)
             return
+        is_empty = True
         while block := stream.read(BLOCK):
+            is_empty = False
             yield block
+        if is_empty and ending == ".gz" and not raw.size:
+            raise CorpusError(f"{file}: damaged gzip: the file is empty")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CorpusError(f"{file}: damaged gzip: {error}") from None
 
@@ -141,19 +155,20 @@ def _zstd(file: Path, stream: IO[bytes]) -> Iterator[bytes]:
         import zstandard
     except ImportError:
         raise CorpusError(f"{file}: .zst needs zstandard: pip install 'mygpt[text]'") from None
-    decompressor = None
+    # Not the library's reader, which does not tell a frame that is cut short from one that ends.
+    decompressor, frames = None, 0
     try:
-        while block := stream.read(BLOCK):
+        while block := stream.read(ZSTD_BLOCK):
             while block:
                 decompressor = decompressor or zstandard.ZstdDecompressor().decompressobj()
                 if data := decompressor.decompress(block):
                     yield data
                 block = decompressor.unused_data
                 if decompressor.eof:  # another frame may follow
-                    decompressor = None
+                    decompressor, frames = None, frames + 1
     except zstandard.ZstdError as error:
         raise CorpusError(f"{file}: damaged zstd: {error}") from None
-    if decompressor is not None:
+    if decompressor is not None or not frames:
         raise CorpusError(f"{file}: damaged zstd: it ends too early")
 
 
@@ -163,6 +178,9 @@ def _text(file: Path, blocks: Iterable[bytes]) -> Iterator[Piece]:
 
     def decode(block: bytes, *, final: bool = False) -> str:
         pending = len(decoder.getstate()[0])
+        if b"\0" in block:
+            at = offset + block.index(b"\0")
+            raise CorpusError(f"{file}: not a text: byte 0x00 at offset {at}; convert it to UTF-8")
         try:
             return decoder.decode(block, final)
         except UnicodeDecodeError as error:
@@ -210,10 +228,12 @@ def _parquet(file: Path, field: str) -> Iterator[Piece]:
             if field not in columns:
                 raise CorpusError(f"{file}: has no column {field!r} but {', '.join(columns)}; see --field")
             for batch in table.iter_batches(batch_size=256, columns=[field]):
-                for text in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     row += 1
-                    yield Piece(_checked(text, f"{file}: row {row}", field), is_last=True)
-    except pyarrow.ArrowException as error:
+                    yield Piece(_checked(value.as_py(), f"{file}: row {row}", field), is_last=True)
+    except UnicodeDecodeError:
+        raise CorpusError(f"{file}: row {row}: {field!r} is not UTF-8") from None
+    except (pyarrow.ArrowException, OSError) as error:
         raise CorpusError(f"{file}: damaged Parquet: {str(error).splitlines()[0]}") from None
 
 

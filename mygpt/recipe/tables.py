@@ -38,8 +38,9 @@ class DataTable(Table):
     """The training text."""
 
     corpus: Annotated[str, Field(min_length=1)] = "tinyshakespeare"
-    """A text file (UTF-8), or one of the named corpora: "tinyshakespeare", "python-docs". A relative path in a recipe
-    file is looked up beside that file first, then in the working directory."""
+    """A text file (UTF-8), a folder that `mygpt data prepare` made, or one of the named corpora: "tinyshakespeare",
+    "python-docs". A relative path in a recipe file is looked up beside that file first, then in the working
+    directory."""
     tokenizer: Literal["char", "byte", "bpe", "gpt2"] = "char"
     """What a token is. "char": a character. "byte": a byte of the text's UTF-8. "bpe": a byte-pair encoding, trained on
     the part of the text that is not held out, or read from tokenizer_file. "gpt2": GPT-2's, through tiktoken."""
@@ -141,6 +142,10 @@ class ScheduleTable(Table):
     """The rate at the last step of a schedule that lowers it."""
     wsd_decay: Count | None = None
     """Steps over which "wsd" lowers the rate; absent: a fifth of steps."""
+
+    def decay_starts(self, steps: int) -> int:
+        """The last step before "wsd" lowers the rate."""
+        return steps - (self.wsd_decay or max(1, min(steps // 5, steps - self.warmup)))
 
 
 class ValidationTable(Table):

@@ -147,7 +147,8 @@ def header_lines(
         "schedule": f"{schedule.schedule} (warmup={schedule.warmup})",
         "max_grad_norm": recipe.train.max_grad_norm,
     }
-    return (f"{label + ':':<14}{value}" for label, value in values.items())
+    width = 14 if unit == "chars" else 15
+    return (f"{label + ':':<{width}}{value}" for label, value in values.items())
 
 
 def step_line(record: Record, recipe: Recipe) -> str:

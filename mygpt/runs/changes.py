@@ -152,9 +152,13 @@ def window_names(old: Recipe, new: Recipe) -> set[str]:
 def warn_of_steps(old: Recipe, recipe: Recipe, step: int, warn: Warn) -> None:
     """Warn where continuing to another number of steps differs from a run of that many steps from the start."""
     was, now, validation = old.train.steps, recipe.train.steps, old.validation
-    if recipe.schedule.schedule != "constant":
+    schedule = recipe.schedule
+    is_same_so_far = schedule.schedule == "constant" or (
+        schedule.schedule == "wsd" and step <= min(schedule.decay_starts(steps) for steps in (was, now))
+    )
+    if not is_same_so_far:
         warn(
-            f"steps {was} -> {now}: from step {step + 1} on, the rate is that of a {recipe.schedule.schedule} schedule "
+            f"steps {was} -> {now}: from step {step + 1} on, the rate is that of a {schedule.schedule} schedule "
             f"over {now} steps; before, it was that of one over {was}: a run of {now} steps from the start would differ"
         )
     elif step == was and validation.val_every and was % validation.val_every and validation.sampling == "shared-stream":

@@ -1,7 +1,7 @@
 """The held-out loss, with its standard error."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +66,8 @@ def evaluate(parts: Parts, step: int) -> dict[str, Any]:
     size = parts.gradient_sum.micro_batch_size
     workers, dataset = parts.gradient_sum.workers, parts.dataset
     lengths_V = torch.from_numpy(dataset.tokenizer.byte_lengths)
-    loss = held_out_loss(parts.model, dataset.val, held_out, size, parts.accelerator, workers, lengths_V)
+    check = dataset.check_unchanged
+    loss = held_out_loss(parts.model, dataset.val, held_out, size, parts.accelerator, workers, lengths_V, check)
     if not math.isfinite(loss.mean):
         raise NonFiniteError(f"step {step}: the held-out loss is {loss.mean}; {REMEDY}")
     return {
@@ -87,18 +88,20 @@ def held_out_loss(
     accelerator: Accelerator | None = None,
     workers: Workers = ALONE,
     byte_lengths_V: torch.Tensor | None = None,
+    check: Callable[[], None] | None = None,
 ) -> HeldOutLoss:
     """The loss over the windows of `data` (n,) at `places`, in eval mode.
 
     With an accelerator its processes share them, and the `workers` of each its part. `micro_batch_size` windows go
     through the model at a time. Every token counts the same. With the bytes of each token also per byte: exact though
-    windows begin and end within a character, since every byte belongs to one token.
+    windows begin and end within a character, since every byte belongs to one token. `check` is called before windows
+    are read.
     """
     groups = list(places)
     was_training = model.training
     model.eval()
     try:
-        losses = [window_losses(model, data, group, micro_batch_size, accelerator, workers) for group in groups]
+        losses = [window_losses(model, data, group, micro_batch_size, accelerator, workers, check) for group in groups]
     finally:
         model.train(was_training)
     # On the CPU, since mps has no float64.
@@ -108,6 +111,8 @@ def held_out_loss(
     loss = ratio_estimate(loss_N, length_N, consecutive=consecutive)
     if byte_lengths_V is None:
         return loss
+    if check:
+        check()
     bytes_N = torch.cat([window_bytes(data, group, byte_lengths_V) for group in groups]).double()
     if not bytes_N.any():
         return loss
@@ -154,6 +159,7 @@ def window_losses(
     micro_batch_size: int,
     accelerator: Accelerator | None = None,
     workers: Workers = ALONE,
+    check: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """The total loss of each window (batch,), known to every process."""
     device = next(model.parameters()).device
@@ -166,6 +172,8 @@ def window_losses(
     def compute(first: int) -> None:
         # Where pieces run out a process repeats the last, since gathering sharded weights needs them all.
         own = min(first + process, len(pieces) - 1)
+        if check:
+            check()
         inputs_BT, targets_BT = (rows.to(device) for rows in windows(data, pieces[own], places.seq_len))
         logits_BTV = model(inputs_BT)
         losses_BT = F.cross_entropy(logits_BTV.to(losses_N.dtype).flatten(0, 1), targets_BT.flatten(), reduction="none")

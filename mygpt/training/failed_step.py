@@ -43,6 +43,7 @@ class FailedStep(Table):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of the process that wrote this; None in older records."""
     matmul: Literal["blas", "onednn"] = "blas"
+    loss_chunk: Annotated[int, Field(ge=0)] = 0
     compile: bool = False
     activation_checkpointing: bool = False
 
@@ -101,6 +102,7 @@ def _write(run: Path, parts: Parts, problem: str, weights: Tensors, state: Train
         precision=runtime.precision,
         threads=torch.get_num_threads(),
         matmul=choose_matmul(runtime, parts.accelerator.device),
+        loss_chunk=runtime.loss_chunk,
         compile=runtime.compile,
         activation_checkpointing=runtime.activation_checkpointing,
     )

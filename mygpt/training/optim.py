@@ -34,7 +34,7 @@ def learning_rate(step: int, table: ScheduleTable, peak_lr: float, steps: int) -
     if table.schedule == "constant":
         return peak_lr
     if table.schedule == "wsd":
-        start = steps - (table.wsd_decay or max(1, min(steps // 5, steps - table.warmup)))
+        start = table.decay_starts(steps)
         return peak_lr if step <= start else straight_line(step, start, steps, peak_lr, table.min_lr)
     # Linear: a straight line in place of the half cosine, with the same area under it.
     return straight_line(step, table.warmup, steps, peak_lr, table.min_lr)

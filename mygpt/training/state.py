@@ -15,6 +15,7 @@ from mygpt.errors import DamagedCheckpointError
 from mygpt.model.gpt import GPT
 from mygpt.processes.machine import set_dropout_generator_state
 from mygpt.recipe.seeds import batch_seed_after, process_dropout_seed
+from mygpt.recipe.tables import TrainTable
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.loading import MOMENTS, read_state, read_weights
 from mygpt.runs.saver import Tensors
@@ -80,14 +81,19 @@ def restore(
     gpt.load_state_dict(weights)
     name = dropout_name(accelerator.device, accelerator.process_index)
     trained_with = read_manifest(checkpoint).recipe
-    is_reseeded = trained_with is not None and (
-        (trained_with.train.data_seed, trained_with.train.order) != (data_seed, stream.order)
-    )
+    before = trained_with.train if trained_with else TrainTable()
+    is_reseeded = (trained_with is not None and before.data_seed != data_seed) or before.order != stream.order
     try:
         if is_reseeded:
             stream.reseed(batch_seed_after(data_seed, metadata.step))
         else:
-            stream.set_state(tensors["generator.stream"])
+            try:
+                stream.set_state(tensors["generator.stream"])
+            except RuntimeError:
+                if stream.order == "random":
+                    raise
+                is_reseeded = True  # epochs of another text, or of other windows
+                stream.reseed(batch_seed_after(data_seed, metadata.step))
         if metadata.processes == accelerator.num_processes and name in tensors and not is_reseeded:
             set_dropout_generator_state(accelerator.device, tensors[name])
         else:

@@ -75,17 +75,50 @@ def test_names_of_special_tokens_are_text(trained):
     assert trained.byte_lengths[trained.end_of_text] == 0
 
 
-@pytest.mark.parametrize("words", [pre_tokenizers.ByteLevel(add_prefix_space=False), OTHER_WORDS, None])
-@given(st.text(st.sampled_from("ab1 .'\n\r\té"), min_size=50, max_size=400))
-@settings(max_examples=100)
-def test_long_text_is_cut_where_it_changes_no_token(words, text):
-    """The words of the pieces are those of the whole text."""
-    pieces = list(cut(text, words, size=20))
+@pytest.mark.parametrize("words", [pre_tokenizers.ByteLevel(add_prefix_space=False), OTHER_WORDS])
+@given(st.text(st.sampled_from("ab1 .'!\n\r\té"), min_size=50, max_size=600), st.integers(0, 600))
+@settings(max_examples=100, deadline=None)
+def test_long_text_is_cut_where_it_changes_no_token(words, text, end):
+    """The words of the pieces are those of the whole text; a text that goes on is cut at the same places."""
+
+    def parse(part):
+        return [word for word, _ in words.pre_tokenize_str(part)]
+
+    pieces = list(cut(text, parse, size=20))
     assert "".join(pieces) == text
     assert all(len(piece) >= 20 for piece in pieces[:-1])
-    if words:
-        found = [word for piece in pieces for word, _ in words.pre_tokenize_str(piece)]
-        assert found == [word for word, _ in words.pre_tokenize_str(text)]
+    assert [word for piece in pieces for word in parse(piece)] == parse(text)
+    *first, rest = cut(text[:end], parse, size=20)
+    assert [*first, *cut(rest + text[end:], parse, size=20)] == pieces
+
+
+def test_text_without_a_place_to_cut(trained, monkeypatch):
+    """It is cut after so many characters, wherever the text that is known so far ends."""
+    monkeypatch.setattr(bpe, "MAX_PIECE", 100)
+    text = "international" * 50
+    pieces = list(cut(text, trained._ids, size=20))
+    assert {len(piece) for piece in pieces[:-1]} == {120}
+    *first, rest = cut(text[:300], trained._ids, size=20)
+    assert [*first, *cut(rest + text[300:], trained._ids, size=20)] == pieces
+    assert trained.decode(trained.encode(text)) == text
+
+
+def test_added_tokens_may_hold_white_space(trained):
+    """A text is not cut within one."""
+    values = json.loads(trained.metadata.json_text)
+    token = values["added_tokens"][0] | {"id": 400, "content": "cat sat", "special": False}
+    tokenizer = BPETokenizer(json.dumps(values | {"added_tokens": [*values["added_tokens"], token]}), name="t.json")
+    text = "the cat sat on it. " * 8000
+    expected = tokenizer._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    assert 400 in expected
+    assert tokenizer.encode(text).tolist() == expected
+
+
+def test_tokenizer_without_added_tokens(trained):
+    """Documents then follow each other without a token in between."""
+    values = json.loads(trained.metadata.json_text)
+    del values["added_tokens"]
+    assert BPETokenizer(json.dumps(values), name="t.json").end_of_text is None
 
 
 def test_whole_text_gives_the_ids_of_its_pieces(trained, monkeypatch):
@@ -93,7 +126,7 @@ def test_whole_text_gives_the_ids_of_its_pieces(trained, monkeypatch):
     text = load_corpus("python-docs").text
     expected = trained._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
     monkeypatch.setattr(bpe, "PIECE", 1000)
-    assert len(list(cut(text, trained._tokenizer.pre_tokenizer, 1000))) > 100
+    assert len(list(trained.cut(text))) > 100
     assert trained.encode(text).tolist() == expected
 
 

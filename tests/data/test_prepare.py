@@ -18,7 +18,9 @@ from support.runs import contents
 
 from mygpt.checks.replay import replay
 from mygpt.data import prepare as preparing
+from mygpt.data import prepared as prepared_files
 from mygpt.data.batches import windows
+from mygpt.data.bpe import train_bpe
 from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.data.prepare import TokenizerChoice, prepare, take_sample
 from mygpt.data.prepared import open_prepared
@@ -134,7 +136,7 @@ def test_command_that_is_killed_again_and_again_gives_the_same_bytes(tmp_path, s
             partial = tmp_path / ".tmp-killed"
             counts.append((partial / "journal.jsonl").read_bytes().count(b"\n"))
             name = seed.choice(["journal.jsonl", "tokens.safetensors"])
-            if kill % 3 == 2 and name == "journal.jsonl":
+            if kill % 3 == 2:
                 os.truncate(partial / name, max(0, (partial / name).stat().st_size - 7))
     monkeypatch.setattr(preparing, "encode_batch", encode)
     if not (tmp_path / "killed").exists():
@@ -248,6 +250,154 @@ def test_sample_is_spread_over_the_text():
     assert [int(block[:7]) for block in sample] == list(range(0, 40, 4))
 
 
+@pytest.mark.parametrize("same", [True, False], ids=["same", "other"])
+def test_second_command_is_refused_while_one_works(tmp_path, small, monkeypatch, same):
+    """Whether it would do the same or not; the first ends as if it had been alone."""
+    (tmp_path / "a.txt").write_text("some text " * 500)
+    (tmp_path / "b.txt").write_text("other text " * 500)
+    second = tmp_path / ("a.txt" if same else "b.txt")
+    encode, refused = preparing.encode_batch, []
+
+    def encode_after_second(*arguments):
+        if not refused:
+            with pytest.raises(CorpusError, match="out: another command prepares it") as caught:
+                prepare([second], tmp_path / "out", KINDS["char"])
+            refused.append(caught)
+        return encode(*arguments)
+
+    monkeypatch.setattr(preparing, "encode_batch", encode_after_second)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["char"], workers=1)
+    assert refused
+    corpus = open_prepared(tmp_path / "out")
+    assert corpus.tokenizer.decode(corpus.tokens[:-1].tolist()) == "some text " * 500
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt", "out"}
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "file"])
+def test_working_folder_of_somebody_else_is_left_alone(tmp_path, kind):
+    """A link would be followed, and a folder emptied."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    if kind == "link":
+        (tmp_path / ".tmp-out").symlink_to("mine")
+    elif kind == "folder":
+        shutil.copytree(tmp_path / "mine", tmp_path / ".tmp-out")
+    else:
+        (tmp_path / ".tmp-out").write_text("mine")
+    with pytest.raises(CorpusError, match=r"\.tmp-out: in the way of the folder to work in"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["byte"])
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / ".tmp-out").exists()
+
+
+def killed_after(batches, monkeypatch, *arguments):
+    """Prepare, and be killed after so many batches."""
+    encode, left = preparing.encode_batch, batches
+
+    def encode_or_die(*arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "encode_batch", encode_or_die)
+        with pytest.raises(Killed):
+            prepare(*arguments, workers=1)
+
+
+def test_tokens_that_the_disk_has_lost_are_made_again(tmp_path, small, monkeypatch):
+    """The journal alone is not believed: a hole would be read as tokens of number 0."""
+    (tmp_path / "a.txt").write_text("some text " * 500)
+    prepare([tmp_path / "a.txt"], tmp_path / "whole", KINDS["char"])
+    for damage in ("truncate", "flip", "remove"):
+        killed_after(10, monkeypatch, [tmp_path / "a.txt"], tmp_path / damage, KINDS["char"])
+        tokens = tmp_path / f".tmp-{damage}" / "tokens.safetensors"
+        if damage == "truncate":
+            os.truncate(tokens, 300)
+        elif damage == "flip":
+            flip(tokens, 300)
+        else:
+            tokens.unlink()
+        prepare([tmp_path / "a.txt"], tmp_path / damage, KINDS["char"])
+        assert contents(tmp_path / damage) == contents(tmp_path / "whole")
+
+
+def test_tokenizer_file_that_changes_in_between_is_read_anew(tmp_path, small, monkeypatch):
+    """The tokens are all those of the tokenizer that the corpus has."""
+    (tmp_path / "a.txt").write_text("some text " * 500)
+    file, choice = tmp_path / "t.json", TokenizerChoice("bpe", 0, tmp_path / "t.json")
+    file.write_text(train_bpe(["some text " * 50], 262).metadata.json_text)
+    killed_after(5, monkeypatch, [tmp_path / "a.txt"], tmp_path / "out", choice)
+    file.write_text(train_bpe(["so much text " * 50], 259).metadata.json_text)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", choice)
+    corpus = open_prepared(tmp_path / "out")
+    assert corpus.tokenizer.vocab_size == 259
+    assert corpus.tokenizer.decode(corpus.tokens[:-1].tolist()) == "some text " * 500
+
+
+def test_corpus_beside_its_sources_is_no_source(tmp_path, small, monkeypatch):
+    """Nor is the folder in which a command that was killed has worked."""
+    (tmp_path / "a.txt").write_text("some text " * 500)
+    killed_after(5, monkeypatch, find_sources([str(tmp_path)]), tmp_path / "out", KINDS["char"])
+    assert [path.name for path in find_sources([str(tmp_path)])] == ["a.txt"]
+
+
+@pytest.mark.parametrize("words", ["国際化", "international"])
+def test_ids_are_those_of_the_text_where_there_is_no_space(tmp_path, monkeypatch, words):
+    """Though the text is read in blocks that end anywhere, and in whatever format."""
+    monkeypatch.setattr("mygpt.data.sources.BLOCK", 1000)
+    monkeypatch.setattr("mygpt.data.bpe.PIECE", 500)
+    monkeypatch.setattr("mygpt.data.bpe.MAX_PIECE", 3000)
+    text = words * 2000
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "t.json").write_text(train_bpe([words + " "] * 50, 262).metadata.json_text)
+    for name in ("a.txt", "b.jsonl"):
+        prepare([tmp_path / name], tmp_path / f"out-{name}", TokenizerChoice("bpe", 0, tmp_path / "t.json"))
+        corpus = open_prepared(tmp_path / f"out-{name}")
+        assert corpus.tokens[:-1].tolist() == corpus.tokenizer.encode(text).tolist()
+
+
+@pytest.mark.parametrize("kind", ["empty", "zst"])
+def test_memory_is_bounded_whatever_the_source(tmp_path, kind):
+    """Hundreds of thousands of empty documents; a file of some kilobytes that stands for hundreds of megabytes."""
+    zstandard = pytest.importorskip("zstandard", reason="needs zstandard")
+    if kind == "empty":
+        (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 300_000 + '{"text": "a"}\n')
+    else:
+        (tmp_path / "a.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(b"a" * 300_000_000))
+    code = """
+import glob, resource
+from pathlib import Path
+from mygpt.data.prepare import TokenizerChoice, prepare
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+prepare([Path(glob.glob("a.*")[0])], Path("out"), TokenizerChoice("byte", 0, None))
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 220
+
+
+def test_corpus_larger_than_memory_can_be_opened(tmp_path):
+    """Its tokens are mapped, not reserved: here a file with a hole of a terabyte."""
+    (tmp_path / "a.txt").write_text("text")
+    prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["byte"])
+    count = 1 << 39
+    rewrite(tmp_path / "out" / "manifest.json", tokens=count)
+    with (tmp_path / "out" / "tokens.safetensors").open("r+b") as file:
+        file.write(prepared_files.header("U16", count))
+        try:
+            file.truncate(256 + 2 * count)
+        except OSError:
+            pytest.skip("needs a file system with files of a terabyte")
+    corpus = open_prepared(tmp_path / "out", verify=False)
+    assert corpus.tokens[-5:].tolist() == [0] * 5
+
+
 # ---- Training on one
 
 
@@ -323,8 +473,9 @@ def rewrite(file, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-@pytest.mark.parametrize("change", ["truncate", "touch", "replace"])
-def test_corpus_that_changes_while_in_use_ends_the_run(tiny, tmp_path, prepared, change, monkeypatch):
+@pytest.mark.parametrize("point", ["after-step", "validation"])
+@pytest.mark.parametrize("change", ["truncate", "touch", "replace", "remove"])
+def test_corpus_that_changes_while_in_use_ends_the_run(tiny, tmp_path, prepared, change, point, monkeypatch):
     """With one line and what was saved, not with a signal of the system."""
     tokens = prepared / "tokens.safetensors"
 
@@ -333,13 +484,15 @@ def test_corpus_that_changes_while_in_use_ends_the_run(tiny, tmp_path, prepared,
             os.truncate(tokens, 300)
         elif change == "touch":
             os.utime(tokens, ns=(1, 1))
+        elif change == "remove":
+            shutil.rmtree(prepared)
         else:
             shutil.copy(tokens, tmp_path / "copy")
             (tmp_path / "copy").replace(tokens)
 
-    disturb("after-step", act, count=3, patch=monkeypatch.setattr)
+    disturb(point, act, count=3, patch=monkeypatch.setattr)
     with pytest.raises(CorpusError, match=r"tokens\.safetensors: has changed while it was in use"):
-        train(tiny(corpus=str(prepared), save_every=1))
+        train(tiny(corpus=str(prepared), save_every=1, val_split=0.2, val_every=1))
     assert (tmp_path / "run" / "step-000002").is_dir()
 
 
@@ -404,6 +557,14 @@ def test_run_in_epochs_by_documents_continues_to_the_same_bytes(tiny, tmp_path, 
     stopped = train(tiny(**keys, **where))
     own = ("run.json", "recipe.toml")
     assert contents(stopped, without=own) == contents(whole, without=own)
+    # Another seed gives another order, from a checkpoint and from the checkpoints after that.
+    changed = keys | {"data_seed": 7, "steps": 84, "save_every": 1, "resume": str(whole / "step-000078")}
+    for name, stop in (("x", 81), ("y", 84)):
+        branch = tiny(**changed, output=str(tmp_path / name))
+        train_until(branch, stop, allow_changes=True)
+        train(branch, allow_changes=True)
+    weights = [(tmp_path / name / "step-000084" / "model.safetensors").read_bytes() for name in ("x", "y")]
+    assert weights[0] == weights[1]
     with pytest.raises(CorpusError, match='hold_out: got "documents", and python-docs is one text'):
         load_dataset(DataTable(hold_out="documents", corpus="python-docs"), 16)
 

@@ -36,7 +36,7 @@ def test_header_has_the_published_form():
 def test_header_counts_tokens_where_they_are_no_characters():
     """The published form is that of characters."""
     lines = header_lines(Recipe(), device="cpu", sizes={"corpus": 10}, tokenizer="byte", vocab_size=256, params=1)
-    assert list(lines)[2:4] == ["corpus tokens:10", "vocab_size:   256"]
+    assert list(lines)[2:4] == ["corpus tokens: 10", "vocab_size:    256"]
 
 
 @pytest.mark.parametrize(
