@@ -47,6 +47,8 @@ class RecordComparison(NamedTuple):
     """Records of each."""
     difference: str
     """The first recorded value that differs; "": none."""
+    held_out: tuple[Record, Record] | None = None
+    """The last record of each that has a held-out loss; None: one has none."""
 
 
 class Comparison(NamedTuple):
@@ -115,12 +117,25 @@ def compare_records(records_a: list[Record], records_b: list[Record]) -> RecordC
     """Compare the values of the steps that both runs have recorded. How often they record does not matter."""
     other = {record.step: record for record in records_b}
     totals = len(records_a), len(records_b)
+    evaluated = [[record for record in records if record.val is not None] for records in (records_a, records_b)]
+    held_out = (evaluated[0][-1], evaluated[1][-1]) if all(evaluated) else None
     common = [(record, other[record.step]) for record in records_a if record.step in other]
     for a, b in common:
         for (name, value_a), (_, value_b) in zip(a, b, strict=True):
             if value_a != value_b and None not in (value_a, value_b):
-                return RecordComparison(len(common), totals, f"step {a.step}: {name} {value_a} against {value_b}")
-    return RecordComparison(len(common), totals, "")
+                difference = f"step {a.step}: {name} {value_a} against {value_b}"
+                return RecordComparison(len(common), totals, difference, held_out)
+    return RecordComparison(len(common), totals, "", held_out)
+
+
+def describe_held_out(a: Record, b: Record) -> str:
+    """The held-out losses of two records in every unit that both have."""
+    units = (("val", ".4f", "nats per token"), ("val_bits_per_byte", ".4f", "bits per byte"))
+    pairs = [(getattr(a, name), getattr(b, name), form, unit) for name, form, unit in units]
+    pairs.append((a.val_perplexity, b.val_perplexity, ".2f", "perplexity"))
+    known = [f"{x:{form}} against {y:{form}} {unit}" for x, y, form, unit in pairs if None not in (x, y)]
+    steps = f"step {a.step}" if a.step == b.step else f"step {a.step} against step {b.step}"
+    return f"held-out loss at {steps}: {', '.join(known)}"
 
 
 def table(differences: list[Difference]) -> Iterator[str]:

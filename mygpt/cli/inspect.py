@@ -69,7 +69,7 @@ class CompareOptions:
 @command
 def compare(options: CompareOptions) -> int:
     """Compare two models bit for bit."""
-    from mygpt.checks.compare import compare, table
+    from mygpt.checks.compare import compare, describe_held_out, table
 
     result = compare(options.a, options.b)
     steps = "step {}".format(" and step ".join(map(str, dict.fromkeys(result.steps))))
@@ -85,9 +85,11 @@ def compare(options: CompareOptions) -> int:
         else:
             print(f"{name}identical: {tensors.tensors} tensors, {tensors.values:,} values ({steps})")
     if result.records is not None:
-        count, (count_a, count_b), difference = result.records
+        count, (count_a, count_b), difference, held_out = result.records
         of = "" if count == count_a == count_b else f", common of {count_a} and {count_b}"
         print(f"metrics different: {difference}" if difference else f"metrics identical: {count} records{of}")
+        if held_out and (difference or not result.identical):
+            print(describe_held_out(*held_out))
     return int(not result.identical)
 
 

@@ -6,6 +6,7 @@ import pytest
 from support.commands import REPOSITORY
 from support.runs import TINY
 
+from mygpt import GPT
 from mygpt.recipe.files import load_recipe, recipe_schema, shipped_recipes
 from mygpt.recipe.tables import Recipe, check_recipe
 from mygpt.training.train import train
@@ -35,6 +36,15 @@ def test_recipe_names_the_schema(path):
     assert path.read_text().startswith("#:schema recipe.schema.json\n")
 
 
+def test_gpt2_is_the_published_model():
+    """124,439,808 weights, and rows that fill the vocabulary up; a step trains on half a million tokens."""
+    recipe = load_recipe(FOLDER / "gpt2-124m.toml")
+    gpt = GPT(recipe.model, 50_257)
+    assert gpt.num_params() == 124_439_808 + 47 * 768
+    assert recipe.train.batch_size * recipe.train.seq_len == 524_288
+    assert recipe.train.steps * 524_288 == pytest.approx(10e9, rel=1e-4)
+
+
 def test_schema_file_is_current():
     """`mygpt recipe schema > recipes/recipe.schema.json` renews it."""
     assert (FOLDER / "recipe.schema.json").read_text() == recipe_schema()
@@ -47,5 +57,15 @@ def test_recipe_trains(path, tmp_path, text_file):
     check_recipe(recipe)
     small = {"steps": 4, "warmup": min(2, recipe.schedule.warmup), "val_every": min(2, recipe.validation.val_every)}
     small |= {"corpus": str(text_file), "output": str(tmp_path / "run")}
+    # Compiling takes ten seconds, and has tests of its own; one text has no documents.
+    small |= {
+        "compile": False,
+        "micro_batch_size": None,
+        "hold_out": "tokens",
+        "val_split": recipe.data.val_split and 0.1,
+    }
+    if recipe.data.tokenizer == "bpe":
+        pytest.importorskip("tokenizers", reason="needs tokenizers")
+        small |= {"vocab_size": 300}
     run = train(recipe.replace(**TINY | small))
     assert (run / "step-000004" / "model.safetensors").is_file()

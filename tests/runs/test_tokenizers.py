@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_held_out_loss_in_bytes_is_recorded(tiny, keys, text, call):
     assert out.startswith("\n")
 
 
-def test_other_tokenizer_cannot_continue_a_run(tiny, tmp_path, keys):
+def test_other_tokenizer_cannot_continue_a_run(tiny, tmp_path, keys, call):
     """The message names both, and comparing the runs does, too."""
     a = train(tiny(**EVALUATED, **keys["bpe"]))
     changed = keys["bpe"] | {"vocab_size": 301}
@@ -81,6 +82,12 @@ def test_other_tokenizer_cannot_continue_a_run(tiny, tmp_path, keys):
     b = train(tiny(**EVALUATED, **keys["byte"], output=str(tmp_path / "other")))
     result = compare(a, b)
     assert not result.identical
+    code, out, _ = call("compare", a, b)
+    assert code == 1
+    shown = (
+        r"held-out loss at step 6: \d+\.\d{4} against \d+\.\d{4} nats per token, \d+\.\d{4} against \d+\.\d{4} bits per"
+    )
+    assert re.search(shown, out)
     assert any(line.startswith("tokenizer: bpe ") and " against byte " in line for line in result.settings)
 
 
