@@ -30,8 +30,14 @@ class DownloadError(CorpusError):
     exit_code = 1
 
 
+class CorpusDiskError(CorpusError):
+    """A prepared corpus is not as it was prepared, has changed while it was in use, or could not be written."""
+
+    exit_code = 1
+
+
 class TokenizerError(MygptError):
-    """A text has a character outside the vocabulary, or a vocabulary cannot be made."""
+    """A text has a character outside the vocabulary, or a tokenizer cannot be read, trained or built."""
 
 
 class LaunchError(MygptError):

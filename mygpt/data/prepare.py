@@ -44,7 +44,7 @@ from mygpt.data.tokenizer import (
     fingerprint,
 )
 from mygpt.disk import file_sha256, replace_bytes, sync
-from mygpt.errors import CorpusError, MygptError, TokenizerError
+from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError
 from mygpt.recipe.reading import read_file
 
 BATCH = 1 << 20
@@ -110,7 +110,8 @@ def prepare(
     """Make the prepared corpus `out` of these files; a command that was killed is continued.
 
     Raises:
-        CorpusError: a source cannot be read, `out` exists, or the disk refused it.
+        CorpusError: a source cannot be read, or `out` exists.
+        CorpusDiskError: the disk refused it.
         TokenizerError: the tokenizer cannot be made.
     """
     if os.path.lexists(out):
@@ -131,7 +132,7 @@ def prepare(
     except OSError as error:
         advice = "make room, and the same command continues" if error.errno in NO_ROOM else "the same command continues"
         text = f"{error.filename or partial}: {error.strerror or error}; {advice}"
-        raise CorpusError(text) from None
+        raise CorpusDiskError(text) from None
 
 
 def _prepare(

@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from mygpt.data.build import tokenizer_from
 from mygpt.data.tokenizer import Tokenizer, TokenizerMetadata, fingerprint
 from mygpt.disk import file_sha256
-from mygpt.errors import CorpusError
+from mygpt.errors import CorpusDiskError, CorpusError
 from mygpt.recipe.reading import read_file
 from mygpt.recipe.tables import Table
 
@@ -80,14 +80,14 @@ class Prepared(NamedTuple):
         """Compare the state of the tokens' file with that at opening: reading beyond a new end would kill the process.
 
         Raises:
-            CorpusError: it has changed, or is gone.
+            CorpusDiskError: it has changed, or is gone.
         """
         try:
             is_same = _state(self.file) == self.state
         except OSError:
             is_same = False
         if not is_same:
-            raise CorpusError(
+            raise CorpusDiskError(
                 f"{self.file}: has changed while it was in use; prepare it again, and the same command continues"
             )
 
@@ -96,7 +96,7 @@ def open_prepared(folder: Path, *, verify: bool = True) -> Prepared:
     """Open a prepared corpus; `verify` compares its tokens with their hash, which reads all of them once.
 
     Raises:
-        CorpusError: it is no prepared corpus, or is not as it was prepared.
+        CorpusError: it is no prepared corpus; CorpusDiskError if it is not as it was prepared.
         TokenizerError: its tokenizer needs a package that is not installed.
     """
     manifest = read_manifest(folder)
@@ -113,16 +113,18 @@ def open_prepared(folder: Path, *, verify: bool = True) -> Prepared:
     try:
         state, size = _state(file), HEADER_BYTES + manifest.tokens * dtype.itemsize
         if state[0] != size:
-            raise CorpusError(f"{file}: has {state[0]:,} bytes, expected {size:,}: truncated or not complete")
+            raise CorpusDiskError(f"{file}: has {state[0]:,} bytes, expected {size:,}: truncated or not complete")
         if verify and file_sha256(file) != manifest.tokens_sha256:
-            raise CorpusError(f"{file}: damaged: its sha256 is not that in {MANIFEST_FILE}; prepare the corpus again")
+            raise CorpusDiskError(
+                f"{file}: damaged: its sha256 is not that in {MANIFEST_FILE}; prepare the corpus again"
+            )
         with file.open("rb") as content:
             if content.read(HEADER_BYTES) != header(manifest.dtype, manifest.tokens):
-                raise CorpusError(f"{file}: damaged: its header is not that of {manifest.tokens:,} tokens")
+                raise CorpusDiskError(f"{file}: damaged: its header is not that of {manifest.tokens:,} tokens")
         # Not to be written: the system would want to have memory for all that may be written.
         tokens = np.memmap(file, dtype, mode="r", offset=HEADER_BYTES, shape=(manifest.tokens,))
     except OSError as error:
-        raise CorpusError(f"{file}: cannot be read: {error.strerror}") from None
+        raise CorpusDiskError(f"{file}: cannot be read: {error.strerror}") from None
     return Prepared(manifest, tokenizer_from(metadata), tokens, file, state)
 
 

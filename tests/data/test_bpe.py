@@ -161,12 +161,14 @@ def changed(trained, **settings):
     ],
     ids=["normalizer", "prefix", "dropout", "word-level"],
 )  # fmt: skip
+@pytest.mark.fault(76)
 def test_encoding_that_cannot_be_trusted_is_refused(trained, settings, message):
     """One line that says why."""
     with pytest.raises(TokenizerError, match=message):
         BPETokenizer(changed(trained, **settings), name="t.json")
 
 
+@pytest.mark.fault(76)
 def test_mistakes_are_named(tmp_path, trained):
     """A file that is missing or something else, a vocabulary too small or too large, a package that is not there."""
     with pytest.raises(TokenizerError, match=r"none\.json: no such tokenizer\.json"):

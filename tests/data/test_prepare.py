@@ -1,5 +1,6 @@
 """Prepared corpora: sources of every format, kills, damage, and training on them."""
 
+import errno
 import gzip
 import json
 import os
@@ -26,7 +27,7 @@ from mygpt.data.prepare import TokenizerChoice, prepare, take_sample
 from mygpt.data.prepared import open_prepared
 from mygpt.data.sources import find_sources
 from mygpt.data.tokenizer import CharTokenizer
-from mygpt.errors import CorpusError, MygptError
+from mygpt.errors import CorpusDiskError, CorpusError, MygptError
 from mygpt.recipe.tables import DataTable
 from mygpt.training.train import train, train_until
 
@@ -110,6 +111,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fault(71)
 def test_command_that_is_killed_again_and_again_gives_the_same_bytes(tmp_path, small, monkeypatch, kind, text):
     """At random points; a journal or tokens that were cut short, too."""
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
@@ -147,6 +149,7 @@ def test_command_that_is_killed_again_and_again_gives_the_same_bytes(tmp_path, s
 
 
 @pytest.mark.slow
+@pytest.mark.fault(71)
 def test_sigkill_at_any_moment(tmp_path, text):
     """The command itself, killed ten times after random times, ends with the bytes of one never killed."""
     (tmp_path / "a.txt").write_text(text * 400, encoding="utf-8", newline="")
@@ -167,6 +170,7 @@ def test_sigkill_at_any_moment(tmp_path, text):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+@pytest.mark.fault(73)
 def test_source_that_changes_in_between_is_read_anew(tmp_path, small, monkeypatch):
     """From the first batch whose text is another one; the result is that of the new text."""
     (tmp_path / "a.txt").write_text("the old text. " * 200)
@@ -205,6 +209,7 @@ def test_source_that_changes_in_between_is_read_anew(tmp_path, small, monkeypatc
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl: line 1: 'text' has half of a surrogate pair"),
     ],
 )
+@pytest.mark.fault(75)
 def test_bad_source_costs_one_line_and_leaves_nothing(tmp_path, small, name, content, message):
     """Also where other sources are whole."""
     pytest.importorskip("pyarrow", reason="needs pyarrow")
@@ -220,6 +225,7 @@ def test_bad_source_costs_one_line_and_leaves_nothing(tmp_path, small, name, con
     assert {path.name for path in tmp_path.iterdir()} == {file.name for file in files}
 
 
+@pytest.mark.fault(75)
 def test_missing_column_is_named_with_those_that_there_are(tmp_path):
     """And so is a package that a format needs."""
     pytest.importorskip("pyarrow", reason="needs pyarrow")
@@ -251,6 +257,7 @@ def test_sample_is_spread_over_the_text():
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same", "other"])
+@pytest.mark.fault(74)
 def test_second_command_is_refused_while_one_works(tmp_path, small, monkeypatch, same):
     """Whether it would do the same or not; the first ends as if it had been alone."""
     (tmp_path / "a.txt").write_text("some text " * 500)
@@ -274,6 +281,7 @@ def test_second_command_is_refused_while_one_works(tmp_path, small, monkeypatch,
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "file"])
+@pytest.mark.fault(74)
 def test_working_folder_of_somebody_else_is_left_alone(tmp_path, kind):
     """A link would be followed, and a folder emptied."""
     (tmp_path / "a.txt").write_text("text")
@@ -308,6 +316,7 @@ def killed_after(batches, monkeypatch, *arguments):
             prepare(*arguments, workers=1)
 
 
+@pytest.mark.fault(72)
 def test_tokens_that_the_disk_has_lost_are_made_again(tmp_path, small, monkeypatch):
     """The journal alone is not believed: a hole would be read as tokens of number 0."""
     (tmp_path / "a.txt").write_text("some text " * 500)
@@ -325,6 +334,7 @@ def test_tokens_that_the_disk_has_lost_are_made_again(tmp_path, small, monkeypat
         assert contents(tmp_path / damage) == contents(tmp_path / "whole")
 
 
+@pytest.mark.fault(73)
 def test_tokenizer_file_that_changes_in_between_is_read_anew(tmp_path, small, monkeypatch):
     """The tokens are all those of the tokenizer that the corpus has."""
     (tmp_path / "a.txt").write_text("some text " * 500)
@@ -336,6 +346,27 @@ def test_tokenizer_file_that_changes_in_between_is_read_anew(tmp_path, small, mo
     corpus = open_prepared(tmp_path / "out")
     assert corpus.tokenizer.vocab_size == 259
     assert corpus.tokenizer.decode(corpus.tokens[:-1].tolist()) == "some text " * 500
+
+
+def test_full_disk_keeps_what_was_done(tmp_path, small, monkeypatch):
+    """One line, exit 1; the same command continues once there is room."""
+    (tmp_path / "a.txt").write_text("some text " * 500)
+    prepare([tmp_path / "a.txt"], tmp_path / "whole", KINDS["char"])
+    sync, count = preparing._Journal._sync, 0
+
+    def sync_or_fail(journal):
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(journal)
+
+    monkeypatch.setattr(preparing._Journal, "_sync", sync_or_fail)
+    with pytest.raises(CorpusDiskError, match=r"\.tmp-out: No space left on device; make room, and the same command"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["char"])
+    assert (tmp_path / ".tmp-out" / "journal.jsonl").read_bytes().count(b"\n") == 5
+    prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["char"])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_corpus_beside_its_sources_is_no_source(tmp_path, small, monkeypatch):
@@ -444,6 +475,7 @@ def test_run_on_prepared_text_continues_and_is_replayed(tiny, tmp_path, prepared
     assert "norm" in replay(tmp_path / "failed", torch.device("cpu")).non_finite
 
 
+@pytest.mark.fault(77)
 def test_damaged_corpus_is_refused(prepared, tmp_path):
     """Truncated or changed tokens, the tokenizer of another corpus, no manifest: each in one line."""
     cases = {
@@ -475,6 +507,7 @@ def rewrite(file, **values):
 
 @pytest.mark.parametrize("point", ["after-step", "validation"])
 @pytest.mark.parametrize("change", ["truncate", "touch", "replace", "remove"])
+@pytest.mark.fault(78)
 def test_corpus_that_changes_while_in_use_ends_the_run(tiny, tmp_path, prepared, change, point, monkeypatch):
     """With one line and what was saved, not with a signal of the system."""
     tokens = prepared / "tokens.safetensors"
@@ -491,9 +524,10 @@ def test_corpus_that_changes_while_in_use_ends_the_run(tiny, tmp_path, prepared,
             (tmp_path / "copy").replace(tokens)
 
     disturb(point, act, count=3, patch=monkeypatch.setattr)
-    with pytest.raises(CorpusError, match=r"tokens\.safetensors: has changed while it was in use"):
+    with pytest.raises(CorpusDiskError, match=r"tokens\.safetensors: has changed while it was in use"):
         train(tiny(corpus=str(prepared), save_every=1, val_split=0.2, val_every=1))
     assert (tmp_path / "run" / "step-000002").is_dir()
+    assert CorpusDiskError.exit_code == 1
 
 
 def test_tokenizer_of_the_recipe_must_be_that_of_the_corpus(prepared):
