@@ -69,7 +69,7 @@ def windows(data: torch.Tensor, starts: torch.Tensor, seq_len: int, device: torc
         starts = starts.pin_memory()
     positions = starts.to(data.device, non_blocking=True)[:, None] + torch.arange(seq_len + 1, device=data.device)
     tokens_BT1 = data[positions].long()
-    if device is not None and device != data.device:
+    if device is not None and device.type != data.device.type:
         if device.type == "cuda":
             tokens_BT1 = tokens_BT1.pin_memory()
         tokens_BT1 = tokens_BT1.to(device, non_blocking=device.type == "cuda")

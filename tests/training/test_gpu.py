@@ -8,6 +8,7 @@ from support.runs import assert_close_records, assert_same_run
 from mygpt.checks.compare import compare
 from mygpt.checks.replay import replay
 from mygpt.data.dataset import load_dataset
+from mygpt.data.prepare import TokenizerChoice, prepare
 from mygpt.errors import NonFiniteError
 from mygpt.runs.records import read_records
 from mygpt.training.gradient_sum import gradient_sum_for
@@ -113,6 +114,16 @@ def test_device_withholds_the_update_of_a_non_finite_step(tiny, tmp_path, log_ev
     for name, weight in load_file(before / "step-000001" / "model.safetensors").items():
         assert torch.equal(weight, load_file(failed)[name]), name
     assert replay(tmp_path / "run", torch.device("cuda")).non_finite
+
+
+def test_corpus_too_large_for_the_device_gives_the_same_bits(tiny, tmp_path, text_file, monkeypatch):
+    """Its windows are gathered on the host and copied; a small corpus is on the device."""
+    prepare([text_file], tmp_path / "corpus", TokenizerChoice("byte", 0, None))
+    keys = KEYS | {"corpus": str(tmp_path / "corpus")}
+    runs = [train(tiny(**keys, output=str(tmp_path / "device")))]
+    monkeypatch.setattr("mygpt.data.dataset.MAX_ON_DEVICE", 0)
+    runs.append(train(tiny(**keys, output=str(tmp_path / "host"))))
+    assert compare(*runs).identical
 
 
 @pytest.mark.parametrize("reduction", ["fast", "exact"])
