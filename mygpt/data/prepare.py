@@ -64,7 +64,7 @@ Progress = Callable[[int], None]
 """Takes how many more bytes of text are done."""
 
 
-class Batch(NamedTuple):
+class TextBatch(NamedTuple):
     """Consecutive pieces of documents."""
 
     pieces: tuple[Piece, ...]
@@ -274,7 +274,7 @@ def _read(sources: Sequence[Path], field: str, done: list[Source]) -> Iterator[P
         yield from read_pieces(source, field, done)
 
 
-def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Iterator[Batch]:
+def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Iterator[TextBatch]:
     """The pieces of documents in batches of about `BATCH` characters, cut where `cut` allows it."""
     ready: list[Piece] = []
     size, rest = 0, ""
@@ -286,13 +286,13 @@ def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Ite
             rest = ""
         size += sum(map(len, whole)) + (len(ready[-1].text) + PIECE_COST if is_last else 0)
         if size >= BATCH:
-            yield Batch(tuple(ready))
+            yield TextBatch(tuple(ready))
             ready, size = [], 0
     if ready:
-        yield Batch(tuple(ready))
+        yield TextBatch(tuple(ready))
 
 
-def encode_batch(tokenizer: Tokenizer, batch: Batch, sha256: str, dtype: np.dtype[Any]) -> Encoded:
+def encode_batch(tokenizer: Tokenizer, batch: TextBatch, sha256: str, dtype: np.dtype[Any]) -> Encoded:
     """The tokens of a batch; each document ends with `end_of_text`, where the tokenizer has it."""
     parts, documents, text_bytes = [], 0, 0
     for text, is_last in batch.pieces:
