@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mygpt.checks.compare import Difference, compare_files, compare_records
-from mygpt.data.corpus import load_corpus
+from mygpt.data.dataset import corpus_sha256
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, NonFiniteError
 from mygpt.processes.environment import is_main_process
 from mygpt.processes.machine import has_matmul, resolve_device
@@ -72,7 +72,7 @@ def verify(run: Path, steps: int | None = None) -> Verification:
         verify_checkpoint(directory)
     parts = list(parts_of(recorded, begun_after, until))
     for part in parts:
-        if load_corpus(part.recipe.data.corpus).sha256 != recorded.info.recorded_at(part.until)["corpus_sha256"]:
+        if corpus_sha256(part.recipe.data.corpus) != recorded.info.recorded_at(part.until)["corpus_sha256"]:
             raise MismatchError(f"{run}: was trained on another text than {part.recipe.data.corpus} is now")
     with tempfile.TemporaryDirectory(prefix="mygpt-verify-") as folder:
         again = Run(Path(folder) / "run")

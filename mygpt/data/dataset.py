@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from mygpt.data.corpus import load_corpus
-from mygpt.data.prepared import open_prepared
+from mygpt.data.prepared import open_prepared, read_manifest
 from mygpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 from mygpt.errors import CorpusError
 from mygpt.recipe.tables import NAMED_CORPORA, DataTable
@@ -58,7 +58,7 @@ def load_dataset(table: DataTable, seq_len: int, *, verify: bool = True) -> Data
         CorpusError: it cannot be read, has a single distinct character, or is too short for windows of seq_len.
         TokenizerError: the tokenizer cannot be read or trained, or needs a package that is not installed.
     """
-    if table.corpus not in NAMED_CORPORA and os.path.isdir(table.corpus):
+    if is_prepared(table.corpus):
         return _load_prepared(table, seq_len, verify=verify)
     if table.hold_out == "documents":
         raise CorpusError(
@@ -70,6 +70,20 @@ def load_dataset(table: DataTable, seq_len: int, *, verify: bool = True) -> Data
         raise CorpusError(f"{table.corpus}: has a single distinct character; expected a text to learn from")
     tokens = torch.from_numpy(tokenizer.encode(corpus.text))
     return Dataset(tokenizer, *split(tokens, table.val_split, seq_len, table.tokenizer), corpus.sha256)
+
+
+def is_prepared(corpus: str) -> bool:
+    """Whether a corpus is a folder, as `mygpt data prepare` makes them."""
+    return corpus not in NAMED_CORPORA and os.path.isdir(corpus)
+
+
+def corpus_sha256(corpus: str) -> str:
+    """The hash that a dataset of this corpus has; of a prepared one as its manifest says.
+
+    Raises:
+        CorpusError: it cannot be read.
+    """
+    return read_manifest(Path(corpus)).tokens_sha256 if is_prepared(corpus) else load_corpus(corpus).sha256
 
 
 def _load_prepared(table: DataTable, seq_len: int, *, verify: bool) -> Dataset:

@@ -59,6 +59,8 @@ def train_until(recipe: Recipe, last_step: int | None, *, overwrite: bool = Fals
         max_workers = choose_workers(recipe.runtime.threads, launched.local_processes)
         gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
         preflight = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size)
+        if preflight.dataset.check_unchanged:  # a prepared corpus has a tokenizer of its own, whatever the recipe says
+            recipe = recipe.replace(tokenizer=preflight.dataset.tokenizer.metadata.type)
         accelerator = stack.enter_context(
             open_accelerator(recipe.runtime, preflight.device, gradient_sum.accumulation_steps)
         )

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from support.commands import wait_for
 from support.fault_points import disturb
-from support.runs import contents
+from support.runs import FLAGS, contents
 
 from mygpt.checks.replay import replay
 from mygpt.data import prepare as preparing
@@ -29,6 +29,7 @@ from mygpt.data.sources import find_sources
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import CorpusDiskError, CorpusError, MygptError
 from mygpt.recipe.tables import DataTable
+from mygpt.runs.run import Run
 from mygpt.training.train import train, train_until
 
 KINDS = {
@@ -564,6 +565,11 @@ def test_command_prepares_describes_and_trains(tmp_path, call, text_file):
     assert "documents:    1\n" in printed
     assert call("data", "info", out)[1] == printed
     assert "tokenizer:    byte " in printed
+    code, _, _ = call("train", out, *FLAGS, "--output", tmp_path / "run")
+    assert code == 0
+    assert Run(tmp_path / "run").recipe.data.tokenizer == "byte"
+    assert call("verify", tmp_path / "run")[0] == 0
+    assert call("train", out, *FLAGS, "--output", tmp_path / "run")[0] == 0  # it is complete, and nothing has changed
     for arguments, message in (
         (["prepare", tmp_path / "none", "--out", tmp_path / "x"], "none: no such source; expected a file"),
         (
