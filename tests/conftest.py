@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import hypothesis
 import pytest
 from support.commands import MYGPT, REPOSITORY, run_process
 from support.runs import EXACT, TINY
@@ -14,6 +15,11 @@ from mygpt.cli.main import main
 from mygpt.data.corpus import TINYSHAKESPEARE_SHA256, find_tinyshakespeare, load_corpus
 from mygpt.errors import DownloadError
 from mygpt.recipe.tables import Recipe
+
+
+# A machine that is busy with something else is no defect.
+hypothesis.settings.register_profile("mygpt", deadline=None)
+hypothesis.settings.load_profile("mygpt")
 
 
 def pytest_collection_finish():

@@ -77,7 +77,7 @@ def test_names_of_special_tokens_are_text(trained):
 
 @pytest.mark.parametrize("words", [pre_tokenizers.ByteLevel(add_prefix_space=False), OTHER_WORDS])
 @given(st.text(st.sampled_from("ab1 .'!\n\r\té"), min_size=50, max_size=600), st.integers(0, 600))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_long_text_is_cut_where_it_changes_no_token(words, text, end):
     """The words of the pieces are those of the whole text; a text that goes on is cut at the same places."""
 

@@ -128,7 +128,7 @@ def test_permutation_looks_random():
     world=st.sampled_from([1, 2, 3]),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_epoch_has_every_window_once(length, batch_size, seq_len, world, seed):
     """In any number of processes; the next epoch has them in another order; a state continues in the middle."""
     shares = [Share(1, rank, world) for rank in range(world)]

@@ -58,7 +58,7 @@ def small_recipes(draw):
 @example(
     keys={"steps": 4, "num_heads": 4, "embed_dim": 64, "num_layers": 3, "max_seq_len": 3, "seq_len": 1, "batch_size": 2}
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(keys=small_recipes())
 def test_any_recipe_gives_the_reference_numbers(keys, text, text_file, tmp_path):
     """Loss, held-out loss, rate and gradient norm of every step agree with reference.py to four decimals."""
