@@ -16,7 +16,6 @@ from mygpt.data.corpus import TINYSHAKESPEARE_SHA256, find_tinyshakespeare, load
 from mygpt.errors import DownloadError
 from mygpt.recipe.tables import Recipe
 
-
 # A machine that is busy with something else is no defect.
 hypothesis.settings.register_profile("mygpt", deadline=None)
 hypothesis.settings.load_profile("mygpt")

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support.commands import BIN, run_process, torchrun
 from support.runs import TINY, contents
@@ -47,7 +47,6 @@ def random_steps(seed, count, scale=1.0):
     return [[torch.randn(shape, generator=generator) * scale for shape in (*SHAPES, ())] for _ in range(count)]
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(1, 9),
@@ -76,7 +75,6 @@ def test_float_sums_do_depend_on_the_order():
     assert not torch.equal((a + b) + c, a + (b + c))
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 9))
 @example(seed=1, count=7)
 def test_the_mean_is_the_mean(seed, count):
