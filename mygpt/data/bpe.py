@@ -52,6 +52,8 @@ class BPETokenizer(Tokenizer):
         TokenizerError: `json_text`, which an error calls `name`, is not one; or tokenizers is not installed.
     """
 
+    metadata: BPEMetadata
+
     def __init__(self, json_text: str, name: str):
         kind = _library().Tokenizer
         try:
