@@ -53,7 +53,8 @@ def load_target(target: str) -> Recipe:
     recipes = shipped_recipes()
     if target.endswith(".toml") or target in recipes:
         return load_recipe(target)
-    close = difflib.get_close_matches(target, recipes, n=1)
+    is_bare_name = os.path.splitext(os.path.basename(target))[0] == target
+    close = difflib.get_close_matches(target, recipes, n=1) if is_bare_name else []
     if close and not os.path.exists(target):
         raise RecipeError(f"{target}: no such recipe or text; did you mean '{close[0]}'?")
     return build_recipe({"data": {"corpus": target}, "checkpoint": {"output": f"checkpoints/{Path(target).stem}"}})
