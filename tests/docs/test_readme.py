@@ -29,6 +29,7 @@ SHORTER_STEPS = {"step-001999": "step-000003", "step-002000": "step-000004"}
 SHORTER_BENCHMARKS = {
     "step.py": ["--rounds", "1", "--steps-per-round", "2"],
     "saving.py": ["--rounds", "1"],
+    "devices.py": ["--rounds", "1", "--processes", "1", "2", "--turns", "1", "--steps-per-turn", "2", "--threads", "1"],
 }
 
 
