@@ -54,15 +54,15 @@ def prepare(options: PrepareOptions) -> None:
     from mygpt.data.prepare import TokenizerChoice, prepare
     from mygpt.data.prepared import open_prepared
     from mygpt.data.sources import find_sources
+    from mygpt.data.tokenizer import DEFAULT_VOCAB_SIZE
 
     if options.tokenizer_file and options.tokenizer != "bpe":
         raise MygptError('--tokenizer-file: only with --tokenizer "bpe"')
     if options.vocab_size is not None and (options.tokenizer != "bpe" or options.tokenizer_file):
         raise MygptError('--vocab-size: only with --tokenizer "bpe" without --tokenizer-file')
     sources = find_sources(options.sources)
-    choice = TokenizerChoice(
-        options.tokenizer, 1024 if options.vocab_size is None else options.vocab_size, options.tokenizer_file
-    )
+    vocab_size = DEFAULT_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
+    choice = TokenizerChoice(options.tokenizer, vocab_size, options.tokenizer_file)
     started_at = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
         try:

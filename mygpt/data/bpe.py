@@ -20,7 +20,7 @@ from mygpt.errors import TokenizerError
 from mygpt.recipe.reading import decode_utf8, read_file
 
 PIECE = 1 << 16
-"""Characters encoded as one string, about: the library's memory and time grow faster than a longer string."""
+"""Characters encoded as one string, or a few more: the library's memory and time grow faster than the string."""
 
 BATCH = 32
 """Pieces encoded at a time: the library takes hundreds of bytes of memory for each token."""
@@ -31,7 +31,7 @@ CONTEXT = 64
 SPACE = re.compile(r"\s+")
 
 MAX_PIECE = 1 << 20
-"""Characters after which a text that has no place to cut is cut all the same, since memory is bounded."""
+"""Characters after which a text that has no place to cut is cut all the same, to bound memory."""
 
 MIN_FREQUENCY = 2
 """How often a pair must occur to become a token: a token that occurs once saves nothing."""
@@ -97,7 +97,7 @@ class BPETokenizer(Tokenizer):
         return np.concatenate(parts)
 
     def cut(self, text: str) -> Iterator[str]:
-        if self._tokenizer.pre_tokenizer is None:  # nothing keeps a token from going on across any place
+        if self._tokenizer.pre_tokenizer is None:  # then a token may span any two characters
             return iter([text])
         return cut(text, self._ids)
 

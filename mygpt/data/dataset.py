@@ -10,19 +10,13 @@ import torch
 
 from mygpt.data.corpus import load_corpus
 from mygpt.data.prepared import open_prepared, read_manifest
-from mygpt.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from mygpt.data.tokenizer import DEFAULT_VOCAB_SIZE, ByteTokenizer, CharTokenizer, Tokenizer
 from mygpt.errors import CorpusError
 from mygpt.recipe.tables import NAMED_CORPORA, DataTable
 
 GPT2_VOCAB_SIZE = 50_257
-DEFAULT_VOCAB_SIZE = 1024
-"""Tokens of a byte-pair encoding that is trained, as in the course."""
-
-
 MAX_ON_DEVICE = 1 << 30
 """Bytes of a prepared corpus up to which a GPU gets it whole; of a larger one it gets the windows of each batch."""
-
-
 BLOCK = 1 << 20
 """Tokens searched at a time."""
 

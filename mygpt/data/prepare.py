@@ -50,8 +50,7 @@ from mygpt.recipe.reading import read_file
 BATCH = 1 << 20
 """Characters that one thread tokenizes at a time."""
 PIECE_COST = 64
-"""Characters as which a document counts beside its text, so that many that are empty make a batch, too."""
-WORKING_FILES = ("settings.json", "journal.jsonl", "tokenizer.json", "tokens.safetensors", "manifest.json")
+"""What a document adds to the size of a batch beside its characters, so that many empty ones make a batch, too."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_SAMPLE = 1 << 26
 """Characters of the text on which a byte-pair encoding is trained; the library needs some thirty times their memory."""
@@ -59,6 +58,7 @@ SYNC_SECONDS = 1.0
 """Seconds of work that a power failure can cost."""
 JOURNAL_FILE = "journal.jsonl"
 SETTINGS_FILE = "settings.json"
+WORKING_FILES = (SETTINGS_FILE, JOURNAL_FILE, TOKENIZER_FILE, TOKENS_FILE, MANIFEST_FILE)
 
 Progress = Callable[[int], None]
 """Takes how many more bytes of text are done."""
@@ -402,7 +402,7 @@ class _Journal:
         """Add batch `number`, whose tokens begin at `offset` bytes, if the files do not have it."""
         if encoded.ids is None:
             return
-        if not self._is_appending:  # what follows is of other text, or of a batch that was cut short
+        if not self._is_appending:  # the rest is of another text, or was cut short
             for file, end in ((self._lines, self._ends[number]), (self._tokens, HEADER_BYTES + offset)):
                 file.truncate(end)
                 file.seek(end)

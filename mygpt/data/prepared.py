@@ -74,7 +74,7 @@ class Prepared(NamedTuple):
     """(tokens,), memory-mapped."""
     file: Path
     state: tuple[int, int, int]
-    """What the system says of the tokens' file: size, time of its last change, inode."""
+    """Size, time of the last change, and inode of the tokens' file."""
 
     def check_unchanged(self) -> None:
         """Compare the state of the tokens' file with that at opening: reading beyond a new end would kill the process.

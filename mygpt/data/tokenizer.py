@@ -25,6 +25,9 @@ from mygpt.recipe.tables import Table
 CHUNK = 1 << 20
 """Characters converted at a time, so that memory holds the code points of one piece and not of all the text."""
 
+DEFAULT_VOCAB_SIZE = 1024
+"""Tokens of a byte-pair encoding that is trained, as in the course."""
+
 END_OF_TEXT = "<|endoftext|>"
 """What the token between two documents is called and shown as. In a text it is ordinary characters."""
 

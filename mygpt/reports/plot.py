@@ -1,13 +1,13 @@
 """Pictures of runs, drawn from their directories."""
 
 from collections.abc import Sequence
-from math import exp, inf, nan
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mygpt.errors import MygptError
 from mygpt.runs.files import real_path
-from mygpt.runs.records import Record, read_records
+from mygpt.runs.records import Record, perplexity, read_records
 
 Unit = Literal["nats-per-token", "bits-per-byte", "perplexity"]
 LABELS: dict[Unit, str] = {
@@ -15,8 +15,6 @@ LABELS: dict[Unit, str] = {
     "bits-per-byte": "loss (bits per byte)",
     "perplexity": "perplexity",
 }
-MAX_EXPONENT = 700.0
-"""The exponential of more overflows."""
 
 
 def plot(runs: Sequence[Path], out: Path, unit: Unit = "nats-per-token") -> None:
@@ -105,16 +103,14 @@ def _curve(records: Sequence[Record], unit: Unit) -> _Curve:
     training = [(r.step, r.loss) for r in records]
     held_out = [(r.step, r.val or 0.0, r.val_stderr, r.val_dof) for r in evaluated]
     if unit == "perplexity":
+        training = [(step, value) for step, loss in training if isfinite(value := perplexity(loss))]
         # The error of a function is its slope times that of its argument, where both are small.
-        return _Curve(
-            [(step, _exp(loss)) for step, loss in training],
-            [(step, _exp(val), stderr and stderr * _exp(val), dof) for step, val, stderr, dof in held_out],
-        )
+        held_out = [
+            (step, value, stderr and stderr * value, dof)
+            for step, val, stderr, dof in held_out
+            if isfinite(value := perplexity(val))
+        ]
     return _Curve(training, held_out)
-
-
-def _exp(loss: float) -> float:
-    return exp(min(loss, MAX_EXPONENT))
 
 
 def _frame(curves: Sequence[_Curve]) -> tuple[float, float]:

@@ -29,8 +29,17 @@ HARMLESS_KEYS = {
     ),
 }
 # Keys of which run.json has the resolved value or the content, which is compared instead.
-RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "matmul", "reduction", "deterministic"}
-RESOLVED_KEYS |= {"corpus", "tokenizer_file"}
+RESOLVED_KEYS = {
+    "device",
+    "threads",
+    "micro_batch_size",
+    "compile",
+    "matmul",
+    "reduction",
+    "deterministic",
+    "corpus",
+    "tokenizer_file",
+}
 # Keys that shift the training batches with sampling = "shared-stream", and otherwise change no weight.
 EVALUATION_KEYS = {"val_every", "eval_batches", "sampling"}
 

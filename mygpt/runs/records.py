@@ -1,5 +1,6 @@
 """metrics.jsonl and timing.jsonl: the records of a run, and how they are read and continued."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,14 @@ from mygpt.errors import CheckpointError
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Table
 from mygpt.runs.files import explain_disk_error, set_aside
+
+
+def perplexity(loss: float) -> float:
+    """e to a loss in nats per token: the number of equally likely tokens that has this loss."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 class Record(Table):

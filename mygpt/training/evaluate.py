@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from mygpt.data.batches import WindowSet, held_out_windows, random_windows, windows
 from mygpt.errors import NonFiniteError
 from mygpt.processes.workers import ALONE, Workers
+from mygpt.runs.records import perplexity
 from mygpt.training.failed_step import REMEDY
 from mygpt.training.parts import Parts
 
@@ -27,14 +28,7 @@ class HeldOutLoss(NamedTuple):
     """The total loss in bits over the bytes of the text that was predicted: it does not depend on what a token is."""
     bits_per_byte_stderr: float | None = None
 
-    @property
-    def perplexity(self) -> float:
-        """e to the mean: between how many tokens the model hesitates."""
-        return math.exp(self.mean) if self.mean < MAX_EXPONENT else math.inf
 
-
-MAX_EXPONENT = 700.0
-"""The exponential of more overflows."""
 LN_2 = math.log(2)
 BYTES_AT_A_TIME = 4096
 """Windows whose bytes are counted together."""
@@ -74,7 +68,7 @@ def evaluate(parts: Parts, step: int) -> dict[str, Any]:
         "val": loss.mean,
         "val_stderr": loss.stderr,
         "val_dof": loss.dof,
-        "val_perplexity": loss.perplexity if math.isfinite(loss.perplexity) else None,
+        "val_perplexity": value if math.isfinite(value := perplexity(loss.mean)) else None,
         "val_bits_per_byte": loss.bits_per_byte,
         "val_bits_per_byte_stderr": loss.bits_per_byte_stderr,
     }

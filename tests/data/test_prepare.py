@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -111,29 +112,42 @@ class Killed(BaseException):
     pass
 
 
+@contextmanager
+def killed_after(batches):
+    """Inside, a command dies when it has encoded so many batches."""
+    encode, left = preparing.encode_batch, batches
+
+    def encode_or_die(*arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        return encode(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "encode_batch", encode_or_die)
+        yield
+
+
+def prepare_and_die(batches, *arguments):
+    """Prepare, and be killed after so many batches."""
+    with killed_after(batches), pytest.raises(Killed):
+        prepare(*arguments, workers=1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.fault(71)
-def test_command_that_is_killed_again_and_again_gives_the_same_bytes(tmp_path, small, monkeypatch, kind, text):
+def test_command_that_is_killed_again_and_again_gives_the_same_bytes(tmp_path, small, kind, text):
     """At random points; a journal or tokens that were cut short, too."""
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(200)))
     sources = find_sources([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")])
     prepare(sources, tmp_path / "whole", KINDS[kind])
-    encode, seed = preparing.encode_batch, random.Random(0)
-    counts = []
+    seed, counts = random.Random(0), []
     for kill in range(12):
-        left = seed.randrange(1, 12)
-
-        def encode_or_die(*arguments):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-            return encode(*arguments)
-
-        monkeypatch.setattr(preparing, "encode_batch", encode_or_die)
         try:
-            prepare(sources, tmp_path / "killed", KINDS[kind], workers=2)
+            with killed_after(seed.randrange(1, 12)):
+                prepare(sources, tmp_path / "killed", KINDS[kind], workers=2)
             break
         except Killed:
             partial = tmp_path / ".tmp-killed"
@@ -141,7 +155,6 @@ def test_command_that_is_killed_again_and_again_gives_the_same_bytes(tmp_path, s
             name = seed.choice(["journal.jsonl", "tokens.safetensors"])
             if kill % 3 == 2:
                 os.truncate(partial / name, max(0, (partial / name).stat().st_size - 7))
-    monkeypatch.setattr(preparing, "encode_batch", encode)
     if not (tmp_path / "killed").exists():
         prepare(sources, tmp_path / "killed", KINDS[kind])
     assert max(counts) > 10
@@ -172,22 +185,10 @@ def test_sigkill_at_any_moment(tmp_path, text):
 
 
 @pytest.mark.fault(73)
-def test_source_that_changes_in_between_is_read_anew(tmp_path, small, monkeypatch):
+def test_source_that_changes_in_between_is_read_anew(tmp_path, small):
     """From the first batch whose text is another one; the result is that of the new text."""
     (tmp_path / "a.txt").write_text("the old text. " * 200)
-    encode, left = preparing.encode_batch, 5
-
-    def encode_or_die(*arguments):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Killed
-        return encode(*arguments)
-
-    monkeypatch.setattr(preparing, "encode_batch", encode_or_die)
-    with pytest.raises(Killed):
-        prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["byte"], workers=1)
-    monkeypatch.setattr(preparing, "encode_batch", encode)
+    prepare_and_die(5, [tmp_path / "a.txt"], tmp_path / "out", KINDS["byte"])
     text = "the old text. " * 30 + "a new text! " * 100
     (tmp_path / "a.txt").write_text(text)
     prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["byte"])
@@ -300,30 +301,13 @@ def test_working_folder_of_somebody_else_is_left_alone(tmp_path, kind):
     assert (tmp_path / ".tmp-out").exists()
 
 
-def killed_after(batches, monkeypatch, *arguments):
-    """Prepare, and be killed after so many batches."""
-    encode, left = preparing.encode_batch, batches
-
-    def encode_or_die(*arguments):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Killed
-        return encode(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(preparing, "encode_batch", encode_or_die)
-        with pytest.raises(Killed):
-            prepare(*arguments, workers=1)
-
-
 @pytest.mark.fault(72)
-def test_tokens_that_the_disk_has_lost_are_made_again(tmp_path, small, monkeypatch):
+def test_tokens_that_the_disk_has_lost_are_made_again(tmp_path, small):
     """The journal alone is not believed: a hole would be read as tokens of number 0."""
     (tmp_path / "a.txt").write_text("some text " * 500)
     prepare([tmp_path / "a.txt"], tmp_path / "whole", KINDS["char"])
     for damage in ("truncate", "flip", "remove"):
-        killed_after(10, monkeypatch, [tmp_path / "a.txt"], tmp_path / damage, KINDS["char"])
+        prepare_and_die(10, [tmp_path / "a.txt"], tmp_path / damage, KINDS["char"])
         tokens = tmp_path / f".tmp-{damage}" / "tokens.safetensors"
         if damage == "truncate":
             os.truncate(tokens, 300)
@@ -336,12 +320,12 @@ def test_tokens_that_the_disk_has_lost_are_made_again(tmp_path, small, monkeypat
 
 
 @pytest.mark.fault(73)
-def test_tokenizer_file_that_changes_in_between_is_read_anew(tmp_path, small, monkeypatch):
+def test_tokenizer_file_that_changes_in_between_is_read_anew(tmp_path, small):
     """The tokens are all those of the tokenizer that the corpus has."""
     (tmp_path / "a.txt").write_text("some text " * 500)
     file, choice = tmp_path / "t.json", TokenizerChoice("bpe", 0, tmp_path / "t.json")
     file.write_text(train_bpe(["some text " * 50], 262).metadata.json_text)
-    killed_after(5, monkeypatch, [tmp_path / "a.txt"], tmp_path / "out", choice)
+    prepare_and_die(5, [tmp_path / "a.txt"], tmp_path / "out", choice)
     file.write_text(train_bpe(["so much text " * 50], 259).metadata.json_text)
     prepare([tmp_path / "a.txt"], tmp_path / "out", choice)
     corpus = open_prepared(tmp_path / "out")
@@ -370,10 +354,10 @@ def test_full_disk_keeps_what_was_done(tmp_path, small, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_corpus_beside_its_sources_is_no_source(tmp_path, small, monkeypatch):
+def test_corpus_beside_its_sources_is_no_source(tmp_path, small):
     """Nor is the folder in which a command that was killed has worked."""
     (tmp_path / "a.txt").write_text("some text " * 500)
-    killed_after(5, monkeypatch, find_sources([str(tmp_path)]), tmp_path / "out", KINDS["char"])
+    prepare_and_die(5, find_sources([str(tmp_path)]), tmp_path / "out", KINDS["char"])
     assert [path.name for path in find_sources([str(tmp_path)])] == ["a.txt"]
 
 
