@@ -83,6 +83,7 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
     if len(chain) == MAX_EXTENDS:
         raise RecipeError(f"{path}: extends goes deeper than {MAX_EXTENDS} recipes")
     tables = _read_with_parents(parent_path, chain)
+    tables.pop("expected", None)  # of the parent as it stands
     return {name: tables.get(name, {}) | document.get(name, {}) for name in {**tables, **document}}
 
 

@@ -13,7 +13,7 @@ import tyro
 
 from mygpt.errors import MygptError, RecipeError
 from mygpt.recipe.files import load_recipe, shipped_recipes
-from mygpt.recipe.tables import Recipe, build_recipe, check_recipe
+from mygpt.recipe.tables import HARMLESS_KEYS, Recipe, build_recipe, check_recipe
 
 TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
 SEED_HELP = "Sets init_seed and data_seed, for a run that differs only by chance."
@@ -31,7 +31,8 @@ def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -
     # The recipe's values are the defaults of the flags, so it must be loaded before the flags are parsed.
     has_target_first = bool(arguments) and not arguments[0].startswith("-")
     target = arguments[0] if has_target_first else _parse_flags(arguments, prog, Recipe(), options).target
-    flags = _parse_flags(arguments, prog, load_target(target), options)
+    loaded = load_target(target)
+    flags = _parse_flags(arguments, prog, loaded, options)
     tables = {name: vars(getattr(flags, name)) for name in Recipe.model_fields}
     if flags.seed is not None:
         given = {argument.split("=")[0].replace("-", "_") for argument in arguments}
@@ -39,9 +40,18 @@ def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -
             if f"__{key}" in given:
                 raise MygptError(f"--seed sets {key}, too; give --seed alone, or --init-seed and --data-seed")
             tables["train"][key] = flags.seed
-    recipe = build_recipe(tables)
+    recipe = _without_stale_expectations(build_recipe(tables), loaded)
     check_recipe(recipe, source=target)
     return recipe, getattr(flags, "run", None)
+
+
+def _without_stale_expectations(recipe: Recipe, loaded: Recipe) -> Recipe:
+    """The recipe without the expectations of the loaded one, if flags have changed what these depend on."""
+    was, harmless = loaded.flat(), HARMLESS_KEYS | {"init_seed", "data_seed"}
+    is_changed = any(value != was[key] for key, value in recipe.flat().items() if key not in harmless)
+    if not is_changed or recipe.expected != loaded.expected:
+        return recipe
+    return recipe.replace(**dict.fromkeys(type(recipe.expected).model_fields))
 
 
 def load_target(target: str) -> Recipe:

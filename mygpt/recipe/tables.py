@@ -217,6 +217,16 @@ class CheckpointTable(Table):
     no run. A run or step directory: start output from that checkpoint."""
 
 
+class ExpectedTable(Table):
+    """What the recipe as it stands should come to, as `mygpt init` predicts it. A complete run says how close that was.
+    A recipe that extends this one, and a flag that changes the training, drop it."""
+
+    expected_minutes: Annotated[float, Field(gt=0)] | None = None
+    """From the first step to the last, with evaluations."""
+    expected_bits_per_byte: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    """The range of the held-out loss at the last step: its lower and its upper end."""
+
+
 class Recipe(Table):
     """A complete training run."""
 
@@ -228,6 +238,7 @@ class Recipe(Table):
     validation: ValidationTable = ValidationTable()
     runtime: RuntimeTable = RuntimeTable()
     checkpoint: CheckpointTable = CheckpointTable()
+    expected: ExpectedTable = ExpectedTable()
 
     @classmethod
     def of(cls, **keys: Any) -> "Recipe":
@@ -252,13 +263,26 @@ class Recipe(Table):
         """Every key with its value, without the tables."""
         return {key: value for _, table in self for key, value in table}
 
+    def to_tables(self) -> dict[str, dict[str, Any]]:
+        """The keys that have a value, by table."""
+        tables = self.model_dump(exclude_none=True)
+        return {name: keys for name, keys in tables.items() if keys}
+
     def to_toml(self) -> str:
         """This recipe as TOML that `load_recipe` reads back to an equal one; keys that are absent stay absent."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True))
+        return tomli_w.dumps(self.to_tables())
 
 
 KEYS_OF_TABLE = {name: list(type(table.default).model_fields) for name, table in Recipe.model_fields.items()}
 TABLE_OF_KEY = {key: table for table, keys in KEYS_OF_TABLE.items() for key in keys}
+
+HARMLESS_KEYS = {
+    *CheckpointTable.model_fields,
+    *ExpectedTable.model_fields,
+    *("print_every", "log_every", "log_grad_norm", "log_val_stderr", "log_bits_per_byte", "log_perplexity"),
+    "activation_checkpointing",
+}
+"""Keys that choose what is shown and kept, and change no number."""
 
 
 def build_recipe(tables: Mapping[str, Any], source: str | None = None) -> Recipe:
@@ -330,6 +354,9 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "eps", f'at least {MIN_EXACT_EPS} {rounding}; raise eps, or use reduction = "fast"'
     if validation.val_every and not recipe.data.val_split:
         yield "val_every", "0 without held-out text; set val_split, such as 0.1"
+    ends = recipe.expected.expected_bits_per_byte
+    if ends and not 0 < ends[0] <= ends[1]:
+        yield "expected_bits_per_byte", "the lower end of the range, which is above 0, and then the upper"
     if not validation.val_every:
         expected = "false without evaluations; set val_every, such as 500"
         yield from ((key, expected) for key in REFINING_EVALUATION if recipe.flat()[key])

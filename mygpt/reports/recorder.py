@@ -43,6 +43,8 @@ class Recorder:
         self._recipe, self._first_step, self._peak = recipe, step, peak_tokens_per_second
         self._tokens_per_step = recipe.train.batch_size * recipe.train.seq_len
         self._tokens_before = 0
+        self.last: tuple[Record, Timing] | None = None
+        """The newest record of this process."""
         self._sinks: list[Sink] = []
         self._files: list[tuple[Path, TextIO]] = []
         elapsed = 0.0
@@ -111,6 +113,7 @@ class Recorder:
             mfu=round(tokens_per_second / self._peak, 4) if self._peak else None,
             seconds_left=round((self._recipe.train.steps - step) * seconds_per_step, 1),
         )
+        self.last = record, timing
         for sink in self._sinks:
             sink(record, timing, printed)
 

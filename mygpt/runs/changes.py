@@ -8,26 +8,12 @@ from typing import Any
 
 from mygpt.data.tokenizer import TokenizerMetadata, describe_tokenizer
 from mygpt.errors import MismatchError, RecipeError
-from mygpt.recipe.tables import TABLE_OF_KEY, CheckpointTable, Recipe
+from mygpt.recipe.tables import HARMLESS_KEYS, TABLE_OF_KEY, Recipe
 from mygpt.runs.files import MODEL_FILE
 from mygpt.runs.run import Run, Warn
 from mygpt.runs.schemas import ModelMetadata, RunInfo
 from mygpt.runs.steps import read_metadata
 
-# Keys that choose what is shown and kept, and change no number; a change of `steps` is looked at by itself.
-HARMLESS_KEYS = {
-    *CheckpointTable.model_fields,
-    *(
-        "print_every",
-        "log_every",
-        "log_grad_norm",
-        "log_val_stderr",
-        "log_bits_per_byte",
-        "log_perplexity",
-        "activation_checkpointing",
-        "steps",
-    ),
-}
 # Keys of which run.json has the resolved value or the content, which is compared instead.
 RESOLVED_KEYS = {
     "device",
@@ -138,7 +124,7 @@ def _warn_of_last_bits(recorded: Changes, recipe: Recipe, info: RunInfo, warn: W
 
 def changed_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """The keys that differ between two recipes and change more than the last bits, with old and new value."""
-    harmless = HARMLESS_KEYS | RESOLVED_KEYS
+    harmless = HARMLESS_KEYS | RESOLVED_KEYS | {"steps"}  # a change of steps is looked at by itself
     validations = (old.validation, new.validation)
     if all(table.sampling != "shared-stream" or not table.val_every for table in validations):
         harmless |= EVALUATION_KEYS

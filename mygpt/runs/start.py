@@ -11,10 +11,9 @@ import tomli_w
 from mygpt.data.tokenizer import TokenizerMetadata
 from mygpt.errors import CheckpointError
 from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
-from mygpt.recipe.tables import NAMED_CORPORA, Recipe
+from mygpt.recipe.tables import HARMLESS_KEYS, NAMED_CORPORA, Recipe
 from mygpt.runs import files
 from mygpt.runs.changes import (
-    HARMLESS_KEYS,
     Changes,
     Source,
     check_changes,
@@ -165,8 +164,8 @@ def _update(run: Path, start: Start) -> None:
 
 
 def _recipe_text(recipe: Recipe) -> str:
-    # The output is the directory in which the file lies, also after that is moved.
-    tables = recipe.model_dump(exclude_none=True, exclude={"checkpoint": {"output"}})
+    tables = recipe.to_tables()
+    del tables["checkpoint"]["output"]  # it is the directory in which the file lies, also after that is moved
     return f"# The run in this directory, which `mygpt train` on this file continues.\n\n{tomli_w.dumps(tables)}"
 
 
@@ -235,7 +234,7 @@ def _named_source(path: Path, warn: Warn) -> Source:
 
 def _complete(source: Source, checkpoint: Path, step: int, recipe: Recipe, changed: Changes) -> Start:
     """The start of a run that is over: of its recipe only keys that train nothing, and the path of its text, change."""
-    run, values = source.run, {key: value for key, value in recipe.flat().items() if key in HARMLESS_KEYS}
+    run, values = source.run, {key: value for key, value in recipe.flat().items() if key in HARMLESS_KEYS | {"steps"}}
     if "corpus_sha256" not in changed:
         values["corpus"] = recipe.data.corpus
     recipe = source.trained_with.replace(**values | {"resume": run.recipe.checkpoint.resume})

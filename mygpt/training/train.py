@@ -17,6 +17,7 @@ from mygpt.processes.preflight import Preflight, run_preflight
 from mygpt.processes.signals import StopRequest, stop_on_signal
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Recipe, TrainTable, check_recipe
+from mygpt.reports.expected import outcome_lines
 from mygpt.reports.recorder import Recorder, header_lines
 from mygpt.runs.lock import locked
 from mygpt.runs.run import check_output
@@ -145,6 +146,8 @@ def run_steps(
     if is_main and last_step is None:
         end = f"{run} is complete; raise --steps to train on, or --overwrite it to start again"
         print_note(f"saved {run}" if progress.step > start.step else end)
+        for line in outcome_lines(recipe.expected, *recorder.last) if recorder.last else ():
+            print_note(line)
     return run
 
 

@@ -1,0 +1,100 @@
+"""What a recipe expects, and what a complete run says of it."""
+
+import pytest
+from support.runs import FLAGS
+
+from mygpt.recipe.files import load_recipe
+from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.tables import ExpectedTable
+from mygpt.reports.expected import outcome_lines
+from mygpt.runs.records import Record, Timing
+
+RANGE = ExpectedTable(expected_bits_per_byte=(1.9, 2.2))
+
+
+def lines(expected, *, bits=None, seconds=60.0):
+    record = Record(step=1, loss=1.0, lr=0.1, tokens=1, val_bits_per_byte=bits)
+    return list(outcome_lines(expected, record, Timing(step=1, elapsed_seconds=seconds, tokens_per_second=1.0)))
+
+
+@pytest.mark.parametrize(
+    ("bits", "where"),
+    [(1.9, "within"), (2.2, "within"), (1.85, "0.05 below"), (2.305, "0.10 above")],
+)
+def test_loss_is_placed_in_the_range(bits, where):
+    """Both ends belong to it."""
+    assert lines(RANGE, bits=bits) == [
+        f"held-out loss: {bits:.2f} bits per byte, {where} the 1.90 to 2.20 that the recipe expects"
+    ]
+
+
+def test_loss_that_was_not_measured():
+    assert lines(RANGE) == ["held-out loss: not measured; the recipe expects 1.90 to 2.20 bits per byte"]
+
+
+def test_time_is_compared():
+    assert lines(ExpectedTable(expected_minutes=2.0), seconds=90) == [
+        "time: 1.5 minutes, 0.75 of the 2.0 that the recipe expects"
+    ]
+
+
+def test_nothing_expected_nothing_said():
+    assert lines(ExpectedTable(), bits=2.0) == []
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(
+        "[train]\nsteps = 10\n[expected]\nexpected_minutes = 3.5\nexpected_bits_per_byte = [2, 2.5]\n", encoding="utf-8"
+    )
+    return path
+
+
+def test_expectations_are_read_and_written(recipe_file):
+    recipe = load_recipe(recipe_file)
+    assert recipe.expected == ExpectedTable(expected_minutes=3.5, expected_bits_per_byte=(2.0, 2.5))
+    recipe_file.write_text(recipe.to_toml())
+    assert load_recipe(recipe_file) == recipe
+
+
+def test_heirs_do_not_inherit_expectations(recipe_file, tmp_path):
+    """They are those of the recipe as it stands."""
+    heir = tmp_path / "heir.toml"
+    heir.write_text('extends = "own.toml"\n[train]\nsteps = 20\n', encoding="utf-8")
+    assert load_recipe(heir).expected == ExpectedTable()
+    heir.write_text('extends = "own.toml"\n[expected]\nexpected_minutes = 7\n', encoding="utf-8")
+    assert load_recipe(heir).expected == ExpectedTable(expected_minutes=7.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ([], True),
+        (["--print-every", "5", "--output", "elsewhere", "--seed", "3"], True),
+        (["--steps", "11"], False),
+        (["--threads", "1"], False),
+        (["--steps", "11", "--expected-bits-per-byte", "2", "3"], True),
+    ],
+)
+def test_flags_that_change_the_training_drop_expectations(flags, kept, recipe_file):
+    """A seed does not: the expected range is that of all seeds."""
+    assert (parse_recipe([str(recipe_file), *flags], "mygpt train")[0].expected != ExpectedTable()) is kept
+
+
+def test_range_begins_with_its_lower_end(call, recipe_file):
+    code, _, err = call("recipe", "show", recipe_file, "--expected-bits-per-byte", "3", "2")
+    assert code == 2
+    assert "expected_bits_per_byte: got [3.0, 2.0], expected the lower end of the range" in err
+
+
+def test_complete_run_says_how_close_it_came(call, text_file, tmp_path):
+    """Once: not when the complete run is called again."""
+    held_out = ("--val-split", "0.1", "--val-every", "3", "--sampling", "full")
+    expected = ("--expected-minutes", "5", "--expected-bits-per-byte", "1", "99")
+    arguments = ("train", text_file, *FLAGS, *held_out, *expected, "--output", tmp_path / "run")
+    code, _, err = call(*arguments)
+    assert code == 0
+    assert "of the 5.0 that the recipe expects\nheld-out loss: " in err
+    assert "within the 1.00 to 99.00 that the recipe expects" in err
+    assert "expects" not in call(*arguments)[2]
