@@ -33,10 +33,14 @@ class Dataset(NamedTuple):
     check_unchanged: Callable[[], None] | None = None
     """Raises CorpusError if the file that holds the tokens has changed; None: they are in memory."""
 
+    @property
+    def bytes(self) -> int:
+        """Of all tokens."""
+        return (self.train.numel() + self.val.numel()) * self.train.element_size()
+
     def to(self, device: torch.device) -> "Dataset":
         """The dataset on the device, or where it is, if it is mapped from a file and large."""
-        size = (self.train.numel() + self.val.numel()) * self.train.element_size()
-        if self.check_unchanged and (device.type == "cpu" or size > MAX_ON_DEVICE):
+        if self.check_unchanged and (device.type == "cpu" or self.bytes > MAX_ON_DEVICE):
             return self
         parts = (part.int() if part.dtype == torch.uint16 else part for part in (self.train, self.val))
         train, val = (part.to(device) for part in parts)

@@ -49,6 +49,8 @@ def find_sources(names: Sequence[str]) -> list[Path]:
     Raises:
         CorpusError: a name stands for no file.
     """
+    if not names:
+        raise CorpusError("expected a source: a file, a folder or a pattern")
     found: dict[str, Path] = {}
     for name in names:
         path = Path(name)
@@ -68,6 +70,11 @@ def find_sources(names: Sequence[str]) -> list[Path]:
                 raise CorpusError(f"{file}: not a regular file")
             found.setdefault(os.path.realpath(file), file)
     return list(found.values())
+
+
+def is_plain(file: Path) -> bool:
+    """Whether a file is read as one document, byte by byte as it is."""
+    return file.suffix.lower() not in COMPRESSED and _kind(file) in (None, ".txt", ".text", ".md")
 
 
 def _hidden(file: Path, folder: Path) -> bool:

@@ -45,13 +45,17 @@ class Channel:
         self._store = store
         self._nodes = ["?"] * launched.processes
 
-    def exchange(self, own: dict[str, Any], topic: str = "reports") -> list[dict[str, Any]]:
+    def exchange(
+        self, own: dict[str, Any], topic: str = "reports", *, extra_seconds: float = 0.0
+    ) -> list[dict[str, Any]]:
         """Send `own` to all processes, and return the messages of all, by rank. Every process calls it once per topic.
 
         Raises:
             PeerError: another process has ended with an error.
-            LostProcessError: another has ended without an error, or has sent nothing for `PROCESS_TIMEOUT`.
+            LostProcessError: another has ended without an error, or has sent nothing for `PROCESS_TIMEOUT` and
+                `extra_seconds`, for work that the others do not share.
         """
+        patience = PROCESS_TIMEOUT.total_seconds() + extra_seconds
         keys = [f"{topic}/{rank}" for rank in range(self.launched.processes)]
         started_at, noticed = time.monotonic(), False
         self._store.set(keys[self.launched.rank], json.dumps(own))
@@ -59,7 +63,7 @@ class Channel:
             if self._store.check(["ended"]):
                 raise _AnotherEndedError
             waited = time.monotonic() - started_at
-            if waited > PROCESS_TIMEOUT.total_seconds():
+            if waited > patience:
                 raise LostProcessError(
                     f"{self._late(keys)} of this run did not come within {waited:.0f} s; look at what it said"
                 )

@@ -14,6 +14,9 @@ from mygpt.processes.machine import choose_matmul, describe_environment, has_bf1
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
 from mygpt.runs.schemas import RunInfo
 
+SLOWEST_READING = 20e6
+"""Bytes a second from a disk that is slow, but works."""
+
 
 class ProcessReport(NamedTuple):
     """One process's machine, corpus and recipe, as it reports them to the others."""
@@ -77,7 +80,9 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
         recipe={key: value for key, value in recipe.flat().items() if key not in not_compared},
         environment=info.environment(),
     )
-    reports = [ProcessReport(**report) for report in channel.exchange(own._asdict())]
+    # While one process of each machine hashes a prepared corpus, the others wait.
+    hashing = dataset.bytes / SLOWEST_READING if dataset.check_unchanged else 0.0
+    reports = [ProcessReport(**report) for report in channel.exchange(own._asdict(), extra_seconds=hashing)]
     check_alike(reports, exact=exact)
     notes = ignored_settings(runtime.precision)
     if runtime.precision == "bf16" and device.type == "cpu" and not has_bf16_products():

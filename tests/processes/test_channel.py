@@ -93,6 +93,18 @@ def test_missing_process_is_waited_for_a_bounded_time(monkeypatch, capsys):
     assert capsys.readouterr().err == "rank 0 waits for rank 1\n"
 
 
+def test_process_with_more_to_do_is_waited_for_longer(monkeypatch):
+    """As one that hashes a large corpus for its machine."""
+    monkeypatch.setattr(channel, "PROCESS_TIMEOUT", timedelta(seconds=0.1))
+
+    def hash_first(own):
+        time.sleep(0.5)
+        return exchange(own)
+
+    patient, _ = together(monkeypatch, lambda own: own.exchange({"node": "node0"}, extra_seconds=10), hash_first)
+    assert patient == [{"node": "node0"}, {"node": "node1"}]
+
+
 LIKE_A_LOST_PROCESS = [
     RuntimeError("tracker: [Errno 32] Broken pipe"),
     RuntimeError("upload failed: Connection reset by peer"),
