@@ -20,6 +20,7 @@ FLOORS = [
     {"processes", "reports"},
     {"training"},
     {"checks"},
+    {"planning"},
     {"course", "cli"},
     {"__main__"},
 ]

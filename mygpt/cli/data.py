@@ -12,6 +12,9 @@ from mygpt.cli.command import command, dispatch
 from mygpt.errors import InterruptedRunError, MygptError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mygpt.data.prepare import TokenizerChoice
     from mygpt.data.prepared import Prepared
 
 USAGE = """\
@@ -49,9 +52,7 @@ class InfoOptions:
 @command
 def prepare(options: PrepareOptions) -> None:
     """Tokenize texts of any size; the same command continues one that was killed."""
-    from tqdm import tqdm
-
-    from mygpt.data.prepare import TokenizerChoice, prepare
+    from mygpt.data.prepare import TokenizerChoice
     from mygpt.data.prepared import open_prepared
     from mygpt.data.sources import find_sources
     from mygpt.data.tokenizer import DEFAULT_VOCAB_SIZE
@@ -60,22 +61,30 @@ def prepare(options: PrepareOptions) -> None:
         raise MygptError('--tokenizer-file: only with --tokenizer "bpe"')
     if options.vocab_size is not None and (options.tokenizer != "bpe" or options.tokenizer_file):
         raise MygptError('--vocab-size: only with --tokenizer "bpe" without --tokenizer-file')
-    sources = find_sources(options.sources)
     vocab_size = DEFAULT_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
     choice = TokenizerChoice(options.tokenizer, vocab_size, options.tokenizer_file)
+    prepare_with_bar(find_sources(options.sources), options.out, choice, options.field)
+    print("\n".join(_description(open_prepared(options.out, verify=False))))
+
+
+def prepare_with_bar(sources: "Sequence[Path]", out: Path, choice: "TokenizerChoice", field: str) -> None:
+    """Make a prepared corpus, with a progress bar and a last line on stderr; raises as `prepare` does."""
+    from tqdm import tqdm
+
+    from mygpt.data.prepare import prepare
+    from mygpt.data.prepared import open_prepared
+
     started_at = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
         try:
-            manifest = prepare(sources, options.out, choice, field=options.field, progress=bar.update)
+            manifest = prepare(sources, out, choice, field=field, progress=bar.update)
         except KeyboardInterrupt:
             raise InterruptedRunError("stopped; the same command continues", exit_code=130) from None
     seconds = time.perf_counter() - started_at
     rate = f"{manifest.text_bytes / 1e6 / seconds:,.1f} MB/s"
-    corpus = open_prepared(options.out, verify=False)
-    print("\n".join(_description(corpus)))
-    if corpus.tokenizer.end_of_text is None:
+    if open_prepared(out, verify=False).tokenizer.end_of_text is None:
         print("note: the tokenizer has no <|endoftext|>: nothing stands between documents", file=sys.stderr)
-    print(f"prepared {options.out} in {seconds:.1f} s ({rate})", file=sys.stderr)
+    print(f"prepared {out} in {seconds:.1f} s ({rate})", file=sys.stderr)
 
 
 @command

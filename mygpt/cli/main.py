@@ -24,6 +24,7 @@ usage: mygpt COMMAND [ARGUMENTS]
 
 Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
 
+  init TEXT... [--minutes 30]   look at a text, time this machine, and write a recipe that fits the time
   train RECIPE.toml|TEXT_FILE   train, with any recipe key as a flag (--steps 500)
   generate --checkpoint RUN     continue a prompt with a trained model
   compare A B                   whether two models or runs are the same, bit for bit
@@ -38,6 +39,7 @@ mygpt COMMAND --help tells more. On several devices: accelerate launch -m mygpt 
 """
 
 COMMANDS = {
+    "init": "init",
     "train": "train",
     "generate": "inspect",
     "compare": "inspect",

@@ -35,7 +35,7 @@ class DoctorOptions:
 def train(arguments: list[str]) -> None:
     with errors_reach_all_processes():
         recipe, options = parse_recipe(arguments, "mygpt train", TrainOptions)
-    _announce_threads(recipe)
+    announce_threads(recipe)
     from mygpt.training.train import train
 
     train(recipe, overwrite=options.overwrite, allow_changes=options.allow_changes)
@@ -46,14 +46,14 @@ def doctor(arguments: list[str]) -> None:
         arguments = ["quickstart", *arguments]  # whose corpus needs no download
     with errors_reach_all_processes():
         recipe, options = parse_recipe(arguments, "mygpt doctor", DoctorOptions)
-    _announce_threads(recipe)
+    announce_threads(recipe)
     from mygpt.checks.doctor import diagnose
 
     for line in diagnose(recipe, speed=options.speed):
         print(line, flush=True)
 
 
-def _announce_threads(recipe: Recipe) -> None:
+def announce_threads(recipe: Recipe) -> None:
     """Set the threads where torch finds them when it is imported; see `set_threads` in processes/machine.py."""
     if "torch" in sys.modules:
         return

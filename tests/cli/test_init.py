@@ -1,0 +1,105 @@
+"""`mygpt init` as a user calls it."""
+
+import gzip
+import shutil
+
+import pytest
+from support.runs import FLAGS
+
+from mygpt.planning import plan as planning
+from mygpt.recipe.files import load_recipe
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, text_file):
+    """A folder to work in, with text.txt, on a machine of which nothing has to be timed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "time_training", lambda recipe, task, guess: 10_000.0)
+    shutil.copy(text_file, "text.txt")
+    return tmp_path
+
+
+def test_text_becomes_a_recipe_that_trains(call, here):
+    """What it prints is what the recipe says in its comments."""
+    code, out, err = call("init", "text.txt", "--minutes", "5")
+    assert code == 0
+    assert out.startswith("text: ")
+    assert "wrote text.toml; train it with: mygpt train text.toml" in err
+    comments = (here / "text.toml").read_text()
+    assert comments.startswith("# Made by `mygpt init text.txt --minutes 5`")
+    assert all(line in comments for line in out.splitlines())
+    code, _, err = call("train", "text.toml", *FLAGS, "--warmup", "2", "--val-every", "3")
+    assert code == 0, err
+    assert load_recipe("checkpoints/text/recipe.toml").train.steps == 6
+
+
+def test_machine_is_timed(command, tmp_path, text_file):
+    """For real, in a new process."""
+    done = command("init", text_file, "--minutes", "5", "--out", "own.toml")
+    assert done.returncode == 0, done.stderr
+    assert "weights" in done.stdout
+    assert "tokens/s" in done.stderr
+    assert load_recipe(tmp_path / "own.toml").expected.expected_minutes <= 5
+
+
+def test_recipe_elsewhere_finds_the_text(call, here):
+    """A path in a recipe is relative to the recipe."""
+    (here / "recipes").mkdir()
+    assert call("init", "text.txt", "--out", "recipes/own.toml")[0] == 0
+    assert 'corpus = "../text.txt"' in (here / "recipes" / "own.toml").read_text()
+
+
+def test_named_corpus(call, here):
+    assert call("init", "python-docs", "--minutes", "1")[0] == 0
+    assert load_recipe("python-docs.toml").data.corpus == "python-docs"
+
+
+def test_several_texts_are_prepared_first(call, here):
+    """Beside the recipe, once: the message names the command that uses them."""
+    with gzip.open("more.txt.gz", "wb") as file:
+        file.write((here / "text.txt").read_bytes())
+    arguments = ("init", "text.txt", "more.txt.gz", "--out", "both.toml")
+    code, _, err = call(*arguments)
+    assert code == 0, err
+    assert "prepared both-tokens" in err
+    assert load_recipe("both.toml").data.corpus == "both-tokens"
+    assert call("train", "both.toml", *FLAGS, "--warmup", "2", "--val-every", "3")[0] == 0
+    (here / "both.toml").unlink()
+    code, _, err = call(*arguments)
+    assert (code, err) == (2, "mygpt: both-tokens: exists; use it with `mygpt init both-tokens`, or remove it\n")
+    assert call("init", "both-tokens", "--out", "both.toml")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected a text: mygpt init TEXT"),
+        (["absent.txt"], "absent.txt: no such source"),
+        (["short.txt"], "short.txt: has 5 bytes, expected at least 10,000"),
+        (["text.txt", "--minutes", "0"], "--minutes: got 0, expected a number above 0"),
+        (["text.txt", "--minutes", "nan"], "--minutes: got nan, expected a number above 0"),
+        (["text.txt", "--minutes", "0.001"], "--minutes 0.001: too short for 100 steps"),
+        (["text.txt", "--out", "own.txt"], "--out: got 'own.txt', expected a name that ends in .toml"),
+        (["text.txt", "--out", "there.toml"], "there.toml: exists"),
+        (["text.txt", "--out", "absent/own.toml"], "absent/own.toml: absent is not a folder"),
+    ],
+)
+def test_mistakes_cost_one_line(arguments, message, call, here):
+    """And nothing is written."""
+    (here / "short.txt").write_text("short")
+    (here / "there.toml").touch()
+    before = sorted(here.rglob("*"))
+    code, _, err = call("init", *arguments)
+    assert code == 2
+    assert err.splitlines()[-1].startswith(f"mygpt: {message}")
+    assert sorted(here.rglob("*")) == before
+
+
+def test_name_of_a_text_cannot_end_the_comment(call, here):
+    """It would be read as a recipe."""
+    name = "a\n[train]\nsteps = 7\n.txt"
+    (here / name).write_bytes((here / "text.txt").read_bytes())
+    assert call("init", name, "--out", "own.toml")[0] == 0
+    recipe = load_recipe("own.toml")
+    assert recipe.train.steps != 7
+    assert recipe.data.corpus == name
