@@ -13,13 +13,16 @@ Command = Callable[[list[str]], int | None]
 """Takes the arguments after the command's name, and returns the exit code; None: 0."""
 
 
-def command(function: Callable[[Any], int | None]) -> Command:
-    """Make a command of a function of `options`, a dataclass whose fields are the flags. Docstrings are the help."""
+def command(function: Callable[[Any], int | None], group: str = "mygpt") -> Command:
+    """Make a command of a function of `options`, a dataclass whose fields are the flags. Docstrings are the help.
+
+    `group` is what is typed before the function's name.
+    """
 
     def run(arguments: list[str]) -> int | None:
         from mygpt.recipe.flags import parse_options
 
-        kind, prog = function.__annotations__["options"], f"mygpt {function.__name__}"
+        kind, prog = function.__annotations__["options"], f"{group} {function.__name__}"
         return function(parse_options(kind, arguments, prog, function.__doc__ or ""))
 
     return run

@@ -3,13 +3,14 @@
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from mygpt.cli.command import command, dispatch
-from mygpt.errors import InterruptedRunError, MygptError
+from mygpt.errors import CorpusDiskError, InterruptedRunError, MygptError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +24,9 @@ usage: mygpt data prepare SOURCE... --out DIR   tokenize texts of any size for t
 
 mygpt data COMMAND --help tells more.
 """
+
+
+data_command = partial(command, group="mygpt data")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class InfoOptions:
     """A prepared corpus."""
 
 
-@command
+@data_command
 def prepare(options: PrepareOptions) -> None:
     """Tokenize texts of any size; the same command continues one that was killed."""
     from mygpt.data.prepare import TokenizerChoice
@@ -87,7 +91,7 @@ def prepare_with_bar(sources: "Sequence[Path]", out: Path, choice: "TokenizerCho
     print(f"prepared {out} in {seconds:.1f} s ({rate})", file=sys.stderr)
 
 
-@command
+@data_command
 def info(options: InfoOptions) -> None:
     """Describe a prepared corpus."""
     from mygpt.data.prepared import open_prepared
@@ -99,7 +103,10 @@ def _description(corpus: "Prepared") -> list[str]:
     from mygpt.data.tokenizer import describe_tokenizer
 
     manifest = corpus.manifest
-    sample = corpus.tokenizer.decode(corpus.tokens[:60].tolist())
+    try:
+        sample = corpus.tokenizer.decode(corpus.tokens[:60].tolist())
+    except IndexError as error:
+        raise CorpusDiskError(f"{corpus.file}: damaged: {error}; prepare it again") from None
     values = {
         "tokens": f"{manifest.tokens:,} ({manifest.dtype})",
         "documents": f"{manifest.documents:,}",

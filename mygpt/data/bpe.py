@@ -25,13 +25,28 @@ PIECE = 1 << 16
 BATCH = 32
 """Pieces encoded at a time: the library takes hundreds of bytes of memory for each token."""
 
-CONTEXT = 64
+CONTEXT = 256
 """Characters to either side of a place by which is decided whether a text may be cut there."""
 
-SPACE = re.compile(r"\s+")
+SPACE = re.compile(r"[^\S\x1c-\x1f]+")
+"""White space as the library has it: Python counts four control characters more."""
+
+MAX_SPACE = CONTEXT // 2
+"""White space of more characters is not cut at, since the context would not show where it begins and ends."""
 
 MAX_PIECE = 1 << 20
 """Characters after which a text that has no place to cut is cut all the same, to bound memory."""
+
+MAX_VOCAB_SIZE = 1 << 20
+"""Tokens of an encoding that is trained here: the library takes memory for all of them at once."""
+
+MAX_ID = 1 << 24
+"""The largest id of a token: the table of tokens has a place for each smaller one, too."""
+
+MAX_WORD = 1 << 10
+"""Characters without white space of which an encoding is trained as a whole: time grows with the square of a word."""
+
+LONG_WORD = re.compile(rf"\S{{{MAX_WORD + 1},}}")
 
 MIN_FREQUENCY = 2
 """How often a pair must occur to become a token: a token that occurs once saves nothing."""
@@ -57,7 +72,11 @@ class BPETokenizer(Tokenizer):
     def __init__(self, json_text: str, name: str):
         kind = _library().Tokenizer
         try:
+            self._settings = json.loads(json_text)
+            _check_settings(self._settings, name)
             self._tokenizer = kind.from_str(json_text)
+        except TokenizerError:
+            raise
         except Exception as error:  # the library raises no narrower class
             raise TokenizerError(f"{name}: not a tokenizer.json: {error}") from None
         # What the file adds around and cuts off a text is for other uses; in a text, names of special tokens are text.
@@ -65,7 +84,6 @@ class BPETokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
         self.metadata = BPEMetadata(json_text=json_text)
-        self._settings = json.loads(json_text)
         self._added = self._settings.get("added_tokens") or []
         self._special = {token["content"]: token["id"] for token in self._added if token.get("special")}
         self.end_of_text = self._special.get(END_OF_TEXT)
@@ -94,32 +112,56 @@ class BPETokenizer(Tokenizer):
         while batch := list(islice(pieces, BATCH)):
             encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             parts += [np.array(encoding.ids, dtype=self._id_type) for encoding in encodings]
-        return np.concatenate(parts)
+        ids = np.concatenate(parts)
+        if (got := self.byte_lengths[ids].sum()) != (size := len(text.encode())):
+            raise TokenizerError(f"{name}: its {size:,} bytes have become tokens of {got:,}: it changes texts")
+        return ids
 
     def cut(self, text: str) -> Iterator[str]:
         if self._tokenizer.pre_tokenizer is None:  # then a token may span any two characters
             return iter([text])
-        return cut(text, self._ids)
+        return cut(text, self._words_and_ids)
 
-    def _ids(self, text: str) -> list[int]:
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    def _words_and_ids(self, text: str) -> tuple[list[str], list[int]]:
+        words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return words, self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _vocab_size(self) -> int:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def _check(self, name: str) -> None:
-        model = self._settings["model"]
-        is_bpe = model.get("type") == "BPE" or (model.get("type") is None and "merges" in model)
-        if not is_bpe or not set(_byte_characters().values()) <= model["vocab"].keys():
-            kind = "a byte-level BPE, with all 256 bytes in its vocabulary, as GPT-2's"
-            raise TokenizerError(f"{name}: got a tokenizer of another kind, expected {kind}")
-        if model.get("dropout"):
-            raise TokenizerError(f"{name}: its dropout gives other ids each time; remove it")
-        ids = self.encode(PROBE)
+        ids = self._tokenizer.encode_batch_fast([PROBE], add_special_tokens=False)[0].ids
         if b"".join(self.tokens[token] for token in ids) != PROBE.encode():
-            raise TokenizerError(
-                f"{name}: changes the text (its normalizer, or a space that it adds); expected one that does not"
-            )
+            raise TokenizerError(f"{name}: changes texts, as by a space that it adds; expected one that does not")
+
+
+def _check_settings(settings: Any, name: str) -> None:
+    """Refuse what no byte-level encoding has, or what makes one change texts.
+
+    Raises:
+        TokenizerError: the tokenizer.json, called `name`, has it.
+    """
+    model = settings["model"]
+    is_bpe = model.get("type") == "BPE" or (model.get("type") is None and "merges" in model)
+    has_bytes = is_bpe and set(_byte_characters().values()) <= model["vocab"].keys()
+    if not has_bytes or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        kind = "a byte-level BPE, with all 256 bytes in its vocabulary, as GPT-2's"
+        raise TokenizerError(f"{name}: got a tokenizer of another kind, expected {kind}")
+    if model.get("dropout"):
+        raise TokenizerError(f"{name}: its dropout gives other ids each time; remove it")
+    if settings.get("normalizer"):
+        raise TokenizerError(f"{name}: changes texts by its normalizer; remove it")
+    if '"removed"' in json.dumps(settings.get("pre_tokenizer")).lower():
+        raise TokenizerError(f"{name}: changes texts by its pre_tokenizer, which removes what it splits at")
+    added = settings.get("added_tokens") or []
+    for token in added:
+        if not token.get("special") and (token.get("lstrip") or token.get("rstrip")):
+            raise TokenizerError(f"{name}: changes texts: its token {token['content']!r} takes away space beside it")
+    if (largest := max([*model["vocab"].values(), *(token["id"] for token in added)])) > MAX_ID:
+        raise TokenizerError(f"{name}: has a token with the id {largest}, expected at most {MAX_ID}")
+    own = {token["id"]: token["content"] for token in added}
+    if clash := next((text for text, number in model["vocab"].items() if own.get(number, text) != text), None):
+        raise TokenizerError(f"{name}: the id {model['vocab'][clash]} has two tokens: {clash!r} and an added one")
 
 
 def read_tokenizer(path: Path) -> BPETokenizer:
@@ -144,6 +186,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     alphabet = sorted(_byte_characters().values())
     if vocab_size < len(alphabet) + 1:
         raise TokenizerError(f"vocab_size: got {vocab_size}, expected at least 257: all bytes and {END_OF_TEXT}")
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise TokenizerError(f"vocab_size: got {vocab_size}, expected at most {MAX_VOCAB_SIZE}")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = _gpt2_words()
     tokenizer.decoder = library.decoders.ByteLevel()
@@ -154,7 +198,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece for text in texts for piece in cut_words(text)), trainer)
+    pieces = (piece for text in texts for piece in cut_words(text))
+    tokenizer.train_from_iterator((part for piece in pieces for part in _without_long_words(piece)), trainer)
     if (got := tokenizer.get_vocab_size()) < vocab_size:
         raise TokenizerError(f"vocab_size: got {vocab_size}, and the text allows {got}: lower it, or give more text")
     return BPETokenizer(tokenizer.to_str(), name="tokenizer")
@@ -221,31 +266,48 @@ def _join(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]:
 def cut_words(text: str) -> Iterator[str]:
     """As `cut`, of words as in GPT-2."""
     words = _gpt2_words()
-    return cut(text, lambda part: [word for word, _ in words.pre_tokenize_str(part)])
+    return cut(text, lambda part: ([word for word, _ in words.pre_tokenize_str(part)],))
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text in pieces, of which none has more than `MAX_WORD` characters without white space."""
+    start = 0
+    for word in LONG_WORD.finditer(text):
+        for end in range(word.start() + MAX_WORD, word.end(), MAX_WORD):
+            yield text[start:end]
+            start = end
+    yield text[start:]
 
 
 def _gpt2_words() -> Any:
     return _library().pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
-def cut(text: str, parse: Callable[[str], list[Any]], size: int | None = None) -> Iterator[str]:
+def cut(text: str, parse: Callable[[str], Sequence[list[Any]]], size: int | None = None) -> Iterator[str]:
     """The text in pieces of at least `size` characters (None: `PIECE`), whose tokens, joined, are those of the whole.
 
-    A text is cut before or after white space, where `parse`, which gives the tokens or the words of a short text, finds
-    the same in the parts as in the whole; `CONTEXT` characters to either side decide. Where there is no such place for
-    `MAX_PIECE` characters, as in a text without spaces, it is cut there, and one token may become two. Only the last
-    piece depends on where the text ends, so that a longer text is cut at the same places.
+    A text is cut before or after white space, where `parse`, which gives the words and the tokens of a short text,
+    finds the same in the parts as in the whole; `CONTEXT` characters to either side decide. Where there is no such
+    place for `MAX_PIECE` characters, as in a text without spaces, it is cut there, and one token may become two. Only
+    the last piece depends on where the text ends, so that a longer text is cut at the same places.
     """
     size, start = size or PIECE, 0
 
     def may_end(at: int) -> bool:
         before, after = text[max(start, at - CONTEXT) : at], text[at : at + CONTEXT]
-        return parse(before + after) == parse(before) + parse(after)
+        parts = zip(parse(before + after), parse(before), parse(after), strict=True)
+        return all(whole == first + second for whole, first, second in parts)
+
+    def places(first: int, last: int) -> Iterator[int]:
+        for space in SPACE.finditer(text, first, last):
+            start, end = space.span()
+            is_whole = end < last and not (start == first and SPACE.match(text[first - 1]))
+            if is_whole and end - start <= MAX_SPACE:
+                yield from (start, end)
 
     while len(text) - start > size + CONTEXT:
         last = min(len(text) - CONTEXT, start + size + MAX_PIECE)
-        ends = (at for space in SPACE.finditer(text, start + size, last) for at in space.span() if at < last)
-        end = next(filter(may_end, ends), None)
+        end = next(filter(may_end, places(start + size, last)), None)
         if end is None:
             if last < start + size + MAX_PIECE:
                 break  # the text may go on

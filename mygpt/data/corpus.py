@@ -88,7 +88,7 @@ def _python_docs() -> Corpus:
 
 def _read_text(path: Path) -> Corpus:
     names = ", ".join(NAMED_CORPORA)
-    missing = f"no such text file; expected --corpus to be a path or one of: {names}"
+    missing = f"no such text file; expected the path of a text, or one of: {names}"
     raw = read_file(path, CorpusError, expected="a text file", missing=missing)
     text = decode_utf8(raw, path, CorpusError, remedy="; convert it to UTF-8")
     if not text:

@@ -58,11 +58,11 @@ def load_dataset(table: DataTable, seq_len: int, *, verify: bool = True) -> Data
     """
     if is_prepared(table.corpus):
         return _load_prepared(table, seq_len, verify=verify)
+    corpus = load_corpus(table.corpus)
     if table.hold_out == "documents":
         raise CorpusError(
             f'hold_out: got "documents", and {table.corpus} is one text; prepare it with `mygpt data prepare`'
         )
-    corpus = load_corpus(table.corpus)
     tokenizer = make_tokenizer(table, corpus.text)
     if tokenizer.vocab_size < 2:
         raise CorpusError(f"{table.corpus}: has a single distinct character; expected a text to learn from")

@@ -52,6 +52,11 @@ BATCH = 1 << 20
 PIECE_COST = 64
 """What a document adds to the size of a batch beside its characters, so that many empty ones make a batch, too."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRONG_PLACE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG),
+)
+"""Of a folder that cannot be made where the user wants it."""
 MAX_SAMPLE = 1 << 26
 """Characters of the text on which a byte-pair encoding is trained; the library needs some thirty times their memory."""
 SYNC_SECONDS = 1.0
@@ -85,6 +90,7 @@ class Encoded(NamedTuple):
     ids: npt.NDArray[np.integer] | None
     """None: the file has them already."""
     ids_sha256: str
+    """See `_ids_sha256`."""
     tokens: int
     documents: int
     text_bytes: int
@@ -114,9 +120,11 @@ def prepare(
         CorpusDiskError: the disk refused it.
         TokenizerError: the tokenizer cannot be made.
     """
+    out = Path(os.path.normpath(out))
     if os.path.lexists(out):
         raise CorpusError(f"{out}: exists; choose another --out, or remove it")
     partial = out.with_name(f".tmp-{out.name}")
+    missing = [parent for parent in out.parents if not os.path.lexists(parent)]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out):
@@ -129,10 +137,17 @@ def prepare(
                 _clear(partial)  # a mistake leaves nothing half-made
                 partial.rmdir()
                 raise
+    except MygptError:
+        for parent in missing:
+            with suppress(OSError):  # another command uses it
+                parent.rmdir()
+        raise
     except OSError as error:
+        text = f"{error.filename or partial}: {error.strerror or error}"
+        if error.errno in WRONG_PLACE:
+            raise CorpusError(f"{text}; choose another --out") from None
         advice = "make room, and the same command continues" if error.errno in NO_ROOM else "the same command continues"
-        text = f"{error.filename or partial}: {error.strerror or error}; {advice}"
-        raise CorpusDiskError(text) from None
+        raise CorpusDiskError(f"{text}; {advice}") from None
 
 
 def _prepare(
@@ -302,7 +317,14 @@ def encode_batch(tokenizer: Tokenizer, batch: TextBatch, sha256: str, dtype: np.
         if is_last and tokenizer.end_of_text is not None:
             parts.append(np.array([tokenizer.end_of_text], dtype=dtype))
     ids = np.concatenate(parts)
-    return Encoded(sha256, ids, hashlib.sha256(ids.data).hexdigest(), len(ids), documents, text_bytes)
+    return Encoded(sha256, ids, _ids_sha256(ids.data, documents, text_bytes), len(ids), documents, text_bytes)
+
+
+def _ids_sha256(ids: Any, documents: int, text_bytes: int) -> str:
+    """The hash of all that the journal says of a batch but of its text."""
+    digest = hashlib.sha256(b"%d,%d:" % (documents, text_bytes))
+    digest.update(ids)
+    return digest.hexdigest()
 
 
 def _write_tokens(
@@ -388,9 +410,10 @@ class _Journal:
             try:
                 entry = Encoded(ids=None, **json.loads(line))
                 ids = tokens_file.read(entry.tokens * token_bytes)
-            except (ValueError, TypeError):  # a line that was cut short
+                sha256 = _ids_sha256(ids, entry.documents, entry.text_bytes)
+            except (ValueError, TypeError, OverflowError):  # a line that was cut short, or damaged
                 break
-            if hashlib.sha256(ids).hexdigest() != entry.ids_sha256:
+            if sha256 != entry.ids_sha256:
                 break
             self.entries.append(entry)
             self._ends.append(self._ends[-1] + len(line))

@@ -55,9 +55,7 @@ def find_sources(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            files = sorted(
-                file for file in path.rglob("*") if file.is_file() and _kind(file) and not _hidden(file, path)
-            )
+            files = sorted(_files_in(path))
         elif path.exists():
             files = [path]
         else:
@@ -77,9 +75,19 @@ def is_plain(file: Path) -> bool:
     return file.suffix.lower() not in COMPRESSED and _kind(file) in (None, ".txt", ".text", ".md")
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    """Whether a file of a folder, or a folder in between, begins with a dot, as what mygpt is still writing."""
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _files_in(folder: Path) -> Iterator[Path]:
+    """The files of known endings in a folder and those in it, but for hidden ones, as what mygpt is still writing.
+
+    Links to folders are not followed: they may lead in a circle.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise CorpusError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(parent, name) for name in names if not name.startswith("."))
+        yield from (file for file in files if _kind(file) and file.is_file())
 
 
 def read_pieces(file: Path, field: str, done: list[Source]) -> Iterator[Piece]:
@@ -96,7 +104,8 @@ def read_pieces(file: Path, field: str, done: list[Source]) -> Iterator[Piece]:
         with file.open("rb") as raw:
             hashing = _Hashing(raw)
             if kind == ".parquet":
-                yield from _parquet(file, field)
+                yield from _parquet(file, raw, field)
+                raw.seek(0)
             elif kind in (".jsonl", ".ndjson"):
                 yield from _json_lines(file, _decompressed(file, hashing), field)
             else:
@@ -105,7 +114,9 @@ def read_pieces(file: Path, field: str, done: list[Source]) -> Iterator[Piece]:
                 pass
     except OSError as error:
         raise CorpusError(f"{file}: cannot be read: {error.strerror or error}") from None
-    done.append(Source(str(file), hashing.size, hashing.hash.hexdigest()))
+    # A name need not be UTF-8, as a manifest is.
+    name = os.fsencode(file).decode("utf-8", "backslashreplace")
+    done.append(Source(name, hashing.size, hashing.hash.hexdigest()))
 
 
 def _kind(file: Path) -> str | None:
@@ -174,6 +185,10 @@ def _zstd(file: Path, stream: IO[bytes]) -> Iterator[bytes]:
                 if decompressor.eof:  # another frame may follow
                     decompressor, frames = None, frames + 1
     except zstandard.ZstdError as error:
+        if "too much memory" in str(error):
+            raise CorpusError(f"{file}: needs over 128 MiB to be decompressed; compress it without --long") from None
+        if "Dictionary" in str(error):
+            raise CorpusError(f"{file}: was compressed with a dictionary; compress it without") from None
         raise CorpusError(f"{file}: damaged zstd: {error}") from None
     if decompressor is not None or not frames:
         raise CorpusError(f"{file}: damaged zstd: it ends too early")
@@ -206,7 +221,11 @@ def _json_lines(file: Path, blocks: Iterable[bytes], field: str) -> Iterator[Pie
     def document(line: bytes) -> Piece:
         try:
             text = json.loads(line)[field]
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except UnicodeDecodeError:
+            raise CorpusError(f"{file}: line {number}: not UTF-8; convert it to UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            raise CorpusError(f"{file}: line {number}: not JSON: {error}") from None
+        except (TypeError, KeyError):
             raise CorpusError(f"{file}: line {number}: no JSON object with a field {field!r}; see --field") from None
         return Piece(_checked(text, f"{file}: line {number}", field), is_last=True)
 
@@ -223,14 +242,14 @@ def _json_lines(file: Path, blocks: Iterable[bytes], field: str) -> Iterator[Pie
         yield document(whole)
 
 
-def _parquet(file: Path, field: str) -> Iterator[Piece]:
+def _parquet(file: Path, raw: IO[bytes], field: str) -> Iterator[Piece]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise CorpusError(f"{file}: .parquet needs pyarrow: pip install 'mygpt[text]'") from None
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        with pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as table:
             columns = table.schema_arrow.names
             if field not in columns:
                 raise CorpusError(f"{file}: has no column {field!r} but {', '.join(columns)}; see --field")

@@ -14,7 +14,7 @@ from mygpt.errors import CorpusError
 
 SAMPLE = 4_000_000
 """Characters that are looked at, in pieces from all over the text."""
-PIECES = 16
+PIECES = 64
 
 NGRAM = 5
 """Bytes: four and the one that follows."""

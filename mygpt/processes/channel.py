@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,7 @@ from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 from mygpt.compat import is_of_collective, open_store
 from mygpt.errors import LaunchError, LostProcessError, MygptError, PeerError
 from mygpt.processes.environment import Launched
+from mygpt.processes.signals import launcher_pid
 
 PROCESS_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others."""
@@ -149,8 +151,22 @@ def connect(launched: Launched) -> Iterator[Channel]:
 
 
 def _open_store() -> Store:
+    # In a thread, because torch waits for the launcher without looking at signals.
+    opening: Future[Store] = Future()
+
+    def connect_to_launcher() -> None:
+        try:
+            opening.set_result(next(open_store(timeout=PROCESS_TIMEOUT))[0])
+        except Exception as error:
+            opening.set_exception(error)
+
+    launcher = launcher_pid()
+    threading.Thread(target=connect_to_launcher, daemon=True).start()
+    while wait([opening], timeout=POLL_SECONDS).not_done:
+        if launcher not in (None, os.getppid()):
+            raise LostProcessError("the launcher has ended before the processes could meet; start it again")
     try:
-        store, _, _ = next(open_store(timeout=PROCESS_TIMEOUT))
+        store = opening.result()
     except (RuntimeError, ValueError) as error:
         raise LaunchError(f"{_store_address()}: the processes cannot meet: {str(error).splitlines()[0]}") from None
     store.set_timeout(timedelta(seconds=GRACE_SECONDS))

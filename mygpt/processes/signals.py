@@ -23,7 +23,7 @@ class StopRequest:
         """Whether the training loop looks at `pending`; if not, a signal ends the process."""
         self.signal: int | None = None
         self._received_at = 0.0
-        self._launcher = _launcher_pid()
+        self._launcher = launcher_pid()
 
     def pending(self) -> int:
         """The signal that asks to stop, SIGTERM if the launcher has ended without passing one on; 0: none."""
@@ -42,7 +42,7 @@ class StopRequest:
             os._exit(128 + number)
 
 
-def _launcher_pid() -> int | None:
+def launcher_pid() -> int | None:
     """The launcher that started this process; None: a parent that may end before the run, as a shell does."""
     if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         return None

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import random
 import sys
+import time
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -75,31 +78,43 @@ def test_names_of_special_tokens_are_text(trained):
     assert trained.byte_lengths[trained.end_of_text] == 0
 
 
+# Also with long runs of one character, and with white space that Python and the library count differently.
+TEXTS = st.lists(
+    st.text("ab1 .'!\n\r\té", max_size=60)
+    | st.builds(str.__mul__, st.sampled_from(" \n\u3000\x1cx1"), st.integers(1, 60)),
+    max_size=15,
+).map("".join)
+
+
 @pytest.mark.parametrize("words", [pre_tokenizers.ByteLevel(add_prefix_space=False), OTHER_WORDS])
-@given(st.text(st.sampled_from("ab1 .'!\n\r\té"), min_size=50, max_size=600), st.integers(0, 600))
-@settings(max_examples=100)
+@given(TEXTS, st.integers(0, 600))
+@settings(max_examples=200)
 def test_long_text_is_cut_where_it_changes_no_token(words, text, end):
     """The words of the pieces are those of the whole text; a text that goes on is cut at the same places."""
 
-    def parse(part):
+    def words_of(part):
         return [word for word, _ in words.pre_tokenize_str(part)]
 
-    pieces = list(cut(text, parse, size=20))
-    assert "".join(pieces) == text
-    assert all(len(piece) >= 20 for piece in pieces[:-1])
-    assert [word for piece in pieces for word in parse(piece)] == parse(text)
-    *first, rest = cut(text[:end], parse, size=20)
-    assert [*first, *cut(rest + text[end:], parse, size=20)] == pieces
+    def cut_small(text):
+        return list(cut(text, lambda part: (words_of(part),), size=20))
+
+    with patch.multiple(bpe, CONTEXT=32, MAX_SPACE=16):
+        pieces = cut_small(text)
+        assert "".join(pieces) == text
+        assert all(len(piece) >= 20 for piece in pieces[:-1])
+        assert [word for piece in pieces for word in words_of(piece)] == words_of(text)
+        *first, rest = cut_small(text[:end])
+        assert [*first, *cut_small(rest + text[end:])] == pieces
 
 
 def test_text_without_a_place_to_cut(trained, monkeypatch):
     """It is cut after so many characters, wherever the text that is known so far ends."""
     monkeypatch.setattr(bpe, "MAX_PIECE", 100)
     text = "international" * 50
-    pieces = list(cut(text, trained._ids, size=20))
+    pieces = list(cut(text, trained._words_and_ids, size=20))
     assert {len(piece) for piece in pieces[:-1]} == {120}
-    *first, rest = cut(text[:300], trained._ids, size=20)
-    assert [*first, *cut(rest + text[300:], trained._ids, size=20)] == pieces
+    *first, rest = cut(text[:300], trained._words_and_ids, size=20)
+    assert [*first, *cut(rest + text[300:], trained._words_and_ids, size=20)] == pieces
     assert trained.decode(trained.encode(text)) == text
 
 
@@ -144,6 +159,12 @@ def test_file_of_another_program(trained, tmp_path, text):
     assert read.fingerprint != trained.fingerprint
 
 
+ADDED = {"id": 400, "content": "<mask>", "special": False, "single_word": False, "normalized": False} | {
+    "lstrip": False,
+    "rstrip": False,
+}
+
+
 def changed(trained, **settings):
     values = json.loads(trained.metadata.json_text)
     model = settings.pop("model", {})
@@ -153,18 +174,24 @@ def changed(trained, **settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"normalizer": {"type": "Lowercase"}}, "t.json: changes the text"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}}, "changes texts by its"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
-         "t.json: changes the text"),
-        ({"model": {"dropout": 0.1}}, "t.json: its dropout gives other ids each time"),
-        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "t.json: not a tokenizer.json|kind"),
+         "changes texts, as by a space that it adds"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"String": "-"}, "behavior": "Removed", "invert": False}},
+         "changes texts by its pre_tokenizer"),
+        ({"added_tokens": [ADDED | {"lstrip": True}]}, "its token '<mask>' takes away space beside it"),
+        ({"added_tokens": [ADDED | {"id": 300}]}, "the id 300 has two tokens"),
+        ({"added_tokens": [ADDED | {"id": 3_000_000_000}]}, "has a token with the id 3000000000"),
+        ({"model": {"dropout": 0.1}}, "its dropout gives other ids each time"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "expected a byte-level BPE"),
+        ({"model": {"continuing_subword_prefix": "##"}}, "expected a byte-level BPE"),
     ],
-    ids=["normalizer", "prefix", "dropout", "word-level"],
+    ids=["normalizer", "prefix", "removed", "lstrip", "two", "large-id", "dropout", "word-level", "subword"],
 )  # fmt: skip
 @pytest.mark.fault(76)
 def test_encoding_that_cannot_be_trusted_is_refused(trained, settings, message):
     """One line that says why."""
-    with pytest.raises(TokenizerError, match=message):
+    with pytest.raises(TokenizerError, match=f"t.json: .*{message}"):
         BPETokenizer(changed(trained, **settings), name="t.json")
 
 
@@ -180,6 +207,37 @@ def test_mistakes_are_named(tmp_path, trained):
         train_bpe([WORDS], 256)
     with pytest.raises(TokenizerError, match=r"vocab_size: got 1000, and the text allows 2\d\d: lower it"):
         train_bpe([WORDS], 1000)
+
+
+def test_tokenizer_that_loses_text_is_found_out(trained, monkeypatch):
+    """Whatever in its file does it: the bytes of the tokens are those of the text."""
+    monkeypatch.setitem(trained.__dict__, "byte_lengths", np.zeros(trained.vocab_size, dtype=np.int64))
+    with pytest.raises(TokenizerError, match="text: its 3 bytes have become tokens of 0: it changes texts"):
+        trained.encode("abc")
+
+
+def test_text_without_white_space_is_trained_on():
+    """In time that grows with the text, and not with its square."""
+    text = "".join(random.Random(0).choices("ACGT", k=300_000))
+    started_at = time.perf_counter()
+    assert train_bpe([text], 300).vocab_size == 300
+    assert time.perf_counter() - started_at < 20  # it was 20 in one piece of 300,000
+
+
+def test_vocabulary_has_a_largest_size():
+    """The library would take memory for all of it at once."""
+    with pytest.raises(TokenizerError, match="vocab_size: got 4000000000, expected at most 1048576"):
+        train_bpe([WORDS], 4_000_000_000)
+
+
+def test_columns_of_a_table_are_cut_right(trained, monkeypatch):
+    """Between them are long runs of white space."""
+    monkeypatch.setattr(bpe, "PIECE", 1000)
+    chance = random.Random(0)
+    rows = (f"{chance.choice(WORDS.split())}{' ' * chance.choice([1, 40, 128, 129, 600])}12.50\n" for _ in range(2000))
+    text = "".join(rows)
+    expected = trained._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    assert trained.encode(text).tolist() == expected
 
 
 def test_missing_packages_are_named(monkeypatch, trained):
