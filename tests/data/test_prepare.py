@@ -208,6 +208,8 @@ def test_source_that_changes_in_between_is_read_anew(tmp_path, small):
         ("a.parquet", b"no parquet", r"a\.parquet: damaged Parquet: "),
         ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"a\.jsonl: line 2: 'text' is int, expected text; see --field"),
         ("a.jsonl", b'{"text": "a"}\n\n[1]', r"a\.jsonl: line 3: no JSON object with a field 'text'"),
+        ("a.jsonl", b'{"text": "a"\n', r"a\.jsonl: line 1: not JSON: Expecting"),
+        ("a.jsonl", b'{"text": "a\xff"}\n', r"a\.jsonl: line 1: not UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl: line 1: 'text' has half of a surrogate pair"),
     ],
 )
@@ -225,6 +227,67 @@ def test_bad_source_costs_one_line_and_leaves_nothing(tmp_path, small, name, con
         prepare(files, tmp_path / "out", KINDS["byte"])
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {file.name for file in files}
+
+
+@pytest.mark.fault(75)
+def test_damage_in_parquet_is_found_by_its_checksums(tmp_path):
+    """Where the file has them: the damaged text would be as good as any."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    table, file = pyarrow.table({"text": [f"text {number}." for number in range(100)]}), tmp_path / "a.parquet"
+    settings = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    pyarrow.parquet.write_table(table, file, **settings)
+    flip(file, file.read_bytes().index(b"text 50."))
+    with pytest.raises(CorpusError, match=r"a\.parquet: damaged Parquet: .*CRC"):
+        prepare([file], tmp_path / "out", KINDS["byte"])
+
+
+@pytest.mark.fault(75)
+def test_zstd_files_that_need_more_than_there_is(tmp_path):
+    """Memory for a long window, or a dictionary: they are not damaged."""
+    zstandard = pytest.importorskip("zstandard", reason="needs zstandard")
+    text = b"some text " * 1000
+    long = zstandard.ZstdCompressionParameters.from_level(3, window_log=30, enable_ldm=True)
+    dictionary = zstandard.train_dictionary(500, [b"some text %d " % number * 9 for number in range(200)])
+    for settings, message in (
+        ({"compression_params": long}, "needs over 128 MiB to be decompressed; compress it without --long"),
+        ({"dict_data": dictionary}, "was compressed with a dictionary"),
+    ):
+        stream = zstandard.ZstdCompressor(**settings).compressobj()  # which does not know the size
+        (tmp_path / "a.zst").write_bytes(stream.compress(text) + stream.flush())
+        with pytest.raises(CorpusError, match=f"a.zst: {message}"):
+            prepare([tmp_path / "a.zst"], tmp_path / "out", KINDS["byte"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs a user who is not root")
+@pytest.mark.fault(75)
+def test_folder_that_cannot_be_read_is_not_left_out(tmp_path):
+    """Its texts would be missing, and nobody would know."""
+    (tmp_path / "texts" / "locked").mkdir(parents=True)
+    (tmp_path / "texts" / "locked").chmod(0)
+    with pytest.raises(CorpusError, match="locked: cannot be read: Permission denied"):
+        find_sources([str(tmp_path / "texts")])
+
+
+def test_name_of_a_source_need_not_be_utf_8(tmp_path):
+    """The manifest, which is, has its other bytes escaped."""
+    file = tmp_path / os.fsdecode(b"bad\xff.txt")
+    file.write_text("some text")
+    manifest = prepare(find_sources([str(tmp_path)]), tmp_path / "out", KINDS["byte"])
+    assert manifest.sources[0].path == f"{tmp_path}/bad\\xff.txt"
+    assert open_prepared(tmp_path / "out").manifest == manifest
+
+
+@pytest.mark.parametrize("out", ["a.txt/x", "x" * 300, "new/folder/x"])
+def test_mistake_makes_no_folder(tmp_path, out):
+    """Nor does a place where none can be made; other places are what helps, and not the same command."""
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "b.txt").write_bytes(b"\0")
+    with pytest.raises(CorpusError, match=r"choose another --out|not a text"):
+        prepare([tmp_path / "b.txt"], tmp_path / out, KINDS["byte"])
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt"}
 
 
 @pytest.mark.fault(75)
@@ -306,13 +369,16 @@ def test_tokens_that_the_disk_has_lost_are_made_again(tmp_path, small):
     """The journal alone is not believed: a hole would be read as tokens of number 0."""
     (tmp_path / "a.txt").write_text("some text " * 500)
     prepare([tmp_path / "a.txt"], tmp_path / "whole", KINDS["char"])
-    for damage in ("truncate", "flip", "remove"):
+    for damage in ("truncate", "flip", "remove", "journal"):
         prepare_and_die(10, [tmp_path / "a.txt"], tmp_path / damage, KINDS["char"])
         tokens = tmp_path / f".tmp-{damage}" / "tokens.safetensors"
         if damage == "truncate":
             os.truncate(tokens, 300)
         elif damage == "flip":
             flip(tokens, 300)
+        elif damage == "journal":
+            journal = tokens.with_name("journal.jsonl")
+            journal.write_text(journal.read_text().replace('"documents": 0', '"documents": 7', 1))
         else:
             tokens.unlink()
         prepare([tmp_path / "a.txt"], tmp_path / damage, KINDS["char"])
@@ -560,11 +626,19 @@ def test_command_prepares_describes_and_trains(tmp_path, call, text_file):
             ["prepare", text_file, "--tokenizer", "byte", "--vocab-size", 9, "--out", tmp_path / "x"],
             "--vocab-size: only",
         ),
+        (["prepare", "--out", tmp_path / "x"], "expected a source"),
+        (["prepare", text_file], "mygpt data prepare --help"),
         (["info", tmp_path], "manifest.json: missing"),
     ):
         code, _, err = call("data", *arguments)
         assert code == 2
         assert message in err
+    tokens = bytearray((out / "tokens.safetensors").read_bytes())
+    tokens[256:258] = b"\xff\x7f"
+    (out / "tokens.safetensors").write_bytes(tokens)
+    code, _, err = call("data", "info", out)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "tokens.safetensors: damaged: token id 32767: expected 0 to 256" in err
 
 
 def test_run_in_epochs_by_documents_continues_to_the_same_bytes(tiny, tmp_path, monkeypatch):

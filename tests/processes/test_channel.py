@@ -105,6 +105,18 @@ def test_process_with_more_to_do_is_waited_for_longer(monkeypatch):
     assert patient == [{"node": "node0"}, {"node": "node1"}]
 
 
+@pytest.mark.fault(13)
+def test_process_whose_launcher_ends_before_they_meet(monkeypatch):
+    """torch would wait ten minutes for it, deaf to signals."""
+    parents = iter([1, 1, 2])
+    monkeypatch.setattr(channel, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(channel, "launcher_pid", lambda: 1)
+    monkeypatch.setattr(channel.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(channel, "open_store", lambda **_: time.sleep(1) or iter([]))
+    with pytest.raises(LostProcessError, match="the launcher has ended before the processes could meet"):
+        channel._open_store()
+
+
 LIKE_A_LOST_PROCESS = [
     RuntimeError("tracker: [Errno 32] Broken pipe"),
     RuntimeError("upload failed: Connection reset by peer"),
