@@ -1,8 +1,10 @@
 """The command that writes a recipe for a text and a time: `mygpt init`."""
 
 import os
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +12,12 @@ from tyro.conf import Positional
 
 from mygpt.cli.command import command
 from mygpt.cli.train import announce_threads
-from mygpt.errors import CorpusError, MygptError
+from mygpt.errors import CorpusError, MygptError, TokenizerError
 from mygpt.recipe.tables import NAMED_CORPORA, Recipe
 
 LARGE = 256_000_000
 """Bytes of a text file from which it is prepared, and not read into memory by each run."""
+MOST_MINUTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -35,39 +38,65 @@ def init(options: InitOptions) -> None:
     """Look at a text, time this machine for some seconds, and write a recipe for it, with the reasons."""
     if not options.texts:
         raise MygptError("expected a text: mygpt init TEXT")
-    out = options.out or Path(f"{Path(options.texts[0]).stem}.toml")
-    if not 0 < options.minutes < 1e6:
-        raise MygptError(f"--minutes: got {options.minutes:g}, expected a number above 0")
+    if not 0 < options.minutes <= MOST_MINUTES:
+        raise MygptError(f"--minutes: got {options.minutes:g}, expected a number above 0, and at most {MOST_MINUTES:,}")
+    out = options.out or _default_out(options.texts)
+    _check_out(out)
+    announce_threads(Recipe())
+    from mygpt.planning.plan import choose
+    from mygpt.planning.text import look_at
+    from mygpt.planning.write import recipe_text, summary
+
+    corpus, is_prepared = _find_corpus(options, out)
+    plan = choose(look_at(corpus, is_prepared=is_prepared), options.minutes, _note)
+    text = recipe_text(plan, _made_by(options), out.parent)
+    with out.open("x", encoding="utf-8") as file:
+        file.write(text)
+    print("\n".join(summary(plan)))
+    _note(f"wrote {out}; train it with: {shlex.join(['mygpt', 'train', str(out)])}")
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _default_out(texts: Sequence[str]) -> Path:
+    """The name of the only text, without its endings, as a recipe here."""
+    name = re.sub(r"(\.\w+)?(\.gz|\.zst)?$", "", os.path.basename(os.path.abspath(texts[0])))
+    if len(texts) > 1 or not name or set(name) & set("*?["):
+        raise MygptError("name the recipe to write: --out NAME.toml")
+    return Path(f"{name}.toml")
+
+
+def _check_out(out: Path) -> None:
+    """See that the recipe can be written, before some seconds of work.
+
+    Raises:
+        MygptError: it cannot, and why.
+    """
     if out.suffix != ".toml":
         raise MygptError(f"--out: got {str(out)!r}, expected a name that ends in .toml")
     if not out.parent.is_dir():
         raise MygptError(f"{out}: {out.parent} is not a folder; make it, or choose another --out")
     if os.path.lexists(out):
         raise MygptError(f"{out}: exists; choose another --out, or remove it")
-    announce_threads(Recipe())
-    from mygpt.planning.plan import choose
-    from mygpt.planning.text import look_at, tokenizer_keys
-    from mygpt.planning.write import recipe_text, summary
-
-    corpus, is_prepared = _corpus(options, out)
-    text = look_at(corpus, is_prepared=is_prepared)
-    keys = {} if is_prepared else tokenizer_keys(text.bytes, text.sample)
-    plan = choose(text, options.minutes, keys, lambda line: print(line, file=sys.stderr, flush=True))
-    made_by = shlex.join(["mygpt", "init", *options.texts, "--minutes", f"{options.minutes:g}"])
-    with out.open("x", encoding="utf-8") as file:
-        file.write(recipe_text(plan, made_by, out.parent))
-    print("\n".join(summary(plan)))
-    print(f"wrote {out}; train it with: {shlex.join(['mygpt', 'train', str(out)])}", file=sys.stderr)
+    out.touch(exist_ok=False)
+    out.unlink()
 
 
-def _corpus(options: InitOptions, out: Path) -> tuple[str, bool]:
+def _made_by(options: InitOptions) -> str:
+    default = InitOptions(())
+    words = ["mygpt", "init", *options.texts, "--minutes", f"{options.minutes:g}"]
+    words += ["--out", str(options.out)] if options.out else []
+    words += ["--field", options.field] if options.field != default.field else []
+    return shlex.join(words)
+
+
+def _find_corpus(options: InitOptions, out: Path) -> tuple[str, bool]:
     """The corpus that the recipe will name, and whether it is prepared, which is done here if need be."""
-    from mygpt.cli.data import prepare_with_bar
     from mygpt.data.dataset import is_prepared
-    from mygpt.data.prepare import TokenizerChoice
     from mygpt.data.prepared import MANIFEST_FILE
-    from mygpt.data.sources import find_sources, is_plain
-    from mygpt.planning.text import tokenizer_keys
+    from mygpt.data.sources import find_sources, is_plain, name_in_manifest
 
     name = options.texts[0]
     if len(options.texts) == 1:
@@ -76,13 +105,40 @@ def _corpus(options: InitOptions, out: Path) -> tuple[str, bool]:
         if name in NAMED_CORPORA:
             return name, False
     sources = find_sources(options.texts)
-    size = sum(source.stat().st_size for source in sources)
-    if len(sources) == 1 and is_plain(sources[0]) and size < LARGE:
-        return str(sources[0]), False
+    if len(sources) == 1 and is_plain(sources[0]) and sources[0].stat().st_size < LARGE:
+        path = str(sources[0])
+        if name_in_manifest(sources[0]) != path:
+            raise CorpusError(f"{path}: its name is not UTF-8, as a recipe is; rename it")
+        return f"./{path}" if path in NAMED_CORPORA else path, False
     folder = out.with_name(f"{out.stem}-tokens")
-    if os.path.lexists(folder):
-        raise CorpusError(f"{folder}: exists; use it with `mygpt init {shlex.quote(str(folder))}`, or remove it")
-    keys = tokenizer_keys(size)
-    choice = TokenizerChoice(keys["tokenizer"], keys.get("vocab_size", 0), None)
-    prepare_with_bar(sources, folder, choice, options.field)
+    _prepare(sources, folder, options.field)
     return str(folder), True
+
+
+def _prepare(sources: Sequence[Path], folder: Path, field: str) -> None:
+    """Prepare the sources, unless that was done before.
+
+    Raises:
+        CorpusError: the folder has something else, or a source cannot be read.
+    """
+    from mygpt.cli.data import prepare_with_bar
+    from mygpt.data.prepare import TokenizerChoice
+    from mygpt.data.prepared import read_manifest
+    from mygpt.data.sources import name_in_manifest, read_pieces
+    from mygpt.planning.text import ENOUGH_FOR_PAIRS, tokenizer_keys
+
+    if os.path.lexists(folder):
+        if [source.path for source in read_manifest(folder).sources] != [name_in_manifest(file) for file in sources]:
+            raise CorpusError(f"{folder}: was prepared from other texts; remove it, or choose another --out")
+        return _note(f"{folder} is prepared already")
+    size = 0
+    for source in sources:
+        for piece in read_pieces(source, field, []):
+            size += len(piece.text.encode())
+            if size >= ENOUGH_FOR_PAIRS:
+                break
+    keys = tokenizer_keys(size)
+    try:
+        prepare_with_bar(sources, folder, TokenizerChoice(keys["tokenizer"], keys.get("vocab_size", 0), None), field)
+    except TokenizerError:  # too few pairs recur
+        prepare_with_bar(sources, folder, TokenizerChoice("byte", 0, None), field)

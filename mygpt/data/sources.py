@@ -114,9 +114,12 @@ def read_pieces(file: Path, field: str, done: list[Source]) -> Iterator[Piece]:
                 pass
     except OSError as error:
         raise CorpusError(f"{file}: cannot be read: {error.strerror or error}") from None
-    # A name need not be UTF-8, as a manifest is.
-    name = os.fsencode(file).decode("utf-8", "backslashreplace")
-    done.append(Source(name, hashing.size, hashing.hash.hexdigest()))
+    done.append(Source(name_in_manifest(file), hashing.size, hashing.hash.hexdigest()))
+
+
+def name_in_manifest(file: Path) -> str:
+    """The file's path in UTF-8, with other bytes escaped."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
 def _kind(file: Path) -> str | None:

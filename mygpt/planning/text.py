@@ -1,6 +1,7 @@
-"""Looks at a text that is to be trained on: its size, a sample, and how well an n-gram model predicts it."""
+"""Looks at a text that is to be trained on: its size, its tokens, and how hard it is to predict."""
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,25 +9,29 @@ import numpy as np
 import numpy.typing as npt
 
 from mygpt.data.corpus import load_corpus
-from mygpt.data.prepared import Prepared, open_prepared
+from mygpt.data.dataset import make_tokenizer
+from mygpt.data.prepared import open_prepared
 from mygpt.data.tokenizer import DEFAULT_VOCAB_SIZE, Tokenizer
-from mygpt.errors import CorpusError
+from mygpt.errors import CorpusError, TokenizerError
+from mygpt.recipe.tables import Recipe
 
 SAMPLE = 4_000_000
-"""Characters that are looked at, in pieces from all over the text."""
+"""Characters, or tokens of a prepared corpus, that are looked at."""
 PIECES = 64
+"""From all over a text that is longer: its parts may be of different kinds."""
 
-NGRAM = 5
-"""Bytes: four and the one that follows."""
+NGRAM = 4
+"""Bytes: three and the one that follows."""
 NGRAM_FIT, NGRAM_TEST = 900_000, 100_000
-"""Bytes to fit and to test the n-gram model with, at most."""
+"""Most bytes to fit and to test the n-gram model with."""
 
-TO_LEARN_MERGES = 100_000
+ENOUGH_FOR_PAIRS = 100_000
 """Bytes of text from which its byte pairs are worth learning."""
 MOST_CHARACTERS = 256
 """Distinct ones, up to which characters are the tokens of a short text, and else bytes."""
 
 LEAST_BYTES = 10_000
+LEAST_TOKENS = 2_000
 """A text with fewer has nothing to hold out."""
 
 
@@ -35,46 +40,74 @@ class Text(NamedTuple):
 
     corpus: str
     """The recipe's key: a named corpus, a file or a prepared folder."""
+    tokenizer_keys: dict[str, Any]
+    """The recipe's keys for the tokenizer; a prepared corpus needs none."""
+    tokenizer: Tokenizer
     bytes: int
-    sample: str
-    """Pieces from all over the text; a short text as it is."""
-    bits_per_byte: float
-    """That a 5-gram model needs for the end of the sample. What a GPT needs is near, since texts differ more than
-    models do."""
-    tokenizer: Tokenizer | None
-    """The tokenizer of a prepared corpus; None: the text is not cut into tokens yet."""
+    tokens: int
+    """About: the tokenizer of a run learns from the training part alone."""
+    ids: npt.NDArray[np.integer]
+    """Tokens from all over the text."""
+    ngram_bits: float
+    """Bits per byte that an n-gram model needs for the text's end. The loss of a GPT is about proportional to it."""
 
 
 def look_at(corpus: str, *, is_prepared: bool) -> Text:
     """Look at a text file, a named corpus or a prepared folder.
 
     Raises:
-        CorpusError: it cannot be read, or is too short.
+        CorpusError: it cannot be read, is too short, or has nothing to learn.
     """
     if is_prepared:
-        prepared = open_prepared(Path(corpus), verify=False)
-        size, sample, tokenizer = prepared.manifest.text_bytes, _sample_of_tokens(prepared), prepared.tokenizer
-    else:
-        text = load_corpus(corpus).text
-        size, tokenizer = len(text.encode()), None
-        sample = "".join(text[part] for part in _pieces(len(text), SAMPLE))
-    if size < LEAST_BYTES:
+        return _look_at_tokens(Path(corpus))
+    text = load_corpus(corpus).text
+    size = len(text.encode())
+    _check_size(corpus, size, LEAST_BYTES, "bytes")
+    sample = "".join(text[piece] for piece in _pieces(len(text), SAMPLE))
+    if len(set(sample)) < 2:
+        raise CorpusError(f"{corpus}: has a single distinct character; expected a text to learn from")
+    keys, tokenizer = _make_tokenizer(size, sample)
+    ids = tokenizer.encode(sample)
+    tokens = round(len(ids) * size / len(sample.encode()))
+    _check_size(corpus, tokens, LEAST_TOKENS, "tokens")
+    return Text(corpus, keys, tokenizer, size, tokens, ids, ngram_bits(sample))
+
+
+def _look_at_tokens(folder: Path) -> Text:
+    prepared = open_prepared(folder, verify=False)
+    manifest, tokenizer = prepared.manifest, prepared.tokenizer
+    _check_size(str(folder), manifest.text_bytes, LEAST_BYTES, "bytes")
+    _check_size(str(folder), manifest.tokens, LEAST_TOKENS, "tokens")
+    ids = np.concatenate([prepared.tokens[piece] for piece in _pieces(manifest.tokens, SAMPLE)])
+    # The tokens between documents are no text.
+    sample = tokenizer.decode(ids[ids != tokenizer.end_of_text].tolist())
+    return Text(str(folder), {}, tokenizer, manifest.text_bytes, manifest.tokens, ids, ngram_bits(sample))
+
+
+def _check_size(corpus: str, got: int, least: int, unit: str) -> None:
+    if got < least:
         raise CorpusError(
-            f"{corpus}: has {size:,} bytes, expected at least {LEAST_BYTES:,}, to learn from and to hold out a part"
+            f"{corpus}: has {got:,} {unit}, expected at least {least:,}, to learn from and to hold out a part"
         )
-    return Text(corpus, size, sample, ngram_bits(sample), tokenizer)
 
 
-def tokenizer_keys(size: int, sample: str | None = None) -> dict[str, Any]:
-    """The recipe's keys for the tokenizer of a text of `size` bytes; without a sample, of one that is to be prepared.
+def _make_tokenizer(size: int, sample: str) -> tuple[dict[str, Any], Tokenizer]:
+    """The tokenizer for a text of `size` bytes, and the recipe's keys for it."""
+    if (keys := tokenizer_keys(size))["tokenizer"] == "bpe":
+        with suppress(TokenizerError):  # too few pairs recur, as in a text that repeats itself
+            return keys, make_tokenizer(Recipe.of(**keys, val_split=0.1).data, sample)
+    keys = {"tokenizer": "char" if len(set(sample)) <= MOST_CHARACTERS else "byte"}
+    return keys, make_tokenizer(Recipe.of(**keys).data, sample)
+
+
+def tokenizer_keys(size: int) -> dict[str, Any]:
+    """The recipe's keys for the tokenizer of a text of `size` bytes, if it allows that.
 
     Byte-pair encoding reaches a lower loss in the same time, if the text is long enough for its tokens to recur.
     """
-    if size >= TO_LEARN_MERGES and importlib.util.find_spec("tokenizers"):
+    if size >= ENOUGH_FOR_PAIRS and importlib.util.find_spec("tokenizers"):
         return {"tokenizer": "bpe", "vocab_size": DEFAULT_VOCAB_SIZE}
-    if sample is None or len(set(sample)) > MOST_CHARACTERS:
-        return {"tokenizer": "byte"}
-    return {"tokenizer": "char"}
+    return {"tokenizer": "byte"}
 
 
 def ngram_bits(text: str) -> float:
@@ -124,12 +157,6 @@ def _look_up(
     """Which of `wanted` (n,) are in the sorted `keys`, and the values there; of others, any value."""
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return keys[places] == wanted, values[places]
-
-
-def _sample_of_tokens(prepared: Prepared) -> str:
-    tokens, mean_bytes = prepared.tokens, prepared.manifest.text_bytes / prepared.manifest.tokens
-    parts = _pieces(len(tokens), round(SAMPLE / mean_bytes))
-    return "".join(prepared.tokenizer.decode(tokens[part].tolist()) for part in parts)
 
 
 def _pieces(length: int, limit: int) -> list[slice]:

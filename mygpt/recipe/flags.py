@@ -13,9 +13,10 @@ import tyro
 
 from mygpt.errors import MygptError, RecipeError
 from mygpt.recipe.files import load_recipe, shipped_recipes
-from mygpt.recipe.tables import HARMLESS_KEYS, Recipe, build_recipe, check_recipe
+from mygpt.recipe.tables import HARMLESS_KEYS, SPEED_KEYS, ExpectedTable, Recipe, build_recipe, check_recipe
 
 TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
+SEEDS = {"init_seed", "data_seed"}
 SEED_HELP = "Sets init_seed and data_seed, for a run that differs only by chance."
 
 
@@ -34,24 +35,29 @@ def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -
     loaded = load_target(target)
     flags = _parse_flags(arguments, prog, loaded, options)
     tables = {name: vars(getattr(flags, name)) for name in Recipe.model_fields}
+    given = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
     if flags.seed is not None:
-        given = {argument.split("=")[0].replace("-", "_") for argument in arguments}
-        for key in ("init_seed", "data_seed"):
-            if f"__{key}" in given:
+        for key in SEEDS:
+            if key in given:
                 raise MygptError(f"--seed sets {key}, too; give --seed alone, or --init-seed and --data-seed")
             tables["train"][key] = flags.seed
-    recipe = _without_stale_expectations(build_recipe(tables), loaded)
+    recipe = _without_stale_expectations(build_recipe(tables), loaded, given)
     check_recipe(recipe, source=target)
     return recipe, getattr(flags, "run", None)
 
 
-def _without_stale_expectations(recipe: Recipe, loaded: Recipe) -> Recipe:
-    """The recipe without the expectations of the loaded one, if flags have changed what these depend on."""
-    was, harmless = loaded.flat(), HARMLESS_KEYS | {"init_seed", "data_seed"}
-    is_changed = any(value != was[key] for key, value in recipe.flat().items() if key not in harmless)
-    if not is_changed or recipe.expected != loaded.expected:
-        return recipe
-    return recipe.replace(**dict.fromkeys(type(recipe.expected).model_fields))
+def _without_stale_expectations(recipe: Recipe, loaded: Recipe, given: set[str]) -> Recipe:
+    """The recipe without the expectations of the loaded one that flags have changed the grounds of.
+
+    `given` are the keys that are flags: an expectation among them stays.
+    """
+    was = loaded.flat()
+    changed = {key for key, value in recipe.flat().items() if value != was[key]} - SEEDS
+    changed -= HARMLESS_KEYS - SPEED_KEYS
+    stale = set(ExpectedTable.model_fields) if changed - SPEED_KEYS else set()
+    if changed or recipe.checkpoint.resume not in ("auto", "never"):
+        stale.add("expected_minutes")
+    return recipe.replace(**dict.fromkeys(stale - given))
 
 
 def load_target(target: str) -> Recipe:

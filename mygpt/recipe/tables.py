@@ -284,6 +284,9 @@ HARMLESS_KEYS = {
 }
 """Keys that choose what is shown and kept, and change no number."""
 
+SPEED_KEYS = {*RuntimeTable.model_fields, "micro_batch_size"}
+"""Keys that change how long training takes, and of the numbers little more than the last bits."""
+
 
 def build_recipe(tables: Mapping[str, Any], source: str | None = None) -> Recipe:
     """A recipe from nested tables. `source` is the file that they came from; None: command-line flags.

@@ -6,12 +6,12 @@ from mygpt.recipe.tables import ExpectedTable
 from mygpt.runs.records import Record, Timing
 
 
-def outcome_lines(expected: ExpectedTable, record: Record, timing: Timing) -> Iterator[str]:
-    """A line for each expectation, given the run's last record and timing."""
-    if expected.expected_minutes is not None:
+def outcome_lines(expected: ExpectedTable, record: Record, timing: Timing, processes: int = 1) -> Iterator[str]:
+    """A line for each expectation, given the run's last record and timing. The time is that of a single process."""
+    if expected.expected_minutes is not None and processes == 1:
         minutes = timing.elapsed_seconds / 60
         share = minutes / expected.expected_minutes
-        yield f"time: {minutes:.1f} minutes, {share:.2f} of the {expected.expected_minutes:.1f} that the recipe expects"
+        yield f"time: {minutes:.2g} minutes, {share:.2f} of the {expected.expected_minutes:g} that the recipe expects"
     if expected.expected_bits_per_byte is not None:
         low, high = expected.expected_bits_per_byte
         value, name = record.val_bits_per_byte, "held-out loss"

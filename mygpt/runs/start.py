@@ -234,7 +234,8 @@ def _named_source(path: Path, warn: Warn) -> Source:
 
 def _complete(source: Source, checkpoint: Path, step: int, recipe: Recipe, changed: Changes) -> Start:
     """The start of a run that is over: of its recipe only keys that train nothing, and the path of its text, change."""
-    run, values = source.run, {key: value for key, value in recipe.flat().items() if key in HARMLESS_KEYS | {"steps"}}
+    may_change = HARMLESS_KEYS | {"steps"}
+    run, values = source.run, {key: value for key, value in recipe.flat().items() if key in may_change}
     if "corpus_sha256" not in changed:
         values["corpus"] = recipe.data.corpus
     recipe = source.trained_with.replace(**values | {"resume": run.recipe.checkpoint.resume})

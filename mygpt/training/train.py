@@ -146,8 +146,9 @@ def run_steps(
     if is_main and last_step is None:
         end = f"{run} is complete; raise --steps to train on, or --overwrite it to start again"
         print_note(f"saved {run}" if progress.step > start.step else end)
-        for line in outcome_lines(recipe.expected, *recorder.last) if recorder.last else ():
-            print_note(line)
+        if recorder.last:
+            for line in outcome_lines(recipe.expected, *recorder.last, processes=accelerator.num_processes):
+                print_note(line)
     return run
 
 

@@ -34,7 +34,7 @@ def test_loss_that_was_not_measured():
 
 def test_time_is_compared():
     assert lines(ExpectedTable(expected_minutes=2.0), seconds=90) == [
-        "time: 1.5 minutes, 0.75 of the 2.0 that the recipe expects"
+        "time: 1.5 minutes, 0.75 of the 2 that the recipe expects"
     ]
 
 
@@ -68,18 +68,29 @@ def test_heirs_do_not_inherit_expectations(recipe_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "kept"),
+    ("flags", "minutes", "bits"),
     [
-        ([], True),
-        (["--print-every", "5", "--output", "elsewhere", "--seed", "3"], True),
-        (["--steps", "11"], False),
-        (["--threads", "1"], False),
-        (["--steps", "11", "--expected-bits-per-byte", "2", "3"], True),
+        ([], 3.5, (2.0, 2.5)),
+        (["--print-every", "5", "--output", "elsewhere", "--seed", "3"], 3.5, (2.0, 2.5)),
+        (["--steps", "11"], None, None),
+        (["--threads", "1"], None, (2.0, 2.5)),
+        (["--activation-checkpointing"], None, (2.0, 2.5)),
+        (["--resume", "checkpoints/other"], None, (2.0, 2.5)),
+        (["--steps", "11", "--expected-bits-per-byte", "2", "3"], None, (2.0, 3.0)),
+        (["--steps", "11", "--expected-minutes", "3.5"], 3.5, None),
     ],
 )
-def test_flags_that_change_the_training_drop_expectations(flags, kept, recipe_file):
-    """A seed does not: the expected range is that of all seeds."""
-    assert (parse_recipe([str(recipe_file), *flags], "mygpt train")[0].expected != ExpectedTable()) is kept
+def test_flags_that_change_the_training_drop_expectations(flags, minutes, bits, recipe_file):
+    """Those that are no flags themselves. A seed does not: the range is that of all seeds."""
+    expected = parse_recipe([str(recipe_file), *flags], "mygpt train")[0].expected
+    assert (expected.expected_minutes, expected.expected_bits_per_byte) == (minutes, bits)
+
+
+def test_time_of_one_process_is_not_expected_of_several():
+    expected = ExpectedTable(expected_minutes=2.0, expected_bits_per_byte=(1.9, 2.2))
+    timing = Timing(step=1, elapsed_seconds=1.0, tokens_per_second=1.0)
+    record = Record(step=1, loss=1.0, lr=0.1, tokens=1, val_bits_per_byte=2.0)
+    assert [line.split(":")[0] for line in outcome_lines(expected, record, timing, processes=2)] == ["held-out loss"]
 
 
 def test_range_begins_with_its_lower_end(call, recipe_file):
@@ -95,6 +106,6 @@ def test_complete_run_says_how_close_it_came(call, text_file, tmp_path):
     arguments = ("train", text_file, *FLAGS, *held_out, *expected, "--output", tmp_path / "run")
     code, _, err = call(*arguments)
     assert code == 0
-    assert "of the 5.0 that the recipe expects\nheld-out loss: " in err
+    assert "of the 5 that the recipe expects\nheld-out loss: " in err
     assert "within the 1.00 to 99.00 that the recipe expects" in err
     assert "expects" not in call(*arguments)[2]
