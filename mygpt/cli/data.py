@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from mygpt.cli.command import command, dispatch
-from mygpt.errors import CorpusDiskError, InterruptedRunError, MygptError
+from mygpt.errors import InterruptedRunError, MygptError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,10 +103,7 @@ def _description(corpus: "Prepared") -> list[str]:
     from mygpt.data.tokenizer import describe_tokenizer
 
     manifest = corpus.manifest
-    try:
-        sample = corpus.tokenizer.decode(corpus.tokens[:60].tolist())
-    except IndexError as error:
-        raise CorpusDiskError(f"{corpus.file}: damaged: {error}; prepare it again") from None
+    sample = corpus.decode(corpus.tokens[:60])
     values = {
         "tokens": f"{manifest.tokens:,} ({manifest.dtype})",
         "documents": f"{manifest.documents:,}",

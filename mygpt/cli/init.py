@@ -125,10 +125,13 @@ def _prepare(sources: Sequence[Path], folder: Path, field: str) -> None:
     from mygpt.data.prepare import TokenizerChoice
     from mygpt.data.prepared import read_manifest
     from mygpt.data.sources import name_in_manifest, read_pieces
-    from mygpt.planning.text import ENOUGH_FOR_PAIRS, tokenizer_keys
+    from mygpt.disk import file_sha256
+    from mygpt.planning.text import ENOUGH_FOR_PAIRS, LEAST_BYTES, check_size, tokenizer_keys
 
     if os.path.lexists(folder):
-        if [source.path for source in read_manifest(folder).sources] != [name_in_manifest(file) for file in sources]:
+        manifest = read_manifest(folder)
+        known = [(source.path, source.sha256) for source in manifest.sources]
+        if manifest.field != field or known != [(name_in_manifest(file), file_sha256(file)) for file in sources]:
             raise CorpusError(f"{folder}: was prepared from other texts; remove it, or choose another --out")
         return _note(f"{folder} is prepared already")
     size = 0
@@ -137,6 +140,7 @@ def _prepare(sources: Sequence[Path], folder: Path, field: str) -> None:
             size += len(piece.text.encode())
             if size >= ENOUGH_FOR_PAIRS:
                 break
+    check_size(", ".join(map(str, sources[:3])), size, LEAST_BYTES, "bytes")
     keys = tokenizer_keys(size)
     try:
         prepare_with_bar(sources, folder, TokenizerChoice(keys["tokenizer"], keys.get("vocab_size", 0), None), field)

@@ -44,9 +44,10 @@ MAX_ID = 1 << 24
 """The largest id of a token: the table of tokens has a place for each smaller one, too."""
 
 MAX_WORD = 1 << 10
-"""Characters without white space of which an encoding is trained as a whole: time grows with the square of a word."""
+"""Characters of a word on which an encoding is trained as a whole: time grows with the square of a word."""
 
-LONG_WORD = re.compile(rf"\S{{{MAX_WORD + 1},}}")
+LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_WORD + 1},}}|(?<!\s)\s{{{MAX_WORD + 1},}}")
+"""Where a longer word may be. It may also have many short ones, as Chinese has between its white space."""
 
 MIN_FREQUENCY = 2
 """How often a pair must occur to become a token: a token that occurs once saves nothing."""
@@ -151,8 +152,6 @@ def _check_settings(settings: Any, name: str) -> None:
         raise TokenizerError(f"{name}: its dropout gives other ids each time; remove it")
     if settings.get("normalizer"):
         raise TokenizerError(f"{name}: changes texts by its normalizer; remove it")
-    if '"removed"' in json.dumps(settings.get("pre_tokenizer")).lower():
-        raise TokenizerError(f"{name}: changes texts by its pre_tokenizer, which removes what it splits at")
     added = settings.get("added_tokens") or []
     for token in added:
         if not token.get("special") and (token.get("lstrip") or token.get("rstrip")):
@@ -270,12 +269,13 @@ def cut_words(text: str) -> Iterator[str]:
 
 
 def _without_long_words(text: str) -> Iterator[str]:
-    """The text in pieces, of which none has more than `MAX_WORD` characters without white space."""
+    """The text in pieces: words of more than `MAX_WORD` characters are cut after so many, and others are left whole."""
     start = 0
-    for word in LONG_WORD.finditer(text):
-        for end in range(word.start() + MAX_WORD, word.end(), MAX_WORD):
-            yield text[start:end]
-            start = end
+    for run in LONG_RUN.finditer(text):
+        for _, (first, last) in _gpt2_words().pre_tokenize_str(run[0]):
+            for end in range(run.start() + first + MAX_WORD, run.start() + last, MAX_WORD):
+                yield text[start:end]
+                start = end
     yield text[start:]
 
 

@@ -120,8 +120,7 @@ def prepare(
         CorpusDiskError: the disk refused it.
         TokenizerError: the tokenizer cannot be made.
     """
-    out = Path(os.path.normpath(out))
-    if os.path.lexists(out):
+    if os.path.lexists(out) or out.name in ("", ".."):
         raise CorpusError(f"{out}: exists; choose another --out, or remove it")
     partial = out.with_name(f".tmp-{out.name}")
     missing = [parent for parent in out.parents if not os.path.lexists(parent)]
@@ -138,16 +137,21 @@ def prepare(
                 partial.rmdir()
                 raise
     except MygptError:
-        for parent in missing:
-            with suppress(OSError):  # another command uses it
-                parent.rmdir()
+        _remove_empty(missing)
         raise
     except OSError as error:
         text = f"{error.filename or partial}: {error.strerror or error}"
         if error.errno in WRONG_PLACE:
+            _remove_empty(missing)
             raise CorpusError(f"{text}; choose another --out") from None
         advice = "make room, and the same command continues" if error.errno in NO_ROOM else "the same command continues"
         raise CorpusDiskError(f"{text}; {advice}") from None
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # it was not made, or another command uses it
+            folder.rmdir()
 
 
 def _prepare(

@@ -76,6 +76,17 @@ class Prepared(NamedTuple):
     state: tuple[int, int, int]
     """Size, time of the last change, and inode of the tokens' file."""
 
+    def decode(self, ids: npt.NDArray[np.integer]) -> str:
+        """The text of some of the tokens (n,).
+
+        Raises:
+            CorpusDiskError: the tokenizer has no such token.
+        """
+        try:
+            return self.tokenizer.decode(ids.tolist())
+        except IndexError as error:
+            raise CorpusDiskError(f"{self.file}: damaged: {error}; prepare it again") from None
+
     def check_unchanged(self) -> None:
         """Compare the state of the tokens' file with that at opening: reading beyond a new end would kill the process.
 

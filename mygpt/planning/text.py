@@ -62,29 +62,30 @@ def look_at(corpus: str, *, is_prepared: bool) -> Text:
         return _look_at_tokens(Path(corpus))
     text = load_corpus(corpus).text
     size = len(text.encode())
-    _check_size(corpus, size, LEAST_BYTES, "bytes")
+    check_size(corpus, size, LEAST_BYTES, "bytes")
     sample = "".join(text[piece] for piece in _pieces(len(text), SAMPLE))
     if len(set(sample)) < 2:
         raise CorpusError(f"{corpus}: has a single distinct character; expected a text to learn from")
     keys, tokenizer = _make_tokenizer(size, sample)
     ids = tokenizer.encode(sample)
     tokens = round(len(ids) * size / len(sample.encode()))
-    _check_size(corpus, tokens, LEAST_TOKENS, "tokens")
+    check_size(corpus, tokens, LEAST_TOKENS, "tokens")
     return Text(corpus, keys, tokenizer, size, tokens, ids, ngram_bits(sample))
 
 
 def _look_at_tokens(folder: Path) -> Text:
     prepared = open_prepared(folder, verify=False)
     manifest, tokenizer = prepared.manifest, prepared.tokenizer
-    _check_size(str(folder), manifest.text_bytes, LEAST_BYTES, "bytes")
-    _check_size(str(folder), manifest.tokens, LEAST_TOKENS, "tokens")
+    check_size(str(folder), manifest.text_bytes, LEAST_BYTES, "bytes")
+    check_size(str(folder), manifest.tokens, LEAST_TOKENS, "tokens")
     ids = np.concatenate([prepared.tokens[piece] for piece in _pieces(manifest.tokens, SAMPLE)])
     # The tokens between documents are no text.
-    sample = tokenizer.decode(ids[ids != tokenizer.end_of_text].tolist())
+    sample = prepared.decode(ids[ids != tokenizer.end_of_text])
     return Text(str(folder), {}, tokenizer, manifest.text_bytes, manifest.tokens, ids, ngram_bits(sample))
 
 
-def _check_size(corpus: str, got: int, least: int, unit: str) -> None:
+def check_size(corpus: str, got: int, least: int, unit: str) -> None:
+    """Raises CorpusError for a text that has less than the `least`."""
     if got < least:
         raise CorpusError(
             f"{corpus}: has {got:,} {unit}, expected at least {least:,}, to learn from and to hold out a part"

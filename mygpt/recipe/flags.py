@@ -35,7 +35,8 @@ def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -
     loaded = load_target(target)
     flags = _parse_flags(arguments, prog, loaded, options)
     tables = {name: vars(getattr(flags, name)) for name in Recipe.model_fields}
-    given = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
+    flags_given = (argument.split("=")[0] for argument in arguments if argument.startswith("--"))
+    given = {flag.removeprefix("--").replace("-", "_") for flag in flags_given}
     if flags.seed is not None:
         for key in SEEDS:
             if key in given:

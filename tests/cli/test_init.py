@@ -73,7 +73,8 @@ def test_several_texts_are_prepared_first(call, here):
     code, _, err = call("init", "more.txt.gz", "text.txt", "text.txt", "--out", "both-.toml")
     assert code == 0
     (here / "both.toml").unlink()
-    code, _, err = call("init", "more.txt.gz", "--out", "both.toml")
+    (here / "text.txt").write_text((here / "text.txt").read_text().upper())
+    code, _, err = call(*arguments)
     assert (code, err) == (
         2,
         "mygpt: both-tokens: was prepared from other texts; remove it, or choose another --out\n",
@@ -85,6 +86,8 @@ def test_several_texts_are_prepared_first(call, here):
     [
         ([], "expected a text: mygpt init TEXT"),
         (["absent.txt"], "absent.txt: no such source"),
+        (["short.txt", "short.txt", "--out", "a.toml"], "short.txt: has 5 bytes"),
+        (["short.jsonl"], "short.jsonl: has 5 bytes"),
         (["short.txt"], "short.txt: has 5 bytes, expected at least 10,000"),
         (["text.txt", "--minutes", "0"], "--minutes: got 0, expected a number above 0"),
         (["text.txt", "--minutes", "inf"], "--minutes: got inf, expected a number above 0, and at most 1,000,000"),
@@ -101,6 +104,7 @@ def test_several_texts_are_prepared_first(call, here):
 def test_mistakes_cost_one_line(arguments, message, call, here):
     """And nothing is written."""
     (here / "short.txt").write_text("short")
+    (here / "short.jsonl").write_text('{"text": "short"}')
     (here / "there.toml").touch()
     before = sorted(here.rglob("*"))
     code, _, err = call("init", *arguments)

@@ -178,7 +178,7 @@ def changed(trained, **settings):
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
          "changes texts, as by a space that it adds"),
         ({"pre_tokenizer": {"type": "Split", "pattern": {"String": "-"}, "behavior": "Removed", "invert": False}},
-         "changes texts by its pre_tokenizer"),
+         "changes texts, as by a space that it adds"),
         ({"added_tokens": [ADDED | {"lstrip": True}]}, "its token '<mask>' takes away space beside it"),
         ({"added_tokens": [ADDED | {"id": 300}]}, "the id 300 has two tokens"),
         ({"added_tokens": [ADDED | {"id": 3_000_000_000}]}, "has a token with the id 3000000000"),
@@ -222,6 +222,16 @@ def test_text_without_white_space_is_trained_on():
     started_at = time.perf_counter()
     assert train_bpe([text], 300).vocab_size == 300
     assert time.perf_counter() - started_at < 20  # it was 20 in one piece of 300,000
+
+
+def test_only_long_words_are_cut_in_training():
+    """Not short ones that no white space separates, as in Chinese: the encoding would be another one."""
+    chinese = "一二三、四五六七。" * 1000
+    assert list(bpe._without_long_words(chinese)) == [chinese]
+    pieces = list(bpe._without_long_words("ab " + "x" * 3000 + "," + " " * 2000 + "é" * 1500))
+    assert "".join(pieces) == "ab " + "x" * 3000 + "," + " " * 2000 + "é" * 1500
+    assert max(map(len, pieces)) <= 2 * bpe.MAX_WORD
+    assert len(pieces) == 5
 
 
 def test_vocabulary_has_a_largest_size():

@@ -280,7 +280,7 @@ def test_name_of_a_source_need_not_be_utf_8(tmp_path):
     assert open_prepared(tmp_path / "out").manifest == manifest
 
 
-@pytest.mark.parametrize("out", ["a.txt/x", "x" * 300, "new/folder/x"])
+@pytest.mark.parametrize("out", ["a.txt/x", "x" * 300, "new/folder/x", "new/" + "x" * 300, "new/.."])
 def test_mistake_makes_no_folder(tmp_path, out):
     """Nor does a place where none can be made; other places are what helps, and not the same command."""
     (tmp_path / "a.txt").write_text("some text")
