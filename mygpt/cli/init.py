@@ -126,7 +126,7 @@ def _prepare(sources: Sequence[Path], folder: Path, field: str) -> None:
     from mygpt.data.prepared import read_manifest
     from mygpt.data.sources import name_in_manifest, read_pieces
     from mygpt.disk import file_sha256
-    from mygpt.planning.text import ENOUGH_FOR_PAIRS, LEAST_BYTES, check_size, tokenizer_keys
+    from mygpt.planning.text import ENOUGH_FOR_WORDS, LEAST_BYTES, check_size, tokenizer_keys
 
     if os.path.lexists(folder):
         manifest = read_manifest(folder)
@@ -138,7 +138,7 @@ def _prepare(sources: Sequence[Path], folder: Path, field: str) -> None:
     for source in sources:
         for piece in read_pieces(source, field, []):
             size += len(piece.text.encode())
-            if size >= ENOUGH_FOR_PAIRS:
+            if size >= ENOUGH_FOR_WORDS:
                 break
     check_size(", ".join(map(str, sources[:3])), size, LEAST_BYTES, "bytes")
     keys = tokenizer_keys(size)

@@ -27,6 +27,10 @@ NGRAM_FIT, NGRAM_TEST = 900_000, 100_000
 
 ENOUGH_FOR_PAIRS = 100_000
 """Bytes of text from which its byte pairs are worth learning."""
+ENOUGH_FOR_WORDS = 4_000_000
+LARGE_VOCAB_SIZE = 4096
+"""Tokens where there are as many bytes of text. After training on 2 million tokens, the loss on 8 MB of film reviews is
+1.91 bits per byte with this vocabulary, and 2.18 with 1,024 tokens; on 1 MB of Shakespeare 2.28 and 2.30."""
 MOST_CHARACTERS = 256
 """Distinct ones, up to which characters are the tokens of a short text, and else bytes."""
 
@@ -107,7 +111,7 @@ def tokenizer_keys(size: int) -> dict[str, Any]:
     Byte-pair encoding reaches a lower loss in the same time, if the text is long enough for its tokens to recur.
     """
     if size >= ENOUGH_FOR_PAIRS and importlib.util.find_spec("tokenizers"):
-        return {"tokenizer": "bpe", "vocab_size": DEFAULT_VOCAB_SIZE}
+        return {"tokenizer": "bpe", "vocab_size": DEFAULT_VOCAB_SIZE if size < ENOUGH_FOR_WORDS else LARGE_VOCAB_SIZE}
     return {"tokenizer": "byte"}
 
 
