@@ -4,16 +4,18 @@ import json
 import math
 import os
 import random
+import runpy
 
 import numpy as np
 import pytest
+from support.commands import REPOSITORY
 
 from mygpt.data.corpus import load_corpus
 from mygpt.data.prepare import TokenizerChoice, prepare
 from mygpt.data.prepared import open_prepared
 from mygpt.errors import CorpusError, MygptError, OutOfMemoryError
 from mygpt.planning import plan as planning
-from mygpt.planning.outlook import SPREAD, predict
+from mygpt.planning.outlook import CONSTANTS, SPREAD, predict
 from mygpt.planning.plan import SIZES, Size, choose, part_to_time, recipe_for, split_time
 from mygpt.planning.text import NGRAM, SAMPLE, look_at, ngram_bits, ngram_probabilities, tokenizer_keys
 from mygpt.planning.write import recipe_text, seen_from, summary
@@ -280,6 +282,15 @@ def test_outlook_improves_with_weights_and_text():
     again = predict(2.0, params=1e5, trained=3e6, unique=1e6).middle
     assert predict(2.0, params=1e5, trained=3e6, unique=3e6).middle < again < small.middle
     assert math.isclose(predict(1.0, params=1e5, trained=1e6, unique=1e6).middle, small.middle / 2)
+
+
+def test_constants_are_those_of_the_measured_runs():
+    """By the script that fits them."""
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "benchmarks" / "outlook.py"))
+    rows = [row for row in script["read"]() if row.text not in script["LEFT_OUT"]]
+    assert script["fit"](rows) == pytest.approx(CONSTANTS, abs=0.0006)
+    with pytest.raises(ValueError, match="measure others, too"):
+        script["fit"]([row._replace(bits_per_byte=row.params / 1e5) for row in rows])
 
 
 def test_outlook_is_never_worse_than_knowing_nothing():
