@@ -53,7 +53,7 @@ def summary(plan: Plan) -> Iterator[str]:
     low, _, high = best.outlook
     yield f"text:      {text.bytes:,} bytes, about {text.tokens:,} tokens"
     yield f"           a {NGRAM}-gram model of it needs {text.ngram_bits:.3g} bits per byte"
-    yield f"expected:  {_rounded(best.minutes, 2):g} minutes, and {low:.3g} to {high:.3g} bits per byte when held out"
+    yield f"expected:  {_rounded(best.minutes, 2):g} minutes; held-out loss {low:.3g} to {high:.3g} bits per byte"
     if best.is_exhausted:
         yield "           more passes over this text would hardly help: more text would"
     yield "tried:       weights   tokens/s     steps   passes   bits per byte"
