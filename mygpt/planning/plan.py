@@ -48,7 +48,7 @@ FIRST_GUESS = 2e10
 """Floating-point operations a second, before anything was timed."""
 TRYING = 0.7
 """Seconds for which a size is timed."""
-TIMINGS = 3
+TIMINGS = 4
 """Most timings of a size. Another one is made if the recipe for the measured speed has other batches."""
 LONGEST_STEP = 1.0
 """Seconds. Of a larger batch, as much is timed as fits into this."""
@@ -137,7 +137,9 @@ def try_size(text: Text, seconds: float, size: Size, flops_per_second: float, de
     dropout = 0.0
     while candidate := candidate_of(text, seconds, size, gpt, speed, dropout):
         # Dropout slows a step, so that fewer passes fit into the time. It stays all the same, or this would go on.
-        dropout = candidate.recipe.model.dropout
+        if timed and candidate.passes > DROPOUT_FROM and not dropout:
+            dropout = DROPOUT
+            continue
         part = part_to_time(candidate.recipe, speed)
         if len(timed) == TIMINGS or (timed and _are_alike(part, timed[-1])):
             return candidate
@@ -154,13 +156,8 @@ def _are_alike(one: Recipe, other: Recipe) -> bool:
     return one.model.dropout == other.model.dropout and sizes[1] <= 1.5 * sizes[0]
 
 
-def candidate_of(
-    text: Text, seconds: float, size: Size, gpt: GPT, speed: float, dropout: float = 0.0
-) -> Candidate | None:
-    """What this size comes to at `speed` tokens a second; with a `dropout`, if more passes ask for none.
-
-    None: the time is too short.
-    """
+def candidate_of(text: Text, seconds: float, size: Size, gpt: GPT, speed: float, dropout: float) -> Candidate | None:
+    """What this size comes to at `speed` tokens a second; None: the time is too short."""
     held_out, to_train = split_time(text.tokens, seconds, speed, size.seq_len)
     if to_train < LEAST_STEPS * size.seq_len:
         return None
@@ -232,7 +229,7 @@ def recipe_for(size: Size, to_train: float, text: Text, held_out: float, dropout
         num_heads=size.num_heads,
         num_layers=size.num_layers,
         max_seq_len=size.seq_len,
-        dropout=DROPOUT if to_train > DROPOUT_FROM * (1 - held_out) * text.tokens else dropout,
+        dropout=dropout,
         init="gpt2",
         activation="gelu-tanh",
         biases="none",

@@ -26,6 +26,8 @@ from mygpt.processes.signals import launcher_pid
 
 PROCESS_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others."""
+STORE_TIMEOUT = timedelta(seconds=30)
+"""How long a process tries to reach a launcher that should be there already."""
 NOTICE_SECONDS = 30.0
 """After this long in `exchange` a process prints which others it waits for."""
 POLL_SECONDS = 0.5
@@ -156,11 +158,13 @@ def _open_store() -> Store:
 
     def connect_to_launcher() -> None:
         try:
-            opening.set_result(next(open_store(timeout=PROCESS_TIMEOUT))[0])
+            opening.set_result(next(open_store(timeout=timeout))[0])
         except Exception as error:
             opening.set_exception(error)
 
-    launcher = launcher_pid()
+    # torchrun and accelerate have their store before they start a process: where there is none, they have ended.
+    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    timeout, launcher = STORE_TIMEOUT if has_store else PROCESS_TIMEOUT, launcher_pid()
     threading.Thread(target=connect_to_launcher, daemon=True).start()
     while wait([opening], timeout=POLL_SECONDS).not_done:
         if launcher not in (None, os.getppid()):

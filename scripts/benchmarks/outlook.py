@@ -23,7 +23,7 @@ import tyro
 
 from mygpt.model.gpt import GPT
 from mygpt.planning.outlook import Constants, terms
-from mygpt.planning.plan import SIZES, recipe_for
+from mygpt.planning.plan import DROPOUT, DROPOUT_FROM, SIZES, recipe_for
 from mygpt.planning.text import look_at
 from mygpt.runs.records import read_records
 from mygpt.training.train import train
@@ -66,7 +66,8 @@ def main() -> None:
 
 def measure(path: Path, size: int, millions: float) -> Row:
     text = look_at(str(path), is_prepared=False)
-    recipe = recipe_for(SIZES[size], millions * 1e6, text, held_out=0.1)
+    dropout = DROPOUT if millions * 1e6 > DROPOUT_FROM * 0.9 * text.tokens else 0.0
+    recipe = recipe_for(SIZES[size], millions * 1e6, text, held_out=0.1, dropout=dropout)
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe.replace(val_every=recipe.train.steps, save_every=0, save_best=False, output=f"{folder}/run")
         last = read_records(train(recipe))[-1]

@@ -200,7 +200,7 @@ def test_recipe_fits_the_time(minutes, long_text, timed):
 
 def test_recipe_is_that_of_the_last_speed(long_text, monkeypatch):
     """A machine is not always equally fast."""
-    speeds = iter([1_500, 100_000, 1_000])
+    speeds = iter([1_500, 100_000, 1_000, 1_000])
     monkeypatch.setattr(planning, "time_training", lambda *_: next(speeds))
     monkeypatch.setattr(planning, "SIZES", SIZES[:1])
     best = choose(long_text, 5, print).best
@@ -268,9 +268,15 @@ def test_large_batches_are_computed_in_parts(long_text):
     assert train.micro_batch_size * train.seq_len <= planning.MICRO_BATCH
 
 
-def test_dropout_is_for_many_passes(long_text):
-    assert recipe_for(SIZES[0], 10 * long_text.tokens, long_text, 0.1).model.dropout == 0
-    assert recipe_for(SIZES[0], 30 * long_text.tokens, long_text, 0.1).model.dropout > 0
+@pytest.mark.parametrize(("minutes", "dropout"), [(1, 0.0), (30, planning.DROPOUT)])
+def test_dropout_is_for_many_passes(minutes, dropout, long_text, timed, monkeypatch):
+    """At the speed that was measured, not the one that was guessed; then it is timed, too."""
+    asked = timed(1e10)
+    monkeypatch.setattr(planning, "SIZES", SIZES[1:2])
+    monkeypatch.setattr(planning, "FIRST_GUESS", 1e13)
+    best = choose(long_text, minutes, print).best
+    assert best.recipe.model.dropout == asked[-1].model.dropout == dropout
+    assert (best.passes > planning.DROPOUT_FROM) is (dropout > 0)
 
 
 def test_outlook_improves_with_weights_and_text():
