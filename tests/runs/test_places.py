@@ -42,7 +42,7 @@ def test_moved_text_is_the_same_text(tiny, tmp_path, text):
     run = train(tiny(corpus=str(corpus)))
     train(tiny(corpus=str(corpus), steps=8))
     corpus = corpus.rename(tmp_path / "moved.txt")
-    with pytest.raises(CorpusError, match=r"text\.txt: no such text file; expected --corpus"):
+    with pytest.raises(CorpusError, match=r"text\.txt: no such text file; expected the path"):
         verify(run)
     train(Run(run).recipe.replace(corpus=str(corpus)))
     assert verify(run).identical
