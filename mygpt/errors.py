@@ -96,3 +96,8 @@ class NonFiniteError(MygptError):
 
 class InterruptedRunError(MygptError):
     """A signal stopped the run after it was saved; the same command continues it."""
+
+
+def printable(line: str) -> str:
+    """A text on one line: control characters, as a file's name may have them, are escaped."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)

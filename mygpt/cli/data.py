@@ -57,7 +57,6 @@ class InfoOptions:
 def prepare(options: PrepareOptions) -> None:
     """Tokenize texts of any size; the same command continues one that was killed."""
     from mygpt.data.prepare import TokenizerChoice
-    from mygpt.data.prepared import open_prepared
     from mygpt.data.sources import find_sources
     from mygpt.data.tokenizer import DEFAULT_VOCAB_SIZE
 
@@ -67,12 +66,12 @@ def prepare(options: PrepareOptions) -> None:
         raise MygptError('--vocab-size: only with --tokenizer "bpe" without --tokenizer-file')
     vocab_size = DEFAULT_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
     choice = TokenizerChoice(options.tokenizer, vocab_size, options.tokenizer_file)
-    prepare_with_bar(find_sources(options.sources), options.out, choice, options.field)
-    print("\n".join(_description(open_prepared(options.out, verify=False))))
+    corpus = prepare_with_bar(find_sources(options.sources), options.out, choice, options.field)
+    print("\n".join(_description(corpus)))
 
 
-def prepare_with_bar(sources: "Sequence[Path]", out: Path, choice: "TokenizerChoice", field: str) -> None:
-    """Make a prepared corpus, with a progress bar and a last line on stderr; raises as `prepare` does."""
+def prepare_with_bar(sources: "Sequence[Path]", out: Path, choice: "TokenizerChoice", field: str) -> "Prepared":
+    """Make and open a prepared corpus, with a progress bar and a last line on stderr; raises as `prepare` does."""
     from tqdm import tqdm
 
     from mygpt.data.prepare import prepare
@@ -86,9 +85,11 @@ def prepare_with_bar(sources: "Sequence[Path]", out: Path, choice: "TokenizerCho
             raise InterruptedRunError("stopped; the same command continues", exit_code=130) from None
     seconds = time.perf_counter() - started_at
     rate = f"{manifest.text_bytes / 1e6 / seconds:,.1f} MB/s"
-    if open_prepared(out, verify=False).tokenizer.end_of_text is None:
+    corpus = open_prepared(out, verify=False)
+    if corpus.tokenizer.end_of_text is None:
         print("note: the tokenizer has no <|endoftext|>: nothing stands between documents", file=sys.stderr)
     print(f"prepared {out} in {seconds:.1f} s ({rate})", file=sys.stderr)
+    return corpus
 
 
 @data_command

@@ -122,9 +122,9 @@ def _prepare(sources: Sequence[Path], folder: Path, field: str) -> None:
         CorpusError: the folder has something else, or a source cannot be read.
     """
     from mygpt.cli.data import prepare_with_bar
-    from mygpt.data.prepare import TokenizerChoice
+    from mygpt.data.prepare import TokenizerChoice, read_all
     from mygpt.data.prepared import read_manifest
-    from mygpt.data.sources import name_in_manifest, read_pieces
+    from mygpt.data.sources import name_in_manifest
     from mygpt.disk import file_sha256
     from mygpt.planning.text import ENOUGH_FOR_WORDS, LEAST_BYTES, check_size, tokenizer_keys
 
@@ -135,11 +135,10 @@ def _prepare(sources: Sequence[Path], folder: Path, field: str) -> None:
             raise CorpusError(f"{folder}: was prepared from other texts; remove it, or choose another --out")
         return _note(f"{folder} is prepared already")
     size = 0
-    for source in sources:
-        for piece in read_pieces(source, field, []):
-            size += len(piece.text.encode())
-            if size >= ENOUGH_FOR_WORDS:
-                break
+    for piece in read_all(sources, field, []):
+        size += len(piece.text.encode())
+        if size >= ENOUGH_FOR_WORDS:
+            break
     check_size(", ".join(map(str, sources[:3])), size, LEAST_BYTES, "bytes")
     keys = tokenizer_keys(size)
     try:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from mygpt.cli.command import Command, dispatch
-from mygpt.errors import InterruptedRunError, MygptError, PeerError
+from mygpt.errors import InterruptedRunError, MygptError, PeerError, printable
 from mygpt.processes.environment import is_main_process, local_rank, read_launched
 
 USAGE = """\
@@ -102,7 +102,7 @@ def print_error(message: str, *, is_of_other: bool = False) -> None:
     prefix = ""
     if not is_of_other and (launched.processes > launched.local_processes or local_rank()):
         prefix = f"rank {os.environ.get('RANK', '?')} on {platform.node()}: "
-    lines = [prefix + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in message.splitlines()]
+    lines = [prefix + printable(line) for line in message.splitlines()]
     if len(lines) > MAX_LINES:
         lines[MAX_LINES:] = [f"{prefix}and {len(lines) - MAX_LINES} more"]
     if local_rank():

@@ -254,7 +254,7 @@ def _make_tokenizer(
 ) -> tuple[Tokenizer, dict[str, Any] | None]:
     if choice.kind == "byte":
         return ByteTokenizer(end_of_text=True), None
-    pieces = _read(sources, field, [])
+    pieces = read_all(sources, field, [])
     if choice.kind == "char":
         vocab = distinct_code_points(piece.text for piece in pieces)
         return CharTokenizer("".join(map(chr, vocab)), end_of_text=True), None
@@ -288,7 +288,8 @@ def take_sample(blocks: Iterable[Sequence[str]], size: int) -> list[str]:
     return [text for block in kept for text in block]
 
 
-def _read(sources: Sequence[Path], field: str, done: list[Source]) -> Iterator[Piece]:
+def read_all(sources: Sequence[Path], field: str, done: list[Source]) -> Iterator[Piece]:
+    """The documents of all sources in pieces; see `read_pieces`."""
     for source in sources:
         yield from read_pieces(source, field, done)
 
@@ -362,7 +363,7 @@ def _write_tokens(
             progress(encoded.text_bytes)
 
         try:
-            for number, batch in enumerate(batches(_read(sources, field, read), tokenizer.cut)):
+            for number, batch in enumerate(batches(read_all(sources, field, read), tokenizer.cut)):
                 sha256 = batch.sha256()
                 if number < len(journal.entries) and journal.entries[number].sha256 == sha256:
                     future: Future[Encoded] = Future()

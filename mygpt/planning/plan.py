@@ -1,7 +1,7 @@
 """Chooses the recipe that should reach the lowest held-out loss on a text in a given time on this machine."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -73,6 +73,8 @@ SIZES = (
     Size(768, 12, 12, 512),
 )
 """What is tried: 0.2 to 86 million weights, and the vocabulary's."""
+SMALLEST = SIZES[0].embed_dim
+"""Width of the model that is tried on any text."""
 
 
 class Candidate(NamedTuple):
@@ -112,7 +114,7 @@ def choose(text: Text, minutes: float, report: Callable[[str], None]) -> Plan:
     flops_per_second = FIRST_GUESS
     for size in SIZES:
         candidate = try_size(text, 60 * minutes * (1 - RESERVE), size, flops_per_second, device)
-        if candidate is None or (tried and candidate.params > MOST_WEIGHTS * text.bytes):
+        if candidate is None:
             break
         tried.append(candidate)
         flops_per_second = candidate.flops_per_token * candidate.tokens_per_second
@@ -125,13 +127,15 @@ def choose(text: Text, minutes: float, report: Callable[[str], None]) -> Plan:
 
 
 def try_size(text: Text, seconds: float, size: Size, flops_per_second: float, device: torch.device) -> Candidate | None:
-    """The candidate of this size, timed; None: the time or the memory is too small for it.
+    """The candidate of this size, timed; None: the text, the time or the memory is too small for it.
 
     `flops_per_second` is how fast the machine probably is.
     """
     size = size._replace(seq_len=min(size.seq_len, text.tokens // (10 * HELD_OUT_WINDOWS)))
     with torch.device("meta"):  # without memory
         gpt = GPT(recipe_for(size, 1e6, text, 0.1).model, text.tokenizer.vocab_size)
+    if size.embed_dim > SMALLEST and gpt.num_params() > MOST_WEIGHTS * text.bytes:
+        return None
     speed = flops_per_second / gpt.flops_per_token(size.seq_len)
     timed: list[Recipe] = []
     dropout = 0.0
@@ -221,7 +225,6 @@ def recipe_for(size: Size, to_train: float, text: Text, held_out: float, dropout
     batch_tokens = batch_size * size.seq_len
     steps = max(1, round(to_train / batch_tokens))
     val_every = -(-steps // EVALUATIONS)
-    keys: dict[str, Any] = text.tokenizer_keys
     return Recipe.of(
         corpus=text.corpus,
         val_split=held_out,
@@ -252,5 +255,5 @@ def recipe_for(size: Size, to_train: float, text: Text, held_out: float, dropout
         save_every=val_every,
         keep_last=1,
         save_best=True,
-        **keys,
+        **text.tokenizer_keys,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import tomli_w
 
+from mygpt.errors import printable
 from mygpt.planning.plan import Candidate, Plan
 from mygpt.planning.text import NGRAM
 from mygpt.recipe.tables import KEYS_OF_TABLE, NAMED_CORPORA, Recipe, check_recipe
@@ -26,7 +27,7 @@ def recipe_text(plan: Plan, made_by: str, folder: Path) -> str:
         expected_bits_per_byte=(_rounded(outlook.low, 3), _rounded(outlook.high, 3)),
     )
     check_recipe(recipe)
-    lines = [f"Made by `{_printable(made_by)}`, for this text and the machine that it ran on.", "", *summary(plan)]
+    lines = [f"Made by `{printable(made_by)}`, for this text and the machine that it ran on.", "", *summary(plan)]
     lines = [f"# {line}".rstrip() for line in lines]
     for table, keys in KEYS_OF_TABLE.items():
         values = {key: recipe.flat()[key] for key in keys}
@@ -106,11 +107,6 @@ def reasons(plan: Plan) -> dict[str, str]:
 
 def _rounded(value: float, digits: int) -> float:
     return float(f"{value:.{digits}g}")
-
-
-def _printable(text: str) -> str:
-    """The text on one line, as a comment needs it: a file's name may have control characters."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _assignment(key: str, value: Any) -> str:

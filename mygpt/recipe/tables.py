@@ -285,7 +285,7 @@ HARMLESS_KEYS = {
 """Keys that choose what is shown and kept, and change no number."""
 
 SPEED_KEYS = {*RuntimeTable.model_fields, "micro_batch_size"}
-"""Keys that change how long training takes, and of the numbers little more than the last bits."""
+"""Keys that change how long training takes, and losses hardly at all."""
 
 
 def build_recipe(tables: Mapping[str, Any], source: str | None = None) -> Recipe:
