@@ -110,9 +110,14 @@ def tokenizer_keys(size: int) -> dict[str, Any]:
 
     Byte-pair encoding reaches a lower loss in the same time, if the text is long enough for its tokens to recur.
     """
-    if size >= ENOUGH_FOR_PAIRS and importlib.util.find_spec("tokenizers"):
+    if size >= ENOUGH_FOR_PAIRS and has_tokenizers():
         return {"tokenizer": "bpe", "vocab_size": DEFAULT_VOCAB_SIZE if size < ENOUGH_FOR_WORDS else LARGE_VOCAB_SIZE}
     return {"tokenizer": "byte"}
+
+
+def has_tokenizers() -> bool:
+    """Whether the package that learns byte pairs is installed."""
+    return importlib.util.find_spec("tokenizers") is not None
 
 
 def ngram_bits(text: str) -> float:

@@ -34,6 +34,15 @@ def test_text_becomes_a_recipe_that_trains(call, here):
     assert load_recipe("checkpoints/text/recipe.toml").train.steps == 6
 
 
+def test_missing_tokenizers_are_named(call, here, monkeypatch):
+    """The recipe does without them, and not in silence."""
+    assert "pip install" not in call("init", "text.txt", "--out", "with.toml")[2]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = call("init", "text.txt", "--out", "without.toml")
+    assert code == 0
+    assert "pip install 'mygpt[text]'" in err
+
+
 def test_machine_is_timed(command, tmp_path, text_file):
     """For real, in a new process."""
     done = command("init", text_file, "--minutes", "5", "--out", "own.toml")
