@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mygpt"
 
 # Lowest first; a floor imports only from lower ones. Those of one floor do not import each other.
 FLOORS = [
-    {"errors", "compat", "disk"},
+    {"errors", "compat", "disk", "estimates"},
     {"recipe"},
     {"data"},
     {"model"},
@@ -32,10 +32,14 @@ MODULES = {
 }
 WITHOUT_TORCH = [
     *(name for name in MODULES if name.startswith(("recipe.", "reports."))),
-    *(f"runs.{name}" for name in ("run", "steps", "files", "lock", "schemas", "start", "changes", "records")),
+    *(
+        f"runs.{name}"
+        for name in ("run", "steps", "files", "lock", "schemas", "start", "changes", "records", "held_out")
+    ),
     *(
         "errors",
         "disk",
+        "estimates",
         "data.corpus",
         "data.tokenizer",
         "checks.compare",

@@ -1,6 +1,8 @@
-"""Bitwise comparison of two models or runs, tensor by tensor. Imports no torch, so that it answers at once."""
+"""Comparison of two models or runs: whether they are the same, bit for bit; and if not, which settings and which
+held-out loss they have. Imports no torch, so that it answers at once.
+"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +13,17 @@ from safetensors import SafetensorError, safe_open
 from mygpt.data.tokenizer import CharMetadata, describe_tokenizer
 from mygpt.errors import DamagedCheckpointError
 from mygpt.recipe.files import RUN_FILE
-from mygpt.runs.files import STATE_FILE
+from mygpt.recipe.tables import HARMLESS_KEYS, ModelTable
+from mygpt.runs.changes import RESOLVED_KEYS, differing_keys
+from mygpt.runs.files import MANIFEST_FILE, STATE_FILE
+from mygpt.runs.held_out import PREFIX, Difference, Evaluation, difference, load_history
 from mygpt.runs.records import Record, read_records
-from mygpt.runs.run import find_model_file
-from mygpt.runs.schemas import ModelMetadata
-from mygpt.runs.steps import read_metadata
+from mygpt.runs.run import Run, find_model_file
+from mygpt.runs.schemas import Manifest, ModelMetadata
+from mygpt.runs.steps import read_manifest, read_metadata
 
 
-class Difference(NamedTuple):
+class TensorDifference(NamedTuple):
     """One tensor of two files that is not the same in both."""
 
     name: str
@@ -33,7 +38,7 @@ class Difference(NamedTuple):
 class TensorComparison(NamedTuple):
     """The tensors of two files side by side."""
 
-    differences: list[Difference]
+    differences: list[TensorDifference]
     tensors: int
     values: int
 
@@ -51,6 +56,38 @@ class RecordComparison(NamedTuple):
     """The last record of each that has a held-out loss; None: one has none."""
 
 
+class HeldOutComparison(NamedTuple):
+    """The last evaluations of two models before they were saved, on the same held-out text."""
+
+    steps: tuple[int, int]
+    difference: Difference
+    """Of the second model from the first."""
+    consecutive: bool
+    """Whether the windows are all of the text, so that the error is that of text like it."""
+
+    def lines(self) -> Iterator[str]:
+        """The difference with its paired standard error, and a verdict."""
+        nats, bits, manner = self.difference
+        named = ((nats, "nats per token"), (bits, "bits per byte"))
+        known = [(estimate, unit) for estimate, unit in named if estimate is not None]
+        shown = (
+            f"{estimate.mean:+.4f}{'' if estimate.stderr is None else f' +- {estimate.stderr:.4f}'} {unit}"
+            for estimate, unit in known
+        )
+        yield f"B - A: {', '.join(shown)} ({manner})"
+        estimate, unit = known[0]
+        if estimate.stderr is None:
+            yield "verdict: none: a single window has no error"
+            return
+        low, high = estimate.mean - estimate.margin, estimate.mean + estimate.margin
+        better = "B is better" if high < 0 else "A is better" if low > 0 else "no difference is seen"
+        place = "on text like the held-out part" if self.consecutive else "on this held-out text"
+        yield (
+            f"verdict: {better} {place}: 95% interval {low:+.4f} to {high:+.4f} {unit}; these are two models: whether "
+            "a recipe is better takes several seeds (mygpt study)"
+        )
+
+
 class Comparison(NamedTuple):
     """Two models side by side; of two runs also their optimizer states and records."""
 
@@ -62,6 +99,12 @@ class Comparison(NamedTuple):
     state: TensorComparison | None = None
     """Optimizer moments and generator states."""
     records: RecordComparison | None = None
+    recipe: Sequence[str] = ()
+    """A line for each other key of their recipes that differs and changes numbers."""
+    environment: Sequence[str] = ()
+    """A line for each difference of processor, versions and other things on which the last bits depend."""
+    held_out: HeldOutComparison | None = None
+    """None where one was not evaluated, or on another text."""
 
     @property
     def identical(self) -> bool:
@@ -83,14 +126,45 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         compare_files(file_a, file_b),
         (metadata_a.step, metadata_b.step),
     )
+    if all((file.parent / MANIFEST_FILE).is_file() for file in (file_a, file_b)):
+        manifest_a, manifest_b = (read_manifest(file.parent, prefix=None) for file in (file_a, file_b))
+        comparison = comparison._replace(recipe=list(_compare_recipes(manifest_a, manifest_b)))
+        is_same_text = manifest_a.corpus_sha256 is not None and manifest_a.corpus_sha256 == manifest_b.corpus_sha256
+        histories = [load_history(file.with_name(STATE_FILE)) for file in (file_a, file_b)] if is_same_text else [None]
+        if all(histories):
+            same_tokens = metadata_a.tokenizer == metadata_b.tokenizer
+            held_out = _compare_held_out(*(history.last for history in histories if history), same_tokens=same_tokens)
+            comparison = comparison._replace(held_out=held_out)
     if not ((Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists()):
         return comparison
-    state = compare_files(file_a.with_name(STATE_FILE), file_b.with_name(STATE_FILE))
-    return comparison._replace(state=state, records=compare_records(read_records(Path(a)), read_records(Path(b))))
+    was, now = (Run(Path(run)).info.environment() for run in (a, b))
+    return comparison._replace(
+        state=compare_files(file_a.with_name(STATE_FILE), file_b.with_name(STATE_FILE), without=PREFIX),
+        records=compare_records(read_records(Path(a)), read_records(Path(b))),
+        environment=[f"{name} {was.get(name)} against {new}" for name, new in now.items() if was.get(name) != new],
+    )
 
 
-def compare_files(a: Path, b: Path) -> TensorComparison:
-    """Compare the tensors of two safetensors files by name.
+def _compare_recipes(a: Manifest, b: Manifest) -> Iterator[str]:
+    if None not in (a.corpus_sha256, b.corpus_sha256) and a.corpus_sha256 != b.corpus_sha256:
+        yield "corpus: another text"
+    if a.recipe and b.recipe:
+        # The model and the environment have lines of their own.
+        elsewhere = HARMLESS_KEYS | RESOLVED_KEYS | {*ModelTable.model_fields}
+        for key, values in differing_keys(a.recipe, b.recipe):
+            if key not in elsewhere:
+                yield "{} {} against {}".format(key, *("absent" if value is None else value for value in values))
+
+
+def _compare_held_out(a: Evaluation, b: Evaluation, *, same_tokens: bool) -> HeldOutComparison | None:
+    change = difference(a, b, same_tokens=same_tokens)
+    if not (change.nats_per_token or change.bits_per_byte):
+        return None
+    return HeldOutComparison((a.step, b.step), change, a.windows.consecutive and b.windows.consecutive)
+
+
+def compare_files(a: Path, b: Path, without: str | None = None) -> TensorComparison:
+    """Compare the tensors of two safetensors files by name, without those whose names begin so.
 
     Raises:
         DamagedCheckpointError: one of them cannot be read.
@@ -98,10 +172,13 @@ def compare_files(a: Path, b: Path) -> TensorComparison:
     differences, values = [], 0
     try:
         with safe_open(a, framework="numpy") as tensors_a, safe_open(b, framework="numpy") as tensors_b:
-            names_a, names_b = set(tensors_a.keys()), set(tensors_b.keys())
+            names_a, names_b = (
+                {name for name in tensors.keys() if without is None or not name.startswith(without)}  # noqa: SIM118
+                for tensors in (tensors_a, tensors_b)
+            )
             for name in sorted(names_a | names_b):
                 if name not in names_a & names_b:
-                    differences.append(Difference(name, f"only in {a if name in names_a else b}"))
+                    differences.append(TensorDifference(name, f"only in {a if name in names_a else b}"))
                     continue
                 tensor_a = tensors_a.get_tensor(name)
                 values += tensor_a.size
@@ -138,7 +215,7 @@ def describe_held_out(a: Record, b: Record) -> str:
     return f"held-out loss at {steps}: {', '.join(known)}"
 
 
-def table(differences: list[Difference]) -> Iterator[str]:
+def table(differences: list[TensorDifference]) -> Iterator[str]:
     """The differences as aligned lines under a heading."""
     rows = [("tensor", "differing", "max abs", "max ulp")]
     for name, differing, max_abs, max_ulp in differences:
@@ -172,9 +249,9 @@ def _compare_characters(vocab_a: str, vocab_b: str) -> Iterator[str]:
         )
 
 
-def _compare_tensors(name: str, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Difference | None:
+def _compare_tensors(name: str, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> TensorDifference | None:
     if a.shape != b.shape or a.dtype != b.dtype:
-        return Difference(name, f"{a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}")
+        return TensorDifference(name, f"{a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}")
     bits = np.dtype(f"i{a.itemsize}")
     bits_a, bits_b = a.reshape(-1).view(bits), b.reshape(-1).view(bits)
     differ = bits_a != bits_b
@@ -183,15 +260,15 @@ def _compare_tensors(name: str, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Dif
     count = f"{np.count_nonzero(differ):,} of {a.size:,}"
     values_a, values_b = a.reshape(-1)[differ], b.reshape(-1)[differ]
     if not (np.isfinite(values_a).all() and np.isfinite(values_b).all()):
-        return Difference(name, count + " (not finite)", np.inf)
+        return TensorDifference(name, count + " (not finite)", np.inf)
     with np.errstate(over="ignore"):
         max_abs = float(np.abs(values_a.astype(np.float64) - values_b.astype(np.float64)).max())
     if a.dtype.kind != "f":
-        return Difference(name, count, max_abs)
+        return TensorDifference(name, count, max_abs)
     order_a, order_b = _order(bits_a[differ]), _order(bits_b[differ])
     # Unsigned, the difference of the larger and the smaller is right even where it overflows the signed type.
     low, high = (part.astype(f"u{a.itemsize}") for part in (np.minimum(order_a, order_b), np.maximum(order_a, order_b)))
-    return Difference(name, count, max_abs, int((high - low).max()))
+    return TensorDifference(name, count, max_abs, int((high - low).max()))
 
 
 def _order(bits: npt.NDArray[np.signedinteger[Any]]) -> npt.NDArray[np.signedinteger[Any]]:

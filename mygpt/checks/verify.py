@@ -8,7 +8,7 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
-from mygpt.checks.compare import Difference, compare_files, compare_records
+from mygpt.checks.compare import TensorDifference, compare_files, compare_records
 from mygpt.data.dataset import corpus_sha256
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, NonFiniteError
 from mygpt.processes.environment import is_main_process
@@ -33,7 +33,7 @@ class Verification(NamedTuple):
     """The first record that differs; "": none."""
     step: int | None
     """The step of the first checkpoint that differs."""
-    tensors: list[Difference]
+    tensors: list[TensorDifference]
     """The tensors that differ in that checkpoint."""
     changes: list[str]
     """Differences in versions, processor or threads, between then and now or within the run."""
@@ -127,7 +127,7 @@ def _train_parts(parts: list[Part], output: Path, resume: str) -> None:
             resume = "auto"
 
 
-def _compare_checkpoints(a: Path, b: Path) -> list[Difference]:
+def _compare_checkpoints(a: Path, b: Path) -> list[TensorDifference]:
     return [
         difference for name in (MODEL_FILE, STATE_FILE) for difference in compare_files(a / name, b / name).differences
     ]

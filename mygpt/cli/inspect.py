@@ -64,33 +64,41 @@ class CompareOptions:
     """A run directory (its newest step), a step directory or a model.safetensors."""
     b: Positional[Path]
     """Another."""
+    tensors: bool = False
+    """List the tensors that differ."""
 
 
 @command
 def compare(options: CompareOptions) -> int:
-    """Compare two models bit for bit."""
+    """Whether two models are the same bit for bit; and if not, what differs, and which has the lower held-out loss."""
     from mygpt.checks.compare import compare, describe_held_out, table
 
     result = compare(options.a, options.b)
     steps = "step {}".format(" and step ".join(map(str, dict.fromkeys(result.steps))))
-    for name, tensors, settings in (
-        ("", result.weights, result.settings),
-        ("optimizer and generators ", result.state, []),
-    ):
-        if tensors is None:
+    for name, compared in (("", result.weights), ("optimizer and generators ", result.state)):
+        if compared is None:
             continue
-        if settings or tensors.differences:
-            print(f"{name}different: {len(tensors.differences)} of {tensors.tensors} tensors ({steps})")
-            print("\n".join([*settings, *table(tensors.differences)]))
+        if compared.differences or (compared is result.weights and result.settings):
+            hint = "" if options.tensors or not compared.differences else "; --tensors lists them"
+            print(f"{name}different: {len(compared.differences)} of {compared.tensors} tensors ({steps}){hint}")
+            if options.tensors:
+                print("\n".join(table(compared.differences)))
         else:
-            print(f"{name}identical: {tensors.tensors} tensors, {tensors.values:,} values ({steps})")
+            print(f"{name}identical: {compared.tensors} tensors, {compared.values:,} values ({steps})")
     if result.records is not None:
-        count, (count_a, count_b), difference, held_out = result.records
+        count, (count_a, count_b), difference, _ = result.records
         of = "" if count == count_a == count_b else f", common of {count_a} and {count_b}"
         print(f"metrics different: {difference}" if difference else f"metrics identical: {count} records{of}")
-        if held_out and (difference or not result.identical):
-            print(describe_held_out(*held_out))
-    return int(not result.identical)
+    for kind, lines in (("model", result.settings), ("recipe", result.recipe), ("environment", result.environment)):
+        for line in lines:
+            print(f"{kind}: {line}")
+    if result.identical:
+        return 0
+    if result.records and result.records.held_out:
+        print(describe_held_out(*result.records.held_out))
+    if result.held_out:
+        print("\n".join(result.held_out.lines()))
+    return 1
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,10 @@ class ValidationTable(Table):
     evaluation shifts the batches that follow (as in published numbers of this kind). "own-stream": drawn from a
     separate generator, the same windows at every evaluation. "full": all of the held-out text, cut into consecutive
     windows, so that each token is predicted once."""
+    patience: CountOrOff = 0
+    """Early stopping: evaluations in a row that may bring no improvement before the run ends; 0: off. An improvement is
+    a held-out loss that is lower, by more than the 95% interval of the paired difference, than the last improvement.
+    The best checkpoint is kept, as with save_best. Needs sampling = "own-stream" or "full"."""
     log_val_stderr: bool = False
     """Print the held-out loss with its standard error; metrics.jsonl always has it."""
     log_bits_per_byte: bool = False
@@ -240,6 +244,11 @@ class Recipe(Table):
     checkpoint: CheckpointTable = CheckpointTable()
     expected: ExpectedTable = ExpectedTable()
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint with the lowest held-out loss is kept."""
+        return self.checkpoint.save_best or self.validation.patience > 0
+
     @classmethod
     def of(cls, **keys: Any) -> "Recipe":
         """The recipe with these keys, given without their tables: `Recipe.of(lr=1e-3, val_split=0.1)`.
@@ -315,7 +324,7 @@ def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
         raise RecipeError("\n".join(lines))
 
 
-REFINING_EVALUATION = ("log_val_stderr", "log_bits_per_byte", "log_perplexity", "save_best")
+REFINING_EVALUATION = ("log_val_stderr", "log_bits_per_byte", "log_perplexity", "save_best", "patience")
 """Keys that mean something only with evaluations."""
 
 MIN_EXACT_EPS = 1e-11
@@ -361,8 +370,14 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if ends and not 0 < ends[0] <= ends[1]:
         yield "expected_bits_per_byte", "the lower end of the range, which is above 0, and then the upper"
     if not validation.val_every:
-        expected = "false without evaluations; set val_every, such as 500"
-        yield from ((key, expected) for key in REFINING_EVALUATION if recipe.flat()[key])
+        for key in REFINING_EVALUATION:
+            if value := recipe.flat()[key]:
+                yield key, f"{json.dumps(type(value)(0))} without evaluations; set val_every, such as 500"
+    elif validation.patience and validation.sampling == "shared-stream":
+        yield (
+            "patience",
+            '0 with sampling = "shared-stream", whose windows differ each time; use "own-stream" or "full"',
+        )
 
 
 def _explain(problem: Any, source: str | None) -> str:

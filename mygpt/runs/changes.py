@@ -29,6 +29,9 @@ RESOLVED_KEYS = {
 # Keys that shift the training batches with sampling = "shared-stream", and otherwise change no weight.
 EVALUATION_KEYS = {"val_every", "eval_batches", "sampling"}
 
+# Keys that choose where a run ends; `steps` is also the length of a schedule.
+ENDING_KEYS = {"steps", "patience"}
+
 Changes = dict[str, tuple[Any, Any]]
 """Old and new value by name."""
 
@@ -106,7 +109,7 @@ def check_changes(
     for problem in problems:
         warn(problem)
     _warn_of_last_bits(recorded, recipe, info, warn)
-    evaluation = {key: values for key, values in _differing(old, recipe) if key in EVALUATION_KEYS}
+    evaluation = {key: values for key, values in differing_keys(old, recipe) if key in EVALUATION_KEYS}
     return keys | evaluation | recorded
 
 
@@ -124,14 +127,15 @@ def _warn_of_last_bits(recorded: Changes, recipe: Recipe, info: RunInfo, warn: W
 
 def changed_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """The keys that differ between two recipes and change more than the last bits, with old and new value."""
-    harmless = HARMLESS_KEYS | RESOLVED_KEYS | {"steps"}  # a change of steps is looked at by itself
+    harmless = HARMLESS_KEYS | RESOLVED_KEYS | ENDING_KEYS  # a change of steps is looked at by itself
     validations = (old.validation, new.validation)
     if all(table.sampling != "shared-stream" or not table.val_every for table in validations):
         harmless |= EVALUATION_KEYS
-    return ((key, values) for key, values in _differing(old, new) if key not in harmless)
+    return ((key, values) for key, values in differing_keys(old, new) if key not in harmless)
 
 
-def _differing(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
+def differing_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """The keys that differ, with old and new value."""
     values = new.flat()
     return ((key, (was, values[key])) for key, was in old.flat().items() if was != values[key])
 

@@ -18,7 +18,7 @@ from mygpt.errors import DamagedCheckpointError, NonFiniteError
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import ModelTable, Recipe
 from mygpt.runs import files
-from mygpt.runs.schemas import FileEntry, Manifest, ModelMetadata, Reason, StateMetadata
+from mygpt.runs.schemas import End, FileEntry, Manifest, ModelMetadata, Reason, StateMetadata
 from mygpt.runs.steps import point_to, prune, step_directory
 
 Tensors = Mapping[str, torch.Tensor]
@@ -62,11 +62,11 @@ class Saver:
             print(f"mygpt: {unsaved}", file=sys.stderr)  # the error that is being raised would hide it
 
     def save(
-        self, weights: Tensors, state: TrainingState, reason: Reason = "scheduled", *, finished: bool = False
+        self, weights: Tensors, state: TrainingState, reason: Reason = "scheduled", ended_by: End | None = None
     ) -> None:
         """Save the weights and state of a step as `run`/step-NNNNNN, and point `latest` (and `best`) there.
 
-        `finished` says whether the run ends with this step.
+        `ended_by` says why the run ends with this step; None: it does not.
 
         Raises:
             DamagedCheckpointError, NonFiniteError: the checkpoint before could not be saved; see `write_checkpoint`.
@@ -77,7 +77,8 @@ class Saver:
         manifest = Manifest(
             step=step,
             reason=reason,
-            finished=finished,
+            finished=ended_by is not None,
+            ended_by=ended_by,
             recipe=self.recipe,
             corpus_sha256=self.corpus_sha256,
             files={},

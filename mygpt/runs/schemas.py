@@ -44,13 +44,35 @@ class Best(Table):
     val: float
 
 
+class Evaluated(Best):
+    """An evaluation: the held-out loss in nats per token, and its standard error."""
+
+    stderr: Annotated[float, Field(ge=0)] | None
+    dof: Annotated[float, Field(gt=0)] | None
+
+
+class HeldOutMetadata(Table):
+    """What a run remembers of its evaluations; see `History` in runs/held_out.py."""
+
+    consecutive: bool
+    """Whether the windows are all of the held-out text."""
+    evaluations: Annotated[tuple[Evaluated, ...], Field(min_length=1)]
+    """By step; the last is the newest."""
+    lowest: int
+    marks: tuple[int, ...]
+    reference: int
+    waited: int
+
+
 class StateMetadata(_Metadata):
     """Metadata of a state file, which holds optimizer moments and generator states."""
 
     processes: Annotated[int, Field(ge=1)] | None
     """How many processes' dropout generators it holds; None with reduction = "exact", which needs none."""
     best: Best | None = None
-    """Only with `save_best`."""
+    """Only with `save_best` or `patience`."""
+    held_out: HeldOutMetadata | None = None
+    """None before the first evaluation."""
 
     @property
     def best_step(self) -> int | None:
@@ -64,6 +86,8 @@ class FileEntry(Table):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+End = Literal["steps", "patience"]
+"""Why a run ended: it did all steps, or early stopping."""
 Reason = Literal["scheduled", "best", "interrupted", "failed"]
 
 
@@ -79,6 +103,8 @@ class Manifest(_Metadata):
     failed: before a step that was not finite. Those of "best" and "interrupted" are removed once superseded."""
     finished: bool | None = None
     """Whether the run ended with this step, and not by a signal; None in format 1."""
+    ended_by: End | None = None
+    """Why the run ended with this step; None: it did not, or an older mygpt wrote this."""
     recipe: Recipe | None = None
     """The recipe that trained this step; None in format 1. Its paths (corpus, tokenizer_file, output, resume) are not
     written, so that the same run gives the same bytes in any directory: as read, they hold meaningless defaults."""

@@ -14,6 +14,7 @@ from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, NAMED_CORPORA, Recipe
 from mygpt.runs import files
 from mygpt.runs.changes import (
+    ENDING_KEYS,
     Changes,
     Source,
     check_changes,
@@ -81,7 +82,7 @@ def find_start(
             f"resume: {recipe.checkpoint.resume} is in the run that --overwrite would remove; choose another --output"
         )
     is_over = in_place and checkpoint is not None and run.ended_with(checkpoint)
-    is_complete = is_over and recipe.train.steps == source.trained_with.train.steps
+    is_complete = is_over and not _ends_later(source, recipe)
     step = check_checkpoint(source, recipe, tokenizer, may_end=is_over)
     init_seed = source.trained_with.train.init_seed
     if checkpoint and allow_changes and recipe.train.init_seed != init_seed:
@@ -94,6 +95,8 @@ def find_start(
     if is_complete:
         return _complete(source, checkpoint, step, recipe, changed)
     keeps_best = _keeps_best(source, checkpoint, recipe, changed, warn)
+    if source.trained_with.validation.patience != recipe.validation.patience:
+        changed["patience"] = (source.trained_with.validation.patience, recipe.validation.patience)
     if source.trained_with.train.steps != recipe.train.steps:
         changed["steps"] = (source.trained_with.train.steps, recipe.train.steps)
         warn_of_steps(source.trained_with, recipe, step, warn)
@@ -108,6 +111,15 @@ def find_start(
         history = (resumed.model_copy(update={"checkpoint": str(checkpoint), "manifest_sha256": sha256}),)
     info = info.model_copy(update={"recipe": recipe, "resumed": history})
     return Start(checkpoint, step, in_place, overwrite, recipe, info, keeps_best)
+
+
+def _ends_later(source: Source, recipe: Recipe) -> bool:
+    """Whether `recipe` has another end than the run, which is over."""
+    was = source.trained_with
+    assert source.checkpoint is not None
+    stopped_early = read_manifest(source.checkpoint).ended_by == "patience"
+    has_other_patience = stopped_early and recipe.validation.patience != was.validation.patience
+    return recipe.train.steps != was.train.steps or has_other_patience
 
 
 def begin_run(start: Start) -> None:
@@ -234,7 +246,7 @@ def _named_source(path: Path, warn: Warn) -> Source:
 
 def _complete(source: Source, checkpoint: Path, step: int, recipe: Recipe, changed: Changes) -> Start:
     """The start of a run that is over: of its recipe only keys that train nothing, and the path of its text, change."""
-    may_change = HARMLESS_KEYS | {"steps"}
+    may_change = HARMLESS_KEYS | ENDING_KEYS
     run, values = source.run, {key: value for key, value in recipe.flat().items() if key in may_change}
     if "corpus_sha256" not in changed:
         values["corpus"] = recipe.data.corpus

@@ -1,6 +1,7 @@
 """Keep a step whose loss or gradient is not finite, so that `mygpt replay` can look into it."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -54,7 +55,7 @@ def report_failed_step(parts: Parts, progress: Progress, failed: NonFiniteStep) 
     Every process has to call this.
     """
     run = Path(parts.recipe.checkpoint.output)
-    weights, state = parts.capture(Progress(failed.step - 1, progress.best), failed.before)
+    weights, state = parts.capture(replace(progress, step=failed.step - 1), failed.before)
     problem, remedy = describe_problem(failed.measured, parts.gradient_sum.micro_batches), REMEDY
     if failed.measured.out_of_range:
         remedy += '; or, if they are numbers, use reduction = "fast"'

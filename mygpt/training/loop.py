@@ -8,7 +8,7 @@ from mygpt.reports.recorder import Recorder, due, is_printed
 from mygpt.runs.saver import Saver
 from mygpt.runs.schemas import Reason
 from mygpt.training.agreement import REMEDY_WHEN_SAVING, check_agreement
-from mygpt.training.evaluate import evaluate
+from mygpt.training.evaluate import evaluate, record_values
 from mygpt.training.failed_step import report_failed_step
 from mygpt.training.parts import Parts
 from mygpt.training.pending import PendingSteps
@@ -41,9 +41,10 @@ def due_after(step: int, recipe: Recipe, last_step: int) -> Due:
 def train_loop(
     parts: Parts, progress: Progress, last_step: int, recorder: Recorder, saver: Saver, stop: StopRequest
 ) -> int:
-    """Train until `progress` is at `last_step`, or until a signal asks some process to stop; returns it, or 0.
+    """Train until `progress` is at `last_step`, or early stopping ends the run; returns 0. A signal to some process
+    ends it before, and is returned.
 
-    Both end with a save.
+    All of them end with a save.
 
     Raises:
         NonFiniteError: a loss, gradient or weight is not finite.
@@ -51,7 +52,7 @@ def train_loop(
         DisagreementError: with exact sums, the processes do not hold the same weights.
     """
     pending, stopped = PendingSteps(parts.accelerator), 0
-    while progress.step < last_step and not stopped:
+    while progress.step < last_step and not progress.has_stopped_early(parts.recipe) and not stopped:
         before, lr = parts.generators(), parts.learning_rate
         update = train_step(parts, parts.stream.batch(), progress.step + 1)
         parts.scheduler.step()
@@ -63,7 +64,7 @@ def train_loop(
         # Until its numbers are needed the host runs ahead of the device.
         if not (now.reading or pending.must_be_read(bool(stop.pending()))):
             continue
-        reading, improved = pending.read(stop.pending()), False
+        reading, is_best = pending.read(stop.pending()), False
         if reading.non_finite:
             saver.wait()
             raise report_failed_step(parts, progress, reading.non_finite)
@@ -72,12 +73,15 @@ def train_loop(
             values: dict[str, Any] = {"loss": reading.last.loss, "grad_norm": reading.last.grad_norm, "lr": lr}
             if now.evaluation:
                 with recorder.paused():
-                    values |= evaluate(parts, progress.step)
-                improved = parts.recipe.checkpoint.save_best and progress.observe(values["val"])
+                    evaluation = evaluate(parts, progress.step)
+                is_best = progress.observe(evaluation, parts.recipe)
+                values |= record_values(evaluation)
             recorder.record(progress.step, printed=now.line, **values)
-        if now.checkpoint or improved or stopped or progress.step == last_step:
+        is_last = progress.end(parts.recipe) is not None
+        if now.checkpoint or is_best or is_last or stopped or progress.step == last_step:
+            reason: Reason = "scheduled" if now.checkpoint or is_last else "best" if is_best else "interrupted"
             with recorder.paused():
-                save(parts, progress, saver, "scheduled" if now.checkpoint else "best" if improved else "interrupted")
+                save(parts, progress, saver, reason)
         saver.check()
         pending.restart_clock()
     saver.wait()
@@ -94,4 +98,4 @@ def save(parts: Parts, progress: Progress, saver: Saver, reason: Reason) -> None
     if parts.gradient_sum.is_exact:
         check_agreement(parts, weights, state, f"step {progress.step}", REMEDY_WHEN_SAVING)
     if parts.accelerator.is_main_process:
-        saver.save(weights, state, reason, finished=progress.step == parts.recipe.train.steps)
+        saver.save(weights, state, reason, progress.end(parts.recipe))

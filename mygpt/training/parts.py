@@ -31,7 +31,6 @@ from mygpt.processes.preflight import ProcessReport
 from mygpt.recipe.seeds import process_dropout_seed
 from mygpt.recipe.tables import Recipe, RuntimeTable
 from mygpt.runs.saver import Tensors, TrainingState
-from mygpt.runs.schemas import StateMetadata
 from mygpt.training.gradient_sum import GradientSum
 from mygpt.training.optim import build_optimizer, build_scheduler, split_by_decay
 from mygpt.training.state import (
@@ -102,8 +101,8 @@ class Parts:
             states = accelerator.gather(generators.dropout.to(accelerator.device)).cpu()
             for process, state in enumerate(states.chunk(processes)):
                 tensors[dropout_name(accelerator.device, process)] = state
-        metadata = StateMetadata(step=progress.step, processes=processes, best=progress.best)
-        return gather(accelerator, weights), TrainingState(tensors, metadata)
+        tensors |= progress.tensors()
+        return gather(accelerator, weights), TrainingState(tensors, progress.metadata(processes))
 
 
 def build_parts(

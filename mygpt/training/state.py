@@ -15,11 +15,12 @@ from mygpt.errors import DamagedCheckpointError
 from mygpt.model.gpt import GPT
 from mygpt.processes.machine import set_dropout_generator_state
 from mygpt.recipe.seeds import batch_seed_after, process_dropout_seed
-from mygpt.recipe.tables import TrainTable
+from mygpt.recipe.tables import Recipe, TrainTable
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
+from mygpt.runs.held_out import PREFIX, Evaluation, History, read_history, remember
 from mygpt.runs.loading import MOMENTS, read_state, read_weights
 from mygpt.runs.saver import Tensors
-from mygpt.runs.schemas import Best
+from mygpt.runs.schemas import Best, End, StateMetadata
 from mygpt.runs.steps import read_manifest
 
 
@@ -30,14 +31,40 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     best: Best | None = None
-    """The evaluation with the lowest held-out loss, where the recipe says save_best."""
+    """The evaluation with the lowest held-out loss, where the recipe keeps its checkpoint."""
+    history: History | None = None
+    """What is remembered of evaluations; None: there was none."""
 
-    def observe(self, val: float) -> bool:
-        """Take the held-out loss in nats after `step`; returns whether it is the lowest so far."""
-        if self.best is not None and val >= self.best.val:
+    def observe(self, evaluation: Evaluation, recipe: Recipe) -> bool:
+        """Take the evaluation after `step`; returns whether the recipe keeps it as the best so far."""
+        same_windows = recipe.validation.sampling != "shared-stream"
+        self.history = remember(self.history, evaluation, same_windows=same_windows)
+        val = evaluation.loss.mean
+        if not recipe.keeps_best or (self.best is not None and val >= self.best.val):
             return False
         self.best = Best(step=self.step, val=val)
         return True
+
+    def has_stopped_early(self, recipe: Recipe) -> bool:
+        """Whether `patience` evaluations have brought no improvement beyond doubt."""
+        patience = recipe.validation.patience
+        return patience > 0 and self.history is not None and self.history.waited >= patience
+
+    def end(self, recipe: Recipe) -> End | None:
+        """Why the run ends here; None: it does not."""
+        if self.step == recipe.train.steps:
+            return "steps"
+        return "patience" if self.has_stopped_early(recipe) else None
+
+    def metadata(self, processes: int | None) -> StateMetadata:
+        """For a state file with the dropout generators of so many processes."""
+        held_out = self.history.metadata() if self.history else None
+        return StateMetadata(step=self.step, processes=processes, best=self.best, held_out=held_out)
+
+    def tensors(self) -> Tensors:
+        """For a state file."""
+        arrays = self.history.arrays() if self.history else {}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class GeneratorStates(NamedTuple):
@@ -100,7 +127,11 @@ def restore(
             torch.manual_seed(process_dropout_seed(data_seed, accelerator.process_index, metadata.step))
     except (KeyError, RuntimeError, TypeError) as error:
         raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: no generator's state: {error}") from None
-    return Progress(metadata.step, metadata.best), tensors
+    try:
+        history = read_history(metadata.held_out, {k: v.numpy() for k, v in tensors.items() if k.startswith(PREFIX)})
+    except (KeyError, ValueError) as error:
+        raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: no held-out losses: {error}") from None
+    return Progress(metadata.step, metadata.best, history), tensors
 
 
 def dropout_name(device: torch.device, process: int) -> str:

@@ -17,9 +17,10 @@ from mygpt.processes.preflight import Preflight, run_preflight
 from mygpt.processes.signals import StopRequest, stop_on_signal
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Recipe, TrainTable, check_recipe
-from mygpt.reports.expected import outcome_lines
+from mygpt.reports.outcome import early_end_line, outcome_lines, verdict_line
 from mygpt.reports.recorder import Recorder, header_lines
 from mygpt.runs.lock import locked
+from mygpt.runs.records import read_records
 from mygpt.runs.run import check_output
 from mygpt.runs.saver import Saver
 from mygpt.runs.start import Start, begin_run, find_start
@@ -114,7 +115,7 @@ def run_steps(
     steps, run = recipe.train.steps, Path(recipe.checkpoint.output)
     parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum, start.checkpoint, preflight.reports)
     if not start.keeps_best:
-        progress.best = None
+        progress.best = progress.history = None
     if gradient_sum.is_exact:
         remedy = REMEDY_AFTER_RESUMING if start.checkpoint else REMEDY_AT_START
         check_agreement(parts, *parts.capture(progress), f"before step {progress.step + 1}", remedy)
@@ -137,7 +138,7 @@ def run_steps(
         stopped = train_loop(parts, progress, min(steps, last_step or steps), recorder, saver, stop)
     accelerator.wait_for_everyone()
 
-    if stopped and progress.step < steps:  # a run that a signal found at its last step is complete
+    if stopped and progress.end(recipe) is None:  # a run that a signal found at its last step is complete
         number = signal.Signals(stopped)
         raise InterruptedRunError(
             f"stopped by {number.name}; saved {step_directory(run, progress.step)}, and the same command continues",
@@ -146,6 +147,9 @@ def run_steps(
     if is_main and last_step is None:
         end = f"{run} is complete; raise --steps to train on, or --overwrite it to start again"
         print_note(f"saved {run}" if progress.step > start.step else end)
+        if progress.history and progress.end(recipe) == "patience":
+            print_note(early_end_line(progress.history, recipe.validation.patience))
+        print_note(verdict_line(progress.history, read_records(run)))
         if recorder.last:
             for line in outcome_lines(recipe.expected, *recorder.last, processes=accelerator.num_processes):
                 print_note(line)

@@ -1,5 +1,6 @@
 """Comparing two models bit by bit."""
 
+import re
 import time
 
 import numpy as np
@@ -12,6 +13,8 @@ from mygpt.checks.compare import compare, table
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.model.gpt import GPT
 from mygpt.recipe.tables import ModelTable
+from mygpt.runs.records import read_records
+from mygpt.training.train import train
 
 
 @pytest.fixture
@@ -103,3 +106,62 @@ def test_other_shapes_and_vocabularies_are_differences(run, tmp_path):
     assert result.settings[2].startswith("vocabulary: 7 against 4 characters")
     assert "float32 [7, 8] against float32 [4, 8]" in lines
     assert "only in" in lines
+
+
+HELD_OUT = {"val_split": 0.2, "val_every": 3, "sampling": "own-stream"}
+
+
+def test_held_out_losses_are_compared_window_by_window(tiny, tmp_path, call):
+    """Of two runs on the same text: the paired difference, a verdict, and the keys that differ, after "different"."""
+    for name, lr in (("a", 1e-4), ("b", 1e-2)):
+        train(tiny(**HELD_OUT, lr=lr, output=str(tmp_path / name)))
+    code, out, _ = call("compare", tmp_path / "a", tmp_path / "b")
+    assert code == 1
+    lines = out.splitlines()
+    assert lines[0].startswith("different: ")
+    assert lines[0].endswith("; --tensors lists them")
+    assert "recipe: lr 0.0001 against 0.01" in lines
+    assert not any(line.startswith("environment") for line in lines)
+    before, after = (read_records(tmp_path / name)[-1] for name in "ab")
+    result = compare(tmp_path / "a", tmp_path / "b").held_out
+    nats, bits, manner = result.difference
+    assert nats.mean == pytest.approx(after.val - before.val)
+    assert bits.mean == pytest.approx(after.val_bits_per_byte - before.val_bits_per_byte)
+    assert nats.stderr < min(before.val_stderr, after.val_stderr)
+    assert manner == "paired over 40 windows"
+    assert re.search(r"^B - A: -\d\.\d{4} \+- 0\.\d{4} nats per token, .* bits per byte \(paired", out, re.MULTILINE)
+    assert "verdict: B is better on this held-out text: 95% interval -" in out
+    assert "blocks.0" not in out
+    assert "blocks.0" in call("compare", tmp_path / "a", tmp_path / "b", "--tensors")[1]
+
+
+def test_identical_runs_say_no_more(tiny, tmp_path, call):
+    """Evaluations alone change no weight, and the state of the optimizer is compared without their losses."""
+    for name, keys in (("a", HELD_OUT), ("b", HELD_OUT), ("c", {"val_split": 0.2})):
+        train(tiny(**keys, output=str(tmp_path / name)))
+    code, out, _ = call("compare", tmp_path / "a", tmp_path / "b")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["identical:", "optimizer", "metrics"]
+    code, out, _ = call("compare", tmp_path / "a", tmp_path / "c")
+    assert code == 0
+    assert out.splitlines()[1].startswith("optimizer and generators identical")
+    assert "recipe: val_every 3 against 0" in out
+
+
+def test_other_texts_are_not_compared(tiny, tmp_path, text):
+    """Their losses say nothing about the models."""
+    (tmp_path / "other.txt").write_text(text[::-1], encoding="utf-8")
+    train(tiny(**HELD_OUT, output=str(tmp_path / "a")))
+    train(tiny(**HELD_OUT, corpus=str(tmp_path / "other.txt"), output=str(tmp_path / "b")))
+    result = compare(tmp_path / "a", tmp_path / "b")
+    assert result.held_out is None
+    assert "corpus: another text" in result.recipe
+
+
+def test_one_window_has_no_verdict(tiny, tmp_path):
+    """And no error."""
+    keys = {**HELD_OUT, "eval_batches": 1, "batch_size": 1}
+    for name, lr in (("a", 1e-4), ("b", 1e-2)):
+        train(tiny(**keys, lr=lr, output=str(tmp_path / name)))
+    *_, verdict = compare(tmp_path / "a", tmp_path / "b").held_out.lines()
+    assert verdict == "verdict: none: a single window has no error"

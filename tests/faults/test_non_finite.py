@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from support.commands import needs_onednn
 from support.fault_points import POINTS, disturb
+from support.runs import evaluation_of
 
 from mygpt import compat
 from mygpt.checks.replay import replay
 from mygpt.errors import NonFiniteError
 from mygpt.model.gpt import GPT
 from mygpt.runs.records import read_records
-from mygpt.training.evaluate import HeldOutLoss
 from mygpt.training.train import train, train_until
 
 CPU = torch.device("cpu")
@@ -237,9 +237,9 @@ def test_non_finite_held_out_loss_is_never_the_best(monkeypatch, tiny, value):
     evaluation = POINTS["validation"]
     original, calls = getattr(evaluation.owner, evaluation.name), []
 
-    def once_finite(*args):
+    def once_finite(*args, step):
         calls.append(1)
-        return original(*args) if len(calls) == 1 else HeldOutLoss(value, None)
+        return original(*args, step=step) if len(calls) == 1 else evaluation_of(value, step=step)
 
     monkeypatch.setattr(evaluation.owner, evaluation.name, once_finite)
     recipe = tiny(val_split=0.2, val_every=2, save_best=True)

@@ -10,7 +10,7 @@ import pytest
 from support.commands import TESTS, needs_onednn
 from support.fault_points import POINTS, disturb, send
 from support.forked import run as run_forked
-from support.runs import FLAGS, assert_same_run, contents
+from support.runs import FLAGS, assert_same_run, contents, evaluation_of
 
 from mygpt.checks.verify import parts_of, verify
 from mygpt.errors import InterruptedRunError, RecipeError
@@ -20,7 +20,6 @@ from mygpt.runs.records import read_records
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import RunInfo
 from mygpt.runs.steps import read_manifest
-from mygpt.training.evaluate import HeldOutLoss
 from mygpt.training.train import train, train_until
 
 
@@ -143,7 +142,7 @@ def test_the_best_of_other_held_out_windows_is_not_the_best(tiny, monkeypatch, c
     """After a change of sampling or eval_batches the losses are of other windows: the first of them is the best."""
     losses = iter([1.0, 1.5, 2.0, 2.5])
     evaluation = POINTS["validation"]
-    monkeypatch.setattr(evaluation.owner, evaluation.name, lambda *_: HeldOutLoss(next(losses), 0.1))
+    monkeypatch.setattr(evaluation.owner, evaluation.name, lambda *_, step: evaluation_of(next(losses), step=step))
     keys = {"save_every": 2, "save_best": True, "val_split": 0.2, "val_every": 2, "sampling": "own-stream"}
     run = train_until(tiny(**keys, steps=8), 4)
     assert (run / BEST_FILE).read_text() == "step-000002\n"

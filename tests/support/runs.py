@@ -3,8 +3,10 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mygpt.runs.held_out import Evaluation, Windows
 from mygpt.runs.records import read_records
 
 # Small enough for a training run in a tenth of a second.
@@ -54,6 +56,14 @@ def contents(run: Path, *, without=()) -> dict[str, str]:
 def steps_of(run: Path) -> list[int]:
     """The steps whose checkpoints a run has."""
     return sorted(int(path.name.removeprefix("step-")) for path in run.glob("step-*"))
+
+
+def evaluation_of(losses, *, step=0, tokens=1, consecutive=False, starts=None) -> Evaluation:
+    """An evaluation whose windows, of so many tokens each, have these losses per token."""
+    losses = np.atleast_1d(np.asarray(losses, dtype=np.float32))
+    lengths = np.full(len(losses), tokens, dtype=np.int32)
+    starts = np.arange(len(losses)) * tokens if starts is None else starts
+    return Evaluation(step, Windows(starts, lengths, lengths, consecutive), losses * tokens)
 
 
 def latest_step(run: Path) -> int:

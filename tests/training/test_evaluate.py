@@ -11,9 +11,10 @@ from scipy import stats
 from mygpt import GPT, estimate_val_loss, get_batch
 from mygpt.data.batches import WindowSet, consecutive_windows, draw_starts, random_windows, windows
 from mygpt.data.tokenizer import ByteTokenizer
+from mygpt.estimates import ratio_estimate
 from mygpt.recipe.tables import ModelTable
 from mygpt.runs.records import perplexity
-from mygpt.training.evaluate import held_out_loss, ratio_estimate
+from mygpt.training.evaluate import held_out_loss
 
 TABLE = ModelTable(embed_dim=16, num_heads=2, num_layers=1, max_seq_len=8, dropout=0.3)
 
@@ -61,7 +62,7 @@ def test_full_is_the_mean_over_every_target(gpt, data):
         losses += torch.nn.functional.cross_entropy(logits, part[1:], reduction="none").tolist()
     assert len(losses) == 202
     result = held_out_loss(gpt, data, consecutive_windows(data, 8), 3)
-    assert result.mean == pytest.approx(statistics.mean(losses), abs=1e-6)
+    assert result.loss.mean == pytest.approx(statistics.mean(losses), abs=1e-6)
 
 
 def test_bits_per_byte_are_those_of_the_text(gpt):
@@ -71,15 +72,15 @@ def test_bits_per_byte_are_those_of_the_text(gpt):
     lengths_V = torch.from_numpy(ByteTokenizer(end_of_text=True).byte_lengths)
     gpt = GPT(TABLE, vocab_size=257).eval()
     result = held_out_loss(gpt, data, consecutive_windows(data, 7), 3, byte_lengths_V=lengths_V)
-    assert result.bits_per_byte == pytest.approx(result.mean / math.log(2))
-    assert result.bits_per_byte_stderr == pytest.approx(result.stderr / math.log(2))
+    assert result.bits_per_byte.mean == pytest.approx(result.loss.mean / math.log(2))
+    assert result.bits_per_byte.stderr == pytest.approx(result.loss.stderr / math.log(2))
     # A token of two characters, one of a part of one, and the end of a document, which has no bytes but a loss.
     data[5::9] = 256
     lengths_V[97], lengths_V[0xF0] = 6, 2
     result = held_out_loss(gpt, data, consecutive_windows(data, 7), 3, byte_lengths_V=lengths_V)
     expected_bytes = sum(int(lengths_V[token]) for token in data[1:])
-    total = held_out_loss(gpt, data, consecutive_windows(data, 7), 3).mean * (len(data) - 1)
-    assert result.bits_per_byte == pytest.approx(total / math.log(2) / expected_bytes)
+    total = held_out_loss(gpt, data, consecutive_windows(data, 7), 3).loss.mean * (len(data) - 1)
+    assert result.bits_per_byte.mean == pytest.approx(total / math.log(2) / expected_bytes)
     assert (
         held_out_loss(gpt, data, [WindowSet(torch.tensor([4]), 1)], 1, byte_lengths_V=lengths_V).bits_per_byte is None
     )
@@ -95,16 +96,16 @@ def test_standard_error_is_that_of_the_windows(gpt, data):
     places = WindowSet(draw_starts(data, 12, 8), 8)
     gpt.eval()
     losses = [gpt(x[None], y[None]).item() for x, y in zip(*windows(data, places.starts, places.seq_len), strict=True)]
-    result = held_out_loss(gpt, data, [places], 5)
+    result = held_out_loss(gpt, data, [places], 5).loss
     assert result.mean == pytest.approx(statistics.mean(losses), abs=1e-6)
     assert result.stderr == pytest.approx(statistics.stdev(losses) / 12**0.5, rel=1e-4)
-    assert held_out_loss(gpt, data, [WindowSet(torch.tensor([3]), 8)], 5).stderr is None
+    assert held_out_loss(gpt, data, [WindowSet(torch.tensor([3]), 8)], 5).loss.stderr is None
 
 
 def test_standard_error_is_the_spread_of_estimates(gpt, data):
     """Estimates from fresh batches scatter as widely as the standard error says."""
     generator = torch.Generator().manual_seed(3)
-    results = [held_out_loss(gpt, data, random_windows(data, 16, 8, 1, generator), 16) for _ in range(200)]
+    results = [held_out_loss(gpt, data, random_windows(data, 16, 8, 1, generator), 16).loss for _ in range(200)]
     scatter = statistics.stdev(result.mean for result in results)
     assert scatter == pytest.approx(statistics.mean(result.stderr for result in results), rel=0.2)
 
@@ -117,7 +118,7 @@ def correlated(correlation, windows, texts):
     losses[:, 0] = generator.standard_normal(texts)
     for at in range(1, windows):
         losses[:, at] = correlation * losses[:, at - 1] + noise[:, at]
-    return torch.from_numpy(losses + 128)
+    return losses + 128
 
 
 def coverage(results, truth, *, quantile=None) -> float:
@@ -134,7 +135,7 @@ def test_errors_of_consecutive_windows_respect_their_correlation(correlation):
     Taken for independent, the windows would have an error half as large at a correlation of 0.6, and a third at 0.8.
     """
     windows, texts, seq_len = 1742, 2000, 64
-    loss_MN, length_N = correlated(correlation, windows, texts), torch.full((windows,), float(seq_len)).double()
+    loss_MN, length_N = correlated(correlation, windows, texts), np.full(windows, float(seq_len))
     results = [ratio_estimate(loss_N, length_N, consecutive=True) for loss_N in loss_MN]
     lags = np.arange(1, windows)
     variance = (1 + 2 * ((1 - lags / windows) * correlation**lags).sum()) / windows / seq_len**2
@@ -152,7 +153,7 @@ def test_errors_of_consecutive_windows_respect_their_correlation(correlation):
 @pytest.mark.parametrize("correlation", [0.0, 0.3, 0.6])
 def test_errors_of_few_consecutive_windows_respect_it_too(correlation, windows):
     """A short text: fewer batches, and Student's t, so that the interval is wide and still contains the truth."""
-    loss_MN, length_N = correlated(correlation, windows, 2000), torch.ones(windows).double()
+    loss_MN, length_N = correlated(correlation, windows, 2000), np.ones(windows)
     results = [ratio_estimate(loss_N, length_N, consecutive=True) for loss_N in loss_MN]
     assert coverage(results, 128) >= 0.91
 
@@ -160,7 +161,7 @@ def test_errors_of_few_consecutive_windows_respect_it_too(correlation, windows):
 @pytest.mark.parametrize("windows", [2, 3, 16])
 def test_intervals_from_few_windows_need_students_t(windows):
     """Independent windows, as few as two: with 1.96 the interval is too short, with Student's t it covers 95%."""
-    loss_MN, length_N = correlated(0.0, windows, 4000), torch.ones(windows).double()
+    loss_MN, length_N = correlated(0.0, windows, 4000), np.ones(windows)
     results = [ratio_estimate(loss_N, length_N, consecutive=False) for loss_N in loss_MN]
     assert {result.dof for result in results} == {windows - 1}
     assert 0.94 <= coverage(results, 128) <= 0.96
@@ -169,7 +170,7 @@ def test_intervals_from_few_windows_need_students_t(windows):
 
 def test_the_short_last_window_counts_by_its_length():
     """A window of one token in a text of 101: the estimate is the mean over tokens, also where this one is far off."""
-    length_N = torch.tensor([10.0] * 10 + [1.0]).double()
+    length_N = np.array([10.0] * 10 + [1.0])
     loss_N = 2 * length_N
     loss_N[-1] += 1
     result = ratio_estimate(loss_N, length_N, consecutive=True)
@@ -181,6 +182,6 @@ def test_the_short_last_window_counts_by_its_length():
 
 def test_full_sampling_counts_as_consecutive(gpt, data):
     """Its error is that of batches of windows; the error of random windows is that of single windows."""
-    assert held_out_loss(gpt, data, consecutive_windows(data, 8), 3).dof == 1  # 26 windows: two batches
+    assert held_out_loss(gpt, data, consecutive_windows(data, 8), 3).loss.dof == 1  # 26 windows: two batches
     places = random_windows(data, 16, 8, 1, torch.Generator().manual_seed(3))
-    assert held_out_loss(gpt, data, places, 16).dof == 15
+    assert held_out_loss(gpt, data, places, 16).loss.dof == 15

@@ -1,13 +1,18 @@
 """What a recipe expects, and what a complete run says of it."""
 
+import re
+
+import numpy as np
 import pytest
-from support.runs import FLAGS
+from support.runs import FLAGS, evaluation_of
 
 from mygpt.recipe.files import load_recipe
 from mygpt.recipe.flags import parse_recipe
 from mygpt.recipe.tables import ExpectedTable
-from mygpt.reports.expected import outcome_lines
+from mygpt.reports.outcome import outcome_lines, verdict_line
+from mygpt.runs.held_out import remember
 from mygpt.runs.records import Record, Timing
+from mygpt.training.train import train, train_until
 
 RANGE = ExpectedTable(expected_bits_per_byte=(1.9, 2.2))
 
@@ -109,3 +114,49 @@ def test_complete_run_says_how_close_it_came(call, text_file, tmp_path):
     assert "of the 5 that the recipe expects\nheld-out loss: " in err
     assert "within the 1.00 to 99.00 that the recipe expects" in err
     assert "expects" not in call(*arguments)[2]
+
+
+def records(*losses):
+    return [Record(step=step, loss=loss, lr=0.1, tokens=step) for step, loss in enumerate(losses, 1)]
+
+
+def history_of(*losses):
+    """Evaluations after every 10 steps; their windows differ from the mean in nearly the same way."""
+    history = None
+    for number, loss in enumerate(losses, 1):
+        rng = np.random.default_rng(number)
+        noise = np.linspace(-1, 1, 50) + 0.01 * rng.standard_normal(50)
+        history = remember(history, evaluation_of(loss + noise, step=10 * number), same_windows=True)
+    return history
+
+
+FALLING = np.linspace(4, 2, 60)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "training", "verdict"),
+    [
+        ([3, 2.5, 2.4], FALLING, r"still improving: held-out loss -1.000 \+- 0.018 per 100 steps from step 20 to 30$"),
+        ([3, 2.4, 2.4], FALLING, r"flat from step 20 to 30: held-out loss [+-]0.000\d \+- 0.0018$"),
+        ([3, 2.5, 2.8], FALLING, r"overfitting since step 20: held-out loss \+0.300\d \+- 0.0018 by step 30$"),
+        ([3, 2.5, 2.8], FALLING[::-1], "getting worse since step 20: .*, and the training loss rises, too$"),
+        ([3], FALLING, "none from a single evaluation, after step 10; lower val_every$"),
+    ],
+)
+def test_verdict_names_the_evidence(held_out, training, verdict):
+    """Improving, flat, overfitting or diverging, with the steps, the change and its error."""
+    assert re.match(f"verdict: {verdict}", verdict_line(history_of(*held_out), records(*training)))
+
+
+def test_verdict_without_held_out_text_says_how_to_get_one():
+    assert verdict_line(None, records(*FALLING)).startswith("verdict: none without a held-out loss; --val-split")
+
+
+def test_every_complete_run_ends_with_a_verdict(tiny, capsys):
+    """Also one that is found complete; not one that a signal or a last step stopped."""
+    recipe = tiny(val_split=0.2, val_every=2, sampling="full")
+    train_until(recipe, 4)
+    assert "verdict" not in capsys.readouterr().err
+    for _ in range(2):
+        train(recipe)
+        assert capsys.readouterr().err.count("verdict: ") == 1
