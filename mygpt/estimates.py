@@ -75,14 +75,61 @@ def ratio_estimate(loss_N: Floats, length_N: Floats, *, consecutive: bool) -> Es
     """
     total = math.fsum(length_N)
     mean = _sum(loss_N) / total
-    residual_N = loss_N - mean * length_N
-    if consecutive:
-        batches = min(len(loss_N), max(2, min(MAX_BATCHES, len(loss_N) // MIN_BATCH)))
-        residual_N = np.array([batch.sum() for batch in np.array_split(residual_N, batches)])
-    count = len(residual_N)
+    residual_B = _independent_parts(loss_N - mean * length_N, consecutive=consecutive)
+    count = len(residual_B)
     if count == 1:
         return Estimate(mean)
-    return Estimate(mean, math.sqrt(_sum(residual_N**2) * count / (count - 1)) / total, count - 1)
+    return Estimate(mean, math.sqrt(_sum(residual_B**2) * count / (count - 1)) / total, count - 1)
+
+
+class CrossedEstimate(NamedTuple):
+    """A mean over seeds and windows, both of which are samples."""
+
+    total: Estimate
+    """With the error of both."""
+    seed_stderr: float
+    """Of the mean over all seeds, on these windows."""
+    window_stderr: float | None
+    """Of the mean over all windows, with these seeds; None from a single window."""
+
+    def scaled(self, factor: float) -> "CrossedEstimate":
+        """The same in another unit; see `Estimate.scaled`."""
+        window_stderr = None if self.window_stderr is None else self.window_stderr * factor
+        return CrossedEstimate(self.total.scaled(factor), self.seed_stderr * factor, window_stderr)
+
+
+def crossed_estimate(change_SN: Floats, length_N: Floats, *, consecutive: bool) -> CrossedEstimate:
+    """The mean change per token of the same windows under several seeds, (seeds, windows) and (windows,).
+
+    The variance of the mean is that of the seeds' means and that of the windows' means, less what is in both: the part
+    that differs from window to window in another way for each seed. It is never less than either of the two.
+    Sources: Cameron, Gelbach & Miller, "Robust inference with multiway clustering" (Journal of Business & Economic
+    Statistics 29, 2011); degrees of freedom by Satterthwaite (Biometrics Bulletin 2, 1946).
+    """
+    seeds, total = len(change_SN), math.fsum(length_N)
+    mean = _sum(change_SN.mean(0)) / total
+    residual_SB = _independent_parts(change_SN - mean * length_N, consecutive=consecutive)
+    parts = residual_SB.shape[1]
+    of_seed_S, of_part_B = residual_SB.sum(1), residual_SB.mean(0)
+    by_seed = float((of_seed_S**2).sum()) / (seeds - 1) / seeds / total**2
+    if parts == 1:
+        return CrossedEstimate(Estimate(mean, math.sqrt(by_seed), seeds - 1), math.sqrt(by_seed), None)
+    by_part = float((of_part_B**2).sum()) * parts / (parts - 1) / total**2
+    both_SB = residual_SB - of_part_B - of_seed_S[:, None] / parts
+    by_both = float((both_SB**2).sum()) / (seeds - 1) / (parts - 1) * parts / seeds / total**2
+    variance = max(by_seed, by_part, by_seed + by_part - by_both)
+    weight = by_seed**2 / (seeds - 1) + by_part**2 / (parts - 1) + by_both**2 / (seeds - 1) / (parts - 1)
+    dof = max(min(seeds, parts) - 1, variance**2 / weight) if weight else seeds - 1
+    return CrossedEstimate(Estimate(mean, math.sqrt(variance), dof), math.sqrt(by_seed), math.sqrt(by_part))
+
+
+def _independent_parts(residual_N: Floats, *, consecutive: bool) -> Floats:
+    """The sums over parts of the last axis that are as good as independent: windows, or batches of neighbours."""
+    windows = residual_N.shape[-1]
+    if not consecutive:
+        return residual_N
+    batches = min(windows, max(2, min(MAX_BATCHES, windows // MIN_BATCH)))
+    return np.stack([batch.sum(-1) for batch in np.array_split(residual_N, batches, axis=-1)], axis=-1)
 
 
 def difference_of_independent(a: Estimate, b: Estimate) -> Estimate:

@@ -20,7 +20,7 @@ FLOORS = [
     {"processes", "reports"},
     {"training"},
     {"checks"},
-    {"planning"},
+    {"planning", "studies"},
     {"course", "cli"},
     {"__main__"},
 ]

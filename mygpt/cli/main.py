@@ -26,8 +26,9 @@ Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
 
   init TEXT... [--minutes 30]   look at a text, time this machine, and write a recipe that fits the time
   train RECIPE.toml|TEXT_FILE   train, with any recipe key as a flag (--steps 500)
+  study RECIPE... --seeds 5     run recipes with several seeds: which is better, by how much, how sure that is
   generate --checkpoint RUN     continue a prompt with a trained model
-  compare A B                   whether two models or runs are the same, bit for bit
+  compare A B                   whether two models or runs are the same, bit for bit; and which has the lower loss
   verify RUN                    whether running a recorded run again gives the same, bit for bit
   replay RUN                    which value of a failed step became non-finite first
   plot RUN...                   draw loss and learning rate
@@ -41,6 +42,7 @@ mygpt COMMAND --help tells more. On several devices: accelerate launch -m mygpt 
 COMMANDS = {
     "init": "init",
     "train": "train",
+    "study": "study",
     "generate": "inspect",
     "compare": "inspect",
     "verify": "inspect",

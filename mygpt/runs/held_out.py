@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -203,34 +203,56 @@ class Difference(NamedTuple):
 def difference(a: Evaluation, b: Evaluation, *, same_tokens: bool) -> Difference:
     """The difference b - a of two models' losses over held-out text that ends at the same place of the same text.
 
-    Paired window by window where the windows are the same. If both took all of the text, but in other windows or
-    tokens, paired piece by piece: see `_common_pieces`. Otherwise as of independent estimates, whose error is larger.
-    `same_tokens`: both texts are the same tokens.
+    Paired where `paired_changes` pairs, otherwise that of independent estimates, whose error is larger. `same_tokens`:
+    both texts are the same tokens.
     """
-    consecutive = a.windows.consecutive and b.windows.consecutive
-    if same_tokens and a.windows.same_as(b.windows):
-        change = b.losses.astype(np.float64) - a.losses
-        lengths = a.windows.tokens, a.windows.bytes
-        estimates = [_ratio(change, length, consecutive) if length.any() else None for length in lengths]
-        manner = f"paired over {len(change):,} windows"
-    elif consecutive:
-        kinds = ("tokens", "bytes") if same_tokens else ("bytes",)
-        estimates = [_ratio(*_common_pieces(a, b, kind), consecutive=True) for kind in kinds]
-        estimates = [None, *estimates][-2:]
-        manner = f"paired over {PIECES} pieces of the text that both held out"
-    else:
+    of_tokens, of_bytes = (paired_changes(a, b, unit, same_tokens=same_tokens) for unit in ("tokens", "bytes"))
+    known = of_tokens or of_bytes
+    if known is None:
         pairs = [(a.loss, b.loss) if same_tokens else (None, None), (a.bits_per_byte, b.bits_per_byte)]
         nats, bits = (difference_of_independent(x, y) if x and y else None for x, y in pairs)
         return Difference(nats, bits, "not paired, since their windows are not the same")
-    nats, bits = estimates
-    return Difference(nats, bits and bits.scaled(1 / LN_2), manner)
+    nats, bits = (pairs and _ratio(pairs.changes, pairs.lengths, pairs.consecutive) for pairs in (of_tokens, of_bytes))
+    return Difference(nats, bits and bits.scaled(1 / LN_2), known.manner)
+
+
+class PairedChanges(NamedTuple):
+    """By how much the losses of two models differ on the same pieces of text."""
+
+    changes: Array
+    """Of the total loss of each piece in nats, (pieces,)."""
+    lengths: Array
+    """Of the pieces, in tokens or bytes."""
+    consecutive: bool
+    manner: str
+    """What the pieces are, for a reader."""
+
+
+def paired_changes(
+    a: Evaluation, b: Evaluation, unit: Literal["tokens", "bytes"], *, same_tokens: bool
+) -> PairedChanges | None:
+    """The changes b - a of held-out losses over pieces of text that both models were evaluated on.
+
+    Window by window where the windows are the same. If both took all of the text, but in other windows or tokens,
+    piece by piece: see `_common_pieces`. None: they cannot be paired, or there are no such lengths.
+    """
+    consecutive = a.windows.consecutive and b.windows.consecutive
+    if not getattr(a.windows, unit).any() or (unit == "tokens" and not same_tokens):
+        return None
+    if same_tokens and a.windows.same_as(b.windows):
+        changes = b.losses.astype(np.float64) - a.losses
+        return PairedChanges(changes, getattr(a.windows, unit), consecutive, f"paired over {len(changes):,} windows")
+    if not consecutive:
+        return None
+    manner = f"paired over {PIECES} pieces of the text that both held out"
+    return PairedChanges(*_common_pieces(a, b, unit), consecutive, manner)
 
 
 PIECES = 100
 """Of a text that two models took in other windows; as many as windows are needed for `MAX_BATCHES` batches."""
 
 
-def _common_pieces(a: Evaluation, b: Evaluation, unit: str) -> tuple[Array, Array]:
+def _common_pieces(a: Evaluation, b: Evaluation, unit: Literal["tokens", "bytes"]) -> tuple[Array, Array]:
     """The difference of the losses b - a, in nats, and the lengths of `PIECES` pieces of the text that both took.
 
     The text is measured from its end, where both end, in tokens or bytes. A piece that ends within a window gets that

@@ -1,0 +1,74 @@
+"""The command that compares recipes over several seeds: `mygpt study`."""
+
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from mygpt.cli.command import command
+from mygpt.errors import MygptError
+
+MOST_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    recipes: Positional[tuple[str, ...]]
+    """Recipes, or names of shipped ones."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE,VALUE")] = field(
+        default=()
+    )
+    """Values of a recipe key: every recipe is run with each of them, and with every combination of several --set."""
+    seeds: int = 5
+    """Runs of each recipe; more extend a study that is there."""
+    out: Path | None = None
+    """The study's folder; absent: checkpoints/study- and the names of the recipes and keys."""
+    effect: float = 0.01
+    """A difference that matters: where none is seen, the study says how many more seeds would reveal one so large."""
+    picture: bool = True
+    """Draw study.png; needs matplotlib."""
+
+
+@command
+def study(options: StudyOptions) -> None:
+    """Run recipes with several seeds, and say which is better, by how much, and how sure that is."""
+    from mygpt.studies.grid import cells_of, read_settings
+    from mygpt.studies.results import table_lines, verdict_lines
+    from mygpt.studies.runner import run_study
+
+    if not options.recipes:
+        raise MygptError("expected a recipe: mygpt study RECIPE --set lr=3e-4,1e-3")
+    if not 2 <= options.seeds <= MOST_SEEDS:
+        raise MygptError(f"--seeds: got {options.seeds}, expected 2 to {MOST_SEEDS}: one seed is not a result")
+    if not 0 < options.effect < float("inf"):
+        raise MygptError(f"--effect: got {options.effect:g}, expected a number above 0")
+    settings = read_settings(options.set)
+    cells = cells_of(options.recipes, settings)
+    folder = options.out or _default_out(options.recipes, settings)
+    result = run_study(cells, options.seeds, folder, options.effect, _note)
+    print("\n".join(table_lines(result.cells)))
+    print("\n".join(verdict_lines(result.cells, result.comparisons, options.effect)))
+    written = [str(result.file)]
+    if options.picture:
+        from mygpt.studies.picture import draw
+
+        try:
+            draw(result, folder / "study.png")
+            written.append(str(folder / "study.png"))
+        except MygptError as error:
+            _note(str(error))
+    _note(f"wrote {' and '.join(written)}")
+
+
+def _default_out(recipes: tuple[str, ...], settings: dict[str, list[object]]) -> Path:
+    names = [re.sub(r"\.toml$", "", os.path.basename(recipe.rstrip("/"))) for recipe in recipes]
+    return Path("checkpoints", "-".join(["study", *names, *settings]))
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

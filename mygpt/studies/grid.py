@@ -1,0 +1,80 @@
+"""The recipes of a study: each target with each combination of values for some keys."""
+
+import itertools
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mygpt.errors import MygptError, RecipeError
+from mygpt.recipe.flags import SEEDS, load_target
+from mygpt.recipe.tables import CheckpointTable, ExpectedTable, Recipe, check_recipe
+
+FIXED_KEYS = {*CheckpointTable.model_fields, *ExpectedTable.model_fields, *SEEDS, "threads"}
+"""Keys that the study sets itself."""
+
+
+class Cell(NamedTuple):
+    """One recipe of a study."""
+
+    name: str
+    """Also that of its folder."""
+    recipe: Recipe
+
+
+def read_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """The values of each key, from texts such as "lr=3e-4,1e-3".
+
+    Raises:
+        MygptError: a text is not of this form, or names a key twice or one that the study sets.
+    """
+    settings: dict[str, list[Any]] = {}
+    for text in texts:
+        key, sign, values = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not (sign and key and values):
+            raise MygptError(f"--set: got {text!r}, expected KEY=VALUE,VALUE such as lr=3e-4,1e-3")
+        if key in settings:
+            raise MygptError(f"--set: {key} is given twice; give all its values together: {key}=VALUE,VALUE")
+        if key in FIXED_KEYS:
+            raise MygptError(f"--set: {key} is set by the study; give another key")
+        settings[key] = [_value(value.strip()) for value in values.split(",")]
+    return settings
+
+
+def cells_of(targets: Sequence[str], settings: Mapping[str, Sequence[Any]]) -> list[Cell]:
+    """Every target, a recipe file or a shipped recipe's name, with every combination of the settings.
+
+    Raises:
+        RecipeError: a recipe cannot be used, or has no held-out loss.
+        MygptError: two recipes have the same name, or the same settings.
+    """
+    cells = []
+    for target in targets:
+        loaded = load_target(target).replace(**dict.fromkeys(ExpectedTable.model_fields))
+        stem = re.sub(r"\.toml$", "", target.rstrip("/").rsplit("/", 1)[-1])
+        for values in itertools.product(*settings.values()):
+            keys = dict(zip(settings, values, strict=True))
+            # A key with a single value is the same in all recipes, and distinguishes none.
+            shown = [f"{key}={value}" for key, value in keys.items() if len(settings[key]) > 1]
+            name = re.sub(r"[^\w.,=+-]", "_", ",".join([stem, *shown]))
+            recipe = loaded.replace(**keys)
+            check_recipe(recipe, source=name)
+            if not recipe.validation.val_every:
+                raise RecipeError(
+                    f"{name} [validation] val_every: got 0, expected evaluations, since a study compares held-out "
+                    "losses; set val_split and val_every, such as --set val_split=0.1 --set val_every=500"
+                )
+            cells.append(Cell(name, recipe))
+    names = [cell.name.casefold() for cell in cells]  # some disks do not know capital letters
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise MygptError(f"two recipes of the study are called {double!r}; rename one, or give each value once")
+    return cells
+
+
+def _value(text: str) -> Any:
+    """A number, true, false or a string, as TOML has them; a string needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

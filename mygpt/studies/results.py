@@ -1,0 +1,122 @@
+"""The results of a study: read from its run directories, shown as a table, and written as JSON."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mygpt.errors import CheckpointError
+from mygpt.estimates import Estimate
+from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE
+from mygpt.runs.held_out import load_history
+from mygpt.runs.run import Run
+from mygpt.runs.schemas import ModelMetadata
+from mygpt.runs.steps import read_metadata
+from mygpt.studies.analysis import CellResult, ComparisonResult, RunResult, mean_curve, unit_of
+
+FORMAT = 1
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a run is there and has ended."""
+    run = Run(path)
+    try:
+        return bool(run.info) and run.is_finished
+    except CheckpointError:
+        return False
+
+
+def has_failed(path: Path) -> bool:
+    """Whether a step of the run was not finite: it would be again."""
+    return path.is_dir() and any(FAILED_NAME.fullmatch(entry.name) for entry in path.iterdir())
+
+
+def read_cell(name: str, folder: Path, paths: Mapping[int, Path], failures: Mapping[int, str]) -> CellResult:
+    """What the complete runs at `paths`, by seed, came to; `folder` is that of the study.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    runs, tokenizer = {}, ""
+    for seed, path in paths.items():
+        checkpoint = Run(path).newest_checkpoint()
+        history = load_history(checkpoint / STATE_FILE) if checkpoint else None
+        if checkpoint is None or history is None:
+            raise CheckpointError(f"{path}: has no held-out loss at its end")
+        tokenizer = json.dumps(read_metadata(checkpoint / MODEL_FILE, ModelMetadata).model_dump()["tokenizer"])
+        curve = tuple((record.step, record.val) for record in Run(path).records if record.val is not None)
+        runs[seed] = RunResult(history.last, curve, str(path.relative_to(folder)))
+    return CellResult(name, runs, dict(failures), tokenizer)
+
+
+def table_lines(cells: Sequence[CellResult]) -> Iterator[str]:
+    """The recipes, best first, as aligned lines under a heading."""
+    unit = unit_of(cells)
+    rows = [("recipe", "seeds", "loss", "deviation", "95% interval")]
+    complete = [cell for cell in cells if cell.runs]
+    for cell in sorted(complete, key=lambda cell: cell.mean(unit).mean):
+        mean, spread = cell.mean(unit), cell.spread(unit)
+        interval = "" if spread is None else f"{mean.mean - mean.margin:.4f} to {mean.mean + mean.margin:.4f}"
+        failed = f" ({len(cell.failures)} failed)" if cell.failures else ""
+        shown = "" if spread is None else f"{spread:.4f}"
+        rows.append((cell.name, f"{len(cell.runs)}{failed}", f"{mean.mean:.4f}", shown, interval))
+    rows += [(cell.name, f"0 ({len(cell.failures)} failed)", "", "", "") for cell in cells if not cell.runs]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        yield "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
+    yield f"(held-out loss at the last step, {unit}; deviation between seeds; interval of the mean over all seeds)"
+
+
+def verdict_lines(cells: Sequence[CellResult], comparisons: Sequence[ComparisonResult], effect: float) -> Iterator[str]:
+    """What the study says, in words: differences that were seen first, the surest at the top."""
+    for cell in cells:
+        for seed, problem in cell.failures.items():
+            yield f"{cell.name}, seed {seed}: {problem}"
+    surest_first = sorted(comparisons, key=lambda result: (result.corrected_p is None, result.corrected_p, result.p))
+    yield from (result.verdict(effect) for result in surest_first)
+    if any(result.text_stderr is None and result.change for result in comparisons):
+        yield 'note: each run has held-out windows of its own; sampling = "full" pairs them, which sees more'
+    elif any("not paired" in result.manner for result in comparisons):
+        yield 'note: some recipes have other held-out windows than others; sampling = "full" pairs them'
+
+
+def to_json(
+    cells: Sequence[CellResult], comparisons: Sequence[ComparisonResult], plan: Mapping[str, Any], effect: float
+) -> str:
+    """All of it, for programs. Losses are in the unit that is named, curves in nats per token."""
+    unit = unit_of(cells)
+    document = {
+        "format": FORMAT,
+        "plan": plan,
+        "unit": unit,
+        "recipes": [
+            {
+                "name": cell.name,
+                "losses": {str(seed): loss for seed, loss in cell.losses(unit).items()},
+                "runs": {str(seed): run.path for seed, run in cell.runs.items()},
+                "failures": {str(seed): problem for seed, problem in cell.failures.items()},
+                **({"mean": _estimate(cell.mean(unit)), "deviation": cell.spread(unit)} if cell.runs else {}),
+                "curve": [
+                    {"step": step, "mean": mean, "deviation": deviation} for step, mean, deviation in mean_curve(cell)
+                ],
+            }
+            for cell in cells
+        ],
+        "comparisons": [
+            {
+                **result._asdict(),
+                "change": result.change and _estimate(result.change),
+                "is_seen": result.is_seen,
+                "verdict": result.verdict(effect),
+            }
+            for result in comparisons
+        ],
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _estimate(estimate: Estimate) -> dict[str, Any]:
+    if estimate.stderr is None:
+        return {"mean": estimate.mean}
+    low, high = estimate.mean - estimate.margin, estimate.mean + estimate.margin
+    return {**estimate._asdict(), "interval": [low, high]}

@@ -1,0 +1,238 @@
+"""Runs the grid of a study: each run in a process of its own; continues what was killed, and reads the results."""
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mygpt import __version__
+from mygpt.errors import CheckpointError, InterruptedRunError, MygptError
+from mygpt.processes.signals import stop_on_signal
+from mygpt.recipe.files import RUN_FILE
+from mygpt.recipe.tables import Recipe
+from mygpt.runs.changes import changed_keys
+from mygpt.runs.files import explain_disk_error, read_bytes, replace_text
+from mygpt.runs.run import Run, check_output
+from mygpt.runs.start import self_contained
+from mygpt.studies.analysis import CellResult, ComparisonResult, compare_cells
+from mygpt.studies.grid import Cell
+from mygpt.studies.results import has_failed, is_complete, read_cell, to_json
+from mygpt.studies.room import Room, Slot, measure_room, start_worker
+from mygpt.studies.worker import Task
+
+STUDY_FILE = "study.json"
+PLAN_FILE = "plan.json"
+POLL_SECONDS = 0.1
+MOST_RESTARTS = 3
+"""Of a run that is killed from outside, before the study gives up."""
+
+Report = Callable[[str], None]
+
+
+class Job(NamedTuple):
+    """One run of a study."""
+
+    cell: Cell
+    seed: int
+    path: Path
+    """Its run directory."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.name}, seed {self.seed}"
+
+
+class Study(NamedTuple):
+    """A study whose runs are all over."""
+
+    cells: list[CellResult]
+    comparisons: list[ComparisonResult]
+    effect: float
+    file: Path
+    """study.json, which has all of it."""
+
+
+def run_study(cells: Sequence[Cell], seeds: int, folder: Path, effect: float, report: Report) -> Study:
+    """Run every cell with the seeds from 1 to `seeds` into `folder`/CELL/seed-N, and compare what they come to.
+
+    Runs that are complete stay as they are, and others are continued; so the same command continues a study that was
+    killed, and one with more seeds or cells extends it. Seeds set both init_seed and data_seed.
+
+    Raises:
+        MygptError: a recipe cannot be trained, or the folder holds something else or a run of another recipe.
+        InterruptedRunError: a signal asked to stop; all runs are saved.
+    """
+    jobs = [Job(cell, seed, folder / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
+    _check(jobs, folder)
+    waiting = [job for job in jobs if not (is_complete(job.path) or has_failed(job.path))]
+    plan = _make_plan(waiting, folder, report) if waiting else _read_plan(folder)
+    if waiting:
+        done = len(jobs) - len(waiting)
+        report(f"{done} of {len(jobs)} runs are complete; {len(waiting)} to go" if done else f"{len(jobs)} runs")
+        _run_all(waiting, _room_of(plan), report)
+    results = []
+    for cell in cells:
+        own = [job for job in jobs if job.cell is cell]
+        failures = {job.seed: _failure(job.path) for job in own if not is_complete(job.path)}
+        paths = {job.seed: job.path for job in own if job.seed not in failures}
+        results.append(read_cell(cell.name, folder, paths, failures))
+    comparisons = compare_cells(results, effect)
+    with explain_disk_error("{path}: cannot be written: {reason}", folder / STUDY_FILE):
+        replace_text(folder / STUDY_FILE, to_json(results, comparisons, plan, effect))
+    return Study(results, comparisons, effect, folder / STUDY_FILE)
+
+
+def _check(jobs: Sequence[Job], folder: Path) -> None:
+    """See that all can be run into the folder, before anything is written.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"--out: {folder} is a file; choose another --out")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN_FILE).exists():
+        raise CheckpointError(f"--out: {folder} is not empty and not a study; choose another --out")
+    for job in jobs:
+        check_output(job.path, replace=True)
+        if (job.path / RUN_FILE).exists():
+            expected = self_contained(_recipe_of(job, None))
+            found = Run(job.path).recipe
+            for key, (was, now) in changed_keys(found, expected):
+                raise CheckpointError(
+                    f"{job.path}: was trained with {key} = {was}, and the study has {now}; choose another --out"
+                )
+
+
+def _recipe_of(job: Job, threads: int | None) -> Recipe:
+    keys: dict[str, Any] = {"init_seed": job.seed, "data_seed": job.seed, "output": str(job.path)}
+    return job.cell.recipe.replace(**keys, **({"threads": threads} if threads else {}))
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    path = folder / PLAN_FILE
+    try:
+        plan = json.loads(read_bytes(path))
+        _room_of(plan)
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path}: damaged; remove it, and the room for runs is measured again") from None
+    return dict(plan)
+
+
+def _room_of(plan: dict[str, Any]) -> Room:
+    room = Room(int(plan["side_by_side"]), int(plan["threads"]))
+    if min(room) < 1:
+        raise ValueError
+    return room
+
+
+def _make_plan(jobs: Sequence[Job], folder: Path, report: Report) -> dict[str, Any]:
+    """How many runs go side by side: as measured when the study began, since their bits depend on their threads."""
+    if (folder / PLAN_FILE).exists():
+        return _read_plan(folder)
+    room = measure_room(max((job.cell.recipe for job in jobs), key=_work_of_a_step), len(jobs), report)
+    plan = {"mygpt": __version__, **room._asdict()}
+    with explain_disk_error("{path}: cannot be written: {reason}", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
+    return plan
+
+
+def _work_of_a_step(recipe: Recipe) -> int:
+    """In proportion to its floating-point operations, roughly."""
+    return recipe.train.batch_size * recipe.train.seq_len * recipe.model.num_layers * recipe.model.embed_dim**2
+
+
+def _run_all(jobs: Sequence[Job], room: Room, report: Report) -> None:
+    """Run them all, as many side by side as there is room for.
+
+    Raises:
+        InterruptedRunError: a signal asked to stop.
+        MygptError: a run ended in an error that is not its recipe's.
+    """
+    waiting, free = list(jobs), room.slots()
+    running: dict[subprocess.Popen[str], tuple[Job, Slot]] = {}
+    restarts: dict[Path, int] = {}
+    started_at, over = time.monotonic(), 0
+    problem: MygptError | None = None
+    with stop_on_signal() as stop:
+        stop.graceful = True
+        try:
+            while running or (waiting and not problem):
+                if stop.pending() and problem is None:
+                    number = signal.Signals(stop.pending())
+                    stopped = f"stopped by {number.name}; the runs are saved, and the same command continues"
+                    problem = InterruptedRunError(stopped, exit_code=128 + number)
+                    _end(running)
+                while free and waiting and not problem:
+                    job, slot = waiting.pop(0), free.pop(0)
+                    running[_start(job, slot, room.threads)] = job, slot
+                for process in [process for process in running if process.poll() is not None]:
+                    job, slot = running.pop(process)
+                    free.append(slot)
+                    if process.stdin:
+                        process.stdin.close()
+                    if process.returncode == 0 or has_failed(job.path):
+                        over += 1
+                        left = (time.monotonic() - started_at) / over * (len(jobs) - over)
+                        report(f"{job.name}: {_outcome(job.path)} ({over} of {len(jobs)}, {_duration(left)} left)")
+                    elif problem is None and (error := _error_of(process, job, restarts)):
+                        problem = error
+                        _end(running)
+                    elif problem is None:
+                        report(f"{job.name}: was killed; it continues")
+                        waiting.insert(0, job)
+                time.sleep(POLL_SECONDS)
+        finally:
+            _end(running)
+            for process in running:
+                process.wait()
+    if problem:
+        raise problem
+
+
+def _start(job: Job, slot: Slot, threads: int) -> "subprocess.Popen[str]":
+    job.path.parent.mkdir(parents=True, exist_ok=True)
+    with _log(job).open("a", encoding="utf-8") as log:
+        task = Task("train", _recipe_of(job, threads).model_dump_json(), slot.cpus)
+        return start_worker(task, slot, stdout=log.fileno(), stderr=log.fileno())
+
+
+def _log(job: Job) -> Path:
+    """What the run prints."""
+    return job.path.with_name(f"{job.path.name}.log")
+
+
+def _end(running: "Sequence[subprocess.Popen[str]] | dict[subprocess.Popen[str], tuple[Job, Slot]]") -> None:
+    for process in running:
+        process.terminate()
+
+
+def _error_of(process: "subprocess.Popen[str]", job: Job, restarts: dict[Path, int]) -> MygptError | None:
+    """The error with which a run ended; None: it was killed from outside, and may be tried again."""
+    if process.returncode < 0 and restarts.get(job.path, 0) < MOST_RESTARTS:
+        restarts[job.path] = restarts.get(job.path, 0) + 1
+        return None
+    lines = _log(job).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    reason = lines[-1].removeprefix("mygpt: ") if lines else "no message"
+    if process.returncode < 0:
+        reason = f"was killed by {signal.Signals(-process.returncode).name} again and again"
+    return MygptError(f"{job.name}: {reason}; the same command continues the study", max(1, process.returncode))
+
+
+def _outcome(path: Path) -> str:
+    if not is_complete(path):
+        return _failure(path)
+    record = next(record for record in reversed(Run(path).records) if record.val is not None)
+    return f"held-out loss {record.val:.4f}"
+
+
+def _failure(path: Path) -> str:
+    failed = sorted(entry.name for entry in path.iterdir() if entry.name.startswith("failed-step-"))
+    return f"step {int(failed[-1].rsplit('-', 1)[1])} was not finite" if failed else "is not complete"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,107 @@
+"""A process of a study: trains one run, or times a recipe beside others. Started as `python -m mygpt.studies.worker`.
+
+The first line of stdin is a `Task` as JSON. The study holds the other end of stdin open: when the study is killed this
+process notices, saves, and stops, so that nothing is left behind.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from mygpt.errors import CheckpointError, MygptError, printable
+from mygpt.recipe.tables import Recipe
+from mygpt.runs.lock import locked
+
+LOCK_SECONDS = 60
+"""How long to wait for a process of a killed study to save and stop."""
+
+
+class Task(NamedTuple):
+    """What to do."""
+
+    mode: Literal["train", "probe"]
+    recipe: str
+    """As JSON."""
+    cpus: tuple[int, ...] = ()
+    """The cores to run on; none: any."""
+    seconds: float = 0.0
+    """For which a probe times steps."""
+
+
+class Measured(NamedTuple):
+    """What a probe measured."""
+
+    seconds: float
+    """Of a step."""
+    memory: int
+    """Most bytes of memory that the process had."""
+    device_memory: int
+    """The same of a GPU's; 0 without one."""
+
+
+def main() -> None:
+    """Do the task, and exit as `mygpt train` does."""
+    task = Task(*json.loads(sys.stdin.readline()))
+    recipe = Recipe.model_validate_json(task.recipe)
+    if task.cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, task.cpus)
+    os.environ["OMP_NUM_THREADS"] = str(recipe.runtime.threads or 1)  # before torch is imported
+    try:
+        probe(recipe, task.seconds) if task.mode == "probe" else train_run(recipe)
+    except MygptError as error:
+        for line in str(error).splitlines():
+            print(f"mygpt: {printable(line)}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def train_run(recipe: Recipe) -> None:
+    """Start or continue a run."""
+    threading.Thread(target=_stop_without_study, daemon=True).start()
+    run = Path(recipe.checkpoint.output)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while run.exists() and time.monotonic() < deadline:
+        try:
+            with locked(run):
+                break
+        except CheckpointError:
+            time.sleep(0.2)
+    from mygpt.training.train import train
+
+    train(recipe)
+
+
+def _stop_without_study() -> None:
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def probe(recipe: Recipe, seconds: float) -> None:
+    """Print "ready", wait for a line on stdin, time steps for a while, and print what was measured."""
+    import torch
+
+    from mygpt.checks.speed import time_step
+    from mygpt.data.dataset import load_dataset
+    from mygpt.processes.machine import resolve_device
+    from mygpt.training.train import explain_out_of_memory
+
+    device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
+    dataset = load_dataset(recipe.data, recipe.train.seq_len)
+    print("ready", flush=True)
+    if not sys.stdin.readline():
+        return
+    with explain_out_of_memory(recipe.train):
+        step_seconds = time_step(recipe, device, dataset, seconds).seconds
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    device_memory = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
+    print(json.dumps(Measured(step_seconds, memory, device_memory)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""`mygpt study`: the grid, its runs, and what it survives."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+from support.commands import MYGPT, wait_for
+from support.runs import TINY, assert_same_run, contents, flags_of
+
+from mygpt.recipe.tables import Recipe
+from mygpt.runs.records import read_records
+from mygpt.runs.run import Run
+from mygpt.training.train import train
+
+PLAN = '{"side_by_side": 2, "threads": 1}'
+KEYS = {key: value for key, value in TINY.items() if key != "threads"} | {
+    "steps": 12,
+    "val_split": 0.2,
+    "val_every": 4,
+    "sampling": "full",
+    "save_every": 2,
+    "dropout": 0.1,
+}
+SEEDS = ["--seeds", "2"]
+
+
+@pytest.fixture
+def place(tmp_path, text_file):
+    """A folder with a recipe, and with a study's plan, so that the room for runs need not be measured."""
+    (tmp_path / "text.txt").write_bytes(text_file.read_bytes())
+    (tmp_path / "small.toml").write_text(Recipe.of(**KEYS, corpus="text.txt").to_toml())
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "plan.json").write_text(PLAN)
+    return tmp_path
+
+
+def study_command(*arguments):
+    return [*MYGPT, "study", "small.toml", "--set", "lr=1e-3,1e-2", *SEEDS, "--out", "study", *arguments]
+
+
+def start(place, *arguments):
+    with (place / "err").open("a") as errors:
+        return subprocess.Popen(study_command(*arguments), cwd=place, stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def run(place, *arguments):
+    return subprocess.run(
+        study_command(*arguments), cwd=place, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def runs_of(place):
+    return sorted(path.parent for path in (place / "study").glob("*/seed-*/run.json"))
+
+
+def test_study_runs_the_grid_and_is_extended(place, tmp_path):
+    """Ordinary runs, with the bytes of `mygpt train`; the same command trains nothing, more seeds only the new ones."""
+    result = run(place)
+    assert result.returncode == 0, result.stderr
+    assert [str(path.relative_to(place)) for path in runs_of(place)] == [
+        f"study/small,lr={lr}/seed-{seed}" for lr in (0.001, 0.01) for seed in (1, 2)
+    ]
+    assert result.stdout.splitlines()[0].split() == ["recipe", "seeds", "loss", "deviation", "95%", "interval"]
+    assert "small,lr=0.01" in result.stdout.splitlines()[1]
+    document = json.loads((place / "study" / "study.json").read_text())
+    assert document["recipes"][1]["losses"]["2"] == read_records(place / "study" / "small,lr=0.01" / "seed-2")[-1].val
+    assert (place / "study" / "study.png").stat().st_size > 10_000
+    keys = KEYS | {"lr": 1e-2, "init_seed": 2, "data_seed": 2, "threads": 1}
+    alone = ["train", "text.txt", *flags_of(keys), "--output", "alone"]
+    subprocess.run([*MYGPT, *alone], cwd=place, check=True, capture_output=True)
+    assert_same_run(place / "study" / "small,lr=0.01" / "seed-2", place / "alone")
+
+    before = contents(place / "study", without=["study.json", "study.png"])
+    again = run(place)
+    assert again.stdout == result.stdout
+    assert "runs are complete" not in again.stderr
+    assert contents(place / "study", without=["study.json", "study.png"]) == before
+    more = run(place, "--seeds", "3")
+    assert "4 of 6 runs are complete; 2 to go" in more.stderr
+    assert len(runs_of(place)) == 6
+
+
+def test_killed_study_continues_to_the_same_bytes(place, tmp_path):
+    """SIGKILL of the study, or of a run, at random moments. Runs of a killed study save and end by themselves."""
+    rng = random.Random(0)
+    for number in range(4):
+        process = start(place)
+        wait_for(lambda: runs_of(place), process)
+        time.sleep(rng.uniform(0, 3))
+        if number % 2:
+            subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
+            time.sleep(1)
+        process.kill()
+        process.wait()
+    result = run(place)
+    assert result.returncode == 0, result.stderr
+    for path in runs_of(place):
+        recipe = Run(path).recipe.replace(output=str(tmp_path / "alone" / path.parent.name / path.name))
+        assert_same_run(path, train(recipe))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_stops_all_runs_and_the_same_command_continues(place, number):
+    """They are saved; the study says so and ends with the code of the signal."""
+    process = start(place, "--set", "steps=100000")
+    wait_for(lambda: len(list((place / "study").glob("*/seed-*/step-*"))) > 2, process)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert (
+        f"stopped by {number.name}; the runs are saved, and the same command continues" in (place / "err").read_text()
+    )
+    assert all(Run(path).newest_checkpoint() for path in runs_of(place))
+
+
+def test_recipe_that_diverges_is_reported_and_the_others_are_compared(place):
+    """Its runs ended in a loss that is not a number: that is a result, too, and is not tried again."""
+    command = [*MYGPT, "study", "small.toml", "--set", "lr=1e-3,1e30", *SEEDS, "--out", "study"]
+    for _ in range(2):
+        result = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "small,lr=1e+30, seed 1: step 2 was not finite" in result.stdout
+        assert "not compared" in result.stdout
+    assert "runs" not in result.stderr
+
+
+def test_error_of_a_run_ends_the_study(place):
+    """With its message and exit code; nothing else is left running."""
+    (place / "text.txt").write_text("short")
+    result = run(place)
+    assert result.returncode == 2
+    assert "small,lr=0.001, seed 1: the training part has 4 of the corpus's 5 characters" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
+    """Before anything is written: another folder, another recipe, one seed, no held-out loss."""
+    monkeypatch.chdir(place)
+    (place / "full").mkdir()
+    (place / "full" / "notes").write_text("mine")
+    before = contents(place)
+    for arguments, message in (
+        (["small.toml", "--seeds", "1"], "--seeds: got 1, expected 2 to 1000: one seed is not a result"),
+        (["small.toml", "--out", "full"], "--out: full is not empty and not a study"),
+        (["small.toml", "--out", "text.txt"], "--out: text.txt is a file"),
+        (["small.toml", "--set", "lr"], "--set: got 'lr', expected KEY=VALUE,VALUE"),
+        (["small.toml", "--set", "learning_rate=1"], "unknown key 'learning_rate'"),
+        (["small.toml", "--set", "data_seed=1,2"], "--set: data_seed is set by the study"),
+        (["small.toml", "--set", "lr=fast"], "got 'fast', expected a valid number"),
+        (["small.toml", "--set", "val_every=0"], "val_every: got 0, expected evaluations"),
+        (["small.toml", "./small.toml"], "two recipes of the study are called 'small'"),
+        (["smal.toml"], "no such recipe"),
+        (["small.toml", "--effect", "0"], "--effect: got 0, expected a number above 0"),
+        ([], "expected a recipe"),
+    ):
+        code, _, err = call("study", *arguments)
+        assert (code, message in err) == (2, True), err
+    assert contents(place) == before
