@@ -12,10 +12,11 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 MAX_BATCHES = 10
-"""Batches for the standard error of consecutive windows: few, so that each is long beside the distance over which
-losses are correlated, and enough for Student's t. Schmeiser finds 10 to 30 to be a good number."""
+"""Batches for the standard error of consecutive windows, at most."""
 MIN_BATCH = 10
 """Windows in a batch, where there are enough for two: with fewer the batches themselves are correlated."""
+SKEW_COST = 0.89
+"""How many degrees of freedom skewness costs: 2/9 (z^2 + 3) (z^2 - 1) / (z^2 + 1) at z = 1.96. See `student_dof`."""
 
 
 class Estimate(NamedTuple):
@@ -67,11 +68,11 @@ def ratio_estimate(loss_N: Floats, length_N: Floats, *, consecutive: bool) -> Es
     Its standard error is that of a ratio (total loss over total tokens), so that a short window counts by its length.
     Windows that were drawn at random are independent: it is the error of the loss over the text that they come from.
     `consecutive` windows are all of a text, whose loss they give without error: it is the error of that loss as one of
-    text like it. Neighbours are correlated, so that it comes from the means of up to `MAX_BATCHES` batches of them, as
-    if each batch were one long window. It does not include how the whole text differs from the rest of its source.
-    Sources: Cochran, "Sampling Techniques" (1977), section 2.11; Schmeiser, "Batch size effects in the analysis of
-    simulation output" (Operations Research 30, 1982); Ibragimov & Mueller, "t-statistic based correlation and
-    heterogeneity robust inference" (Journal of Business & Economic Statistics 28, 2010).
+    a text that has the same kinds of documents, in the same mixture. Neighbours are correlated, so that it comes from
+    the means of a few long batches of them, as if each batch were one window. It holds if documents come in no order
+    and a batch is longer than a document. How the whole text differs from the rest of its source cannot be seen in it.
+    Sources: Cochran, "Sampling Techniques" (1977), section 2.11; Ibragimov & Mueller, "t-statistic based correlation
+    and heterogeneity robust inference" (Journal of Business & Economic Statistics 28, 2010).
     """
     total = math.fsum(length_N)
     mean = _sum(loss_N) / total
@@ -79,7 +80,32 @@ def ratio_estimate(loss_N: Floats, length_N: Floats, *, consecutive: bool) -> Es
     count = len(residual_B)
     if count == 1:
         return Estimate(mean)
-    return Estimate(mean, math.sqrt(_sum(residual_B**2) * count / (count - 1)) / total, count - 1)
+    stderr = math.sqrt(_sum(residual_B**2) * count / (count - 1)) / total
+    return Estimate(mean, stderr, count - 1 if consecutive else student_dof(residual_B))
+
+
+def student_dof(residual_N: Floats) -> int:
+    """Degrees of freedom with which Student's t gives a 95% interval for the mean of these independent numbers.
+
+    Fewer than n - 1 where they are skewed, as losses are: then mean and deviation of a sample are correlated, and the
+    usual interval is too narrow. The error of its coverage is known to first order in 1/n, and so is the effect of the
+    degrees of freedom; the one is set against the other. The term of kurtosis is small, and left out.
+    Source: Hall, "The Bootstrap and Edgeworth Expansion" (1992), section 2.6, for the expansion of Student's t.
+    """
+    centred = residual_N - residual_N.mean()
+    variance = float((centred**2).mean())
+    skewness = float((centred**3).mean()) / variance**1.5 if variance else 0.0
+    return max(1, round((len(residual_N) - 1) / (1 + SKEW_COST * skewness**2)))
+
+
+def batch_count(windows: int) -> int:
+    """Into how many batches consecutive windows are put for their standard error.
+
+    Half the cube root, and 3 or more where 30 windows are there: few, so that batches grow with the text and soon are
+    longer than its documents, and enough for Student's t. It was found by experiment; see docs/measurements.md.
+    """
+    few = max(3, round(math.cbrt(windows) / 2))
+    return min(windows, max(2, min(few, MAX_BATCHES, windows // MIN_BATCH)))
 
 
 class CrossedEstimate(NamedTuple):
@@ -128,8 +154,7 @@ def _independent_parts(residual_N: Floats, *, consecutive: bool) -> Floats:
     windows = residual_N.shape[-1]
     if not consecutive:
         return residual_N
-    batches = min(windows, max(2, min(MAX_BATCHES, windows // MIN_BATCH)))
-    return np.stack([batch.sum(-1) for batch in np.array_split(residual_N, batches, axis=-1)], axis=-1)
+    return np.stack([batch.sum(-1) for batch in np.array_split(residual_N, batch_count(windows), axis=-1)], axis=-1)
 
 
 def difference_of_independent(a: Estimate, b: Estimate) -> Estimate:

@@ -62,8 +62,8 @@ class HeldOutComparison(NamedTuple):
     steps: tuple[int, int]
     difference: Difference
     """Of the second model from the first."""
-    consecutive: bool
-    """Whether the windows are all of the text, so that the error is that of text like it."""
+    population: str
+    """Of which the difference has an error."""
 
     def lines(self) -> Iterator[str]:
         """The difference with its paired standard error, and a verdict."""
@@ -81,10 +81,9 @@ class HeldOutComparison(NamedTuple):
             return
         low, high = estimate.mean - estimate.margin, estimate.mean + estimate.margin
         better = "B is better" if high < 0 else "A is better" if low > 0 else "no difference is seen"
-        place = "on text like the held-out part" if self.consecutive else "on this held-out text"
         yield (
-            f"verdict: {better} {place}: 95% interval {low:+.4f} to {high:+.4f} {unit}; these are two models: whether "
-            "a recipe is better takes several seeds (mygpt study)"
+            f"verdict: {better} on {self.population}: 95% interval {low:+.4f} to {high:+.4f} {unit}; these are two "
+            "models: whether a recipe is better takes several seeds (mygpt study)"
         )
 
 
@@ -160,7 +159,7 @@ def _compare_held_out(a: Evaluation, b: Evaluation, *, same_tokens: bool) -> Hel
     change = difference(a, b, same_tokens=same_tokens)
     if not (change.nats_per_token or change.bits_per_byte):
         return None
-    return HeldOutComparison((a.step, b.step), change, a.windows.consecutive and b.windows.consecutive)
+    return HeldOutComparison((a.step, b.step), change, a.windows.population)
 
 
 def compare_files(a: Path, b: Path, without: str | None = None) -> TensorComparison:

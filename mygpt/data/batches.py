@@ -43,7 +43,7 @@ class WindowSet(NamedTuple):
     starts: torch.Tensor
     seq_len: int
     consecutive: bool = False
-    """Whether each window begins where the one before ends; otherwise they are drawn at random."""
+    """Whether they are all of a text, or of each piece, one behind the other; otherwise they are drawn at random."""
 
 
 def get_batch(data: torch.Tensor, batch_size: int, seq_len: int, generator: torch.Generator | None = None) -> Batch:
@@ -206,32 +206,49 @@ class BatchStream:
         return windows(self.data, self.share.of(self.draw()), self.seq_len, self.device)
 
 
-def held_out_windows(val: torch.Tensor, table: ValidationTable, stream: BatchStream) -> list[WindowSet]:
-    """The windows of one evaluation, as `table.sampling` says; random ones in batches of the size of `stream`'s."""
+def held_out_windows(
+    val: torch.Tensor, table: ValidationTable, stream: BatchStream, piece_tokens: int = 0
+) -> list[WindowSet]:
+    """The windows of one evaluation, as `table.sampling` says; random ones in batches of the size of `stream`'s.
+
+    If `val` is made of pieces of so many tokens, no window is in two of them.
+    """
     if table.sampling == "full":
-        return consecutive_windows(val, stream.seq_len)
+        return consecutive_windows(val, stream.seq_len, piece_tokens)
     # Seeded anew each time, so that evaluations of all runs share their windows and can be compared one by one, and a
     # value does not depend on how many evaluations went before.
     own_stream = table.sampling == "own-stream"
     generator = torch.Generator().manual_seed(held_out_seed()) if own_stream else stream.generator
-    return random_windows(val, stream.batch_size, stream.seq_len, table.eval_batches, generator)
+    return random_windows(val, stream.batch_size, stream.seq_len, table.eval_batches, generator, piece_tokens)
 
 
 def random_windows(
-    data: torch.Tensor, batch_size: int, seq_len: int, count: int, generator: torch.Generator | None
+    data: torch.Tensor,
+    batch_size: int,
+    seq_len: int,
+    count: int,
+    generator: torch.Generator | None,
+    piece_tokens: int = 0,
 ) -> list[WindowSet]:
     """The windows of `count` batches drawn with `generator`."""
+    if piece_tokens:
+        places = piece_tokens - seq_len  # in a piece
+        drawn = torch.randint(0, len(data) // piece_tokens * places, (count * batch_size,), generator=generator)
+        return [WindowSet(drawn // places * piece_tokens + drawn % places, seq_len)]
     draws = [draw_starts(data, batch_size, seq_len, generator) for _ in range(count)]
     return [WindowSet(torch.cat(draws), seq_len)]
 
 
-def consecutive_windows(data: torch.Tensor, seq_len: int) -> list[WindowSet]:
-    """`data` (n,) cut into consecutive windows, so that each token after the first is a target once.
+def consecutive_windows(data: torch.Tensor, seq_len: int, piece_tokens: int = 0) -> list[WindowSet]:
+    """`data` (n,), or each piece of it, cut into consecutive windows: each token after the first is a target once.
 
     The last window is shorter if seq_len does not divide n - 1.
     """
-    targets = len(data) - 1
+    length = piece_tokens or len(data)
+    pieces = torch.arange(len(data) // length)[:, None] * length
+    targets = length - 1
     tail_start = targets - targets % seq_len
-    whole = WindowSet(torch.arange(0, tail_start, seq_len), seq_len, consecutive=True)
-    tail = WindowSet(torch.arange(tail_start, targets)[:1], targets - tail_start, consecutive=True)
-    return [window_set for window_set in (whole, tail) if len(window_set.starts)]
+    whole = (pieces + torch.arange(0, tail_start, seq_len)).flatten()
+    tail = (pieces + torch.arange(tail_start, targets)[:1]).flatten()
+    sets = (WindowSet(whole, seq_len, consecutive=True), WindowSet(tail, targets - tail_start, consecutive=True))
+    return [window_set for window_set in sets if len(window_set.starts)]

@@ -33,6 +33,11 @@ def held_out_seed() -> int:
     return _derive("held-out windows")
 
 
+def held_out_pieces_seed() -> int:
+    """The seed of the places of pieces with hold_out = "pieces": one for all runs, so that runs can be compared."""
+    return _derive("held-out pieces")
+
+
 def _derive(purpose: str, *numbers: int) -> int:
     """A seed of 32 bits: torch's CPU generator ignores the others."""
     digest = hashlib.sha256(" ".join([purpose, *map(str, numbers)]).encode()).digest()

@@ -50,10 +50,12 @@ class DataTable(Table):
     """The tokenizer.json of a byte-level "bpe", in the format of Hugging Face's tokenizers. A relative path is looked
     up as that of the corpus."""
     val_split: Probability = 0.0
-    """Fraction of the text, at its end, that is held out and never trained on; 0: none."""
-    hold_out: Literal["tokens", "documents"] = "tokens"
-    """Where the held-out part begins. "tokens": after exactly this share of the tokens. "documents": with the document
-    in which that is, so that no document is in both parts; needs a corpus of `mygpt data prepare`."""
+    """Fraction of the text that is held out and never trained on; 0: none."""
+    hold_out: Literal["tokens", "documents", "pieces"] = "tokens"
+    """What is held out. "tokens": exactly this share of the tokens, at the end. "documents": whole documents at the
+    end, so that none is in both parts; needs a corpus of `mygpt data prepare`. "pieces": 32 pieces of equal length at
+    random places of a text, the same for all runs; then the error of sampling = "full" is that of the loss on unseen
+    passages of this text, and holds also where one part of the text is not like another."""
 
 
 class ModelTable(Table):

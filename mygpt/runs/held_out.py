@@ -39,11 +39,30 @@ class Windows(NamedTuple):
     bytes: Array
     """int32, bytes of text that these stand for."""
     consecutive: bool
-    """Whether each begins where the one before ends, and all together are the held-out text; otherwise they are drawn
-    at random."""
+    """Whether each begins where the one before ends, and all together are the held-out text, which is one stretch."""
+    piece_tokens: int = 0
+    """If they are all of a held-out text that is made of pieces, the length of each, whose loss counts as one number;
+    otherwise 0. Windows that are neither were drawn at random."""
 
     def same_as(self, other: "Windows") -> bool:
         return np.array_equal(self.starts, other.starts) and np.array_equal(self.tokens, other.tokens)
+
+    def summed(self, values: Array) -> Array:
+        """Values of the windows, (..., windows), as float64, summed over those of a piece if there are pieces."""
+        values = values.astype(np.float64)
+        if not self.piece_tokens:
+            return values
+        order = np.argsort(self.starts // self.piece_tokens, kind="stable")
+        pieces = int(self.starts.max()) // self.piece_tokens + 1
+        by_piece: Array = values[..., order].reshape(*values.shape[:-1], pieces, -1)
+        return np.asarray(by_piece.sum(-1))
+
+    @property
+    def population(self) -> str:
+        """Of what the mean loss over these windows has a standard error, for a reader."""
+        if self.piece_tokens:
+            return "unseen passages of this text"
+        return "text like the held-out part" if self.consecutive else "this held-out text"
 
 
 @dataclass(frozen=True)
@@ -58,7 +77,7 @@ class Evaluation:
     @cached_property
     def loss(self) -> Estimate:
         """Mean loss per token, in nats."""
-        return _ratio(self.losses, self.windows.tokens, self.windows.consecutive)
+        return self._mean_per(self.windows.tokens)
 
     @cached_property
     def bits_per_byte(self) -> Estimate | None:
@@ -68,7 +87,11 @@ class Evaluation:
         """
         if not self.windows.bytes.any():
             return None
-        return _ratio(self.losses, self.windows.bytes, self.windows.consecutive).scaled(1 / LN_2)
+        return self._mean_per(self.windows.bytes).scaled(1 / LN_2)
+
+    def _mean_per(self, lengths: Array) -> Estimate:
+        windows = self.windows
+        return ratio_estimate(windows.summed(self.losses), windows.summed(lengths), consecutive=windows.consecutive)
 
     def summary(self) -> Evaluated:
         return Evaluated(step=self.step, val=self.loss.mean, stderr=self.loss.stderr, dof=self.loss.dof)
@@ -101,12 +124,14 @@ class History:
         """
         if {before, after} <= self.losses.keys():
             windows, change = self.last.windows, self.losses[after].astype(np.float64) - self.losses[before]
-            return _ratio(change, windows.tokens, windows.consecutive)
+            lengths = windows.summed(windows.tokens)
+            return ratio_estimate(windows.summed(change), lengths, consecutive=windows.consecutive)
         return difference_of_independent(*(_estimate(self.summaries[step]) for step in (before, after)))
 
     def metadata(self) -> HeldOutMetadata:
         return HeldOutMetadata(
             consecutive=self.last.windows.consecutive,
+            piece_tokens=self.last.windows.piece_tokens,
             evaluations=tuple(self.summaries.values()),
             lowest=self.lowest,
             marks=self.marks,
@@ -160,7 +185,7 @@ def read_history(metadata: HeldOutMetadata | None, arrays: Mapping[str, Array]) 
     if metadata is None:
         return None
     starts, tokens, lengths = (arrays[PREFIX + name] for name in ("starts", "tokens", "bytes"))
-    windows = Windows(starts, tokens, lengths, metadata.consecutive)
+    windows = Windows(starts, tokens, lengths, metadata.consecutive, metadata.piece_tokens)
     prefix = f"{PREFIX}losses."
     losses = {int(name.removeprefix(prefix)): array for name, array in arrays.items() if name.startswith(prefix)}
     summaries = {summary.step: summary for summary in metadata.evaluations}
@@ -170,6 +195,7 @@ def read_history(metadata: HeldOutMetadata | None, arrays: Mapping[str, Array]) 
         last in losses and {*losses, *named} <= summaries.keys() and metadata.marks
     ):
         raise ValueError("the held-out losses are not those of their windows")
+    windows.summed(tokens)  # a ValueError if pieces have other numbers of windows
     evaluation = Evaluation(last, windows, losses[last])
     return History(evaluation, summaries, losses, metadata.lowest, metadata.marks, metadata.reference, metadata.waited)
 
@@ -212,7 +238,10 @@ def difference(a: Evaluation, b: Evaluation, *, same_tokens: bool) -> Difference
         pairs = [(a.loss, b.loss) if same_tokens else (None, None), (a.bits_per_byte, b.bits_per_byte)]
         nats, bits = (difference_of_independent(x, y) if x and y else None for x, y in pairs)
         return Difference(nats, bits, "not paired, since their windows are not the same")
-    nats, bits = (pairs and _ratio(pairs.changes, pairs.lengths, pairs.consecutive) for pairs in (of_tokens, of_bytes))
+    nats, bits = (
+        pairs and ratio_estimate(pairs.changes, pairs.lengths, consecutive=pairs.consecutive)
+        for pairs in (of_tokens, of_bytes)
+    )
     return Difference(nats, bits and bits.scaled(1 / LN_2), known.manner)
 
 
@@ -239,9 +268,11 @@ def paired_changes(
     consecutive = a.windows.consecutive and b.windows.consecutive
     if not getattr(a.windows, unit).any() or (unit == "tokens" and not same_tokens):
         return None
-    if same_tokens and a.windows.same_as(b.windows):
-        changes = b.losses.astype(np.float64) - a.losses
-        return PairedChanges(changes, getattr(a.windows, unit), consecutive, f"paired over {len(changes):,} windows")
+    same_pieces = a.windows.piece_tokens == b.windows.piece_tokens > 0
+    if same_tokens and (same_pieces or a.windows.same_as(b.windows)):
+        changes = b.windows.summed(b.losses) - a.windows.summed(a.losses)
+        manner = f"paired over {len(changes):,} {'pieces' if same_pieces else 'windows'}"
+        return PairedChanges(changes, a.windows.summed(getattr(a.windows, unit)), consecutive, manner)
     if not consecutive:
         return None
     manner = f"paired over {PIECES} pieces of the text that both held out"
@@ -263,10 +294,6 @@ def _common_pieces(a: Evaluation, b: Evaluation, unit: Literal["tokens", "bytes"
     edges = np.linspace(0, min(end[-1] for end in ends), PIECES + 1)
     of_a, of_b = (np.diff(np.interp(edges, end, loss)) for end, loss in zip(ends, losses, strict=True))
     return of_b - of_a, np.diff(edges)
-
-
-def _ratio(losses: Array, lengths: Array, consecutive: bool) -> Estimate:
-    return ratio_estimate(losses.astype(np.float64), lengths.astype(np.float64), consecutive=consecutive)
 
 
 def _estimate(summary: Evaluated) -> Estimate:

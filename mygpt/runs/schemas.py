@@ -55,7 +55,8 @@ class HeldOutMetadata(Table):
     """What a run remembers of its evaluations; see `History` in runs/held_out.py."""
 
     consecutive: bool
-    """Whether the windows are all of the held-out text."""
+    piece_tokens: Annotated[int, Field(ge=0)] = 0
+    """See `Windows` there."""
     evaluations: Annotated[tuple[Evaluated, ...], Field(min_length=1)]
     """By step; the last is the newest."""
     lowest: int

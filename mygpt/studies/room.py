@@ -24,6 +24,10 @@ PROBE_SECONDS = 3.0
 """For which a recipe is timed, alone and beside others."""
 
 
+RUNS_PER_GPU = 4
+"""Most runs that share a GPU."""
+
+
 class Slot(NamedTuple):
     """The place of a run beside others."""
 
@@ -97,11 +101,10 @@ def measure_room(recipe: Recipe, most: int, report: Callable[[str], None]) -> Ro
 def candidates(threads: int | None, most: int) -> Iterator[Room]:
     """1, 2, 4, ... runs, which share the cores; on GPUs each takes its turn."""
     cores, gpus = len(available_cores()), len(visible_gpus())
-    largest = min(most, max(cores // (threads or 1), 4 * gpus))
-    count = 1
-    while count <= max(1, largest):
+    largest = max(1, min(most, max(cores // (threads or 1), RUNS_PER_GPU * gpus)))
+    counts = [2**power for power in range(largest.bit_length()) if 2**power < largest]
+    for count in (*counts, largest):
         yield Room(count, threads or max(1, cores // count))
-        count = min(2 * count, largest) if count < largest else largest + 1
 
 
 def time_side_by_side(recipe: Recipe, room: Room) -> list[Measured] | None:

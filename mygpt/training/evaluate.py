@@ -37,13 +37,14 @@ def evaluate(parts: Parts, step: int) -> Evaluation:
     Raises:
         NonFiniteError: the loss is not finite.
     """
-    held_out = held_out_windows(parts.dataset.val, parts.recipe.validation, parts.stream)
+    piece_tokens = parts.dataset.piece_tokens
+    held_out = held_out_windows(parts.dataset.val, parts.recipe.validation, parts.stream, piece_tokens)
     size = parts.gradient_sum.micro_batch_size
     workers, dataset = parts.gradient_sum.workers, parts.dataset
     lengths_V = torch.from_numpy(dataset.tokenizer.byte_lengths)
     check = dataset.check_unchanged
     evaluation = held_out_loss(
-        parts.model, dataset.val, held_out, size, parts.accelerator, workers, lengths_V, check, step=step
+        parts.model, dataset.val, held_out, size, parts.accelerator, workers, lengths_V, check, piece_tokens, step=step
     )
     if not math.isfinite(evaluation.loss.mean):
         raise NonFiniteError(f"step {step}: the held-out loss is {evaluation.loss.mean}; {REMEDY}")
@@ -72,6 +73,7 @@ def held_out_loss(
     workers: Workers = ALONE,
     byte_lengths_V: torch.Tensor | None = None,
     check: Callable[[], None] | None = None,
+    piece_tokens: int = 0,
     *,
     step: int = 0,
 ) -> Evaluation:
@@ -79,7 +81,7 @@ def held_out_loss(
 
     With an accelerator its processes share them, and the `workers` of each its part. `micro_batch_size` windows go
     through the model at a time. Without the bytes of each token none are counted. `check` is called before windows are
-    read.
+    read. The data may be pieces of so many tokens each; see `Windows`.
     """
     groups = list(places)
     was_training = model.training
@@ -90,6 +92,7 @@ def held_out_loss(
         model.train(was_training)
     if check:
         check()
+    consecutive = any(group.consecutive for group in groups)
     lengths = [len(group.starts) for group in groups]
     nothing = [torch.zeros(length, dtype=torch.int64) for length in lengths]
     bytes_N = nothing if byte_lengths_V is None else [window_bytes(data, group, byte_lengths_V) for group in groups]
@@ -99,7 +102,8 @@ def held_out_loss(
             torch.cat([group.starts for group in groups]).numpy(),
             torch.cat([torch.full((len(group.starts),), group.seq_len) for group in groups]).int().numpy(),
             torch.cat(bytes_N).int().numpy(),
-            consecutive=any(group.consecutive for group in groups),
+            consecutive=consecutive and not piece_tokens,
+            piece_tokens=piece_tokens if consecutive else 0,
         ),
         torch.cat(losses).float().cpu().numpy(),
     )

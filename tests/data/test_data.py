@@ -1,5 +1,7 @@
 """The split, the batch stream and the held-out windows."""
 
+from itertools import chain, pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,9 @@ from hypothesis import strategies as st
 
 from mygpt import get_batch
 from mygpt.data.batches import BatchStream, Share, consecutive_windows, held_out_windows, permute, windows
-from mygpt.data.dataset import BLOCK, after_last, split
+from mygpt.data.dataset import BLOCK, after_last, gaps_between, load_dataset, place_pieces, split
 from mygpt.errors import CorpusError
-from mygpt.recipe.tables import ValidationTable
+from mygpt.recipe.tables import DataTable, ValidationTable
 
 DATA = torch.arange(1000)
 
@@ -160,3 +162,27 @@ def test_documents_are_held_out_whole():
     with pytest.raises(CorpusError, match="no document ends in the training part"):
         split(tokens, 0.8, 8, "char", end_of_text=0)
     assert after_last(torch.cat([tokens, torch.ones(2 * BLOCK, dtype=torch.int64)]), 0) == 100
+
+
+def test_pieces_are_held_out_at_random_places(tmp_path):
+    """32 of one length, in order, apart from each other, the same each time; the rest is trained on."""
+    places = place_pieces(10_000, 0.1)
+    assert len(places) == 32
+    assert {len(piece) for piece in places} == {31}
+    assert all(before.stop <= after.start for before, after in pairwise(places))
+    assert places == place_pieces(10_000, 0.1)
+    gaps = gaps_between(places, 10_000)
+    assert sorted([*chain.from_iterable(places), *chain.from_iterable(gaps)]) == list(range(10_000))
+    # Anywhere in the text: thirds of it have about a third of the pieces.
+    thirds = [sum(piece.start * 3 // 10_000 == third for piece in places) for third in range(3)]
+    assert min(thirds) >= 4
+
+    text = "".join(chr(0x4E00 + number) for number in range(10_000))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    table = DataTable(corpus=str(tmp_path / "text.txt"), val_split=0.1, hold_out="pieces")
+    dataset = load_dataset(table, 8)
+    assert dataset.piece_tokens == 31
+    assert dataset.val.tolist() == list(chain.from_iterable(places))
+    assert sorted([*dataset.train.tolist(), *dataset.val.tolist()]) == list(range(10_000))
+    with pytest.raises(CorpusError, match="the first held-out piece has 31 of the corpus's 10,000 characters"):
+        load_dataset(table, 30)
