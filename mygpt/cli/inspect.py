@@ -1,4 +1,4 @@
-"""The commands that use a finished run: `mygpt generate`, `compare`, `verify`, `replay` and `plot`."""
+"""The commands that use a finished run: `mygpt generate`, `compare`, `check`, `verify`, `replay` and `plot`."""
 
 import sys
 from dataclasses import dataclass
@@ -99,6 +99,22 @@ def compare(options: CompareOptions) -> int:
     if result.held_out:
         print("\n".join(result.held_out.lines()))
     return 1
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    run: Positional[Path]
+    """A run directory."""
+
+
+@command
+def check(options: CheckOptions) -> int:
+    """Whether a run's losses are normal."""
+    from mygpt.checks.check import check
+
+    lines = list(check(options.run))
+    print("\n".join(line for line, _ in lines))
+    return int(not all(is_normal for _, is_normal in lines))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
   study RECIPE... --seeds 5     run recipes with several seeds: which is better, by how much, how sure that is
   generate --checkpoint RUN     continue a prompt with a trained model
   compare A B                   whether two models or runs are the same, bit for bit; and which has the lower loss
+  check RUN                     whether its losses are normal, and whether it was still improving
   verify RUN                    whether running a recorded run again gives the same, bit for bit
   replay RUN                    which value of a failed step became non-finite first
   plot RUN...                   draw loss and learning rate
@@ -45,6 +46,7 @@ COMMANDS = {
     "study": "study",
     "generate": "inspect",
     "compare": "inspect",
+    "check": "inspect",
     "verify": "inspect",
     "replay": "inspect",
     "plot": "inspect",

@@ -223,14 +223,30 @@ class CheckpointTable(Table):
     no run. A run or step directory: start output from that checkpoint."""
 
 
+ExpectedRows = Annotated[
+    tuple[Annotated[tuple[Count, float, Annotated[float, Field(ge=0)]], Field(strict=False)], ...],
+    Field(strict=False, min_length=1),
+]
+"""Step, mean and standard deviation over seeds."""
+
+
 class ExpectedTable(Table):
-    """What the recipe as it stands should come to, as `mygpt init` predicts it. A complete run says how close that was.
-    A recipe that extends this one, and a flag that changes the training, drop it."""
+    """What the recipe as it stands should come to, as `mygpt init` predicts it, or as runs with several seeds came to.
+    A complete run says how close it came, and `mygpt check RUN` at any time. A recipe that extends this one, and a flag
+    that changes the training, drop it."""
 
     expected_minutes: Annotated[float, Field(gt=0)] | None = None
     """From the first step to the last, with evaluations."""
     expected_bits_per_byte: Annotated[tuple[float, float], Field(strict=False)] | None = None
     """The range of the held-out loss at the last step: its lower and its upper end."""
+    expected_val: ExpectedRows | None = None
+    """Held-out losses in nats per token, as [[step, mean, deviation], ...] over runs with other seeds."""
+    expected_loss: ExpectedRows | None = None
+    """The same of the training loss, of which each is the mean over the ten records up to that step."""
+    expected_seeds: Annotated[int, Field(ge=2)] | None = None
+    """How many runs these rows are from."""
+    expected_text: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None = None
+    """How the sha256 of the text begins on which they were trained: of another text they say nothing."""
 
 
 class Recipe(Table):
@@ -371,6 +387,9 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
     ends = recipe.expected.expected_bits_per_byte
     if ends and not 0 < ends[0] <= ends[1]:
         yield "expected_bits_per_byte", "the lower end of the range, which is above 0, and then the upper"
+    has_rows = recipe.expected.expected_val or recipe.expected.expected_loss
+    if has_rows and not recipe.expected.expected_seeds:
+        yield "expected_seeds", "the number of runs that expected_val and expected_loss are from"
     if not validation.val_every:
         for key in REFINING_EVALUATION:
             if value := recipe.flat()[key]:

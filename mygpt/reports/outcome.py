@@ -1,14 +1,19 @@
 """What a complete run came to: a verdict on its held-out loss, and how close it came to what its recipe expects."""
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import NamedTuple
 
 import numpy as np
 
-from mygpt.estimates import Estimate, difference_of_independent, ratio_estimate
+from mygpt.estimates import Estimate, difference_of_independent, ratio_estimate, student_quantile
 from mygpt.recipe.tables import ExpectedTable
 from mygpt.runs.held_out import History
 from mygpt.runs.records import Record, Timing
 
+FALSE_ALARMS = 0.01
+"""Runs that are called not normal though only their seed is another one, at most this share of them."""
 AROUND = 10
 """Records whose training losses are averaged, since one is that of a single batch."""
 
@@ -24,7 +29,7 @@ def verdict_line(history: History | None, records: Sequence[Record]) -> str:
     last, lowest, first = history.last.step, history.lowest, history.marks[0]
     rise = history.difference(lowest, last)
     if lowest < last and rise.is_beyond_doubt:
-        in_training = difference_of_independent(*(_training_loss(records, step) for step in (lowest, last)))
+        in_training = difference_of_independent(*(training_loss(records, step) for step in (lowest, last)))
         if in_training.mean > 0 and in_training.is_beyond_doubt:
             both = f"held-out loss {rise.text()} by step {last}, and the training loss rises, too"
             return f"verdict: getting worse since step {lowest}: {both}"
@@ -48,10 +53,73 @@ def early_end_line(history: History, patience: int) -> str:
     )
 
 
-def _training_loss(records: Sequence[Record], step: int) -> Estimate:
+def training_loss(records: Sequence[Record], step: int) -> Estimate:
     """The mean training loss of the last records up to a step."""
     losses = np.array([record.loss for record in records if record.step <= step][-AROUND:])
     return ratio_estimate(losses, np.ones(len(losses)), consecutive=False)
+
+
+class Place(NamedTuple):
+    """Where a loss of a run is beside those of other seeds."""
+
+    step: int
+    value: float
+    mean: float
+    """Over the other seeds."""
+    margin: float
+    """How far a run may be from it."""
+
+    @property
+    def is_within(self) -> bool:
+        return abs(self.value - self.mean) <= self.margin
+
+
+def places(expected: ExpectedTable, records: Sequence[Record]) -> Iterator[tuple[str, list[Place]]]:
+    """For each kind of loss that the recipe expects, its name and where the run is at each step that both have.
+
+    The margins are those of prediction intervals for one more run, by Student's t. A run that differs from the others
+    by its seed alone is outside of any of them in `FALSE_ALARMS` of cases at most.
+    """
+    kinds = (("held-out loss", expected.expected_val), ("training loss", expected.expected_loss))
+    rows = sum(len(known or ()) for _, known in kinds)
+    for name, known in kinds:
+        if not known:
+            continue
+        seeds = expected.expected_seeds or 2
+        factor = student_quantile(seeds - 1, 1 - FALSE_ALARMS / rows / 2) * math.sqrt(1 + 1 / seeds)
+        by_step = {record.step: record for record in records}
+        found = []
+        for step, mean, deviation in known:
+            value = by_step[step].val if step in by_step else None
+            if name == "training loss" and step in by_step:
+                value = training_loss(records, step).mean
+            if value is not None:
+                found.append(Place(step, value, mean, factor * deviation))
+        yield name, found
+
+
+def place_lines(expected: ExpectedTable, records: Sequence[Record], corpus_sha256: str) -> Iterator[tuple[str, bool]]:
+    """For each kind of loss that the recipe expects, a line, and whether the run is as expected."""
+    if not (expected.expected_val or expected.expected_loss):
+        return
+    if expected.expected_text and not corpus_sha256.startswith(expected.expected_text):
+        yield "expected: losses of another text than this run's; they say nothing about it", True
+        return
+    seeds = f"of {expected.expected_seeds} runs with other seeds"
+    for name, found in places(expected, records):
+        if not found:
+            yield f"expected: {name}: not measured yet at a step for which it is known", True
+            continue
+        last, outside = found[-1], [place for place in found if not place.is_within]
+        shown = f"{last.value:.4f} at step {last.step}, and {last.mean:.4f} +- {last.margin:.4f} is the range {seeds}"
+        if not outside:
+            yield f"expected: {name} is normal: {shown}", True
+        elif last.is_within:
+            steps = ", ".join(str(place.step) for place in outside)
+            yield f"expected: {name} is normal at the end: {shown}; it was outside at step {steps}", False
+        else:
+            since = [place.step for place in takewhile(lambda place: not place.is_within, reversed(found))][-1]
+            yield f"expected: {name} is NOT normal since step {since}: {shown}", False
 
 
 def outcome_lines(expected: ExpectedTable, record: Record, timing: Timing, processes: int = 1) -> Iterator[str]:

@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,28 @@ class Study(NamedTuple):
 
 
 def run_study(cells: Sequence[Cell], seeds: int, folder: Path, effect: float, report: Report) -> Study:
-    """Run every cell with the seeds from 1 to `seeds` into `folder`/CELL/seed-N, and compare what they come to.
+    """Run every cell with several seeds, as `run_grid` does, and compare what they come to.
+
+    Raises:
+        MygptError, InterruptedRunError: see `run_grid`.
+    """
+    results = [
+        read_cell(
+            cell.name,
+            folder,
+            {seed: path for seed, path in paths.items() if is_complete(path)},
+            {seed: _failure(path) for seed, path in paths.items() if not is_complete(path)},
+        )
+        for cell, paths in run_grid(cells, seeds, folder, report)
+    ]
+    comparisons = compare_cells(results, effect)
+    with explain_disk_error("{path}: cannot be written: {reason}", folder / STUDY_FILE):
+        replace_text(folder / STUDY_FILE, to_json(results, comparisons, _read_plan(folder), effect))
+    return Study(results, comparisons, effect, folder / STUDY_FILE)
+
+
+def run_grid(cells: Sequence[Cell], seeds: int, folder: Path, report: Report) -> Iterator[tuple[Cell, dict[int, Path]]]:
+    """Run every cell with the seeds from 1 to `seeds` into `folder`/CELL/seed-N; each cell with its runs by seed.
 
     Runs that are complete stay as they are, and others are continued; so the same command continues a study that was
     killed, and one with more seeds or cells extends it. Seeds set both init_seed and data_seed.
@@ -68,21 +89,13 @@ def run_study(cells: Sequence[Cell], seeds: int, folder: Path, effect: float, re
     jobs = [Job(cell, seed, folder / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
     _check(jobs, folder)
     waiting = [job for job in jobs if not (is_complete(job.path) or has_failed(job.path))]
-    plan = _make_plan(waiting, folder, report) if waiting else _read_plan(folder)
     if waiting:
+        plan = _make_plan(waiting, folder, report)
         done = len(jobs) - len(waiting)
         report(f"{done} of {len(jobs)} runs are complete; {len(waiting)} to go" if done else f"{len(jobs)} runs")
         _run_all(waiting, _room_of(plan), report)
-    results = []
     for cell in cells:
-        own = [job for job in jobs if job.cell is cell]
-        failures = {job.seed: _failure(job.path) for job in own if not is_complete(job.path)}
-        paths = {job.seed: job.path for job in own if job.seed not in failures}
-        results.append(read_cell(cell.name, folder, paths, failures))
-    comparisons = compare_cells(results, effect)
-    with explain_disk_error("{path}: cannot be written: {reason}", folder / STUDY_FILE):
-        replace_text(folder / STUDY_FILE, to_json(results, comparisons, plan, effect))
-    return Study(results, comparisons, effect, folder / STUDY_FILE)
+        yield cell, {job.seed: job.path for job in jobs if job.cell is cell}
 
 
 def _check(jobs: Sequence[Job], folder: Path) -> None:
@@ -225,8 +238,8 @@ def _error_of(process: "subprocess.Popen[str]", job: Job, restarts: dict[Path, i
 def _outcome(path: Path) -> str:
     if not is_complete(path):
         return _failure(path)
-    record = next(record for record in reversed(Run(path).records) if record.val is not None)
-    return f"held-out loss {record.val:.4f}"
+    record = Run(path).records[-1]
+    return f"training loss {record.loss:.4f}" if record.val is None else f"held-out loss {record.val:.4f}"
 
 
 def _failure(path: Path) -> str:

@@ -17,7 +17,7 @@ from mygpt.processes.preflight import Preflight, run_preflight
 from mygpt.processes.signals import StopRequest, stop_on_signal
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Recipe, TrainTable, check_recipe
-from mygpt.reports.outcome import early_end_line, outcome_lines, verdict_line
+from mygpt.reports.outcome import early_end_line, outcome_lines, place_lines, verdict_line
 from mygpt.reports.recorder import Recorder, header_lines
 from mygpt.runs.lock import locked
 from mygpt.runs.records import read_records
@@ -149,7 +149,10 @@ def run_steps(
         print_note(f"saved {run}" if progress.step > start.step else end)
         if progress.history and progress.end(recipe) == "patience":
             print_note(early_end_line(progress.history, recipe.validation.patience))
-        print_note(verdict_line(progress.history, read_records(run)))
+        records = read_records(run)
+        print_note(verdict_line(progress.history, records))
+        for line, _ in place_lines(recipe.expected, records, dataset.sha256):
+            print_note(line)
         if recorder.last:
             for line in outcome_lines(recipe.expected, *recorder.last, processes=accelerator.num_processes):
                 print_note(line)

@@ -1,0 +1,46 @@
+"""Whether a run's losses are normal: beside those of other seeds, and by its own history."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from mygpt.data.build import tokenizer_from
+from mygpt.reports.outcome import early_end_line, place_lines, verdict_line
+from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE
+from mygpt.runs.held_out import load_history
+from mygpt.runs.run import Run
+from mygpt.runs.schemas import ModelMetadata
+from mygpt.runs.steps import read_manifest, read_metadata
+
+
+def check(path: Path) -> Iterator[tuple[str, bool]]:
+    """Lines on a run, complete or not, and of each whether it is as it should be.
+
+    Raises:
+        CheckpointError: there is no run, or it has no record yet.
+        DamagedCheckpointError: it cannot be read.
+    """
+    run = Run(path)
+    recipe, records, checkpoint = run.recipe, run.records, run.newest_checkpoint()
+    last, history = records[-1], None
+    end = f"step {last.step} of {recipe.train.steps}, not complete"
+    if checkpoint is not None:
+        history = load_history(checkpoint / STATE_FILE)
+        if run.ended_with(checkpoint):
+            end = f"complete after {last.step} steps"
+            if history and read_manifest(checkpoint).ended_by == "patience":
+                end = early_end_line(history, recipe.validation.patience)
+    yield f"run: {end}", True
+    for failed in sorted(entry.name for entry in path.iterdir() if FAILED_NAME.fullmatch(entry.name)):
+        yield f"{failed}: a loss or a gradient was not finite; `mygpt replay {path}` looks into it", False
+    if checkpoint is not None:
+        vocab_size = tokenizer_from(read_metadata(checkpoint / MODEL_FILE, ModelMetadata).tokenizer).vocab_size
+        guess, loss = math.log(vocab_size), last.loss if last.val is None else last.val
+        kind = "training" if last.val is None else "held-out"
+        line = f"loss: {kind} {loss:.4f} at step {last.step}; guessing among {vocab_size:,} tokens has {guess:.4f}"
+        yield line, loss < guess
+    yield verdict_line(history, records), True
+    judged = list(place_lines(recipe.expected, records, run.info.corpus_sha256))
+    yield from judged
+    if not judged:
+        yield "expected: nothing is known of this recipe; `mygpt study` on it measures what other seeds come to", True
