@@ -23,11 +23,11 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
     run = Run(path)
     recipe, records, checkpoint = run.recipe, run.records, run.newest_checkpoint()
     last, history = records[-1], None
-    end = f"step {last.step} of {recipe.train.steps}, not complete"
+    end, is_complete = f"step {last.step} of {recipe.train.steps}, not complete", False
     if checkpoint is not None:
         history = load_history(checkpoint / STATE_FILE)
         if run.ended_with(checkpoint):
-            end = f"complete after {last.step} steps"
+            end, is_complete = f"complete after {last.step} steps", True
             if history and read_manifest(checkpoint).ended_by == "patience":
                 end = early_end_line(history, recipe.validation.patience)
     yield f"run: {end}", True
@@ -38,7 +38,7 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
         guess, loss = math.log(vocab_size), last.loss if last.val is None else last.val
         kind = "training" if last.val is None else "held-out"
         line = f"loss: {kind} {loss:.4f} at step {last.step}; guessing among {vocab_size:,} tokens has {guess:.4f}"
-        yield line, loss < guess
+        yield line, loss < guess or not is_complete
     yield verdict_line(history, records), True
     judged = list(place_lines(recipe.expected, records, run.info.corpus_sha256))
     yield from judged

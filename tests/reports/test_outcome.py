@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from support.runs import FLAGS, evaluation_of
 
+from mygpt.errors import NonFiniteError, RecipeError
 from mygpt.recipe.files import load_recipe
 from mygpt.recipe.flags import parse_recipe
-from mygpt.recipe.tables import ExpectedTable
-from mygpt.reports.outcome import outcome_lines, verdict_line
+from mygpt.recipe.tables import ExpectedTable, Recipe, check_recipe
+from mygpt.reports.outcome import outcome_lines, place_lines, verdict_line
 from mygpt.runs.held_out import remember
-from mygpt.runs.records import Record, Timing
+from mygpt.runs.records import Record, Timing, read_records
 from mygpt.training.train import train, train_until
 
 RANGE = ExpectedTable(expected_bits_per_byte=(1.9, 2.2))
@@ -160,3 +161,99 @@ def test_every_complete_run_ends_with_a_verdict(tiny, capsys):
     for _ in range(2):
         train(recipe)
         assert capsys.readouterr().err.count("verdict: ") == 1
+
+
+KNOWN = ExpectedTable(
+    expected_val=((10, 3.0, 0.02), (20, 2.5, 0.02), (30, 2.0, 0.02)), expected_seeds=10, expected_text="abcdef12"
+)
+
+
+def evaluated(*losses):
+    return [Record(step=10 * n, loss=2.0, lr=0.1, tokens=1, val=loss) for n, loss in enumerate(losses, 1)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "line", "is_normal"),
+    [
+        (
+            (3.05, 2.46, 2.01),
+            r"held-out loss is normal: 2.0100 at step 30, and 2.0000 \+- 0.0\d+ is the range of 10",
+            True,
+        ),
+        ((3.05, 2.8, 2.7), "held-out loss is NOT normal since step 20: 2.7000 at step 30", False),
+        ((4.0, 2.5, 2.3), "held-out loss is NOT normal since step 30: ", False),
+        ((4.0, 2.5, 2.0), "held-out loss is normal at the end: .*; it was outside at step 10", False),
+        ((3.0, 2.9), "held-out loss is NOT normal since step 20: 2.9000 at step 20", False),
+        ((), "held-out loss: not measured yet", True),
+    ],
+)
+def test_a_loss_is_placed_among_those_of_other_seeds(losses, line, is_normal):
+    """At the end, since which step it is outside, or where it was for a while."""
+    ((found, normal),) = place_lines(KNOWN, evaluated(*losses), "abcdef12" * 8)
+    assert re.match(f"expected: {line}", found)
+    assert normal is is_normal
+
+
+def test_losses_of_another_text_say_nothing():
+    """As those of quickstart, whose text comes with Python, under another version of it."""
+    ((line, normal),) = place_lines(KNOWN, evaluated(9.0), "1" * 64)
+    assert line == "expected: losses of another text than this run's; they say nothing about it"
+    assert normal
+    assert list(place_lines(ExpectedTable(), evaluated(9.0), "1" * 64)) == []
+
+
+def test_training_losses_are_averaged_over_ten_records():
+    """One of them is that of a single batch."""
+    expected = ExpectedTable(expected_loss=((20, 2.0, 0.01),), expected_seeds=5)
+    noisy = [Record(step=step, loss=2.0 + (-1) ** step, lr=0.1, tokens=1) for step in range(1, 21)]
+    assert [normal for _, normal in place_lines(expected, noisy, "")] == [True]
+
+
+def test_other_seeds_are_hardly_ever_called_not_normal():
+    """At most 1% of runs that differ by chance alone, however few seeds the expectation is from."""
+    rng = np.random.default_rng(0)
+    for seeds in (3, 10):
+        alarms = 0
+        for _ in range(2000):
+            losses = rng.normal(2.0, 0.02, (seeds + 1, 3))
+            means, deviations = losses[1:].mean(0), losses[1:].std(0, ddof=1)
+            rows = tuple(zip((10, 20, 30), means, deviations, strict=True))
+            expected = ExpectedTable(expected_val=rows, expected_seeds=seeds)
+            alarms += not all(normal for _, normal in place_lines(expected, evaluated(*losses[0]), ""))
+        assert alarms / 2000 <= 0.016
+
+
+def test_rows_need_their_number_of_runs():
+    with pytest.raises(RecipeError, match="expected_seeds: got null, expected the number of runs"):
+        check_recipe(Recipe.of(expected_val=[[10, 3.0, 0.1]]))
+    with pytest.raises(RecipeError, match="expected_val"):
+        Recipe.of(expected_val=[[10, 3.0]])
+
+
+def test_check_says_whether_a_run_is_normal(tiny, call):
+    """With exit code 1 if it is not; also of a run that is not complete, and of a recipe of which nothing is known."""
+    keys = {"val_split": 0.2, "val_every": 2, "init": "gpt2", "lr": 1e-2}
+    run = train(tiny(**keys))
+    code, out, _ = call("check", run)
+    assert code == 0
+    assert [line.split(":")[0] for line in out.splitlines()] == ["run", "loss", "verdict", "expected"]
+    assert "complete after 6 steps" in out
+    assert "nothing is known of this recipe" in out
+    value = read_records(run)[-1].val
+    for mean, code in ((value, 0), (value - 1, 1)):
+        other = tiny(**keys, expected_val=[[6, mean, 0.01]], expected_seeds=5, output=f"{run}-{code}")
+        train_until(other, 4)
+        assert call("check", other.checkpoint.output)[0] == 0
+        assert "step 4 of 6, not complete" in call("check", other.checkpoint.output)[1]
+        train(other)
+        assert call("check", other.checkpoint.output)[0] == code
+
+
+def test_check_of_a_run_that_diverged(tiny, call, tmp_path):
+    """Its failed step is named."""
+    with pytest.raises(NonFiniteError):
+        train(tiny(lr=1e30, save_every=1))
+    code, out, _ = call("check", tmp_path / "run")
+    assert code == 1
+    assert "failed-step-000002: a loss or a gradient was not finite; `mygpt replay" in out
+    assert call("check", tmp_path / "nothing")[0] == 2
