@@ -9,7 +9,7 @@ from mygpt.reports.outcome import early_end_line, place_lines, verdict_line
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE
 from mygpt.runs.held_out import load_history
 from mygpt.runs.run import Run
-from mygpt.runs.schemas import ModelMetadata
+from mygpt.runs.schemas import ModelMetadata, StateMetadata
 from mygpt.runs.steps import read_manifest, read_metadata
 
 
@@ -29,7 +29,8 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
         if run.ended_with(checkpoint):
             end, is_complete = f"complete after {last.step} steps", True
             if history and read_manifest(checkpoint).ended_by == "patience":
-                end = early_end_line(history, recipe.validation.patience)
+                best = read_metadata(checkpoint / STATE_FILE, StateMetadata).best
+                end = early_end_line(history, recipe.validation.patience, best)
     yield f"run: {end}", True
     for failed in sorted(entry.name for entry in path.iterdir() if FAILED_NAME.fullmatch(entry.name)):
         yield f"{failed}: a loss or a gradient was not finite; `mygpt replay {path}` looks into it", False

@@ -11,6 +11,7 @@ from mygpt.estimates import Estimate, difference_of_independent, ratio_estimate,
 from mygpt.recipe.tables import ExpectedTable
 from mygpt.runs.held_out import History
 from mygpt.runs.records import Record, Timing
+from mygpt.runs.schemas import Best
 
 FALSE_ALARMS = 0.01
 """Runs that are called not normal though only their seed is another one, at most this share of them."""
@@ -43,13 +44,12 @@ def verdict_line(history: History | None, records: Sequence[Record]) -> str:
     return f"verdict: flat from step {first} to {last}: held-out loss {change.text()}"
 
 
-def early_end_line(history: History, patience: int) -> str:
-    """Why early stopping ended a run."""
-    last, lowest, reference = history.last, history.lowest, history.reference
-    rest = f"the lowest held-out loss, {history.summaries[lowest].val:.4f}, is that of step {lowest} (`best`)"
+def early_end_line(history: History, patience: int, best: Best | None) -> str:
+    """Why early stopping ended a run, and which checkpoint is the best."""
+    rest = f"; `best` is step {best.step}, with a held-out loss of {best.val:.4f}" if best else ""
     return (
-        f"ended early, after step {last.step}: {patience} evaluations without an improvement beyond doubt over step "
-        f"{reference}; {rest}"
+        f"ended early, after step {history.last.step}: {patience} evaluations without an improvement beyond doubt over "
+        f"step {history.reference}{rest}"
     )
 
 

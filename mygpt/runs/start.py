@@ -44,6 +44,8 @@ class Start(NamedTuple):
     """To be written as run.json."""
     keeps_best: bool = False
     """Whether the checkpoint's best evaluation is of this run, and over the same held-out windows as later ones."""
+    keeps_history: bool = False
+    """Whether earlier evaluations are over the same held-out windows as later ones; also those of a branch's source."""
     is_complete: bool = False
     """Whether the run is over, so that nothing will be trained."""
 
@@ -110,7 +112,8 @@ def find_start(
         sha256 = files.file_sha256(checkpoint / files.MANIFEST_FILE)
         history = (resumed.model_copy(update={"checkpoint": str(checkpoint), "manifest_sha256": sha256}),)
     info = info.model_copy(update={"recipe": recipe, "resumed": history})
-    return Start(checkpoint, step, in_place, overwrite, recipe, info, keeps_best)
+    keeps_history = not window_names(source.trained_with, recipe) & changed.keys()
+    return Start(checkpoint, step, in_place, overwrite, recipe, info, keeps_best, keeps_history)
 
 
 def _ends_later(source: Source, recipe: Recipe) -> bool:
@@ -252,7 +255,7 @@ def _complete(source: Source, checkpoint: Path, step: int, recipe: Recipe, chang
         values["corpus"] = recipe.data.corpus
     recipe = source.trained_with.replace(**values | {"resume": run.recipe.checkpoint.resume})
     info = run.info.model_copy(update={"recipe": recipe, "resumed": run.info.before(step)})
-    return Start(checkpoint, step, True, False, recipe, info, keeps_best=True, is_complete=True)
+    return Start(checkpoint, step, True, False, recipe, info, keeps_best=True, keeps_history=True, is_complete=True)
 
 
 def _keeps_best(source: Source, checkpoint: Path, recipe: Recipe, changed: Changes, warn: Warn) -> bool:

@@ -20,7 +20,7 @@ from mygpt.recipe.tables import Recipe, TrainTable, check_recipe
 from mygpt.reports.outcome import early_end_line, outcome_lines, place_lines, verdict_line
 from mygpt.reports.recorder import Recorder, header_lines
 from mygpt.runs.lock import locked
-from mygpt.runs.records import read_records
+from mygpt.runs.records import Record, rewind
 from mygpt.runs.run import check_output
 from mygpt.runs.saver import Saver
 from mygpt.runs.start import Start, begin_run, find_start
@@ -93,10 +93,11 @@ def share_start(start: Start, channel: Channel) -> Start:
 
     Through the store: if the main process fails before this, a broadcast would leave the others waiting.
     """
-    own = {"checkpoint": str(start.checkpoint or ""), "keeps_best": start.keeps_best}
+    kept = {"keeps_best": start.keeps_best, "keeps_history": start.keeps_history}
+    own = {"checkpoint": str(start.checkpoint or ""), **kept}
     shared = channel.exchange(own, "start")[0]
     checkpoint = Path(shared["checkpoint"]) if shared["checkpoint"] else None
-    return start._replace(checkpoint=checkpoint, keeps_best=shared["keeps_best"])
+    return start._replace(checkpoint=checkpoint, **{name: shared[name] for name in kept})
 
 
 def run_steps(
@@ -115,7 +116,9 @@ def run_steps(
     steps, run = recipe.train.steps, Path(recipe.checkpoint.output)
     parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum, start.checkpoint, preflight.reports)
     if not start.keeps_best:
-        progress.best = progress.history = None
+        progress.best = None
+    if not start.keeps_history:
+        progress.history = None
     if gradient_sum.is_exact:
         remedy = REMEDY_AFTER_RESUMING if start.checkpoint else REMEDY_AT_START
         check_agreement(parts, *parts.capture(progress), f"before step {progress.step + 1}", remedy)
@@ -148,8 +151,8 @@ def run_steps(
         end = f"{run} is complete; raise --steps to train on, or --overwrite it to start again"
         print_note(f"saved {run}" if progress.step > start.step else end)
         if progress.history and progress.end(recipe) == "patience":
-            print_note(early_end_line(progress.history, recipe.validation.patience))
-        records = read_records(run)
+            print_note(early_end_line(progress.history, recipe.validation.patience, progress.best))
+        records = rewind(run / METRICS_FILE, Record, progress.step, cut=False)
         print_note(verdict_line(progress.history, records))
         for line, _ in place_lines(recipe.expected, records, dataset.sha256):
             print_note(line)

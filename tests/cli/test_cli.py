@@ -263,7 +263,7 @@ def test_compare_shows_the_differences(call, text_file):
     """Exit 1 and a table; exit 2 where a run is missing."""
     for seed in (0, 1):
         assert call("train", text_file, *FLAGS, "--init-seed", seed, "--output", f"run{seed}")[0] == 0
-    code, out, _ = call("compare", "run0", "run1")
+    code, out, _ = call("compare", "run0", "run1", "--tensors")
     assert code == 1
     assert out.startswith("different: ")
     assert re.search(r"token_embedding\.weight +[\d,]+ of [\d,]+ +\d\.\d{3}e[+-]\d\d +[\d,]+\n", out)
