@@ -28,7 +28,7 @@ def history_of(*losses, same_windows=True, every=10):
     return history
 
 
-def test_losses_of_the_last_evaluation_are_in_the_checkpoint(tiny):
+def test_losses_of_the_last_evaluation_are_in_the_checkpoint(tiny, tmp_path):
     """With their windows; they come to the recorded loss and error."""
     run = train(tiny(**EVALUATED, steps=6))
     history = load_history(run / "step-000006" / "state.safetensors")
@@ -37,7 +37,7 @@ def test_losses_of_the_last_evaluation_are_in_the_checkpoint(tiny):
     loss, bits = history.last.loss, history.last.bits_per_byte
     assert (loss.mean, loss.stderr, loss.dof) == (record.val, record.val_stderr, record.val_dof)
     assert (bits.mean, bits.stderr) == (record.val_bits_per_byte, record.val_bits_per_byte_stderr)
-    assert load_history(train(tiny(output="none")) / "step-000006" / "state.safetensors") is None
+    assert load_history(train(tiny(output=str(tmp_path / "none"))) / "step-000006" / "state.safetensors") is None
 
 
 def test_paired_error_is_that_of_the_differences():

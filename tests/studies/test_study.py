@@ -83,6 +83,7 @@ def test_study_runs_the_grid_and_is_extended(place, tmp_path):
     assert len(runs_of(place)) == 6
 
 
+@pytest.mark.fault(79, 80)
 def test_killed_study_continues_to_the_same_bytes(place, tmp_path):
     """SIGKILL of the study, or of a run, at random moments. Runs of a killed study save and end by themselves."""
     rng = random.Random(0)
@@ -102,6 +103,7 @@ def test_killed_study_continues_to_the_same_bytes(place, tmp_path):
         assert_same_run(path, train(recipe))
 
 
+@pytest.mark.fault(81)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_stops_all_runs_and_the_same_command_continues(place, number):
     """They are saved; the study says so and ends with the code of the signal."""
@@ -115,6 +117,7 @@ def test_signal_stops_all_runs_and_the_same_command_continues(place, number):
     assert all(Run(path).newest_checkpoint() for path in runs_of(place))
 
 
+@pytest.mark.fault(82)
 def test_recipe_that_diverges_is_reported_and_the_others_are_compared(place):
     """Its runs ended in a loss that is not a number: that is a result, too, and is not tried again."""
     command = [*MYGPT, "study", "small.toml", "--set", "lr=1e-3,1e30", *SEEDS, "--out", "study"]
@@ -126,6 +129,7 @@ def test_recipe_that_diverges_is_reported_and_the_others_are_compared(place):
     assert "runs" not in result.stderr
 
 
+@pytest.mark.fault(83)
 def test_error_of_a_run_ends_the_study(place):
     """With its message and exit code; nothing else is left running."""
     (place / "text.txt").write_text("short")
