@@ -1,24 +1,18 @@
 """Training a recorded run again, to see whether it still gives the same bits."""
 
-import os
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
 from mygpt.checks.compare import TensorDifference, compare_files, compare_records
-from mygpt.data.dataset import corpus_sha256
-from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, NonFiniteError
+from mygpt.checks.rerun import check_text, describe_changes, explain_rerun, parts_of, train_parts
+from mygpt.errors import CheckpointError
 from mygpt.processes.environment import is_main_process
-from mygpt.processes.machine import has_matmul, resolve_device
-from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
+from mygpt.recipe.tables import TABLE_OF_KEY
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import RunInfo
 from mygpt.runs.steps import verify_checkpoint
-from mygpt.training.train import train_until
 
 
 class Verification(NamedTuple):
@@ -71,17 +65,13 @@ def verify(run: Path, steps: int | None = None) -> Verification:
     for directory in checkpoints.values():
         verify_checkpoint(directory)
     parts = list(parts_of(recorded, begun_after, until))
-    for part in parts:
-        if corpus_sha256(part.recipe.data.corpus) != recorded.info.recorded_at(part.until)["corpus_sha256"]:
-            raise MismatchError(f"{run}: was trained on another text than {part.recipe.data.corpus} is now")
+    check_text(recorded, parts)
+    keeping_all = [part._replace(recipe=part.recipe.replace(keep_last=0)) for part in parts]
     with tempfile.TemporaryDirectory(prefix="mygpt-verify-") as folder:
         again = Run(Path(folder) / "run")
-        try:
-            _train_parts(parts, again.path, resume=str(recorded.origin or "auto"))
-        except InterruptedRunError as stopped:
-            raise InterruptedRunError("stopped before anything was compared", stopped.exit_code) from None
-        except NonFiniteError as error:
-            raise NonFiniteError(f"running {run} again broke: {str(error).split(';')[0]}") from None
+        with explain_rerun(run, "stopped before anything was compared"):
+            for _ in train_parts(keeping_all, again.path, resume=str(recorded.origin or "auto")):
+                pass
         if not is_main_process():
             return Verification(until, 0, 0, "", None, [], [])
         trained = again.checkpoints
@@ -94,39 +84,6 @@ def verify(run: Path, steps: int | None = None) -> Verification:
         return Verification(until, *counts, compared.difference, step, tensors, changes, repeatable)
 
 
-class Part(NamedTuple):
-    """Steps of a run that were trained with one recipe."""
-
-    recipe: Recipe
-    until: int
-    """The last of them."""
-
-
-def parts_of(run: Run, first: int, until: int) -> Iterator[Part]:
-    """The parts of the steps from `first` + 1 to `until`, with the threads and, if possible here, `matmul` of each."""
-    ends = [resumed.after_step for resumed in run.info.before(until) if resumed.after_step > first]
-    newest_text = run.info.recorded_at(sys.maxsize)["corpus_sha256"]
-    for end in [*ends, until]:
-        recorded, recipe = run.info.recorded_at(end), run.recipe_at(end)
-        # The same text may have been moved since.
-        corpus = run.recipe.data.corpus if recorded["corpus_sha256"] == newest_text else recipe.data.corpus
-        device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
-        matmul = recorded["matmul"] if has_matmul(recorded["matmul"], device) else "auto"
-        yield Part(recipe.replace(threads=recorded["threads"], matmul=matmul, corpus=corpus), end)
-
-
-def _train_parts(parts: list[Part], output: Path, resume: str) -> None:
-    """Train all parts one after the other, without printing, into a run that keeps every checkpoint."""
-    with open(os.devnull, "w") as nowhere, ExitStack() as stack:
-        stack.enter_context(redirect_stdout(nowhere))
-        for part in parts:
-            recipe = part.recipe.replace(output=str(output), keep_last=0, resume=resume)
-            train_until(recipe, part.until, allow_changes=True)
-            # Later parts would warn of changes, which are the run's own.
-            stack.enter_context(redirect_stderr(nowhere))
-            resume = "auto"
-
-
 def _compare_checkpoints(a: Path, b: Path) -> list[TensorDifference]:
     return [
         difference for name in (MODEL_FILE, STATE_FILE) for difference in compare_files(a / name, b / name).differences
@@ -134,9 +91,7 @@ def _compare_checkpoints(a: Path, b: Path) -> list[TensorDifference]:
 
 
 def _changes(info: RunInfo, now: RunInfo) -> list[str]:
-    was = info.recorded()
-    changes = [f"{name} {was[name]} -> {new}" for name, new in now.recorded().items() if was.get(name, new) != new]
-    return changes + [
+    return describe_changes(info.recorded(), now.recorded()) + [
         f"{name} {old} -> {new}, in the run itself, after step {resumed.after_step}"
         for resumed in info.resumed
         if resumed.checkpoint is None  # no step of a branch was trained with the old value

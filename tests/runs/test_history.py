@@ -12,7 +12,8 @@ from support.fault_points import POINTS, disturb, send
 from support.forked import run as run_forked
 from support.runs import FLAGS, assert_same_run, contents, evaluation_of
 
-from mygpt.checks.verify import parts_of, verify
+from mygpt.checks.rerun import parts_of
+from mygpt.checks.verify import verify
 from mygpt.errors import InterruptedRunError, RecipeError
 from mygpt.runs.files import BEST_FILE
 from mygpt.runs.loading import load_checkpoint
