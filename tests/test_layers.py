@@ -34,7 +34,7 @@ WITHOUT_TORCH = [
     *(name for name in MODULES if name.startswith(("recipe.", "reports."))),
     *(
         f"runs.{name}"
-        for name in ("run", "steps", "files", "lock", "schemas", "start", "changes", "records", "held_out")
+        for name in ("run", "steps", "files", "lock", "schemas", "start", "changes", "copying", "records", "held_out")
     ),
     *(
         "errors",

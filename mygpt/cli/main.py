@@ -31,6 +31,8 @@ Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
   compare A B                   whether two models or runs are the same, bit for bit; and which has the lower loss
   check RUN                     whether its losses are normal, and whether it was still improving
   verify RUN                    whether running a recorded run again gives the same, bit for bit
+  at RUN STEP --out DIR         make the run again as it was after any of its steps, bit for bit
+  fork RUN STEP [FLAGS]         train on from any step of a run, with other values of some keys
   replay RUN                    which value of a failed step became non-finite first
   plot RUN...                   draw loss and learning rate
   data prepare|info             texts of any size as tokens, for --corpus
@@ -48,6 +50,8 @@ COMMANDS = {
     "compare": "inspect",
     "check": "inspect",
     "verify": "inspect",
+    "at": "steps",
+    "fork": "steps",
     "replay": "inspect",
     "plot": "inspect",
     "data": "data",

@@ -5,6 +5,7 @@ import difflib
 import io
 import os
 import re
+from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,21 @@ def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -
     target = arguments[0] if has_target_first else _parse_flags(arguments, prog, Recipe(), options).target
     loaded = load_target(target)
     flags = _parse_flags(arguments, prog, loaded, options)
+    return _lay_over(loaded, flags, arguments, source=target), getattr(flags, "run", None)
+
+
+def parse_changes(arguments: list[str], prog: str, options: type, load: Callable[[Any], Recipe]) -> tuple[Recipe, Any]:
+    """The recipe that `load` finds by an instance of the dataclass `options`, with flags laid over it; and that.
+
+    The fields of `options` are what else is on the command line. Raises as `parse_recipe` does.
+    """
+    loaded = load(_parse_flags(arguments, prog, Recipe(), options, has_target=False).run)
+    flags = _parse_flags(arguments, prog, loaded, options, has_target=False)
+    return _lay_over(loaded, flags, arguments, source="recipe"), flags.run
+
+
+def _lay_over(loaded: Recipe, flags: Any, arguments: list[str], source: str) -> Recipe:
+    """The loaded recipe with the values of the parsed flags, checked."""
     tables = {name: vars(getattr(flags, name)) for name in Recipe.model_fields}
     flags_given = (argument.split("=")[0] for argument in arguments if argument.startswith("--"))
     given = {flag.removeprefix("--").replace("-", "_") for flag in flags_given}
@@ -43,8 +59,8 @@ def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -
                 raise MygptError(f"--seed sets {key}, too; give --seed alone, or --init-seed and --data-seed")
             tables["train"][key] = flags.seed
     recipe = _without_stale_expectations(build_recipe(tables), loaded, given)
-    check_recipe(recipe, source=target)
-    return recipe, getattr(flags, "run", None)
+    check_recipe(recipe, source=source)
+    return recipe
 
 
 def _without_stale_expectations(recipe: Recipe, loaded: Recipe, given: set[str]) -> Recipe:
@@ -97,15 +113,19 @@ def parse_options(kind: type, arguments: list[str], prog: str, description: str)
     raise MygptError("; ".join(" ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split()) for text in paragraphs))
 
 
-def _parse_flags(arguments: list[str], prog: str, recipe: Recipe, options: type | None) -> Any:
-    """Parse the target, --seed, the further `options` and one flag per recipe key.
+def _parse_flags(
+    arguments: list[str], prog: str, recipe: Recipe, options: type | None, *, has_target: bool = True
+) -> Any:
+    """Parse the target if there is to be one, --seed, the further `options` and one flag per recipe key.
 
     The result has an attribute for each table, which holds the table's keys. Flags have the plain types of the keys:
     the recipe checks the values, so that files and flags get the same messages.
     """
+    target = ("target", _explained(tyro.conf.Positional[str], TARGET_HELP, metavar="RECIPE|TEXT"), field())
+    further = field(default_factory=options) if options and has_target else field()
     fields: list[tuple[str, Any, Any]] = [
-        ("target", _explained(tyro.conf.Positional[str], TARGET_HELP, metavar="RECIPE|TEXT"), field()),
-        *([("run", options, field(default_factory=options))] if options else []),
+        *([target] if has_target else []),
+        *([("run", options, further)] if options else []),
         ("seed", _explained(int | None, SEED_HELP), field(default=None)),
     ]
     for name, table in recipe:

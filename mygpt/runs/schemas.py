@@ -128,6 +128,14 @@ class Resumed(Table):
     """The recipe that trained the steps before; None if mygpt 0.1 wrote this."""
 
 
+class Recreated(Table):
+    """Of which run, and up to which step, `mygpt at` made a run directory."""
+
+    run: str
+    """The directory of that run, absolute."""
+    after_step: Annotated[int, Field(ge=1)]
+
+
 class RunInfo(Table):
     """run.json: all that the bits of a run depend on beside its recipe, and its history."""
 
@@ -157,12 +165,15 @@ class RunInfo(Table):
     recipe: Recipe | None = None
     """The newest recipe, as in recipe.toml, but replaced atomically with `resumed`. None if mygpt 0.1 wrote this."""
     resumed: tuple[Resumed, ...] = ()
+    recreated: Recreated | None = None
+    """Only of a run that `mygpt at` or `mygpt fork` made."""
 
     def to_json(self) -> str:
         # The output is the directory in which this file lies.
         output = {"checkpoint": {"output"}}
         resumed = {"__all__": {"recipe": output}} if self.resumed else True
-        return self.model_dump_json(indent=2, exclude={"recipe": output, "resumed": resumed}) + "\n"
+        left_out = {"recipe": output, "resumed": resumed, "recreated": self.recreated is None}
+        return self.model_dump_json(indent=2, exclude={name: part for name, part in left_out.items() if part}) + "\n"
 
     def environment(self) -> dict[str, Any]:
         """All that the last bits of a result depend on, by name."""

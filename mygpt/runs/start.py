@@ -158,13 +158,13 @@ def _create(run: Path, start: Start) -> None:
     for name in (METRICS_FILE, files.TIMING_FILE):  # a branch begins with the records of its source
         if start.checkpoint is not None and (start.checkpoint.parent / name).is_file():
             shutil.copyfile(start.checkpoint.parent / name, run / name)
-    files.replace_text(run / RECIPE_FILE, _recipe_text(start.recipe))
+    files.replace_text(run / RECIPE_FILE, recipe_text(start.recipe))
 
 
 def _update(run: Path, start: Start) -> None:
     """Record how the run continues, and finish what a killed process left half done."""
     files.replace_text(run / RUN_FILE, start.info.to_json())
-    files.replace_text(run / RECIPE_FILE, _recipe_text(start.recipe))
+    files.replace_text(run / RECIPE_FILE, recipe_text(start.recipe))
     best = None
     if start.checkpoint and start.keeps_best:
         best = read_metadata(start.checkpoint / files.STATE_FILE, StateMetadata).best_step
@@ -178,7 +178,8 @@ def _update(run: Path, start: Start) -> None:
         prune(run, start.recipe.checkpoint.keep_last, start.step, best)
 
 
-def _recipe_text(recipe: Recipe) -> str:
+def recipe_text(recipe: Recipe) -> str:
+    """What the recipe.toml of a run holds."""
     tables = recipe.to_tables()
     del tables["checkpoint"]["output"]  # it is the directory in which the file lies, also after that is moved
     return f"# The run in this directory, which `mygpt train` on this file continues.\n\n{tomli_w.dumps(tables)}"

@@ -67,9 +67,10 @@ def read_metadata(file: Path, kind: type[T]) -> T:
 
 
 def point_to(run: Path, newest: int, best: int | None) -> None:
-    """Write the names of these steps into `latest` and, unless it is None, `best`."""
+    """Write the names of these steps into `latest` and `best`; not of a `best` that is None, or not in this run."""
     files.replace_text(run / files.LATEST_FILE, f"step-{newest:06d}\n")
-    if best is not None:
+    # `mygpt at` makes a run that may know of a best step whose checkpoint it does not have.
+    if best is not None and step_directory(run, best).is_dir():
         files.replace_text(run / files.BEST_FILE, f"step-{best:06d}\n")
 
 

@@ -32,19 +32,20 @@ ARGUMENTS = ("text.txt", *EVERYTHING)
 LONG = ("text.txt", *FLAGS, "--steps", 100_000, "--save-every", 50, "--output", "run")
 
 
-def start(arguments, folder, fault=None, count=1):
-    """Start `mygpt train ARGUMENTS` in `folder`; the fault comes at the `count`-th time that its point is reached.
+def start(arguments, folder, fault=None, count=1, *, command="train"):
+    """Start `mygpt train ARGUMENTS`, or another command, in `folder`.
 
-    A fault is a name in `FAULTS`, or one in `POINTS` for a kill.
+    The fault comes at the `count`-th time that its point is reached. It is a name in `FAULTS`, or one in `POINTS` for a
+    kill.
     """
-    process = server().Process(target=train, args=([str(argument) for argument in arguments], folder, fault, count))
+    process = server().Process(target=call, args=([command, *map(str, arguments)], folder, fault, count))
     process.start()
     return process
 
 
-def run(arguments, folder, fault=None, count=1) -> int:
+def run(arguments, folder, fault=None, count=1, *, command="train") -> int:
     """As `start`, to its end; returns the exit code, -9 for a kill. `folder`/out and `folder`/err have its streams."""
-    process = start(arguments, folder, fault, count)
+    process = start(arguments, folder, fault, count, command=command)
     process.join(120)
     assert process.exitcode is not None, "the run hangs"
     return process.exitcode
@@ -63,14 +64,14 @@ def server():
     return context
 
 
-def train(arguments, folder, fault, count):
+def call(arguments, folder, fault, count):
     gc.freeze()  # or the collections at the end of a run would copy all memory that was forked
     os.chdir(folder)
     for name, stream in (("out", 1), ("err", 2)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     # A forked process has the streams of its parent.
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", encoding="utf-8", newline="") for stream in (1, 2))
-    sys.argv = ["mygpt", "train", *arguments]
+    sys.argv = ["mygpt", *arguments]
     if fault in FAULTS:
         FAULTS[fault](count)
     elif fault:

@@ -1,0 +1,348 @@
+"""A recorded run as it was after any of its steps, bit for bit; and forks of it, which go on from there otherwise."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from mygpt.checks.compare import compare_files, compare_records
+from mygpt.checks.rerun import (
+    Part,
+    check_text,
+    describe_changes,
+    explain_rerun,
+    parts_of,
+    pinned_recipe,
+    train_parts,
+)
+from mygpt.data.dataset import load_dataset
+from mygpt.errors import CheckpointError, DamagedCheckpointError, LaunchError, MismatchError, RecipeError
+from mygpt.processes.channel import connect
+from mygpt.processes.environment import is_main_process, launched_processes
+from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
+from mygpt.recipe.tables import HARMLESS_KEYS, TABLE_OF_KEY, Recipe
+from mygpt.runs import files
+from mygpt.runs.changes import Source, changed_keys, check_checkpoint
+from mygpt.runs.copying import copy_until, publish_run
+from mygpt.runs.lock import locked
+from mygpt.runs.records import Record
+from mygpt.runs.run import Run, Warn, check_output
+from mygpt.runs.schemas import Manifest, Recreated
+from mygpt.runs.start import recipe_text
+from mygpt.runs.steps import read_manifest, step_directory, verify_checkpoint
+from mygpt.training.train import print_note, train
+
+
+class Recreation(NamedTuple):
+    """How a step of a run has been made again."""
+
+    first: int
+    """The step of the checkpoint from which it began; 0: the run's beginning."""
+    records: int
+    """Records of the run that were compared with those made again."""
+    checkpoints: int
+    """Checkpoints of the run that were compared with those made again."""
+    changes: list[str]
+    """What has changed on the machine since the step was trained, if steps were trained again."""
+
+
+class Plan(NamedTuple):
+    """How a step is to be made again."""
+
+    checkpoint: Path | None
+    """The step directory to begin with; None: the run's beginning, or the checkpoint after which a branch began."""
+    first: int
+    """Its step."""
+    parts: list[Part]
+    """What to train from there: each ends with a checkpoint that can be compared, or where the recipe changed."""
+    recipe: Recipe
+    """The recipe that trained the step."""
+
+
+def recreate(
+    run: Path, step: int, out: Path, *, start: Path | None = None, from_beginning: bool = False, check: bool = True
+) -> Recreation:
+    """Make `out` the run directory of `run` as it was after a step, with the bytes that its files had then.
+
+    It begins with the nearest whole checkpoint at or before the step, or with the step directory `start`, of this run
+    or of what `recreate` made of it; `from_beginning` uses no checkpoint. With `check`, all that the run has recorded
+    of the steps that are trained again must come out the same. `run` is only read, and `out` appears when it is whole.
+    Every process of a launch has to call this.
+
+    Raises:
+        CheckpointError: there is no such run or step, or something at `out`.
+        LaunchError: the run was trained by another number of processes, and its bits depend on it.
+        MismatchError: the text has changed; or this machine does not repeat the run.
+        DamagedCheckpointError: a file cannot be read or written.
+        InterruptedRunError: a signal asked to stop.
+    """
+    recorded, is_main = Run(run), is_main_process()
+    plan = plan_recreation(recorded, step, start, from_beginning=from_beginning, warn=print_note)
+    if not is_main:
+        for _ in train_parts(plan.parts, out, resume="auto"):
+            pass
+        return Recreation(plan.first, 0, 0, [])
+    check_free(run, out)
+    with workplace(out.with_name(f".tmp-at-{out.name}")) as folder:
+        again = folder / "run"
+        resume = "auto"
+        if plan.checkpoint:
+            copy_until(plan.checkpoint, again)
+        else:
+            resume = str(recorded.origin or "auto")
+        compared = 0
+        with explain_rerun(run, f"stopped before step {step} of {run} was made again; nothing is kept"):
+            for until in train_parts(plan.parts, again, resume):
+                compared += check and compare_with_recorded(recorded, plan.first, until, again)
+        made = Run(again)
+        origin = Recreated(run=str(files.real_path(run)), after_step=step)
+        info = made.info.model_copy(update={"recipe": plan.recipe, "recreated": origin})
+        files.replace_text(again / RUN_FILE, info.to_json())
+        files.replace_text(again / RECIPE_FILE, recipe_text(plan.recipe))
+        records = len(records_between(recorded, plan.first, step)) if check else 0
+        changes = describe_changes(recorded.info.recorded_at(step), info.recorded_at(step)) if plan.parts else []
+        check_free(run, out)
+        publish_run(again, out)
+    return Recreation(plan.first, records, compared, changes)
+
+
+def plan_recreation(
+    run: Run, step: int, start: Path | None = None, *, from_beginning: bool = False, warn: Warn
+) -> Plan:
+    """Where to begin, and what to train from there; reads the run, and raises as `recreate` does."""
+    origin = run.info.origin
+    begun_after = origin.after_step if origin else 0
+    last = max(run.records[-1].step, *run.checkpoints, begun_after)
+    if not begun_after < step <= last:
+        before = f"; its steps up to {begun_after} are those of {origin.checkpoint}" if origin else ""
+        raise CheckpointError(
+            f"{run.path}: got step {step}, expected one from {begun_after + 1} to {last}, the last that it has "
+            f"trained{before}"
+        )
+    checkpoint = None
+    if start is not None:
+        checkpoint = files.real_path(start)
+        if not begun_after < verify_checkpoint(checkpoint).step <= step:
+            raise CheckpointError(f"{start}: expected a checkpoint of a step from {begun_after + 1} to {step}")
+    elif not from_beginning:
+        checkpoint = nearest_checkpoint(run, begun_after, step, warn)
+    first = read_manifest(checkpoint).step if checkpoint else begun_after
+    if checkpoint is None and origin:
+        verify_checkpoint(run.origin)  # type: ignore[arg-type]
+    parts = list(parts_of(run, first, step)) if first < step else []
+    check_text(run, parts)
+    recipe = run.recipe_at(step)
+    if parts:
+        check_processes(run, parts)
+        shown = keys_that_change_no_number(run, step)
+        parts[-1] = parts[-1]._replace(recipe=parts[-1].recipe.replace(**shown))
+        recipe = recipe.replace(corpus=parts[-1].recipe.data.corpus, **shown)
+    elif checkpoint:
+        recipe = Run(checkpoint.parent).recipe_of(checkpoint)
+    return Plan(checkpoint, first, list(split_at_checkpoints(run, first, parts)), recipe)
+
+
+def nearest_checkpoint(run: Run, begun_after: int, step: int, warn: Warn) -> Path | None:
+    """The newest whole checkpoint of the run itself at or before a step; None: there is none."""
+    for other, directory in reversed(run.checkpoints.items()):
+        if begun_after < other <= step:
+            try:
+                verify_checkpoint(directory)
+            except DamagedCheckpointError as error:
+                warn(f"{error}; starting from what is before it")
+            else:
+                return directory
+    return None
+
+
+def check_processes(run: Run, parts: list[Part]) -> None:
+    """Check that as many processes as trained these parts will train them again, where the bits depend on it."""
+    processes = launched_processes().processes
+    for part in parts:
+        recorded = run.info.recorded_at(part.until)
+        if recorded["reduction"] == "fast" and recorded["processes"] != processes:
+            raise LaunchError(
+                f"{run.path}: step {part.until} was trained by {recorded['processes']} processes, on whose number the "
+                f"last bits depend; here are {processes}: start as many, with accelerate launch -m mygpt"
+            )
+
+
+def keys_that_change_no_number(run: Run, step: int) -> dict[str, object]:
+    """What was shown and kept when a step was trained, as the next checkpoint of these steps records it.
+
+    run.json records when other keys changed, and of these only the newest values.
+    """
+    end = min((resumed.after_step for resumed in run.info.history if resumed.after_step >= step), default=sys.maxsize)
+    for other, directory in run.checkpoints.items():
+        manifest = recorded_manifest(directory)
+        if step <= other <= end and manifest and manifest.recipe:
+            keys = HARMLESS_KEYS - {"output", "resume"}
+            return {key: value for key, value in manifest.recipe.flat().items() if key in keys}
+    return {}
+
+
+def split_at_checkpoints(run: Run, first: int, parts: list[Part]) -> Iterator[Part]:
+    """The same steps in more parts: one ends with each checkpoint that the run has recorded, even if it is damaged."""
+    for part in parts:
+        for step, directory in run.checkpoints.items():
+            if first < step < part.until and recorded_manifest(directory):
+                yield Part(part.recipe, step)
+        yield part
+        first = part.until
+
+
+def recorded_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a step directory, whose files may be damaged; None: it cannot be read."""
+    try:
+        return read_manifest(directory)
+    except CheckpointError:
+        return None
+
+
+def compare_with_recorded(run: Run, first: int, step: int, again: Path) -> bool:
+    """Compare the steps after `first`, made again up to a step, with what the run has recorded of them.
+
+    Returns whether it has recorded a checkpoint of the last of them, damaged or not.
+
+    Raises:
+        MismatchError: they differ.
+    """
+    difference = ""
+    if records := records_between(run, first, step):
+        difference = compare_records(records, Run(again).records).difference
+    manifest = recorded_manifest(step_directory(run.path, step))
+    if not difference and manifest:
+        difference = compare_with_manifest(run, manifest, step_directory(again, step))
+    if difference:
+        was, now = (info.recorded_at(step) for info in (run.info, Run(again).info))
+        changes = ", ".join(describe_changes(was, now))
+        since = f"changed since: {changes}" if changes else "nothing that run.json records has changed since"
+        if not run.info.deterministic:
+            since = "the run had deterministic = false, so that its last bits are never the same"
+        raise MismatchError(f"{run.path}: cannot be repeated here: {difference}; {since}")
+    return manifest is not None
+
+
+def compare_with_manifest(run: Run, manifest: Manifest, again: Path) -> str:
+    """How a step directory that was made again differs from the recorded one; "": it does not."""
+    recorded = step_directory(run.path, manifest.step)
+    entries = recorded_manifest(again)
+    if entries and entries.files == manifest.files:
+        return ""
+    try:
+        verify_checkpoint(recorded)
+    except DamagedCheckpointError:
+        # The metadata of mygpt 0.1 say so, and the tensors that they go with cannot be read.
+        return "" if manifest.format == 1 else f"step {manifest.step}: its sha256 is not that of {recorded}"
+    for name in (files.MODEL_FILE, files.STATE_FILE):
+        for tensor in compare_files(recorded / name, again / name).differences:
+            return f"step {manifest.step}: {tensor.name} differs from {recorded}: {tensor.differing}"
+    return "" if manifest.format == 1 else f"step {manifest.step}: the metadata of {recorded} differ"
+
+
+def records_between(run: Run, first: int, step: int) -> list[Record]:
+    return [record for record in run.records if first < record.step <= step]
+
+
+def check_free(run: Path, out: Path) -> None:
+    """Check that there is nothing at `out`, that something can be written there, and that it is not in the run."""
+    if os.path.lexists(out):
+        raise CheckpointError(f"output: {out} is there already; choose another one, or remove it")
+    check_output(out, replace=False)
+    if files.real_path(out).is_relative_to(files.real_path(run)):
+        raise CheckpointError(f"output: {out} is in {run}, which stays as it is; choose another one")
+
+
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """An empty hidden folder, which is gone afterwards; what a killed process left in it is removed."""
+    with locked(folder):
+        for entry in folder.iterdir():
+            if entry.name != files.LOCK_FILE:
+                files.remove(entry)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
+    """Train on from the state of `run` after a step with another recipe, into the run directory `output`.
+
+    `recipe` is the one that trained the next step of the run, but for the keys in which the fork is to differ. Threads,
+    `matmul` and text are those of the run, unless they are among these. A fork that is there is continued.
+    Every process of a launch has to call this.
+
+    Raises:
+        MygptError: as `recreate` and `train` do; also if `output` is something else than this fork.
+    """
+    recorded, launched = Run(run), launched_processes()
+    base = recorded.recipe_at(step + 1)
+    pinned = pinned_recipe(recorded, base, step + 1)
+    was, wanted = base.flat(), recipe.flat()
+    pins = {key: pinned.flat()[key] for key in ("threads", "matmul", "corpus") if wanted[key] == was[key]}
+    recipe = recipe.replace(output=str(output), resume="auto", **pins)
+    with connect(launched) as channel:
+        own = {"continues": is_main_process() and check_fork(recorded, step, recipe, output)}
+        continues = channel.exchange(own, "fork")[0]["continues"]
+    if not continues:
+        recreate(run, step, output)
+    return train(recipe, allow_changes=True)
+
+
+def check_fork(run: Run, step: int, recipe: Recipe, output: Path) -> bool:
+    """Check that the run can be forked after a step with this recipe; returns whether the fork has been begun."""
+    if recipe.train.steps <= step:
+        raise RecipeError(f"[train] steps: got {recipe.train.steps}, expected more than {step}; raise --steps")
+    if os.path.lexists(output):
+        check_is_fork(run, step, recipe, output)
+        return True
+    check_free(run.path, output)
+    plan = plan_recreation(run, step, warn=lambda _: None)
+    check_model(run, recipe, plan)
+    for resumed in run.info.history:
+        keys = ", ".join(name for name in resumed.changed if name in TABLE_OF_KEY)
+        if resumed.after_step > step and keys:
+            print_note(f"{run.path} went on after step {resumed.after_step} with another {keys}; the fork does not")
+    return False
+
+
+def check_is_fork(run: Run, step: int, recipe: Recipe, output: Path) -> None:
+    """Check that `output` is what `recreate` made of this run and step, continued with this recipe or not at all."""
+    there = Run(output)
+    wanted = Recreated(run=str(files.real_path(run.path)), after_step=step)
+    is_run = os.path.lexists(output / RUN_FILE)
+    if not is_run or there.info.recreated != wanted:
+        raise CheckpointError(
+            f"output: {output} is there already, and no fork of {run.path} after step {step}; choose another --output"
+        )
+    if max(there.checkpoints, default=step) == step:
+        return  # nothing has been trained since that would be lost
+    for trained_with in (there.recipe_at(step + 1), there.recipe):
+        for key, (old, new) in changed_keys(trained_with, recipe):
+            raise CheckpointError(
+                f"output: {output} is a fork with {key} = {old}, and this one has {new}; choose another --output"
+            )
+
+
+def check_model(run: Run, recipe: Recipe, plan: Plan) -> None:
+    """Check that the weights of the run fit the recipe's architecture and tokenizer, if a checkpoint can tell."""
+    checkpoint = plan.checkpoint or nearest_checkpoint(run, 0, sys.maxsize, warn=lambda _: None)
+    if checkpoint is None:
+        return
+    if recipe.model == plan.recipe.model and recipe.data == plan.recipe.data:
+        return
+    tokenizer = load_dataset(recipe.data, recipe.train.seq_len).tokenizer.metadata
+    long_enough = recipe.replace(steps=max(recipe.train.steps, read_manifest(checkpoint).step))
+    check_checkpoint(Source(run, checkpoint, in_place=False), long_enough, tokenizer, may_end=True)
+
+
+def fork_name(run: Path, step: int, base: Recipe, recipe: Recipe) -> str:
+    """The name of a fork's directory: the run's, the step, and the keys in which the recipes differ."""
+    was = base.flat()
+    changed = {key: value for key, value in recipe.flat().items() if value != was[key]}
+    keys = (f"{key}={value}" for key, value in changed.items() if key not in ("output", "resume"))
+    return "-".join([f"{files.real_path(run).name}-at-{step}", *keys]).replace(os.sep, "_")

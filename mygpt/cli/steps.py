@@ -1,0 +1,101 @@
+"""The commands that make any step of a run again: `mygpt at` and `fork`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from mygpt.cli.command import command, errors_reach_all_processes
+from mygpt.cli.train import announce_threads
+from mygpt.errors import MygptError
+from mygpt.processes.environment import is_main_process
+from mygpt.recipe.flags import parse_changes
+from mygpt.recipe.tables import Recipe
+from mygpt.runs.run import Run
+
+
+@dataclass(frozen=True)
+class AtOptions:
+    run: Positional[Path]
+    """A run directory."""
+    step: Positional[int]
+    """Any step that the run has trained, counted from 1."""
+    out: Annotated[Path, tyro.conf.arg(aliases=("--output",))]
+    """The run directory to make; there must be nothing yet."""
+    start: Path | None = None
+    """The step directory to begin with, of this run or of what `mygpt at` made of it; absent: the nearest whole one."""
+    from_beginning: bool = False
+    """Train all steps again, though there are checkpoints."""
+    check: bool = True
+    """Compare what is trained again with what the run has recorded of it."""
+
+
+@command
+def at(options: AtOptions) -> None:
+    """Make a run again as it was after any of its steps, bit for bit."""
+    with errors_reach_all_processes():
+        announce_recorded_threads(options.run, options.step)
+        from mygpt.checks.at import recreate
+
+        made = recreate(
+            options.run,
+            options.step,
+            options.out,
+            start=options.start,
+            from_beginning=options.from_beginning,
+            check=options.check,
+        )
+    if not is_main_process():
+        return
+    count = options.step - made.first
+    how = f"trained {count} steps from step {made.first}" if count else "copied its checkpoint"
+    print(f"{options.out} is {options.run} after step {options.step}: {how}")
+    if made.records or made.checkpoints:
+        print(f"identical to what was recorded: {made.records} records, {made.checkpoints} checkpoints")
+    for change in made.changes:
+        print(f"changed since: {change}")
+
+
+@dataclass(frozen=True)
+class ForkOptions:
+    fork_of: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A run directory."""
+    after: Annotated[Positional[int], tyro.conf.arg(metavar="STEP")]
+    """The step after which the fork begins."""
+
+
+def fork(arguments: list[str]) -> None:
+    """Train on from any step of a run, with other values of some keys."""
+    with errors_reach_all_processes():
+        recipe, options = parse_changes(arguments, "mygpt fork", ForkOptions, load_base)
+        run, step = options.fork_of, options.after
+        base = load_base(options)
+        if recipe.checkpoint.resume != base.checkpoint.resume:
+            raise MygptError("--resume: a fork begins after a step of its run; leave it out")
+        announce_recorded_threads(run, step + 1, recipe)
+        from mygpt.checks.at import fork as train_fork
+        from mygpt.checks.at import fork_name
+
+        output = Path(recipe.checkpoint.output)
+        if recipe.checkpoint.output == base.checkpoint.output:
+            output = run.parent / fork_name(run, step, base, recipe)
+        train_fork(run, step, recipe, output)
+
+
+def load_base(options: ForkOptions) -> Recipe:
+    """The recipe that trained the step after the one at which a fork begins."""
+    if options.after < 1:
+        raise MygptError(f"STEP: got {options.after}, expected at least 1")
+    return Run(options.fork_of).recipe_at(options.after + 1)
+
+
+def announce_recorded_threads(run: Path, step: int, recipe: Recipe | None = None) -> None:
+    """Set the threads that trained a step, or those of a `recipe` that has others, where torch finds them."""
+    recorded = Run(run)
+    base = recorded.recipe_at(step)
+    recipe = recipe or base
+    if recipe.runtime.threads == base.runtime.threads:
+        recipe = recipe.replace(threads=recorded.info.recorded_at(step)["threads"])
+    announce_threads(recipe)

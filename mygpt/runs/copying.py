@@ -1,0 +1,66 @@
+"""A copy of a run as it was after one of its checkpoints. The run itself is only read."""
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from mygpt.errors import DamagedCheckpointError, NewerFormatError
+from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
+from mygpt.runs import files
+from mygpt.runs.records import Record, Timing, rewind
+from mygpt.runs.run import Run
+from mygpt.runs.schemas import StateMetadata
+from mygpt.runs.start import recipe_text
+from mygpt.runs.steps import point_to, read_metadata, step_directory, verify_checkpoint
+
+
+def copy_until(checkpoint: Path, target: Path) -> None:
+    """Make the directory `target` a run that ends with this step directory of another run, which can be continued.
+
+    It gets recipe, run.json and records up to this step, the checkpoint and, if it is still there, the best one before
+    it. The file `best` names no step that is not there.
+
+    Raises:
+        DamagedCheckpointError: a file cannot be read or written.
+    """
+    run = Run(checkpoint.parent)
+    step, recipe = verify_checkpoint(checkpoint).step, run.recipe_of(checkpoint)
+    info = run.info.model_copy(update={"recipe": recipe, "resumed": run.info.before(step)})
+    best = read_metadata(checkpoint / files.STATE_FILE, StateMetadata).best_step
+    with files.explain_disk_error(files.CANNOT_WRITE, target):
+        target.mkdir()
+        files.replace_text(target / RUN_FILE, info.to_json())
+        files.replace_text(target / RECIPE_FILE, recipe_text(recipe))
+        for name in (METRICS_FILE, files.TIMING_FILE):
+            if (run.path / name).is_file():
+                shutil.copyfile(run.path / name, target / name)
+        rewind(target / METRICS_FILE, Record, step)
+        rewind(target / files.TIMING_FILE, Timing, step)
+        _copy_step(checkpoint, target)
+        if best not in (None, step):
+            with suppress(DamagedCheckpointError, NewerFormatError):
+                verify_checkpoint(step_directory(run.path, best))
+                _copy_step(step_directory(run.path, best), target)
+        point_to(target, step, best)
+
+
+def publish_run(run: Path, target: Path) -> None:
+    """Give a run directory that has been made under a temporary name its own name, at which there must be nothing.
+
+    Raises:
+        DamagedCheckpointError: the disk refused it.
+    """
+    with files.explain_disk_error(files.CANNOT_WRITE, target):
+        for folder, _, names in os.walk(run):
+            for name in names:
+                files.sync(Path(folder) / name)
+            files.sync(Path(folder))
+        run.rename(target)
+        files.sync(target.parent)
+
+
+def _copy_step(checkpoint: Path, target: Path) -> None:
+    (target / checkpoint.name).mkdir()
+    for name in (files.MODEL_FILE, files.STATE_FILE, files.MANIFEST_FILE):
+        shutil.copyfile(checkpoint / name, target / checkpoint.name / name)

@@ -1,0 +1,313 @@
+"""Any step of a run again, bit for bit, and forks that go on from it otherwise."""
+
+import json
+import os
+import re
+import shutil
+import signal
+
+import pytest
+from support.checkpoints import fit_manifest, rewrite
+from support.commands import BIN, MYGPT, free_port, run_process, torchrun
+from support.fault_points import disturb, send
+from support.forked import ARGUMENTS
+from support.forked import run as run_forked
+from support.runs import FLAGS, TINY, assert_same_run, contents, flags_of, steps_of
+
+from mygpt.checks.at import fork, recreate
+from mygpt.checks.compare import compare
+from mygpt.checks.verify import verify
+from mygpt.errors import InterruptedRunError
+from mygpt.recipe.tables import Recipe
+from mygpt.runs.loading import load_checkpoint
+from mygpt.runs.run import Run
+from mygpt.training.train import train, train_until
+
+KEYS = {"steps": 12, "dropout": 0.1, "val_split": 0.2, "val_every": 3, "save_best": True, "schedule": "cosine"}
+KEYS |= {"warmup": 4, "max_grad_norm": 1.0, "micro_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def place(text_file, tmp_path_factory):
+    """A folder with a run that keeps a few checkpoints, and with `all`, the same run with a checkpoint of each step."""
+    place = tmp_path_factory.mktemp("steps")
+    for name, keys in (("run", {"save_every": 5, "keep_last": 1}), ("all", {"save_every": 1})):
+        train(Recipe.of(**TINY | KEYS | keys, corpus=str(text_file), output=str(place / name)))
+    return place
+
+
+def assert_is_step(run, step, expected):
+    """The newest checkpoint of `run` is that step of the run in `expected`, byte for byte."""
+    name = f"step-{step:06d}"
+    assert (run / "latest").read_text() == f"{name}\n"
+    for file in ("model.safetensors", "state.safetensors"):
+        assert (run / name / file).read_bytes() == (expected / name / file).read_bytes(), file
+    assert not list(run.parent.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("step", [1, 4, 10, 11, 12])
+def test_any_step_has_the_bytes_that_it_had(place, tmp_path, step):
+    """Before, between, at and after the checkpoints that are left; with the records up to it, and the best so far."""
+    before = contents(place / "run")
+    made = recreate(place / "run", step, tmp_path / "at")
+    assert_is_step(tmp_path / "at", step, place / "all")
+    assert contents(place / "run") == before
+    assert made.first == max(other for other in (0, *steps_of(place / "run")) if other <= step)
+    lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
+    assert (tmp_path / "at" / "metrics.jsonl").read_text().splitlines() == lines[:step]
+    assert made.records == step - made.first
+    info = Run(tmp_path / "at").info
+    assert (info.recreated.run, info.recreated.after_step) == (str(place / "run"), step)
+    assert info.resumed == ()
+    assert Run(tmp_path / "at").recipe == Run(place / "run").recipe.replace(output=str(tmp_path / "at"))
+
+
+def test_what_is_made_is_a_run(place, tmp_path, call, text_file):
+    """It can generate, be compared and verified, and continued to the end of the run."""
+    at = tmp_path / "at"
+    code, out, _ = call("at", place / "run", 4, "--out", at)
+    assert (code, out) == (
+        0,
+        f"{at} is {place / 'run'} after step 4: trained 4 steps from step 0\n"
+        "identical to what was recorded: 4 records, 0 checkpoints\n",
+    )
+    assert load_checkpoint(at).step == 4
+    assert compare(at, place / "all" / "step-000004").identical
+    assert verify(at).identical
+    assert call("train", at / "recipe.toml")[0] == 0
+    assert_same_run(at, place / "run")
+    # Anything but its provenance is as in the run, whose checkpoint of step 10 is pruned at its end, too.
+    assert contents(at, without=("run.json",)) == contents(place / "run", without=("run.json",))
+
+
+def test_steps_begin_before_a_damaged_checkpoint(place, tmp_path, capsys):
+    """With a warning; the checkpoint that is made in its place is compared with its manifest."""
+    run = shutil.copytree(place / "all", tmp_path / "run")
+    for step in (6, 7, 8):
+        os.truncate(run / f"step-{step:06d}" / "model.safetensors", 100)
+    made = recreate(run, 8, tmp_path / "at")
+    assert (made.first, made.checkpoints) == (5, 3)
+    assert "step-000007/model.safetensors: damaged: 100 bytes" in capsys.readouterr().err
+    assert_is_step(tmp_path / "at", 8, place / "all")
+    again = recreate(run, 3, tmp_path / "again", from_beginning=True)
+    assert (again.first, again.checkpoints, again.records) == (0, 3, 3)
+    later = recreate(run, 9, tmp_path / "later", start=tmp_path / "again" / "step-000003")
+    assert (later.first, later.checkpoints) == (3, 6)
+    assert_is_step(tmp_path / "later", 9, place / "all")
+
+
+@pytest.mark.parametrize("what", ["record", "weights", "metadata"])
+def test_machine_that_does_not_repeat_the_run_is_an_error(place, tmp_path, call, what):
+    """It says what has changed since, and nothing is made; without the check it is."""
+    run = shutil.copytree(place / "all", tmp_path / "run")
+    file = run / "step-000003" / ("state.safetensors" if what == "metadata" else "model.safetensors")
+    if what == "record":
+        records = run / "metrics.jsonl"
+        records.write_text(re.sub(r'("step":3,"loss":)', r"\g<1>1", records.read_text()))
+        message = r"step 3: loss 1\d+\.\d+ against \d"
+    elif what == "weights":
+        rewrite(file, tensors=lambda values: values["norm.bias"][0].add_(1))
+        message = r"step 3: norm\.bias differs from .*step-000003: 1 of 16"
+    else:
+        rewrite(file, metadata=lambda values: values.update(best=None))
+        message = r"step 3: the metadata of .*step-000003 differ"
+    fit_manifest(file)
+    info = json.loads((run / "run.json").read_text())
+    info["versions"]["torch"] = "2.9.0"
+    (run / "run.json").write_text(json.dumps(info))
+    at = ("at", run, 4, "--from-beginning", "--out", tmp_path / "at")
+    code, _, err = call(*at)
+    assert code == 1
+    assert re.search(rf"mygpt: .*run: cannot be repeated here: {message}.*; changed since: torch 2\.9\.0 -> 2\.", err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    code, out, _ = call(*at, "--no-check")
+    assert code == 0
+    assert "changed since: torch 2.9.0 -> 2." in out
+    assert_is_step(tmp_path / "at", 4, place / "all")
+
+
+def test_steps_of_a_run_that_changed_have_their_recipes(tiny, tmp_path):
+    """Also threads, and a checkpoint after which the recipe changed."""
+    keys = {"save_every": 4, "dropout": 0.1}
+    train(tiny(steps=4, **keys))
+    run = train(tiny(steps=8, lr=1e-4, threads=2, **keys), allow_changes=True)
+    every = tmp_path / "all"
+    train(tiny(steps=4, **keys | {"save_every": 1}, output=str(every)))
+    train(tiny(steps=8, lr=1e-4, threads=2, **keys | {"save_every": 1}, output=str(every)), allow_changes=True)
+    for step in (3, 4, 6):
+        out = tmp_path / f"at-{step}"
+        recreate(run, step, out)
+        assert_is_step(out, step, every)
+        assert Run(out).recipe.optimizer.lr == (1e-4 if step > 4 else 1e-3)
+        assert [resumed.after_step for resumed in Run(out).info.resumed] == ([4] if step > 4 else [])
+    recreate(run, 7, tmp_path / "whole", from_beginning=True)
+    assert_is_step(tmp_path / "whole", 7, every)
+    assert list(Run(tmp_path / "whole").info.resumed[0].changed) == ["lr", "threads", "steps"]
+
+
+def test_steps_of_a_branch_begin_after_its_origin(tiny, tmp_path, call):
+    """Earlier steps are its source's; it needs the checkpoint after which it began."""
+    train_until(tiny(save_every=2, output=str(tmp_path / "source")), 4)
+    branch = train(tiny(resume=str(tmp_path / "source"), output=str(tmp_path / "branch"), steps=8))
+    every = train(tiny(resume=str(tmp_path / "source"), output=str(tmp_path / "all"), steps=8, save_every=1))
+    recreate(branch, 6, tmp_path / "at")
+    assert_is_step(tmp_path / "at", 6, every)
+    code, _, err = call("at", branch, 3, "--out", tmp_path / "x")
+    assert code == 2
+    assert "got step 3, expected one from 5 to 8" in err
+    assert "its steps up to 4 are those of" in err
+    shutil.rmtree(tmp_path / "source" / "step-000004")
+    code, _, err = call("at", branch, 6, "--out", tmp_path / "x")
+    assert code == 1
+    assert "began is gone" in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_mistakes_cost_one_line(place, tmp_path, call, text):
+    """Exit code 2, and nothing is created."""
+    own = tmp_path / "own.txt"
+    own.write_text(text, encoding="utf-8", newline="")
+    changed = train(Recipe.of(**TINY, corpus=str(own), output=str(tmp_path / "changed")))
+    own.write_text(text[:-1], encoding="utf-8", newline="")
+    run, out = place / "run", tmp_path / "out"
+    there = sorted(tmp_path.iterdir())
+    for arguments, message in (
+        (("at", run, 13, "--out", out), "got step 13, expected one from 1 to 12"),
+        (("at", run, 0, "--out", out), "got step 0, expected one from 1 to 12"),
+        (("at", tmp_path / "gone", 3, "--out", out), "no such run"),
+        (("at", changed, 3, "--out", out), "was trained on another text than"),
+        (("at", run, 3, "--out", changed), "is there already"),
+        (("at", run, 3, "--out", own), "is there already"),
+        (("at", run, 3, "--out", run / "x"), "which stays as it is"),
+        (("at", run, 3, "--out", own / "x"), "Not a directory; choose another"),
+        (("at", run, 3, "--start", run / "step-000012", "--out", out), "expected a checkpoint of a step from 1 to 3"),
+        (("fork", run, 0, "--lr", 1), "STEP: got 0, expected at least 1"),
+        (("fork", run, 13, "--steps", 20, "--output", out), "got step 13, expected one from 1 to 12"),
+        (("fork", run, 12, "--lr", 1, "--output", out), r"steps: got 12, expected more than 12; raise --steps"),
+        (("fork", run, 3, "--lr", -1, "--output", out), "--lr: got -1.0, expected"),
+        (("fork", run, 3, "--warmup", 13, "--output", out), "warmup: got 13, expected at most steps = 12"),
+        (("fork", run, 3, "--resume", "never", "--output", out), "--resume: a fork begins after a step of its run"),
+        (("fork", run, 3, "--output", place / "all"), "is there already, and no fork of"),
+    ):
+        code, _, err = call(*arguments)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert message in err
+        assert sorted(tmp_path.iterdir()) == there
+    # As where a branch has another architecture.
+    code, _, err = call("fork", run, 3, "--num-layers", 3, "--output", out)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "[model] num_layers: got 3, expected 2, as in" in err
+    assert not out.exists()
+
+
+def test_signal_keeps_nothing(place, tmp_path, monkeypatch):
+    """The same command begins again."""
+    disturb("before-step", send(signal.SIGINT), patch=monkeypatch.setattr)
+    with pytest.raises(InterruptedRunError, match=r"stopped before step 3 of .*run was made again; nothing is kept"):
+        recreate(place / "run", 3, tmp_path / "at")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("point", "count"),
+    [("made-run.json", 1), ("before-step", 3), ("before-rename", 1), ("after-latest", 1), ("made-recipe", 1)],
+)
+def test_killed_command_leaves_nothing_that_looks_like_a_result(place, tmp_path, folder, point, count):
+    """And the same command again works; RUN has two checkpoints less, so that there is something to train."""
+    here = folder(point)
+    run = shutil.copytree(place / "all", here / "run")
+    for step in (7, 8, 9):
+        shutil.rmtree(run / f"step-{step:06d}")
+    arguments = ("run", 9, "--out", "at")
+    assert run_forked(arguments, here, point, count, command="at") == -signal.SIGKILL
+    assert not (here / "at").exists()
+    assert run_forked(arguments, here, command="at") == 0
+    assert_is_step(here / "at", 9, place / "all")
+
+
+def test_fork_that_changes_nothing_ends_as_its_run(place, tmp_path, call):
+    """With the same bytes; its default name has the run and the step."""
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    assert call("fork", run, 7)[0] == 0
+    assert_same_run(tmp_path / "run-at-7", run)
+    assert contents(tmp_path / "run-at-7" / "step-000012") == contents(run / "step-000012")
+    assert not Run(tmp_path / "run-at-7").info.resumed
+
+
+def test_fork_differs_in_its_keys_alone(place, tmp_path, call):
+    """It is the run up to its step; run.json says what changed after it; it can be verified, and compared."""
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    code, _, err = call("fork", run, 7, "--lr", 5e-4, "--steps", 14)
+    assert code == 0
+    made = tmp_path / "run-at-7-steps=14-lr=0.0005"
+    (resumed,) = Run(made).info.resumed
+    assert (resumed.after_step, resumed.changed) == (7, {"lr": (1e-3, 5e-4), "steps": (12, 14)})
+    assert "[optimizer] lr: got 0.0005, expected 0.001, as" in err
+    records, others = ((path / "metrics.jsonl").read_text().splitlines() for path in (run, made))
+    assert [a == b for a, b in zip(records, others, strict=False)] == [True] * 7 + [False] * 5
+    assert verify(made).identical
+    assert not compare(run, made).identical
+    before = contents(made)
+    code, _, err = call("fork", run, 7, "--lr", 5e-4, "--steps", 14)
+    assert code == 0
+    assert "is complete" in err
+    assert contents(made) == before
+    code, _, err = call("fork", run, 7, "--lr", 1e-4, "--output", made)
+    assert code == 2
+    assert "is a fork with lr = 0.0005, and this one has 0.0001; choose another --output" in err
+
+
+def test_fork_begins_with_the_recipe_of_its_step(tiny, tmp_path, capsys):
+    """Not with the newest: later changes of the run are named, and not repeated."""
+    train(tiny(steps=4, save_every=2))
+    run = train(tiny(steps=8, save_every=2, lr=1e-4), allow_changes=True)
+    recipe = Run(run).recipe_at(3)
+    made = fork(run, 2, recipe.replace(steps=8), tmp_path / "fork")
+    assert f"{run} went on after step 4 with another lr, steps; the fork does not" in capsys.readouterr().err
+    assert_same_run(made, train(tiny(steps=8, save_every=2, output=str(tmp_path / "whole"))))
+
+
+@pytest.mark.parametrize(
+    ("point", "count"),
+    [("before-step", 2), ("made-run.json", 3), ("loaded", 2), ("before-step", 5), ("before-latest", 4), ("record", 9)],
+)
+def test_killed_fork_is_continued(folder, forked_run, point, count):
+    """At any moment: while its step is made again, before it differs, or later."""
+    undisturbed = forked_run("undisturbed")
+    assert run_forked(FORK, undisturbed, command="fork") == 0
+    here = forked_run(point)
+    assert run_forked(FORK, here, point, count, command="fork") == -signal.SIGKILL
+    assert run_forked(FORK, here, command="fork") == 0
+    assert_same_run(here / "fork", undisturbed / "fork")
+    assert Run(here / "fork").info.resumed[0].changed == {"lr": (1e-3, 5e-4)}
+    assert contents(here / "run") == contents(undisturbed / "run")
+
+
+FORK = ("run", 6, "--lr", 5e-4, "--output", "fork")
+
+
+@pytest.fixture
+def forked_run(folder):
+    """A function making a folder with a run."""
+
+    def make(name):
+        here = folder(name)
+        assert run_forked(ARGUMENTS, here) == 0
+        return here
+
+    return make
+
+
+@pytest.mark.slow
+def test_processes_of_a_launch_make_a_step_and_a_fork(tmp_path, text_file):
+    """With fast sums as many as trained the run; another number is a mistake."""
+    keys = flags_of({"save_every": 4, "dropout": 0.1})
+    assert torchrun(2, tmp_path, text_file, *FLAGS, *keys, "--output", "run").returncode == 0
+    single = run_process([*MYGPT, "at", "run", 5, "--out", "at"], tmp_path)
+    assert single.returncode == 2
+    assert "step 5 was trained by 2 processes, on whose number the last bits depend; here are 1" in single.stderr
+    assert not (tmp_path / "at").exists()
+    launch = [BIN / "torchrun", "--nproc-per-node", 2, "--master-port", free_port(), "-m", "mygpt"]
+    made = run_process([*launch, "fork", "run", 5, "--output", "fork"], tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert_same_run(tmp_path / "fork", tmp_path / "run")
