@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from mygpt.checks.hooks import watch
 from mygpt.data.batches import Batch
 from mygpt.data.build import tokenizer_from
 from mygpt.data.dataset import Dataset
@@ -128,8 +129,7 @@ class Watch:
         self._failed, self._dropout_states = failed, dropout_states
         self._micro_batches = 0
         gpt.register_forward_pre_hook(lambda *_: self._start_micro_batch())
-        for name, module in gpt.named_modules():
-            module.register_forward_hook(partial(self._see_output, name or "loss"))
+        watch(gpt, self._look)
         for name, parameter in gpt.named_parameters():
             parameter.register_hook(partial(self._see_gradient, name))
             parameter.register_post_accumulate_grad_hook(partial(self._measure_accumulated, name))
@@ -144,11 +144,6 @@ class Watch:
         self._micro_batches += 1
         self._where = f" (micro-batch {self._micro_batches}, process {process})" * (size < len(self._failed.windows))
 
-    def _see_output(self, name: str, _module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-        self._look(name, output.detach())
-        if output.requires_grad:
-            output.register_hook(partial(self._look, f"gradient with respect to the output of {name}"))
-
     def _look(self, name: str, values: torch.Tensor) -> None:
         if self.non_finite is None:
             if torch.isfinite(values).all():
@@ -157,7 +152,6 @@ class Watch:
                 self.non_finite = f"{name}, {_count(values)}{self._where}"
 
     def _see_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        self._look(f"gradient with respect to the weights of {name}", gradient)
         if self._failed.dropout_seeds:
             largest = gradient.abs().max().item()
             self.largest_gradients[name] = max(self.largest_gradients.get(name, 0.0), largest)

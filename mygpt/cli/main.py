@@ -33,6 +33,7 @@ Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
   verify RUN                    whether running a recorded run again gives the same, bit for bit
   at RUN STEP --out DIR         make the run again as it was after any of its steps, bit for bit
   fork RUN STEP [FLAGS]         train on from any step of a run, with other values of some keys
+  bisect A B                    the first step, and in it the first value, at which two runs differ
   replay RUN                    which value of a failed step became non-finite first
   plot RUN...                   draw loss and learning rate
   data prepare|info             texts of any size as tokens, for --corpus
@@ -52,6 +53,7 @@ COMMANDS = {
     "verify": "inspect",
     "at": "steps",
     "fork": "steps",
+    "bisect": "steps",
     "replay": "inspect",
     "plot": "inspect",
     "data": "data",

@@ -1,8 +1,9 @@
-"""The commands that make any step of a run again: `mygpt at` and `fork`."""
+"""The commands that make any step of a run again: `mygpt at`, `fork` and `bisect`."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional
@@ -14,6 +15,9 @@ from mygpt.processes.environment import is_main_process
 from mygpt.recipe.flags import parse_changes
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.run import Run
+
+if TYPE_CHECKING:
+    from mygpt.checks.compare import Difference
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,59 @@ def fork(arguments: list[str]) -> None:
         if recipe.checkpoint.output == base.checkpoint.output:
             output = run.parent / fork_name(run, step, base, recipe)
         train_fork(run, step, recipe, output)
+
+
+@dataclass(frozen=True)
+class BisectOptions:
+    a: Positional[Path]
+    """A run directory."""
+    b: Positional[Path]
+    """Another; or the same, with another Python."""
+    python_a: str | None = None
+    """The Python that trains steps of A again, of an environment that has mygpt; absent: this one."""
+    python_b: str | None = None
+    """The same for B."""
+
+
+@command
+def bisect(options: BisectOptions) -> int:
+    """Find the first step, and in it the first value, at which two runs differ."""
+    from mygpt.checks.bisect import bisect
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    found = bisect(options.a, options.b, options.python_a, options.python_b, note)
+    if found.step is None:
+        print(f"identical up to step {found.until}, the last that both have trained")
+    elif found.step == 0:
+        print(f"different from step 0: the initial weights of {found.value}{describe(found.difference)}")
+    else:
+        print(
+            f"different: the first step that differs is step {found.step}, in {found.value}{describe(found.difference)}"
+        )
+    for line in found.recipes:
+        print(f"recipes differ: {line}")
+    for line in found.environments:
+        print(f"environments differ: {line}")
+    print(f"trained again: {found.reruns} times, {found.steps} steps together")
+    return int(found.step is not None)
+
+
+MAX_ULP = 10**6
+"""From here on, a distance in units in the last place says nothing more than the absolute one."""
+
+
+def describe(difference: "Difference | None") -> str:
+    """How many values differ, and by how much."""
+    if difference is None:
+        return ", which only one of them computes at this point"
+    text = f": {difference.differing}"
+    if difference.max_abs is not None:
+        text += f" values, by at most {difference.max_abs:.3e}"
+    if difference.max_ulp is not None and difference.max_ulp < MAX_ULP:
+        text += f" ({difference.max_ulp:,} units in the last place)"
+    return text
 
 
 def load_base(options: ForkOptions) -> Recipe:

@@ -1,0 +1,365 @@
+"""The first step, and in it the first value, at which two runs differ, or one run in two environments."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from mygpt.checks.compare import Difference, compare_files
+from mygpt.checks.trace import BEFORE, Trace
+from mygpt.errors import CheckpointError, DamagedCheckpointError, LaunchError, MygptError
+from mygpt.processes.environment import no_launcher, read_launched
+from mygpt.recipe.tables import HARMLESS_KEYS
+from mygpt.runs.files import MODEL_FILE, STATE_FILE, real_path
+from mygpt.runs.run import Run
+from mygpt.runs.schemas import read_table
+from mygpt.runs.steps import read_manifest, step_directory, verify_checkpoint
+
+Note = Callable[[str], None]
+
+
+class Bisection(NamedTuple):
+    """Where two runs differ first."""
+
+    step: int | None
+    """The first step after which they differ; 0: they begin with other weights; None: they are identical."""
+    until: int
+    """The last step that both have trained."""
+    value: str
+    """The name of the first value in that step that differs; "": they are identical."""
+    difference: Difference | None
+    """By how much; None: one of the two does not compute this value."""
+    recipes: list[str]
+    """The keys in which the recipes of that step, or of the last one, differ, and other texts."""
+    environments: list[str]
+    """How versions, processor and settings differ with which the step was computed."""
+    reruns: int
+    """How often steps of one of the runs were trained again."""
+    steps: int
+    """How many steps these were together."""
+
+
+@dataclass
+class Side:
+    """One of the two runs, and where the states after its steps are at hand."""
+
+    name: str
+    """"a" or "b"."""
+    run: Run
+    python: str | None
+    """The Python that trains its steps again; None: this one."""
+    folder: Path
+    """For what is made again."""
+    is_recorded: bool
+    """Whether the run's own checkpoints and records are of this side. Not where both sides are the same run."""
+    begun_after: int
+    """The step after which the run begins: 0, unless it is a branch."""
+    last: int
+    made: dict[int, Path] = field(default_factory=dict)
+    """Step directories that have been made again, by step."""
+    reruns: int = 0
+    steps: int = 0
+
+
+def bisect(
+    a: Path, b: Path, python_a: str | None = None, python_b: str | None = None, note: Note = lambda _: None
+) -> Bisection:
+    """Find the first step at which two runs differ, and the first value in it.
+
+    What is recorded narrows the search; then states are made again at steps that halve what is left, by the Python of
+    each side. If `a` and `b` are the same run, each side is trained from its beginning. `note` is told of every step at
+    which states are compared.
+
+    Raises:
+        CheckpointError: there is no such run, or they have no step in common.
+        LaunchError: a launcher has started this.
+        MygptError: a Python cannot be run, or a run cannot be repeated with it.
+    """
+    if read_launched().processes > 1:
+        raise LaunchError("bisect trains on one process at a time; start it without a launcher")
+    is_same_run = real_path(a) == real_path(b)
+    if is_same_run and python_a == python_b:
+        raise CheckpointError(f"{a} and {b} are the same run; give the Python of another environment with --python-b")
+    with tempfile.TemporaryDirectory(prefix="mygpt-bisect-") as folder:
+        sides = (
+            open_side("a", a, python_a, Path(folder), is_recorded=not is_same_run),
+            open_side("b", b, python_b, Path(folder), is_recorded=not is_same_run),
+        )
+        return search(*sides, note)
+
+
+def open_side(name: str, path: Path, python: str | None, folder: Path, *, is_recorded: bool) -> Side:
+    run = Run(path)
+    begun_after = run.info.origin.after_step if run.info.origin else 0
+    last = max(run.records[-1].step, *run.checkpoints, begun_after)
+    return Side(name, run, python, folder, is_recorded, begun_after, last)
+
+
+def search(a: Side, b: Side, note: Note) -> Bisection:
+    """Narrow the first differing step down until it is known; then look into it."""
+    first, last = max(a.begun_after, b.begun_after), min(a.last, b.last)
+    if first >= last:
+        raise CheckpointError(f"{a.run.path} and {b.run.path} have no step in common")
+    # After `low` they are known to be the same, and after `high` to differ.
+    low, high, likely = recorded_bounds(a, b, first, last) if a.is_recorded else Bounds(first, None, None)
+    note(f"recorded: the same up to step {low}" + (f", different at step {high}" if high else ""))
+    if low == first and first and not is_same_state(*states(a, b, first)):
+        return describe_state(a, b, first, last)  # before the steps that both have
+    if low == last:
+        return identical(a, b, last)
+
+    def is_same(step: int) -> bool:
+        same = is_same_state(*states(a, b, step))
+        note(f"step {step}: {'the same' if same else 'different'}")
+        return same
+
+    looked_into = None
+    if likely and is_same(likely):
+        low = likely
+    else:
+        high = likely or high
+        looked_into = low + 1  # one step costs little, and most differences show at once
+        if found := look_into(a, b, looked_into, last):
+            return found
+    width = 2
+    while high is None:
+        if low == last:
+            return identical(a, b, last)
+        probe = min(low + width, last)
+        if is_same(probe):
+            low, width = probe, 2 * width
+        else:
+            high = probe
+    while high - low > 1:
+        middle = (low + high) // 2
+        if is_same(middle):
+            low = middle
+        else:
+            high = middle
+    if high != looked_into and (found := look_into(a, b, high, last)):
+        return found
+    # The step computes the same values. An evaluation after it may have drawn others; or what is recorded of it cannot
+    # be repeated here, which making it again finds out.
+    for side in (a, b):
+        if high not in side.made:
+            make_again(side, high)
+    return describe_state(a, b, high, last)
+
+
+def identical(a: Side, b: Side, last: int) -> Bisection:
+    differences = recipe_differences(a, b, last)
+    return Bisection(None, last, "", None, differences, [], a.reruns + b.reruns, a.steps + b.steps)
+
+
+class Bounds(NamedTuple):
+    """What is recorded says of the first step at which two runs differ."""
+
+    low: int
+    """The last step of which both have equal checkpoints, or after which both begin."""
+    high: int | None
+    """The first step at which checkpoints or records differ. The difference may be earlier, since few steps are
+    recorded; None: there is none."""
+    likely: int | None
+    """A later step than `low` after which they are probably still the same: equal losses were computed from it."""
+
+
+def recorded_bounds(a: Side, b: Side, first: int, last: int) -> Bounds:
+    """Compare checkpoints and records of the steps that both runs have."""
+    low, high = first, None
+    for step in sorted(a.run.checkpoints.keys() & b.run.checkpoints.keys()):
+        if first < step <= last and all(is_whole(side.run.checkpoints[step]) for side in (a, b)):
+            if not is_same_state(a.run.checkpoints[step], b.run.checkpoints[step]):
+                high = step
+                break
+            low = step
+    others, likely = {record.step: record for record in b.run.records}, None
+    for record in a.run.records:
+        if (other := others.get(record.step)) and low < record.step < (high or last + 1):
+            pairs = ((record.loss, other.loss), (record.lr, other.lr), (record.grad_norm, other.grad_norm))
+            if any(x != y and None not in (x, y) for x, y in pairs):
+                high = record.step  # the loss of a step is computed before its update: after it they differ
+                break
+            likely = record.step - 1
+    if likely is not None and high is None:
+        likely = last
+    return Bounds(low, high, likely if likely and likely > low else None)
+
+
+def states(a: Side, b: Side, step: int) -> tuple[Path, Path]:
+    """The step directories of both runs after a step, made again where they are not at hand."""
+    return state_after(a, step), state_after(b, step)
+
+
+def state_after(side: Side, step: int) -> Path:
+    """The step directory after a step, recorded or made again."""
+    return known_state(side, step) or make_again(side, step)
+
+
+def make_again(side: Side, step: int) -> Path:
+    """Have `mygpt at` make a step again, from the nearest state that is at hand."""
+    start, out = nearest_state(side, step), side.folder / f"{side.name}-{step}"
+    arguments = ["at", str(side.run.path), str(step), "--out", str(out)]
+    arguments += ["--start", str(start)] if start else ["--from-beginning"]
+    if not side.is_recorded:
+        arguments.append("--no-check")
+    call(side, "mygpt", arguments)
+    side.reruns += 1
+    side.steps += step - (read_manifest(start).step if start else side.begun_after)
+    side.made[step] = step_directory(out, step)
+    return side.made[step]
+
+
+def known_state(side: Side, step: int) -> Path | None:
+    """The step directory after a step, if it is at hand; also the one after which a branch begins."""
+    if step in side.made:
+        return side.made[step]
+    if step == side.begun_after:
+        return side.run.origin
+    recorded = side.run.checkpoints.get(step) if side.is_recorded else None
+    return recorded if recorded and is_whole(recorded) else None
+
+
+def nearest_state(side: Side, step: int) -> Path | None:
+    """The newest step directory before a step that is at hand; None: the run's beginning is nearer."""
+    for other in range(step - 1, side.begun_after, -1):
+        if known := known_state(side, other):
+            return known
+    return None
+
+
+def is_whole(directory: Path) -> bool:
+    try:
+        verify_checkpoint(directory)
+    except DamagedCheckpointError:
+        return False
+    return True
+
+
+def is_same_state(a: Path, b: Path) -> bool:
+    """Whether the tensors of two step directories are the same."""
+    return next(state_differences(a, b), None) is None
+
+
+def state_differences(a: Path, b: Path) -> Iterator[Difference]:
+    """The tensors of two step directories that differ. Only one may have a generator: runs on several processes, and
+    those with exact sums, keep others."""
+    if read_manifest(a).files == read_manifest(b).files:
+        return
+    for name in (MODEL_FILE, STATE_FILE):
+        for difference in compare_files(a / name, b / name).differences:
+            if not (difference.name.startswith("generator.") and difference.differing.startswith("only in")):
+                yield difference
+
+
+def look_into(a: Side, b: Side, step: int, last: int) -> Bisection | None:
+    """Compute one step of both, and find the first value that differs; None: all are the same.
+
+    Both are known to be in the same state before it.
+    """
+    traces = [trace(side, step) for side in (a, b)]
+    values_a, values_b = (dict(traced.values) for traced in traces)
+    pairs = zip(*(traced.values for traced in traces), strict=False)
+    name = next((value[0] for value, other in pairs if value != other), None)
+    if name is None:
+        return None
+    difference = None
+    if name in values_a and name in values_b:
+        kept = []
+        for side in (a, b):
+            trace(side, step, name)
+            kept.append(trace_file(side, step).with_suffix(".json.safetensors"))
+        difference = next(iter(compare_files(*kept).differences), None)
+    environments = differences_between(*(traced.environment for traced in traces))
+    found = step
+    if name.endswith(BEFORE):
+        name, found = name.removesuffix(BEFORE), step - 1
+    else:
+        for side, traced in zip((a, b), traces, strict=True):
+            check_loss(side, step, traced)
+    recipes = recipe_differences(a, b, step)
+    return Bisection(found, last, name, difference, recipes, environments, a.reruns + b.reruns, a.steps + b.steps)
+
+
+def describe_state(a: Side, b: Side, step: int, last: int) -> Bisection:
+    """The first tensor that differs after a step, in the order of their names."""
+    difference = next(state_differences(*states(a, b, step)), None)
+    name = difference.name if difference else "a record"
+    recipes = recipe_differences(a, b, step)
+    return Bisection(step, last, name, difference, recipes, [], a.reruns + b.reruns, a.steps + b.steps)
+
+
+def trace(side: Side, step: int, name: str = "") -> Trace:
+    """Compute one step of a run with its Python; with a name, the value of this name is kept in a file."""
+    known = known_state(side, step - 1)
+    arguments = [str(side.run.path), str(step), str(known or ""), name, str(trace_file(side, step))]
+    call(side, "mygpt.checks.trace", arguments)
+    return read_table(Trace, trace_file(side, step))
+
+
+def trace_file(side: Side, step: int) -> Path:
+    return side.folder / f"trace-{side.name}-{step}.json"
+
+
+def check_loss(side: Side, step: int, traced: Trace) -> None:
+    """Compare the loss of a step that was computed here with the recorded one.
+
+    Raises:
+        MygptError: they differ.
+    """
+    recorded = next((record for record in side.run.records if record.step == step), None)
+    compiled = side.run.recipe_at(step).runtime.compile
+    if side.is_recorded and recorded and not compiled and recorded.loss != traced.loss:
+        was = side.run.info.recorded_at(step)
+        changes = ", ".join(
+            f"{name} {was[name]} -> {now}" for name, now in traced.environment.items() if was.get(name, now) != now
+        )
+        since = f"changed since: {changes}" if changes else "nothing that run.json records has changed since"
+        problem = f"the loss of step {step} was {recorded.loss}, and is {traced.loss} here; {since}"
+        raise MygptError(f"{side.run.path} cannot be repeated here: {problem}; {advice(side)}", exit_code=1)
+
+
+def advice(side: Side) -> str:
+    return f"give the Python of the environment that trained it with --python-{side.name}"
+
+
+def call(side: Side, module: str, arguments: list[str]) -> None:
+    """Run a module of mygpt in a new process, with the Python of this side.
+
+    Raises:
+        MygptError: it fails; with its message.
+    """
+    with no_launcher():
+        environment = dict(os.environ)
+    if side.python is None:  # the same mygpt as this, even if it is not installed
+        paths = [str(Path(__file__).parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    # Not the mygpt of a checkout in which the command is given, but the one of that Python.
+    command = [side.python or sys.executable, "-P", "-m", module, *arguments]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise MygptError(f"--python-{side.name}: {side.python}: cannot be run: {error.strerror}") from None
+    if not done.returncode:
+        return
+    lines = done.stderr.splitlines() or ["it says nothing"]
+    problem = next((line.removeprefix("mygpt: ") for line in lines if line.startswith("mygpt: ")), lines[-1])
+    with_python = f" with {side.python}" if side.python else ""
+    hint = f"; {advice(side)}" if done.returncode == 1 and side.is_recorded else ""
+    raise MygptError(f"{problem}{hint} (in `mygpt {arguments[0]}`{with_python})", exit_code=min(done.returncode, 2))
+
+
+def recipe_differences(a: Side, b: Side, step: int) -> list[str]:
+    """The keys in which the recipes that trained a step differ, with their values, and whether the texts do."""
+    paths = {"corpus", "tokenizer_file"}
+    recipes = ({k: v for k, v in side.run.recipe_at(step).flat().items() if k not in paths} for side in (a, b))
+    lines = [line for line in differences_between(*recipes) if line.split()[0] not in HARMLESS_KEYS]
+    texts = [side.run.info.recorded_at(step)["corpus_sha256"] for side in (a, b)]
+    return lines + ["corpus: other texts"] * (texts[0] != texts[1])
+
+
+def differences_between(a: dict[str, object], b: dict[str, object]) -> list[str]:
+    return [f"{name} {a.get(name)} against {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)]
