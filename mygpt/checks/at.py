@@ -95,7 +95,9 @@ def recreate(
             resume = str(recorded.origin or "auto")
         compared = 0
         with explain_rerun(run, f"stopped before step {step} of {run} was made again; nothing is kept"):
-            for until in train_parts(plan.parts, again, resume):
+            # Where the run changed after its checkpoint, so does this, without a warning.
+            has_changed = any(resumed.after_step == plan.first for resumed in recorded.info.history)
+            for until in train_parts(plan.parts, again, resume, is_quiet=has_changed):
                 compared += check and compare_with_recorded(recorded, plan.first, until, again)
         made = Run(again)
         origin = Recreated(run=str(files.real_path(run)), after_step=step)

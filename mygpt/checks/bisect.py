@@ -96,6 +96,12 @@ def open_side(name: str, path: Path, python: str | None, folder: Path, *, is_rec
     run = Run(path)
     begun_after = run.info.origin.after_step if run.info.origin else 0
     last = max(run.records[-1].step, *run.checkpoints, begun_after)
+    recorded = run.info.recorded_at(last)
+    if recorded["processes"] > 1 and recorded["reduction"] == "fast":
+        raise LaunchError(
+            f"{path}: was trained by {recorded['processes']} processes with fast sums, whose last bits one process "
+            'does not repeat; bisect runs with reduction = "exact", or of one process'
+        )
     return Side(name, run, python, folder, is_recorded, begun_after, last)
 
 
@@ -287,9 +293,10 @@ def look_into(a: Side, b: Side, step: int, last: int) -> Bisection | None:
 def describe_state(a: Side, b: Side, step: int, last: int) -> Bisection:
     """The first tensor that differs after a step, in the order of their names."""
     difference = next(state_differences(*states(a, b, step)), None)
-    name = difference.name if difference else "a record"
+    if difference is None:
+        raise MygptError(f"the records of step {step} differ, and what is computed here does not", exit_code=1)
     recipes = recipe_differences(a, b, step)
-    return Bisection(step, last, name, difference, recipes, [], a.reruns + b.reruns, a.steps + b.steps)
+    return Bisection(step, last, difference.name, difference, recipes, [], a.reruns + b.reruns, a.steps + b.steps)
 
 
 def trace(side: Side, step: int, name: str = "") -> Trace:
@@ -347,9 +354,9 @@ def call(side: Side, module: str, arguments: list[str]) -> None:
         return
     lines = done.stderr.splitlines() or ["it says nothing"]
     problem = next((line.removeprefix("mygpt: ") for line in lines if line.startswith("mygpt: ")), lines[-1])
-    with_python = f" with {side.python}" if side.python else ""
+    with_python = f" (from {side.python})" if side.python else ""
     hint = f"; {advice(side)}" if done.returncode == 1 and side.is_recorded else ""
-    raise MygptError(f"{problem}{hint} (in `mygpt {arguments[0]}`{with_python})", exit_code=min(done.returncode, 2))
+    raise MygptError(f"{problem}{hint}{with_python}", exit_code=2 if done.returncode == 2 else 1)
 
 
 def recipe_differences(a: Side, b: Side, step: int) -> list[str]:

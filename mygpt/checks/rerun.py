@@ -33,20 +33,19 @@ def parts_of(run: Run, first: int, until: int) -> Iterator[Part]:
 
 def pinned_recipe(run: Run, recipe: Recipe, step: int) -> Recipe:
     """The recipe that trained a step, with the threads and `matmul` that were used, if it would choose others here."""
-    recorded, recipe_now = run.info.recorded_at(step), recipe
-    newest_text = run.info.recorded_at(sys.maxsize)["corpus_sha256"]
-    if recorded["corpus_sha256"] == newest_text:  # the same text may have been moved since
-        recipe_now = recipe_now.replace(corpus=run.recipe.data.corpus)
-    runtime = recipe.runtime
+    recorded, runtime = run.info.recorded_at(step), recipe.runtime
     device = resolve_device(runtime.device, runtime.precision)
-    pinned = runtime.reduction == "exact" and device.type == "cpu"
-    if choose_threads(runtime.threads, read_launched().local_processes, pinned=pinned) != recorded["threads"]:
-        recipe_now = recipe_now.replace(threads=recorded["threads"])
+    pins: dict[str, Any] = {}
+    if recorded["corpus_sha256"] == run.info.recorded_at(sys.maxsize)["corpus_sha256"]:
+        pins["corpus"] = run.recipe.data.corpus  # the same text may have been moved since
+    is_one = runtime.reduction == "exact" and device.type == "cpu"
+    if choose_threads(runtime.threads, read_launched().local_processes, pinned=is_one) != recorded["threads"]:
+        pins["threads"] = recorded["threads"]
     if not has_matmul(recorded["matmul"], device):
-        return recipe_now.replace(matmul="auto")
-    if not has_matmul(runtime.matmul, device) or choose_matmul(runtime, device) != recorded["matmul"]:
-        recipe_now = recipe_now.replace(matmul=recorded["matmul"])
-    return recipe_now
+        pins["matmul"] = "auto"
+    elif choose_matmul(runtime, device) != recorded["matmul"]:
+        pins["matmul"] = recorded["matmul"]
+    return recipe.replace(**pins)
 
 
 def check_text(run: Run, parts: Sequence[Part]) -> None:
@@ -63,16 +62,17 @@ def check_text(run: Run, parts: Sequence[Part]) -> None:
             )
 
 
-def train_parts(parts: Sequence[Part], output: Path, resume: str) -> Iterator[int]:
+def train_parts(parts: Sequence[Part], output: Path, resume: str, *, is_quiet: bool = False) -> Iterator[int]:
     """Train the parts one after the other into the run `output`, without printing; yields the last step of each.
 
-    The first part begins as `resume` says: "auto" continues a run that is there.
+    The first part begins as `resume` says: "auto" continues a run that is there. Its notes are printed, unless
+    `is_quiet`.
     """
     for number, part in enumerate(parts):
         recipe = part.recipe.replace(output=str(output), resume=resume)
         with open(os.devnull, "w") as nowhere, ExitStack() as stack:
             stack.enter_context(redirect_stdout(nowhere))
-            if number:  # later parts would warn of changes, which are the run's own
+            if number or is_quiet:  # later parts would warn of changes, which are the run's own
                 stack.enter_context(redirect_stderr(nowhere))
             train_until(recipe, part.until, allow_changes=True)
         yield part.until

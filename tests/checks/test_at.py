@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from support.checkpoints import fit_manifest, rewrite
-from support.commands import BIN, MYGPT, free_port, run_process, torchrun
+from support.commands import BIN, MYGPT, TESTS, free_port, run_process, torchrun
 from support.fault_points import disturb, send
 from support.forked import ARGUMENTS
 from support.forked import run as run_forked
@@ -143,6 +143,29 @@ def test_steps_of_a_run_that_changed_have_their_recipes(tiny, tmp_path):
     recreate(run, 7, tmp_path / "whole", from_beginning=True)
     assert_is_step(tmp_path / "whole", 7, every)
     assert list(Run(tmp_path / "whole").info.resumed[0].changed) == ["lr", "threads", "steps"]
+
+
+def test_best_is_kept_as_it_was_kept_then(tiny, tmp_path):
+    """A key that changes no number is not in run.json's history: the next checkpoint says what it was."""
+    keys = {"save_every": 4, "val_split": 0.2, "val_every": 1, "steps": 8}
+    train_until(tiny(**keys), 4)
+    run = train(tiny(**keys, save_best=True))
+    recreate(run, 3, tmp_path / "at")
+    assert_is_step(tmp_path / "at", 3, train_until(tiny(**keys, output=str(tmp_path / "before")), 3))
+    assert not Run(tmp_path / "at").recipe.checkpoint.save_best
+    recreate(run, 6, tmp_path / "later")
+    assert Run(tmp_path / "later").recipe.checkpoint.save_best
+
+
+def test_run_of_mygpt_0_1_is_made_again(tmp_path, monkeypatch):
+    """Its format has no recipes in the manifests, and names its text by a relative path."""
+    monkeypatch.chdir(shutil.copytree(TESTS / "support" / "format-1", tmp_path / "old"))
+    run = tmp_path / "old" / "run"
+    assert recreate(run, 2, tmp_path / "copied").first == 2
+    assert_is_step(tmp_path / "copied", 2, run)
+    os.truncate(run / "step-000006" / "state.safetensors", 100)
+    made = recreate(run, 5, tmp_path / "at", check=False)
+    assert (made.first, load_checkpoint(tmp_path / "at").step) == (4, 5)
 
 
 def test_steps_of_a_branch_begin_after_its_origin(tiny, tmp_path, call):

@@ -175,6 +175,12 @@ def test_mistakes_cost_one_line(make, tmp_path, call, monkeypatch):
     with pytest.raises(LaunchError, match="without a launcher"):
         bisect(a, tmp_path)
     monkeypatch.undo()
+    together = tmp_path / "together"
+    shutil.copytree(a, together)
+    info = (together / "run.json").read_text()
+    (together / "run.json").write_text(info.replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(LaunchError, match="was trained by 2 processes with fast sums"):
+        bisect(a, together)
     begun = tmp_path / "begun"
     shutil.copytree(a, begun)
     (begun / "metrics.jsonl").write_text("")

@@ -24,7 +24,11 @@ SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -c constra
 
 # A training command is cut down to these, so that step 1999 of 2000 becomes step 3 of 4.
 SHORTER = {"steps": 4, "warmup": 2, "val_every": 2, "embed_dim": 16, "max_seq_len": 16, "seq_len": 16, "save_every": 3}
-SHORTER_STEPS = {"step-001999": "step-000003", "step-002000": "step-000004"}
+SHORTER_STEPS = {
+    "step-001999": "step-000003",
+    "step-002000": "step-000004",
+    **{f"hardened{between}{step}": f"hardened{between}2" for between in (" ", "-at-") for step in (1000, 1234)},
+}
 # And a benchmark to one turn of a few steps.
 SHORTER_BENCHMARKS = {
     "step.py": ["--rounds", "1", "--steps-per-round", "2"],
