@@ -48,7 +48,7 @@ class Side:
     """One of the two runs, and where the states after its steps are at hand."""
 
     name: str
-    """"a" or "b"."""
+    """As on the command line: a or b."""
     run: Run
     python: str | None
     """The Python that trains its steps again; None: this one."""
@@ -157,6 +157,7 @@ def search(a: Side, b: Side, note: Note) -> Bisection:
 
 
 def identical(a: Side, b: Side, last: int) -> Bisection:
+    """The outcome for runs that do not differ."""
     differences = recipe_differences(a, b, last)
     return Bisection(None, last, "", None, differences, [], a.reruns + b.reruns, a.steps + b.steps)
 
@@ -301,8 +302,8 @@ def describe_state(a: Side, b: Side, step: int, last: int) -> Bisection:
 
 def trace(side: Side, step: int, name: str = "") -> Trace:
     """Compute one step of a run with its Python; with a name, the value of this name is kept in a file."""
-    known = known_state(side, step - 1)
-    arguments = [str(side.run.path), str(step), str(known or ""), name, str(trace_file(side, step))]
+    before = state_after(side, step - 1) if step - 1 > side.begun_after else side.run.origin
+    arguments = [str(side.run.path), str(step), str(before or ""), name, str(trace_file(side, step))]
     call(side, "mygpt.checks.trace", arguments)
     return read_table(Trace, trace_file(side, step))
 
