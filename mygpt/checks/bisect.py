@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from mygpt.checks.compare import Difference, compare_files
+from mygpt.checks.compare import TensorDifference, compare_files
 from mygpt.checks.trace import BEFORE, Trace
 from mygpt.errors import CheckpointError, DamagedCheckpointError, LaunchError, MygptError
 from mygpt.processes.environment import no_launcher, read_launched
 from mygpt.recipe.tables import HARMLESS_KEYS
 from mygpt.runs.files import MODEL_FILE, STATE_FILE, real_path
+from mygpt.runs.held_out import PREFIX
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import read_table
 from mygpt.runs.steps import read_manifest, step_directory, verify_checkpoint
@@ -31,7 +32,7 @@ class Bisection(NamedTuple):
     """The last step that both have trained."""
     value: str
     """The name of the first value in that step that differs; "": they are identical."""
-    difference: Difference | None
+    difference: TensorDifference | None
     """By how much; None: one of the two does not compute this value."""
     recipes: list[str]
     """The keys in which the recipes of that step, or of the last one, differ, and other texts."""
@@ -251,13 +252,16 @@ def is_same_state(a: Path, b: Path) -> bool:
     return next(state_differences(a, b), None) is None
 
 
-def state_differences(a: Path, b: Path) -> Iterator[Difference]:
-    """The tensors of two step directories that differ. Only one may have a generator: runs on several processes, and
-    those with exact sums, keep others."""
+def state_differences(a: Path, b: Path) -> Iterator[TensorDifference]:
+    """The tensors of two step directories that differ.
+
+    Evaluations are left out, which follow from the weights. Only one may have a generator: runs on several processes,
+    and those with exact sums, keep others.
+    """
     if read_manifest(a).files == read_manifest(b).files:
         return
     for name in (MODEL_FILE, STATE_FILE):
-        for difference in compare_files(a / name, b / name).differences:
+        for difference in compare_files(a / name, b / name, without=PREFIX).differences:
             if not (difference.name.startswith("generator.") and difference.differing.startswith("only in")):
                 yield difference
 
@@ -275,11 +279,10 @@ def look_into(a: Side, b: Side, step: int, last: int) -> Bisection | None:
         return None
     difference = None
     if name in values_a and name in values_b:
-        kept = []
         for side in (a, b):
             trace(side, step, name)
-            kept.append(trace_file(side, step).with_suffix(".json.safetensors"))
-        difference = next(iter(compare_files(*kept).differences), None)
+        kept_a, kept_b = (trace_file(side, step).with_suffix(".json.safetensors") for side in (a, b))
+        difference = next(iter(compare_files(kept_a, kept_b).differences), None)
     environments = differences_between(*(traced.environment for traced in traces))
     found = step
     if name.endswith(BEFORE):

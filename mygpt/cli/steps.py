@@ -17,7 +17,7 @@ from mygpt.recipe.tables import Recipe
 from mygpt.runs.run import Run
 
 if TYPE_CHECKING:
-    from mygpt.checks.compare import Difference
+    from mygpt.checks.compare import TensorDifference
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ MAX_ULP = 10**6
 """From here on, a distance in units in the last place says nothing more than the absolute one."""
 
 
-def describe(difference: "Difference | None") -> str:
+def describe(difference: "TensorDifference | None") -> str:
     """How many values differ, and by how much."""
     if difference is None:
         return ", which only one of them computes at this point"

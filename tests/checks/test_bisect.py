@@ -54,6 +54,7 @@ def make(text_file, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_other_batches_differ_in_the_first_tokens(make, call):
     """The command says in what, by how much, and which key does it; no step has to be trained again."""
     a, b = make("plain"), make("seed", data_seed=7)
@@ -79,7 +80,7 @@ def test_equal_runs_are_identical(make, tmp_path, in_this_process):
     assert (found.reruns, found.steps) == (1, 15)
 
 
-@pytest.mark.parametrize("step", [1, 10, 22])
+@pytest.mark.parametrize("step", [1, 22])
 def test_fork_differs_in_the_step_after_it(make, tmp_path, in_this_process, step):
     """In its learning rate: the values before it are the same. Few reruns find it."""
     a = make("plain")
@@ -93,8 +94,6 @@ def test_fork_differs_in_the_step_after_it(make, tmp_path, in_this_process, step
     assert found.reruns <= 2 * 5
     assert found.steps <= 2 * STEPS
     assert len(notes) == 1 + found.reruns // 2
-    decay = fork(a, step, base.replace(beta2=0.9), tmp_path / "beta")
-    assert bisect(a, decay).value == "exp_avg_sq of token_embedding.weight, updated"
 
 
 def test_other_beginnings_differ_in_step_0(make, in_this_process):
@@ -113,6 +112,7 @@ def test_first_difference_on_the_way_forward_and_back(make, in_this_process):
     a = make("plain")
     assert bisect(a, make("dropout", dropout=0.2)).value == "dropout"
     assert bisect(a, make("tanh", activation="gelu-tanh")).value == "blocks.0.mlp.down"
+    assert bisect(a, make("beta", beta2=0.9)).value == "exp_avg_sq of token_embedding.weight, updated"
     clipped = bisect(a, make("clipped", max_grad_norm=0.01))
     assert (clipped.step, clipped.value) == (1, "exp_avg of token_embedding.weight, updated")
     exact = bisect(make("exact", **EXACT | {"steps": 8}), make("exact-clipped", **EXACT | {"steps": 8, "lr": 1e-4}))
