@@ -76,6 +76,8 @@ def ratio_estimate(loss_N: Floats, length_N: Floats, *, consecutive: bool) -> Es
     """
     total = math.fsum(length_N)
     mean = _sum(loss_N) / total
+    if not math.isfinite(mean):
+        return Estimate(mean)
     residual_B = _independent_parts(loss_N - mean * length_N, consecutive=consecutive)
     count = len(residual_B)
     if count == 1:

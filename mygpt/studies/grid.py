@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from mygpt.errors import MygptError, RecipeError
 from mygpt.recipe.flags import SEEDS, load_target
-from mygpt.recipe.tables import CheckpointTable, ExpectedTable, Recipe, check_recipe
+from mygpt.recipe.tables import ExpectedTable, Recipe, check_recipe
 
-FIXED_KEYS = {*CheckpointTable.model_fields, *ExpectedTable.model_fields, *SEEDS, "threads"}
+FIXED_KEYS = {"output", "resume", "threads", *ExpectedTable.model_fields, *SEEDS}
 """Keys that the study sets itself."""
 
 

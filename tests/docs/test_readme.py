@@ -41,6 +41,10 @@ def shorten(words: list[str]) -> list[str]:
     """A command that does less; one that trains gets smaller values, in place where it names a key, else at its end."""
     if "generate" in words:
         return [*words, "--max-new-tokens", "20"]
+    if words[1:2] == ["study"]:
+        words[words.index("--seeds") + 1] = "2"
+        values = {"corpus": "tinyshakespeare.txt", **SHORTER}
+        return [*words, *(part for key, value in values.items() for part in ("--set", f"{key}={value}"))]
     if not ({"train", "doctor"} & set(words) or any(word.endswith(".py") for word in words)):
         return words
     target = next(i for i, word in enumerate(words) if word in ("train", "doctor") or word.endswith(".py")) + 1
