@@ -86,6 +86,14 @@ def ratio_estimate(loss_N: Floats, length_N: Floats, *, consecutive: bool) -> Es
     return Estimate(mean, stderr, count - 1 if consecutive else student_dof(residual_B))
 
 
+def mean_estimate(values: Floats) -> Estimate:
+    """The mean of independent numbers from a distribution that is not known to be skewed, such as that of seeds."""
+    count = len(values)
+    return Estimate(
+        float(values.mean()), float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else None, count - 1
+    )
+
+
 def student_dof(residual_N: Floats) -> int:
     """Degrees of freedom with which Student's t gives a 95% interval for the mean of these independent numbers.
 
@@ -119,20 +127,24 @@ class CrossedEstimate(NamedTuple):
     """Of the mean over all seeds, on these windows."""
     window_stderr: float | None
     """Of the mean over all windows, with these seeds; None from a single window."""
+    window_dof: float | None
+    """Its degrees of freedom."""
 
     def scaled(self, factor: float) -> "CrossedEstimate":
         """The same in another unit; see `Estimate.scaled`."""
         window_stderr = None if self.window_stderr is None else self.window_stderr * factor
-        return CrossedEstimate(self.total.scaled(factor), self.seed_stderr * factor, window_stderr)
+        return CrossedEstimate(self.total.scaled(factor), self.seed_stderr * factor, window_stderr, self.window_dof)
 
 
 def crossed_estimate(change_SN: Floats, length_N: Floats, *, consecutive: bool) -> CrossedEstimate:
     """The mean change per token of the same windows under several seeds, (seeds, windows) and (windows,).
 
     The variance of the mean is that of the seeds' means and that of the windows' means, less what is in both: the part
-    that differs from window to window in another way for each seed. It is never less than either of the two.
-    Sources: Cameron, Gelbach & Miller, "Robust inference with multiway clustering" (Journal of Business & Economic
-    Statistics 29, 2011); degrees of freedom by Satterthwaite (Biometrics Bulletin 2, 1946).
+    that differs from window to window in another way for each seed. It is never less than either of the two. Its
+    degrees of freedom are those of the smaller sample: others that are estimated, such as Satterthwaite's, are too many
+    where few seeds agree by chance.
+    Source: Cameron, Gelbach & Miller, "Robust inference with multiway clustering" (Journal of Business & Economic
+    Statistics 29, 2011).
     """
     seeds, total = len(change_SN), math.fsum(length_N)
     mean = _sum(change_SN.mean(0)) / total
@@ -141,14 +153,13 @@ def crossed_estimate(change_SN: Floats, length_N: Floats, *, consecutive: bool) 
     of_seed_S, of_part_B = residual_SB.sum(1), residual_SB.mean(0)
     by_seed = float((of_seed_S**2).sum()) / (seeds - 1) / seeds / total**2
     if parts == 1:
-        return CrossedEstimate(Estimate(mean, math.sqrt(by_seed), seeds - 1), math.sqrt(by_seed), None)
+        return CrossedEstimate(Estimate(mean, math.sqrt(by_seed), seeds - 1), math.sqrt(by_seed), None, None)
     by_part = float((of_part_B**2).sum()) * parts / (parts - 1) / total**2
     both_SB = residual_SB - of_part_B - of_seed_S[:, None] / parts
     by_both = float((both_SB**2).sum()) / (seeds - 1) / (parts - 1) * parts / seeds / total**2
     variance = max(by_seed, by_part, by_seed + by_part - by_both)
-    weight = by_seed**2 / (seeds - 1) + by_part**2 / (parts - 1) + by_both**2 / (seeds - 1) / (parts - 1)
-    dof = max(min(seeds, parts) - 1, variance**2 / weight) if weight else seeds - 1
-    return CrossedEstimate(Estimate(mean, math.sqrt(variance), dof), math.sqrt(by_seed), math.sqrt(by_part))
+    total_estimate = Estimate(mean, math.sqrt(variance), min(seeds, parts) - 1)
+    return CrossedEstimate(total_estimate, math.sqrt(by_seed), math.sqrt(by_part), parts - 1)
 
 
 def _independent_parts(residual_N: Floats, *, consecutive: bool) -> Floats:

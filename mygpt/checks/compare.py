@@ -16,7 +16,7 @@ from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, ModelTable
 from mygpt.runs.changes import RESOLVED_KEYS, differing_keys
 from mygpt.runs.files import MANIFEST_FILE, STATE_FILE
-from mygpt.runs.held_out import PREFIX, Difference, Evaluation, difference, load_history
+from mygpt.runs.held_out import PREFIX, Difference, difference, load_history
 from mygpt.runs.records import Record, read_records
 from mygpt.runs.run import Run, find_model_file
 from mygpt.runs.schemas import Manifest, ModelMetadata
@@ -60,16 +60,22 @@ class HeldOutComparison(NamedTuple):
     """The last evaluations of two models before they were saved, on the same held-out text."""
 
     steps: tuple[int, int]
-    difference: Difference
-    """Of the second model from the first."""
+    difference: Difference | None
+    """Of the second model from the first; None: they held out different parts, which cannot be compared."""
     population: str
     """Of which the difference has an error."""
 
     def lines(self) -> Iterator[str]:
         """The difference with its paired standard error, and a verdict."""
+        if self.difference is None:
+            yield "verdict: none, since they hold out different parts of the text"
+            return
         nats, bits, manner = self.difference
         named = ((nats, "nats per token"), (bits, "bits per byte"))
         known = [(estimate, unit) for estimate, unit in named if estimate is not None]
+        if not known:
+            yield "verdict: none, since tokens and bytes cannot be compared"
+            return
         shown = (
             f"{estimate.mean:+.4f}{'' if estimate.stderr is None else f' +- {estimate.stderr:.4f}'} {unit}"
             for estimate, unit in known
@@ -132,8 +138,11 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         histories = [load_history(file.with_name(STATE_FILE)) for file in (file_a, file_b)] if is_same_text else [None]
         if all(histories):
             same_tokens = metadata_a.tokenizer == metadata_b.tokenizer
-            held_out = _compare_held_out(*(history.last for history in histories if history), same_tokens=same_tokens)
-            comparison = comparison._replace(held_out=held_out)
+            same_text = held_out_part(manifest_a) == held_out_part(manifest_b)
+            last = [history.last for history in histories if history]
+            change = difference(*last, same_tokens=same_tokens, same_text=same_text)
+            steps, population = (last[0].step, last[1].step), last[0].windows.population
+            comparison = comparison._replace(held_out=HeldOutComparison(steps, change, population))
     if not ((Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists()):
         return comparison
     was, now = (Run(Path(run)).info.environment() for run in (a, b))
@@ -155,11 +164,10 @@ def _compare_recipes(a: Manifest, b: Manifest) -> Iterator[str]:
                 yield "{} {} against {}".format(key, *("absent" if value is None else value for value in values))
 
 
-def _compare_held_out(a: Evaluation, b: Evaluation, *, same_tokens: bool) -> HeldOutComparison | None:
-    change = difference(a, b, same_tokens=same_tokens)
-    if not (change.nats_per_token or change.bits_per_byte):
-        return None
-    return HeldOutComparison((a.step, b.step), change, a.windows.population)
+def held_out_part(manifest: Manifest) -> tuple[object, ...]:
+    """What names the part of a text that is held out, apart from the text itself."""
+    data = manifest.recipe.data if manifest.recipe else None
+    return (data.val_split, data.hold_out) if data else ()
 
 
 def compare_files(a: Path, b: Path, without: str | None = None) -> TensorComparison:

@@ -29,7 +29,10 @@ class StudyOptions:
     out: Path | None = None
     """The study's folder; absent: checkpoints/study- and the names of the recipes and keys."""
     effect: float = 0.01
-    """A difference that matters: where none is seen, the study says how many more seeds would reveal one so large."""
+    """A difference that matters: where none is seen, the study says how many more seeds would reveal one so large.
+    In the unit of the table."""
+    side_by_side: int | None = None
+    """Runs at a time; absent: as many as are fastest in all and fit into memory, which is measured."""
     picture: bool = True
     """Draw study.png; needs matplotlib."""
 
@@ -47,10 +50,12 @@ def study(options: StudyOptions) -> None:
         raise MygptError(f"--seeds: got {options.seeds}, expected 2 to {MOST_SEEDS}: one seed is not a result")
     if not 0 < options.effect < float("inf"):
         raise MygptError(f"--effect: got {options.effect:g}, expected a number above 0")
+    if options.side_by_side is not None and options.side_by_side < 1:
+        raise MygptError(f"--side-by-side: got {options.side_by_side}, expected at least 1")
     settings = read_settings(options.set)
     cells = cells_of(options.recipes, settings)
     folder = options.out or _default_out(options.recipes, settings)
-    result = run_study(cells, options.seeds, folder, options.effect, _note)
+    result = run_study(cells, options.seeds, folder, options.effect, _note, options.side_by_side)
     print("\n".join(table_lines(result.cells)))
     print("\n".join(verdict_lines(result.cells, result.comparisons, options.effect)))
     written = [str(result.file)]

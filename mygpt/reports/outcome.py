@@ -1,13 +1,13 @@
 """What a complete run came to: a verdict on its held-out loss, and how close it came to what its recipe expects."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 
-from mygpt.estimates import Estimate, difference_of_independent, ratio_estimate, student_quantile
+from mygpt.estimates import Estimate, Floats, difference_of_independent, mean_estimate, student_quantile
 from mygpt.recipe.tables import ExpectedTable
 from mygpt.runs.held_out import History
 from mygpt.runs.records import Record, Timing
@@ -15,48 +15,103 @@ from mygpt.runs.schemas import Best
 
 FALSE_ALARMS = 0.01
 """Runs that are called not normal though only their seed is another one, at most this share of them."""
-AROUND = 10
-"""Records whose training losses are averaged, since one is that of a single batch."""
+AROUND = 100
+"""Steps over which training losses are averaged, since one is that of a single batch."""
+FEWEST_RECORDS = 10
+"""Of these steps, for a training loss that can be compared with those of other runs."""
 
 
 def verdict_line(history: History | None, records: Sequence[Record]) -> str:
     """Whether the held-out loss was still falling at the end of a run, flat, or rising, and the evidence.
 
-    A change counts if the 95% interval of the difference excludes 0. It is a statement on the text that the held-out
-    windows stand for, and on this run: another seed may end otherwise.
+    A change counts if the 95% interval of the difference excludes 0. Its error is that of the held-out windows, paired
+    where they are the same, and of how a model moves from evaluation to evaluation. It is a statement on the text that
+    the windows stand for, and on this run: another seed may end otherwise.
     """
     if history is None:
         return "verdict: none without a held-out loss; --val-split 0.1 --val-every 500 measures it"
     last, lowest, first = history.last.step, history.lowest, history.marks[0]
-    rise = history.difference(lowest, last)
-    if lowest < last and rise.is_beyond_doubt:
+    if first == last:
+        return f"verdict: none from a single evaluation, after step {last}; lower val_every"
+    evaluated = [(record.step, record.val) for record in records if record.val is not None]
+    losses = {step: val for step, val in evaluated if history.first <= step <= last}
+    if not {lowest, first, last} <= losses.keys():  # records were lost
+        losses = {step: summary.val for step, summary in history.summaries.items()}
+    rise = _rise(history, losses)
+    if rise and rise.mean > 0 and rise.is_beyond_doubt:
         in_training = difference_of_independent(*(training_loss(records, step) for step in (lowest, last)))
         if in_training.mean > 0 and in_training.is_beyond_doubt:
             both = f"held-out loss {rise.text()} by step {last}, and the training loss rises, too"
             return f"verdict: getting worse since step {lowest}: {both}"
         return f"verdict: overfitting since step {lowest}: held-out loss {rise.text()} by step {last}"
-    if first == last:
-        return f"verdict: none from a single evaluation, after step {last}; lower val_every"
-    change = history.difference(first, last)
+    change = _change_at_end(history, losses)
     if change.mean < 0 and change.is_beyond_doubt:
         rate = change.scaled(100 / (last - first))
         return f"verdict: still improving: held-out loss {rate.text()} per 100 steps from step {first} to {last}"
+    if change.is_beyond_doubt:
+        return f"verdict: rising from step {first} to {last}: held-out loss {change.text()}; since when is not sure"
     return f"verdict: flat from step {first} to {last}: held-out loss {change.text()}"
+
+
+def _rise(history: History, losses: Mapping[int, float]) -> Estimate | None:
+    """By how much the held-out loss is above its lowest at the end; None: the lowest is too near to the end to tell.
+
+    From enough evaluations it is the mean of the last ones less that of those around the lowest. The lowest itself is
+    left out then: it was chosen for being low.
+    """
+    steps, values = list(losses), np.array(list(losses.values()))
+    count, at = len(steps), steps.index(history.lowest)
+    several = max(3, count // 10) if count >= 7 else 1
+    if at >= count - several:
+        return None
+    near = [at]
+    if several > 1:
+        others = (index for index in range(count - several) if index != at)
+        near = sorted(others, key=lambda index: abs(index - at))[:several]
+    mean = float(values[-several:].mean() - values[near].mean())
+    # The median, since the place at which a curve turns is no noise; that of a squared normal number is 0.455.
+    noise = float(np.median(_second_differences(values) ** 2)) / 0.455 / 6 if count > 2 else 0.0
+    paired = history.difference(history.lowest, history.last.step)
+    dof = min(paired.dof or math.inf, max(1, count - 2))
+    return Estimate(mean, math.sqrt((paired.stderr or 0) ** 2 + noise * (1 / several + 1 / len(near))), dof)
+
+
+def _change_at_end(history: History, losses: Mapping[int, float]) -> Estimate:
+    """By how much the held-out loss changed from the first mark to the end: means of some evaluations up to each."""
+    steps, values = list(losses), np.array(list(losses.values()))
+    at = steps.index(history.marks[0])
+    several = max(1, min(at + 1, (len(steps) - 1 - at) // 2))
+    mean = float(values[-several:].mean() - values[at + 1 - several : at + 1].mean())
+    noise = 0.0
+    if len(steps) > 2:
+        # A loss that falls ever more slowly has positive second differences: only noise makes negative ones, and half
+        # of what it makes.
+        noise = float(np.mean(np.minimum(_second_differences(values), 0) ** 2)) * 2 / 6
+    paired = history.difference(history.marks[0], history.last.step)
+    return Estimate(mean, math.sqrt((paired.stderr or 0) ** 2 + noise * 2 / several), paired.dof)
+
+
+def _second_differences(values: Floats) -> Floats:
+    """Of the later part of a curve, in which it bends less. Independent noise of variance v gives them 6 v."""
+    return np.diff(values[len(values) // 3 :] if len(values) >= 6 else values, 2)
 
 
 def early_end_line(history: History, patience: int, best: Best | None) -> str:
     """Why early stopping ended a run, and which checkpoint is the best."""
+    evaluations = f"{patience} evaluation{'s' * (patience > 1)}"
     rest = f"; `best` is step {best.step}, with a held-out loss of {best.val:.4f}" if best else ""
     return (
-        f"ended early, after step {history.last.step}: {patience} evaluations without an improvement beyond doubt over "
+        f"ended early, after step {history.last.step}: {evaluations} without an improvement beyond doubt over "
         f"step {history.reference}{rest}"
     )
 
 
 def training_loss(records: Sequence[Record], step: int) -> Estimate:
-    """The mean training loss of the last records up to a step."""
-    losses = np.array([record.loss for record in records if record.step <= step][-AROUND:])
-    return ratio_estimate(losses, np.ones(len(losses)), consecutive=False)
+    """The mean training loss of the records of the last `AROUND` steps up to a step, or of the last two at least."""
+    known = [record for record in records if record.step <= step]
+    near = [record.loss for record in known if record.step > step - AROUND]
+    losses = np.array(near if len(near) > 1 else [record.loss for record in known[-2:]])
+    return mean_estimate(losses)
 
 
 class Place(NamedTuple):
@@ -91,8 +146,9 @@ def places(expected: ExpectedTable, records: Sequence[Record]) -> Iterator[tuple
         found = []
         for step, mean, deviation in known:
             value = by_step[step].val if step in by_step else None
-            if name == "training loss" and step in by_step:
-                value = training_loss(records, step).mean
+            if name == "training loss":
+                enough = sum(step - AROUND < other <= step for other in by_step) >= FEWEST_RECORDS
+                value = training_loss(records, step).mean if step in by_step and enough else None
             if value is not None:
                 found.append(Place(step, value, mean, factor * deviation))
         yield name, found
@@ -105,13 +161,13 @@ def place_lines(expected: ExpectedTable, records: Sequence[Record], corpus_sha25
     if expected.expected_text and not corpus_sha256.startswith(expected.expected_text):
         yield "expected: losses of another text than this run's; they say nothing about it", True
         return
-    seeds = f"of {expected.expected_seeds} runs with other seeds"
     for name, found in places(expected, records):
         if not found:
             yield f"expected: {name}: not measured yet at a step for which it is known", True
             continue
         last, outside = found[-1], [place for place in found if not place.is_within]
-        shown = f"{last.value:.4f} at step {last.step}, and {last.mean:.4f} +- {last.margin:.4f} is the range {seeds}"
+        range_ = f"99% of runs with another seed are within {last.mean:.4f} +- {last.margin:.4f}"
+        shown = f"{last.value:.4f} at step {last.step}; {range_}"
         if not outside:
             yield f"expected: {name} is normal: {shown}", True
         elif last.is_within:

@@ -111,6 +111,8 @@ class History:
     marks: tuple[int, ...]
     """Up to two steps, the second later than the first by a tenth at least. From the first to the last evaluation is a
     tenth to a sixth of the run, or one evaluation."""
+    first: int
+    """The step of the first evaluation over these windows."""
     reference: int
     """The step of the last evaluation that was better than the reference before it, beyond doubt: below it by more
     than the margin of a 95% interval for their difference."""
@@ -135,6 +137,7 @@ class History:
             evaluations=tuple(self.summaries.values()),
             lowest=self.lowest,
             marks=self.marks,
+            first=self.first,
             reference=self.reference,
             waited=self.waited,
         )
@@ -154,7 +157,7 @@ def remember(history: History | None, evaluation: Evaluation, *, same_windows: b
     """The history after one more evaluation; `same_windows`: every evaluation of the run has the same."""
     step = evaluation.step
     if history is None or (same_windows and not evaluation.windows.same_as(history.last.windows)):
-        return History(evaluation, {step: evaluation.summary()}, {step: evaluation.losses}, step, (step,), step)
+        return History(evaluation, {step: evaluation.summary()}, {step: evaluation.losses}, step, (step,), step, step)
     # Everything that was known, and the new evaluation; what is of no use any more is forgotten at the end.
     losses = {**(history.losses if same_windows else {}), step: evaluation.losses}
     known = replace(
@@ -197,7 +200,16 @@ def read_history(metadata: HeldOutMetadata | None, arrays: Mapping[str, Array]) 
         raise ValueError("the held-out losses are not those of their windows")
     windows.summed(tokens)  # a ValueError if pieces have other numbers of windows
     evaluation = Evaluation(last, windows, losses[last])
-    return History(evaluation, summaries, losses, metadata.lowest, metadata.marks, metadata.reference, metadata.waited)
+    return History(
+        evaluation,
+        summaries,
+        losses,
+        metadata.lowest,
+        metadata.marks,
+        metadata.first,
+        metadata.reference,
+        metadata.waited,
+    )
 
 
 def load_history(state_file: Path) -> History | None:
@@ -226,15 +238,19 @@ class Difference(NamedTuple):
     """How the two were compared, for a reader."""
 
 
-def difference(a: Evaluation, b: Evaluation, *, same_tokens: bool) -> Difference:
-    """The difference b - a of two models' losses over held-out text that ends at the same place of the same text.
+def difference(a: Evaluation, b: Evaluation, *, same_tokens: bool, same_text: bool = True) -> Difference | None:
+    """The difference b - a of two models' losses over held-out parts of one corpus.
 
     Paired where `paired_changes` pairs, otherwise that of independent estimates, whose error is larger. `same_tokens`:
-    both texts are the same tokens.
+    both have the same tokenizer. `same_text`: both held out the same part; if not, they are compared over the end of
+    the corpus that is in both, where both took all of it. None: they cannot be compared.
     """
-    of_tokens, of_bytes = (paired_changes(a, b, unit, same_tokens=same_tokens) for unit in ("tokens", "bytes"))
+    kinds = {"same_tokens": same_tokens, "same_text": same_text}
+    of_tokens, of_bytes = (paired_changes(a, b, unit, **kinds) for unit in ("tokens", "bytes"))
     known = of_tokens or of_bytes
     if known is None:
+        if not same_text:
+            return None
         pairs = [(a.loss, b.loss) if same_tokens else (None, None), (a.bits_per_byte, b.bits_per_byte)]
         nats, bits = (difference_of_independent(x, y) if x and y else None for x, y in pairs)
         return Difference(nats, bits, "not paired, since their windows are not the same")
@@ -258,9 +274,9 @@ class PairedChanges(NamedTuple):
 
 
 def paired_changes(
-    a: Evaluation, b: Evaluation, unit: Literal["tokens", "bytes"], *, same_tokens: bool
+    a: Evaluation, b: Evaluation, unit: Literal["tokens", "bytes"], *, same_tokens: bool, same_text: bool = True
 ) -> PairedChanges | None:
-    """The changes b - a of held-out losses over pieces of text that both models were evaluated on.
+    """The changes b - a of held-out losses over pieces of text that both models were evaluated on; see `difference`.
 
     Window by window where the windows are the same. If both took all of the text, but in other windows or tokens,
     piece by piece: see `_common_pieces`. None: they cannot be paired, or there are no such lengths.
@@ -269,29 +285,25 @@ def paired_changes(
     if not getattr(a.windows, unit).any() or (unit == "tokens" and not same_tokens):
         return None
     same_pieces = a.windows.piece_tokens == b.windows.piece_tokens > 0
-    if same_tokens and (same_pieces or a.windows.same_as(b.windows)):
+    if same_tokens and same_text and (same_pieces or a.windows.same_as(b.windows)):
         changes = b.windows.summed(b.losses) - a.windows.summed(a.losses)
         manner = f"paired over {len(changes):,} {'pieces' if same_pieces else 'windows'}"
         return PairedChanges(changes, a.windows.summed(getattr(a.windows, unit)), consecutive, manner)
     if not consecutive:
         return None
-    manner = f"paired over {PIECES} pieces of the text that both held out"
-    return PairedChanges(*_common_pieces(a, b, unit), consecutive, manner)
-
-
-PIECES = 100
-"""Of a text that two models took in other windows; as many as windows are needed for `MAX_BATCHES` batches."""
+    changes, lengths = _common_pieces(a, b, unit)
+    return PairedChanges(changes, lengths, consecutive, f"paired over {len(changes):,} pieces of what both held out")
 
 
 def _common_pieces(a: Evaluation, b: Evaluation, unit: Literal["tokens", "bytes"]) -> tuple[Array, Array]:
-    """The difference of the losses b - a, in nats, and the lengths of `PIECES` pieces of the text that both took.
+    """The difference of the losses b - a, in nats, and the lengths of pieces of the text that both took.
 
-    The text is measured from its end, where both end, in tokens or bytes. A piece that ends within a window gets that
-    part of its loss which it has of its length.
+    There are as many pieces as the one with fewer windows has. The text is measured from its end, where both end, in
+    tokens or bytes. A piece that ends within a window gets that part of its loss which it has of its length.
     """
     ends = [np.concatenate([[0], np.cumsum(getattr(e.windows, unit)[::-1], dtype=np.float64)]) for e in (a, b)]
     losses = [np.concatenate([[0], np.cumsum(e.losses[::-1], dtype=np.float64)]) for e in (a, b)]
-    edges = np.linspace(0, min(end[-1] for end in ends), PIECES + 1)
+    edges = np.linspace(0, min(end[-1] for end in ends), min(len(a.losses), len(b.losses)) + 1)
     of_a, of_b = (np.diff(np.interp(edges, end, loss)) for end, loss in zip(ends, losses, strict=True))
     return of_b - of_a, np.diff(edges)
 

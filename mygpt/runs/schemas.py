@@ -61,6 +61,7 @@ class HeldOutMetadata(Table):
     """By step; the last is the newest."""
     lowest: int
     marks: tuple[int, ...]
+    first: int = 0
     reference: int
     waited: int
 

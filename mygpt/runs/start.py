@@ -14,7 +14,6 @@ from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, NAMED_CORPORA, Recipe
 from mygpt.runs import files
 from mygpt.runs.changes import (
-    ENDING_KEYS,
     Changes,
     Source,
     check_changes,
@@ -120,9 +119,10 @@ def _ends_later(source: Source, recipe: Recipe) -> bool:
     """Whether `recipe` has another end than the run, which is over."""
     was = source.trained_with
     assert source.checkpoint is not None
-    stopped_early = read_manifest(source.checkpoint).ended_by == "patience"
-    has_other_patience = stopped_early and recipe.validation.patience != was.validation.patience
-    return recipe.train.steps != was.train.steps or has_other_patience
+    if read_manifest(source.checkpoint).ended_by == "patience":
+        patience = recipe.validation.patience
+        return patience == 0 or patience > was.validation.patience
+    return recipe.train.steps != was.train.steps
 
 
 def begin_run(start: Start) -> None:
@@ -250,8 +250,7 @@ def _named_source(path: Path, warn: Warn) -> Source:
 
 def _complete(source: Source, checkpoint: Path, step: int, recipe: Recipe, changed: Changes) -> Start:
     """The start of a run that is over: of its recipe only keys that train nothing, and the path of its text, change."""
-    may_change = HARMLESS_KEYS | ENDING_KEYS
-    run, values = source.run, {key: value for key, value in recipe.flat().items() if key in may_change}
+    run, values = source.run, {key: value for key, value in recipe.flat().items() if key in HARMLESS_KEYS}
     if "corpus_sha256" not in changed:
         values["corpus"] = recipe.data.corpus
     recipe = source.trained_with.replace(**values | {"resume": run.recipe.checkpoint.resume})

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mygpt.estimates import CrossedEstimate, Estimate, crossed_estimate, ratio_estimate, student_quantile
+from mygpt.estimates import CrossedEstimate, Estimate, crossed_estimate, mean_estimate, student_quantile
 from mygpt.runs.held_out import LN_2, Evaluation, difference, paired_changes
 
 LEVEL = 0.05
@@ -51,8 +51,7 @@ class CellResult(NamedTuple):
 
     def mean(self, unit: str) -> Estimate:
         """Over the seeds: its error is that of the mean over all seeds, on this held-out text."""
-        losses = np.array(list(self.losses(unit).values()))
-        return ratio_estimate(losses, np.ones(len(losses)), consecutive=False)
+        return mean_estimate(np.array(list(self.losses(unit).values())))
 
     def spread(self, unit: str) -> float | None:
         """The standard deviation between seeds."""
@@ -71,8 +70,8 @@ class ComparisonResult(NamedTuple):
     seed_stderr: float | None
     """Of the mean over all seeds, on this text."""
     text_stderr: float | None
-    """Of the mean over all text like it, with these seeds; None: the seeds' windows differ, so that it is in the other
-    part."""
+    """Of the mean over all text that the windows stand for, with these seeds; None: the seeds' windows differ, so that
+    it is in the other part."""
     manner: str
     """How the windows are paired."""
     p: float | None
@@ -106,8 +105,10 @@ class ComparisonResult(NamedTuple):
         if self.is_seen:
             bound = "more than " if self.is_bound else ""
             worth = f", worth {bound}{self.worth_steps} steps" if self.worth_steps else ""
-            return f"{self.better} is better than {self.worse} by {size}{worth} (p = {_shown(self.corrected_p)})"
-        rest = f"of one of {effect:g} no number of seeds would be sure; hold out more text"
+            return (
+                f"{self.better} is better than {self.worse} by {size}{worth} (corrected p {_shown(self.corrected_p)})"
+            )
+        rest = f"more seeds would not reveal one of {effect:g}, since the held-out text is too short"
         if self.seeds_needed == 0:
             rest = f"one of {effect:g} would probably have been seen"
         elif self.seeds_needed is not None:
@@ -118,7 +119,7 @@ class ComparisonResult(NamedTuple):
 
 def unit_of(cells: Sequence[CellResult]) -> str:
     """In which unit all cells can be compared."""
-    return "nats per token" if len({cell.tokenizer for cell in cells}) <= 1 else "bits per byte"
+    return "nats per token" if len({cell.tokenizer for cell in cells if cell.runs}) <= 1 else "bits per byte"
 
 
 def compare_cells(cells: Sequence[CellResult], effect: float) -> list[ComparisonResult]:
@@ -170,20 +171,20 @@ def paired_change(a: CellResult, b: CellResult, unit: str) -> tuple[CrossedEstim
         of_text = difference(
             *(_mean_evaluation([pair[side] for pair in pairs]) for side in (0, 1)), same_tokens=same_tokens
         )
+        assert of_text is not None  # all recipes of a study hold out the same text
         text, manner = of_text.nats_per_token if of_nats else of_text.bits_per_byte, f"windows {of_text.manner}"
     else:
         text, manner = None, "each run has other held-out windows"
     losses_a, losses_b = a.losses(unit), b.losses(unit)
     changes = np.array([losses_b[seed] - losses_a[seed] for seed in seeds])
-    of_seeds = ratio_estimate(changes, np.ones(len(seeds)), consecutive=False)
+    of_seeds = mean_estimate(changes)
     assert of_seeds.stderr is not None
     if text is None or text.stderr is None:
-        return CrossedEstimate(of_seeds, of_seeds.stderr, None), f"seeds paired; {manner}"
+        return CrossedEstimate(of_seeds, of_seeds.stderr, None, None), f"seeds paired; {manner}"
     # The sum, since what is in both cannot be told: the error is rather too large.
-    variance = of_seeds.stderr**2 + text.stderr**2
-    weight = of_seeds.stderr**4 / (len(seeds) - 1) + text.stderr**4 / (text.dof or math.inf)
-    total = Estimate(of_seeds.mean, math.sqrt(variance), variance**2 / weight if weight else len(seeds) - 1)
-    return CrossedEstimate(total, of_seeds.stderr, text.stderr), f"seeds paired; {manner}"
+    stderr = math.hypot(of_seeds.stderr, text.stderr)
+    total = Estimate(of_seeds.mean, stderr, min(len(seeds) - 1, text.dof or math.inf))
+    return CrossedEstimate(total, of_seeds.stderr, text.stderr, text.dof), f"seeds paired; {manner}"
 
 
 def _compare(a: CellResult, b: CellResult, unit: str, effect: float, level: float) -> ComparisonResult:
@@ -191,7 +192,7 @@ def _compare(a: CellResult, b: CellResult, unit: str, effect: float, level: floa
     seeds = len(a.runs.keys() & b.runs.keys())
     if crossed is None:
         return ComparisonResult(a.name, b.name, seeds, *(None,) * 3, "", *(None,) * 3, False, None)
-    change, seed_stderr, text_stderr = crossed
+    change, seed_stderr, text_stderr, _ = crossed
     needed = seeds_for(effect, crossed, seeds, level)
     worth_steps, is_bound = _worth_steps(a, b) if unit == "nats per token" else (None, False)
     return ComparisonResult(
@@ -219,8 +220,8 @@ def seeds_for(effect: float, crossed: CrossedEstimate, seeds: int, level: float 
         stderr = math.sqrt(of_seeds * seeds / count + of_text)
         if stderr == 0:
             return 1.0
-        # The degrees of freedom of the seeds: of the text there are at least a few more.
-        return 1 - float(nctdtr(count - 1, effect / stderr, student_quantile(count - 1, 1 - level / 2)))
+        dof = min(count - 1, crossed.window_dof or math.inf)
+        return 1 - float(nctdtr(dof, effect / stderr, student_quantile(dof, 1 - level / 2)))
 
     if power(MOST_SEEDS) < POWER:
         return None
@@ -282,4 +283,4 @@ def _p_value(change: Estimate) -> float:
 
 
 def _shown(p: float | None) -> str:
-    return "-" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+    return "unknown" if p is None else "below 0.0001" if p < 1e-4 else f"{p:.2g}"

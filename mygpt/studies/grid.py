@@ -9,9 +9,14 @@ from typing import Any, NamedTuple
 from mygpt.errors import MygptError, RecipeError
 from mygpt.recipe.flags import SEEDS, load_target
 from mygpt.recipe.tables import ExpectedTable, Recipe, check_recipe
+from mygpt.runs.start import self_contained
 
 FIXED_KEYS = {"output", "resume", "threads", *ExpectedTable.model_fields, *SEEDS}
 """Keys that the study sets itself."""
+
+
+HELD_OUT_KEYS = ("corpus", "val_split", "hold_out")
+"""Keys that choose the held-out text."""
 
 
 class Cell(NamedTuple):
@@ -46,8 +51,8 @@ def cells_of(targets: Sequence[str], settings: Mapping[str, Sequence[Any]]) -> l
     """Every target, a recipe file or a shipped recipe's name, with every combination of the settings.
 
     Raises:
-        RecipeError: a recipe cannot be used, or has no held-out loss.
-        MygptError: two recipes have the same name, or the same settings.
+        RecipeError: a recipe cannot be used, has no held-out loss, or holds out another text than the others.
+        MygptError: two recipes have the same name.
     """
     cells = []
     for target in targets:
@@ -65,11 +70,26 @@ def cells_of(targets: Sequence[str], settings: Mapping[str, Sequence[Any]]) -> l
                     f"{name} [validation] val_every: got 0, expected evaluations, since a study compares held-out "
                     "losses; set val_split and val_every, such as --set val_split=0.1 --set val_every=500"
                 )
+            if recipe.checkpoint.resume not in ("auto", "never"):
+                raise RecipeError(f"{name} [checkpoint] resume: expected none, since the runs of a study begin anew")
             cells.append(Cell(name, recipe))
+    _check_texts(cells)
     names = [cell.name.casefold() for cell in cells]  # some disks do not know capital letters
     if double := next((name for name in names if names.count(name) > 1), None):
         raise MygptError(f"two recipes of the study are called {double!r}; rename one, or give each value once")
     return cells
+
+
+def _check_texts(cells: Sequence[Cell]) -> None:
+    """See that all hold out the same text: losses on different texts say nothing about recipes."""
+    first, *others = (self_contained(cell.recipe).flat() for cell in cells)
+    for cell, other in zip(cells[1:], others, strict=True):
+        for key in HELD_OUT_KEYS:
+            if other[key] != first[key]:
+                raise RecipeError(
+                    f"{cell.name} [data] {key}: got {other[key]}, and {cells[0].name} has {first[key]}; expected the "
+                    "same in all recipes of a study, which must hold out the same text"
+                )
 
 
 def _value(text: str) -> Any:

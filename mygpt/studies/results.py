@@ -35,9 +35,11 @@ def read_cell(name: str, folder: Path, paths: Mapping[int, Path], failures: Mapp
     """What the complete runs at `paths`, by seed, came to; `folder` is that of the study.
 
     Raises:
-        CheckpointError: one cannot be read.
+        CheckpointError: one cannot be read, or they were trained on different texts.
     """
     runs, tokenizer = {}, ""
+    if len({Run(path).info.corpus_sha256 for path in paths.values()}) > 1:
+        raise CheckpointError(f"{name}: its text has changed between runs; begin again with another --out")
     for seed, path in paths.items():
         checkpoint = Run(path).newest_checkpoint()
         history = load_history(checkpoint / STATE_FILE) if checkpoint else None
@@ -64,7 +66,11 @@ def table_lines(cells: Sequence[CellResult]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         yield "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
+    populations = {run.evaluation.windows.population for cell in complete for run in cell.runs.values()}
+    on = " and ".join(sorted(populations))
     yield f"(held-out loss at the last step, {unit}; deviation between seeds; interval of the mean over all seeds)"
+    if on:
+        yield f"(errors of differences are for other seeds, and {on})"
 
 
 def verdict_lines(cells: Sequence[CellResult], comparisons: Sequence[ComparisonResult], effect: float) -> Iterator[str]:

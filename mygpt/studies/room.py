@@ -80,7 +80,7 @@ def measure_room(recipe: Recipe, most: int, report: Callable[[str], None]) -> Ro
         MygptError: the recipe cannot be trained here.
     """
     best, best_rate = Room(1, recipe.runtime.threads or len(available_cores())), 0.0
-    for room in candidates(recipe.runtime.threads, most):
+    for room in candidates(recipe.runtime.threads, most, on_gpus=recipe.runtime.device in ("auto", "cuda")):
         measured = time_side_by_side(recipe.replace(threads=room.threads), room)
         if measured is None:
             report(f"{room.side_by_side} runs side by side: do not fit")
@@ -89,19 +89,20 @@ def measure_room(recipe: Recipe, most: int, report: Callable[[str], None]) -> Ro
         memory = sum(run.memory for run in measured)
         each = f"{room.threads} thread{'s' * (room.threads > 1)} each"
         report(f"{room.side_by_side} side by side, {each}: {rate:.3g} steps/s in all, {memory / 2**20:,.0f} MiB")
-        if rate < WORTH_ADDING * best_rate:
+        share = sum(run.device_share for run in measured) / max(1, len(visible_gpus()))
+        if rate < WORTH_ADDING * best_rate or (best_rate and share > MEMORY_SHARE):
             break
         best, best_rate = room, rate
         needed = memory / room.side_by_side
-        if 2 * memory > MEMORY_SHARE * (psutil.virtual_memory().available + needed):
+        if 2 * share > MEMORY_SHARE or 2 * memory > MEMORY_SHARE * (psutil.virtual_memory().available + needed):
             break
     return best
 
 
-def candidates(threads: int | None, most: int) -> Iterator[Room]:
-    """1, 2, 4, ... runs, which share the cores; on GPUs each takes its turn."""
-    cores, gpus = len(available_cores()), len(visible_gpus())
-    largest = max(1, min(most, max(cores // (threads or 1), RUNS_PER_GPU * gpus)))
+def candidates(threads: int | None, most: int, *, on_gpus: bool = True) -> Iterator[Room]:
+    """1, 2, 4, ... runs, which share the cores or, if there are any, the GPUs."""
+    cores, gpus = len(available_cores()), len(visible_gpus()) if on_gpus else 0
+    largest = max(1, min(most, RUNS_PER_GPU * gpus if gpus else cores // (threads or 1)))
     counts = [2**power for power in range(largest.bit_length()) if 2**power < largest]
     for count in (*counts, largest):
         yield Room(count, threads or max(1, cores // count))
@@ -116,6 +117,8 @@ def time_side_by_side(recipe: Recipe, room: Room) -> list[Measured] | None:
         for process in probes:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
+                if room.side_by_side > 1:
+                    return None
                 raise MygptError(_complaint(process))
         _tell(probes)
         lines = [process.stdout.readline() for process in probes if process.stdout]

@@ -1,6 +1,7 @@
 """Runs the grid of a study: each run in a process of its own; continues what was killed, and reads the results."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -12,15 +13,16 @@ from mygpt import __version__
 from mygpt.errors import CheckpointError, InterruptedRunError, MygptError
 from mygpt.processes.signals import stop_on_signal
 from mygpt.recipe.files import RUN_FILE
-from mygpt.recipe.tables import Recipe
-from mygpt.runs.changes import changed_keys
-from mygpt.runs.files import explain_disk_error, read_bytes, replace_text
+from mygpt.recipe.tables import HARMLESS_KEYS, Recipe
+from mygpt.runs.changes import differing_keys
+from mygpt.runs.files import LOCK_FILE, explain_disk_error, read_bytes, replace_text
+from mygpt.runs.lock import locked
 from mygpt.runs.run import Run, check_output
 from mygpt.runs.start import self_contained
 from mygpt.studies.analysis import CellResult, ComparisonResult, compare_cells
 from mygpt.studies.grid import Cell
 from mygpt.studies.results import has_failed, is_complete, read_cell, to_json
-from mygpt.studies.room import Room, Slot, measure_room, start_worker
+from mygpt.studies.room import Room, Slot, available_cores, measure_room, start_worker
 from mygpt.studies.worker import Task
 
 STUDY_FILE = "study.json"
@@ -28,6 +30,9 @@ PLAN_FILE = "plan.json"
 POLL_SECONDS = 0.1
 MOST_RESTARTS = 3
 """Of a run that is killed from outside, before the study gives up."""
+
+MAY_DIFFER = {"threads", "corpus", "tokenizer_file"}
+"""Keys in which a run of a study may differ from its recipe: threads are the plan's, and files may have been moved."""
 
 Report = Callable[[str], None]
 
@@ -55,7 +60,9 @@ class Study(NamedTuple):
     """study.json, which has all of it."""
 
 
-def run_study(cells: Sequence[Cell], seeds: int, folder: Path, effect: float, report: Report) -> Study:
+def run_study(
+    cells: Sequence[Cell], seeds: int, folder: Path, effect: float, report: Report, side_by_side: int | None = None
+) -> Study:
     """Run every cell with several seeds, as `run_grid` does, and compare what they come to.
 
     Raises:
@@ -68,7 +75,7 @@ def run_study(cells: Sequence[Cell], seeds: int, folder: Path, effect: float, re
             {seed: path for seed, path in paths.items() if is_complete(path)},
             {seed: _failure(path) for seed, path in paths.items() if not is_complete(path)},
         )
-        for cell, paths in run_grid(cells, seeds, folder, report)
+        for cell, paths in run_grid(cells, seeds, folder, report, side_by_side)
     ]
     comparisons = compare_cells(results, effect)
     with explain_disk_error("{path}: cannot be written: {reason}", folder / STUDY_FILE):
@@ -76,11 +83,14 @@ def run_study(cells: Sequence[Cell], seeds: int, folder: Path, effect: float, re
     return Study(results, comparisons, effect, folder / STUDY_FILE)
 
 
-def run_grid(cells: Sequence[Cell], seeds: int, folder: Path, report: Report) -> Iterator[tuple[Cell, dict[int, Path]]]:
+def run_grid(
+    cells: Sequence[Cell], seeds: int, folder: Path, report: Report, side_by_side: int | None = None
+) -> Iterator[tuple[Cell, dict[int, Path]]]:
     """Run every cell with the seeds from 1 to `seeds` into `folder`/CELL/seed-N; each cell with its runs by seed.
 
     Runs that are complete stay as they are, and others are continued; so the same command continues a study that was
-    killed, and one with more seeds or cells extends it. Seeds set both init_seed and data_seed.
+    killed, and one with more seeds or cells extends it. Seeds set both init_seed and data_seed. Without `side_by_side`
+    the number of runs at a time is measured.
 
     Raises:
         MygptError: a recipe cannot be trained, or the folder holds something else or a run of another recipe.
@@ -90,10 +100,11 @@ def run_grid(cells: Sequence[Cell], seeds: int, folder: Path, report: Report) ->
     _check(jobs, folder)
     waiting = [job for job in jobs if not (is_complete(job.path) or has_failed(job.path))]
     if waiting:
-        plan = _make_plan(waiting, folder, report)
-        done = len(jobs) - len(waiting)
-        report(f"{done} of {len(jobs)} runs are complete; {len(waiting)} to go" if done else f"{len(jobs)} runs")
-        _run_all(waiting, _room_of(plan), report)
+        with locked(folder):
+            plan = _make_plan(waiting, folder, side_by_side, report)
+            done = len(jobs) - len(waiting)
+            report(f"{done} of {len(jobs)} runs are complete; {len(waiting)} to go" if done else f"{len(jobs)} runs")
+            _run_all(waiting, _room_of(plan), report)
     for cell in cells:
         yield cell, {job.seed: job.path for job in jobs if job.cell is cell}
 
@@ -106,21 +117,26 @@ def _check(jobs: Sequence[Job], folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--out: {folder} is a file; choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN_FILE).exists():
+    entries = [entry.name for entry in folder.iterdir() if entry.name != LOCK_FILE] if folder.is_dir() else []
+    if entries and PLAN_FILE not in entries:
         raise CheckpointError(f"--out: {folder} is not empty and not a study; choose another --out")
     for job in jobs:
         check_output(job.path, replace=True)
         if (job.path / RUN_FILE).exists():
             expected = self_contained(_recipe_of(job, None))
             found = Run(job.path).recipe
-            for key, (was, now) in changed_keys(found, expected):
+            # A prepared corpus has its own tokenizer, which a run records.
+            own = {"tokenizer"} if os.path.isdir(expected.data.corpus) else set()
+            for key, (was, now) in differing_keys(found, expected):
+                if key in HARMLESS_KEYS | MAY_DIFFER | own:
+                    continue
                 raise CheckpointError(
                     f"{job.path}: was trained with {key} = {was}, and the study has {now}; choose another --out"
                 )
 
 
 def _recipe_of(job: Job, threads: int | None) -> Recipe:
-    keys: dict[str, Any] = {"init_seed": job.seed, "data_seed": job.seed, "output": str(job.path)}
+    keys: dict[str, Any] = {"init_seed": job.seed, "data_seed": job.seed, "output": str(job.path), "resume": "auto"}
     return job.cell.recipe.replace(**keys, **({"threads": threads} if threads else {}))
 
 
@@ -141,11 +157,21 @@ def _room_of(plan: dict[str, Any]) -> Room:
     return room
 
 
-def _make_plan(jobs: Sequence[Job], folder: Path, report: Report) -> dict[str, Any]:
-    """How many runs go side by side: as measured when the study began, since their bits depend on their threads."""
+def _make_plan(jobs: Sequence[Job], folder: Path, side_by_side: int | None, report: Report) -> dict[str, Any]:
+    """How many runs go side by side: as chosen when the study began, since their bits depend on their threads."""
     if (folder / PLAN_FILE).exists():
-        return _read_plan(folder)
-    room = measure_room(max((job.cell.recipe for job in jobs), key=_work_of_a_step), len(jobs), report)
+        plan = _read_plan(folder)
+        if side_by_side not in (None, plan["side_by_side"]):
+            raise CheckpointError(
+                f"--side-by-side: got {side_by_side}, and the study has begun with {plan['side_by_side']}; remove "
+                f"{folder / PLAN_FILE} to choose anew, which changes the last bits of the runs that are not complete"
+            )
+        return plan
+    largest = max((job.cell.recipe for job in jobs), key=_work_of_a_step)
+    if side_by_side is None:
+        room = measure_room(largest, len(jobs), report)
+    else:
+        room = Room(side_by_side, largest.runtime.threads or max(1, len(available_cores()) // side_by_side))
     plan = {"mygpt": __version__, **room._asdict()}
     with explain_disk_error("{path}: cannot be written: {reason}", folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -41,8 +41,8 @@ class Measured(NamedTuple):
     """Of a step."""
     memory: int
     """Most bytes of memory that the process had."""
-    device_memory: int
-    """The same of a GPU's; 0 without one."""
+    device_share: float
+    """The share of the memory of its GPU; 0 without one."""
 
 
 def main() -> None:
@@ -99,8 +99,8 @@ def probe(recipe: Recipe, seconds: float) -> None:
         step_seconds = time_step(recipe, device, dataset, seconds).seconds
     unit = 1 if sys.platform == "darwin" else 1024
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    device_memory = torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
-    print(json.dumps(Measured(step_seconds, memory, device_memory)), flush=True)
+    share = torch.cuda.max_memory_reserved() / torch.cuda.mem_get_info()[1] if device.type == "cuda" else 0.0
+    print(json.dumps(Measured(step_seconds, memory, share)), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -119,6 +120,9 @@ def run_steps(
         progress.best = None
     if not start.keeps_history:
         progress.history = None
+    if progress.history and progress.has_stopped_early(recipe) and not start.is_complete:
+        # It goes on with less patience than before: what it has waited so far does not end it.
+        progress.history = replace(progress.history, waited=0)
     if gradient_sum.is_exact:
         remedy = REMEDY_AFTER_RESUMING if start.checkpoint else REMEDY_AT_START
         check_agreement(parts, *parts.capture(progress), f"before step {progress.step + 1}", remedy)
@@ -148,7 +152,8 @@ def run_steps(
             exit_code=128 + number,
         )
     if is_main and last_step is None:
-        end = f"{run} is complete; raise --steps to train on, or --overwrite it to start again"
+        way_on = "patience" if progress.end(recipe) == "patience" else "steps"
+        end = f"{run} is complete; raise --{way_on} to train on, or --overwrite it to start again"
         print_note(f"saved {run}" if progress.step > start.step else end)
         if progress.history and progress.end(recipe) == "patience":
             print_note(early_end_line(progress.history, recipe.validation.patience, progress.best))

@@ -62,12 +62,14 @@ def test_models_with_other_windows_are_paired_piece_by_piece():
     per_4 = np.repeat(rng.standard_normal(500), 2)  # constant over 8 tokens
     long, short = (evaluation_of(losses, tokens=t, consecutive=True) for losses, t in ((per_4, 4), (per_4[400::2], 8)))
     nats, bits, manner = difference(long, short, same_tokens=True)
-    assert "100 pieces" in manner
+    assert "300 pieces of what both held out" in manner
     assert nats.mean == pytest.approx(0, abs=1e-6)
     assert nats.stderr == pytest.approx(0, abs=1e-6)
     assert bits.mean == pytest.approx(0, abs=1e-6)
     shifted = evaluation_of(per_4[400::2] + 0.5, tokens=8, consecutive=True)
     assert difference(long, shifted, same_tokens=False).nats_per_token is None
+    assert difference(long, shifted, same_tokens=True, same_text=False).nats_per_token.mean == pytest.approx(0.5)
+    assert difference(evaluation_of(NOISE), evaluation_of(NOISE), same_tokens=True, same_text=False) is None
     assert difference(long, shifted, same_tokens=False).bits_per_byte.mean == pytest.approx(0.5 / np.log(2))
 
 
@@ -121,7 +123,7 @@ def test_patience_ends_the_run_and_keeps_the_best(tiny, monkeypatch, capsys):
     run = train(tiny(**PATIENT))
     notes = capsys.readouterr().err
     assert "ended early, after step 10: 2 evaluations without an improvement beyond doubt over step 6" in notes
-    assert "verdict: overfitting since step 6: held-out loss +0.199" in notes
+    assert "verdict: overfitting since step 6: held-out loss +0.1996" in notes
     manifest = read_manifest(run / "step-000010")
     assert (manifest.finished, manifest.ended_by, manifest.reason) == (True, "patience", "scheduled")
     assert Run(run).is_finished

@@ -51,6 +51,8 @@ def alarms(studies, **settings):
         {"cells": 2, "text_deviation": 0.0},
         {"cells": 4, "seed_deviation": 0.0},
         {"cells": 2, "windows": 200, "consecutive": True},
+        {"cells": 6, "seeds": 2, "windows": 160, "text_deviation": 0.05},
+        {"cells": 4, "seeds": 3, "windows": 1000},
     ],
     ids=str,
 )
@@ -79,7 +81,7 @@ def cell(name, losses, tokenizer="same", curve=None):
 def test_seeds_and_windows_are_paired():
     """The seeds' losses scatter by 0.1 and the windows' by 0.6; the difference is the same for each: no error."""
     a, b = cell("a", [2.0, 2.1, 2.2]), cell("b", [1.9, 2.0, 2.1])
-    (change, seed_stderr, window_stderr), manner = paired_change(a, b, NATS)
+    (change, seed_stderr, window_stderr, _), manner = paired_change(a, b, NATS)
     assert change.mean == pytest.approx(-0.1, abs=1e-6)
     assert max(change.stderr, seed_stderr, window_stderr) < 1e-6
     assert manner == "seeds paired; windows paired over 40 windows"
@@ -91,7 +93,7 @@ def test_verdict_says_what_the_difference_is_worth():
     (result,) = compare_cells([a, b], 0.01)
     assert result.is_seen
     assert (result.better, result.worse, result.worth_steps, result.is_bound) == ("b", "a", 100, False)
-    assert result.verdict(0.01).startswith("b is better than a by 0.25000 +- 0.00058, worth 100 steps (p = ")
+    assert result.verdict(0.01).startswith("b is better than a by 0.25000 +- 0.00058, worth 100 steps (corrected p ")
     far = cell("c", [3.0, 3.101, 3.199])
     (result,) = compare_cells([far, b], 0.01)
     assert "worth more than 200 steps" in result.verdict(0.01)
@@ -103,8 +105,8 @@ def test_verdict_says_how_many_seeds_would_reveal_a_difference():
     assert result.verdict(0.02).startswith("no difference seen between a and b: +0.000 +- 0.015; ")
     assert result.verdict(0.02).endswith("more seeds would probably reveal one of 0.02")
     assert result.seeds_needed > 3
-    assert seeds_for(0.02, CrossedEstimate(Estimate(0.0, 0.03, 2), 0.02, 0.025), 3) is None
-    assert result._replace(seeds_needed=None).verdict(0.02).endswith("hold out more text")
+    assert seeds_for(0.02, CrossedEstimate(Estimate(0.0, 0.03, 2), 0.02, 0.025, 30), 3) is None
+    assert result._replace(seeds_needed=None).verdict(0.02).endswith("since the held-out text is too short")
     assert result._replace(seeds_needed=0).verdict(0.02).endswith("one of 0.02 would probably have been seen")
 
 
@@ -112,7 +114,7 @@ def test_seeds_that_are_named_have_the_power():
     """A study with that many seeds sees the difference in about four of five simulations."""
     rng = np.random.default_rng(1)
     stderr = 0.02 * 2**0.5 / 3**0.5
-    needed = seeds_for(0.02, CrossedEstimate(Estimate(0.0, stderr, 2), stderr, 0.0), 3)
+    needed = seeds_for(0.02, CrossedEstimate(Estimate(0.0, stderr, 2), stderr, 0.0, 59), 3)
     settings = {"cells": 2, "seeds": needed, "text_deviation": 0.0, "seed_deviation": 0.02, "effect": 0.02}
     seen = [compare_cells(simulated(rng, **settings), 0.02)[0].is_seen for _ in range(300)]
     assert 0.75 < sum(seen) / 300 < 0.87

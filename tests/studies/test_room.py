@@ -31,12 +31,14 @@ def test_candidates_share_the_cores_and_take_turns_on_the_gpus(machine):
     machine(cores=16, gpus=2)
     assert [slot.gpu for slot in Room(4, 4).slots()] == ["0", "1", "0", "1"]
     assert list(candidates(16, 100))[-1] == Room(8, 16)
+    assert list(candidates(None, 100))[-1] == Room(8, 2)
+    assert list(candidates(None, 100, on_gpus=False))[-1] == Room(16, 1)
     assert [slot.cpus for slot in Room(2, 3).slots()] == [(0, 1, 2), (3, 4, 5)]
 
 
-def measured(seconds, memory=1):
+def measured(seconds, memory=1, share=0.0):
     """What the probes of a room measure, if a step takes so long by the number of runs side by side."""
-    return lambda _recipe, a_room: [Measured(seconds[a_room.side_by_side], memory * 2**30, 0)] * a_room.side_by_side
+    return lambda _recipe, a_room: [Measured(seconds[a_room.side_by_side], memory * 2**30, share)] * a_room.side_by_side
 
 
 @pytest.mark.parametrize(
@@ -56,10 +58,18 @@ def test_as_many_as_are_faster_in_all_and_fit_into_memory(machine, monkeypatch, 
     assert lines[0].startswith("1 side by side, 8 threads each: 1 steps/s in all, 1,024 MiB")
 
 
+@pytest.mark.parametrize(("share", "side_by_side"), [(0.1, 4), (0.3, 2), (0.5, 1)])
+def test_gpu_memory_limits_the_runs(machine, monkeypatch, share, side_by_side):
+    """Four fifths of it: evaluations need some, too."""
+    machine(cores=8, gpus=1)
+    monkeypatch.setattr(room, "time_side_by_side", measured({1: 1.0, 2: 1.1, 4: 1.2}, share=share))
+    assert measure_room(Recipe(), 100, print).side_by_side == side_by_side
+
+
 def test_runs_that_do_not_fit_beside_each_other_are_not_tried_further(machine, monkeypatch):
     """As on a GPU whose memory two of them exceed."""
     machine(cores=8, gpus=1)
-    monkeypatch.setattr(room, "time_side_by_side", lambda _, a: [Measured(1, 1, 1)] if a.side_by_side == 1 else None)
+    monkeypatch.setattr(room, "time_side_by_side", lambda _, a: [Measured(1, 1, 0.3)] if a.side_by_side == 1 else None)
     lines = []
     assert measure_room(Recipe(), 100, lines.append).side_by_side == 1
     assert lines[1:] == ["2 runs side by side: do not fit"]

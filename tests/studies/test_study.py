@@ -81,6 +81,9 @@ def test_study_runs_the_grid_and_is_extended(place, tmp_path):
     more = run(place, "--seeds", "3")
     assert "4 of 6 runs are complete; 2 to go" in more.stderr
     assert len(runs_of(place)) == 6
+    other = run(place, "--set", "steps=20")
+    assert other.returncode == 2
+    assert "seed-1: was trained with steps = 12, and the study has 20; choose another --out" in other.stderr
 
 
 @pytest.mark.fault(79, 80)
@@ -156,6 +159,13 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
         (["small.toml", "--set", "val_every=0"], "val_every: got 0, expected evaluations"),
         (["small.toml", "./small.toml"], "two recipes of the study are called 'small'"),
         (["smal.toml"], "no such recipe"),
+        (["small.toml", "--set", "val_split=0.1,0.2"], "[data] val_split: got 0.2, and small,val_split=0.1 has 0.1"),
+        (["small.toml", "--set", "corpus=text.txt,python-docs"], "expected the same in all recipes of a study"),
+        (["small.toml", "--side-by-side", "0"], "--side-by-side: got 0, expected at least 1"),
+        (
+            ["small.toml", "--out", "study", "--side-by-side", "3"],
+            "and the study has begun with 2; remove study/plan.json",
+        ),
         (["small.toml", "--effect", "0"], "--effect: got 0, expected a number above 0"),
         ([], "expected a recipe"),
     ):
