@@ -19,8 +19,8 @@ from mygpt.runs.run import Run
 from mygpt.studies.grid import Cell
 from mygpt.studies.runner import run_grid
 
-ROWS = 8
-"""Steps for which a loss is given, at most."""
+ROWS = 4
+"""Steps for which a loss is given, at most: with more, the range for each would have to be wider."""
 
 
 def main() -> None:
@@ -44,10 +44,9 @@ def table(runs: Sequence[Sequence[Record]], corpus_sha256: str) -> list[str]:
     lines = ["[expected]", f"expected_seeds = {len(runs)}", f'expected_text = "{corpus_sha256[:12]}"']
     if evaluated:
         found = [{record.step: record.val for record in run if record.val is not None} for run in runs]
-        lines.append(f"expected_val = {rows(spread_over(evaluated), found)}")
+        return [*lines, f"expected_val = {rows(spread_over(evaluated), found)}"]
     steps = spread_over(recorded)
-    lines.append(f"expected_loss = {rows(steps, [{s: training_loss(run, s).mean for s in steps} for run in runs])}")
-    return lines
+    return [*lines, f"expected_loss = {rows(steps, [{s: training_loss(run, s).mean for s in steps} for run in runs])}"]
 
 
 def spread_over(steps: Sequence[int]) -> list[int]:
