@@ -231,6 +231,7 @@ def test_signal_keeps_nothing(place, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault(84)
 @pytest.mark.parametrize(
     ("point", "count"),
     [("made-run.json", 1), ("before-step", 3), ("before-rename", 1), ("after-latest", 1), ("made-recipe", 1)],
@@ -290,6 +291,7 @@ def test_fork_begins_with_the_recipe_of_its_step(tiny, tmp_path, capsys):
     assert_same_run(made, train(tiny(steps=8, save_every=2, output=str(tmp_path / "whole"))))
 
 
+@pytest.mark.fault(85)
 @pytest.mark.parametrize(
     ("point", "count"),
     [("before-step", 2), ("made-run.json", 3), ("loaded", 2), ("before-step", 5), ("before-latest", 4), ("record", 9)],

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 from support.checkpoints import rewrite
-from support.runs import assert_same_run, evaluation_of
+from support.commands import torchrun
+from support.runs import EXACT, assert_same_run, evaluation_of, flags_of
 
 from mygpt.checks.compare import compare
 from mygpt.errors import DamagedCheckpointError, RecipeError
-from mygpt.recipe.tables import check_recipe
+from mygpt.recipe.tables import Recipe, check_recipe
 from mygpt.runs.held_out import difference, load_history, read_history, remember
 from mygpt.runs.records import read_records
 from mygpt.runs.run import Run
@@ -202,3 +203,15 @@ def test_pieces_are_compared_piece_by_piece(tiny, tmp_path):
     assert compare(*runs).held_out.population == "unseen passages of this text"
     again = read_history(a.metadata(), a.arrays())
     assert again.last.loss == a.last.loss
+
+
+def test_early_stopping_is_the_same_on_any_number_of_processes(folder):
+    """A model that learns nothing ends with its second evaluation, with the same bytes on one process and on three."""
+    place = folder("patient")
+    keys = EXACT | EVALUATED | {"steps": 9, "lr": 0.0, "patience": 1}
+    run = train(Recipe.of(**keys, corpus=str(place / "text.txt"), output=str(place / "one")))
+    assert read_manifest(run / "step-000004").ended_by == "patience"
+    result = torchrun(3, place, "text.txt", *flags_of(keys), "--output", "three")
+    assert result.returncode == 0, result.stderr
+    assert "ended early, after step 4: 1 evaluation without an improvement" in result.stderr
+    assert_same_run(place / "three", run)
