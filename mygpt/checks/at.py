@@ -95,9 +95,8 @@ def recreate(
             resume = str(recorded.origin or "auto")
         compared = 0
         with explain_rerun(run, f"stopped before step {step} of {run} was made again; nothing is kept"):
-            # Where the run changed after its checkpoint, so does this, without a warning.
-            has_changed = any(resumed.after_step == plan.first for resumed in recorded.info.history)
-            for until in train_parts(plan.parts, again, resume, is_quiet=has_changed):
+            # Its notes speak of the place where it works; what has changed on the machine is returned.
+            for until in train_parts(plan.parts, again, resume, is_quiet=True):
                 compared += check and compare_with_recorded(recorded, plan.first, until, again)
         made = Run(again)
         origin = Recreated(run=str(files.real_path(run)), after_step=step)
