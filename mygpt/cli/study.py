@@ -56,8 +56,8 @@ def study(options: StudyOptions) -> None:
     cells = cells_of(options.recipes, settings)
     folder = options.out or _default_out(options.recipes, settings)
     result = run_study(cells, options.seeds, folder, options.effect, _note, options.side_by_side)
-    print("\n".join(table_lines(result.cells)))
-    print("\n".join(verdict_lines(result.cells, result.comparisons, options.effect)))
+    verdicts = verdict_lines(result.cells, result.comparisons, options.effect)
+    print("\n".join([*table_lines(result.cells), *verdicts]))
     written = [str(result.file)]
     if options.picture:
         from mygpt.studies.picture import draw
