@@ -97,7 +97,7 @@ def run_grid(
         InterruptedRunError: a signal asked to stop; all runs are saved.
     """
     jobs = [Job(cell, seed, folder / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
-    _check(jobs, folder)
+    _check(jobs, folder, side_by_side)
     waiting = [job for job in jobs if not (is_complete(job.path) or has_failed(job.path))]
     if waiting:
         with locked(folder):
@@ -109,7 +109,7 @@ def run_grid(
         yield cell, {job.seed: job.path for job in jobs if job.cell is cell}
 
 
-def _check(jobs: Sequence[Job], folder: Path) -> None:
+def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
     """See that all can be run into the folder, before anything is written.
 
     Raises:
@@ -120,6 +120,11 @@ def _check(jobs: Sequence[Job], folder: Path) -> None:
     entries = [entry.name for entry in folder.iterdir() if entry.name != LOCK_FILE] if folder.is_dir() else []
     if entries and PLAN_FILE not in entries:
         raise CheckpointError(f"--out: {folder} is not empty and not a study; choose another --out")
+    if PLAN_FILE in entries and side_by_side not in (None, begun_with := _read_plan(folder)["side_by_side"]):
+        raise CheckpointError(
+            f"--side-by-side: got {side_by_side}, and the study has begun with {begun_with}; remove "
+            f"{folder / PLAN_FILE} to choose anew, which changes the last bits of the runs that are not complete"
+        )
     for job in jobs:
         check_output(job.path, replace=True)
         if (job.path / RUN_FILE).exists():
@@ -160,13 +165,7 @@ def _room_of(plan: dict[str, Any]) -> Room:
 def _make_plan(jobs: Sequence[Job], folder: Path, side_by_side: int | None, report: Report) -> dict[str, Any]:
     """How many runs go side by side: as chosen when the study began, since their bits depend on their threads."""
     if (folder / PLAN_FILE).exists():
-        plan = _read_plan(folder)
-        if side_by_side not in (None, plan["side_by_side"]):
-            raise CheckpointError(
-                f"--side-by-side: got {side_by_side}, and the study has begun with {plan['side_by_side']}; remove "
-                f"{folder / PLAN_FILE} to choose anew, which changes the last bits of the runs that are not complete"
-            )
-        return plan
+        return _read_plan(folder)
     largest = max((job.cell.recipe for job in jobs), key=_work_of_a_step)
     if side_by_side is None:
         room = measure_room(largest, len(jobs), report)

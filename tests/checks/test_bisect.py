@@ -196,7 +196,7 @@ original = module.train_step
 
 def train_step(parts, batch, step):
     update = original(parts, batch, step)
-    if step == 13:
+    if step == 5:
         with torch.no_grad():
             parts.gpt.norm.weight[3] = torch.nextafter(parts.gpt.norm.weight[3], torch.tensor(9.0))
     return update
@@ -212,19 +212,16 @@ def test_environment_that_changes_one_weight_at_one_step_is_found(make, tmp_path
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path}" exec {sys.executable} "$@"\n')
     os.chmod(python, 0o755)
-    a = make("plain")
+    a = make("plain", steps=8)
     code, out, err = call("bisect", a, a, "--python-b", python)
     assert code == 1, err
     first, *_, last = out.splitlines()
     assert first == (
-        "different: the first step that differs is step 13, in norm.weight, updated: 1 of 16 values, "
+        "different: the first step that differs is step 5, in norm.weight, updated: 1 of 16 values, "
         "by at most 5.960e-08 (1 units in the last place)"
     )
     reruns = int(re.match(r"trained again: (\d+) times", last)[1])
-    assert reruns <= 2 * 6
-    # Where the environment of a run is another one, its Python has to be given.
-    code, _, err = call("bisect", make("seed", data_seed=7), a, "--python-b", python)
-    assert code == 1
+    assert reruns <= 2 * 4
 
 
 @pytest.mark.slow
