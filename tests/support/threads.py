@@ -1,6 +1,7 @@
 """Processes that exchange messages over a channel, as threads of one process."""
 
 import threading
+import time
 
 from torch.distributed import HashStore
 
@@ -55,6 +56,7 @@ def exchange_and_fail(error):
 def lose(own: Channel):
     """A process that loses another in a collective, as gloo reports it."""
     exchange(own)
+    time.sleep(0.2)  # until the others have read the messages, too: it is lost later than that
     raise RuntimeError(
         "[/a/gloo/pair.cc:1] Read error [10.0.0.1]:5: Connection reset by peer. This is typically a riddle"
     )
