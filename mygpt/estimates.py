@@ -36,6 +36,11 @@ class Estimate(NamedTuple):
         return student_quantile(self.dof or math.inf) * self.stderr
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval."""
+        return self.mean - self.margin, self.mean + self.margin
+
+    @property
     def is_beyond_doubt(self) -> bool:
         """Whether the 95% interval excludes 0; without a standard error, whether the mean is not 0."""
         return abs(self.mean) > (0 if self.stderr is None else self.margin)

@@ -80,12 +80,13 @@ class HeldOutComparison(NamedTuple):
             f"{estimate.mean:+.4f}{'' if estimate.stderr is None else f' +- {estimate.stderr:.4f}'} {unit}"
             for estimate, unit in known
         )
-        yield f"B - A: {', '.join(shown)} ({manner})"
+        steps = " and ".join(map(str, dict.fromkeys(self.steps)))
+        yield f"B - A: {', '.join(shown)} ({manner}; evaluated after step {steps})"
         estimate, unit = known[0]
         if estimate.stderr is None:
             yield "verdict: none: a single window has no error"
             return
-        low, high = estimate.mean - estimate.margin, estimate.mean + estimate.margin
+        low, high = estimate.interval
         better = "B is better" if high < 0 else "A is better" if low > 0 else "no difference is seen"
         yield (
             f"verdict: {better} on {self.population}: 95% interval {low:+.4f} to {high:+.4f} {unit}; these are two "

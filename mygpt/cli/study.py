@@ -1,7 +1,5 @@
 """The command that compares recipes over several seeds: `mygpt study`."""
 
-import os
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,8 +69,9 @@ def study(options: StudyOptions) -> None:
 
 
 def _default_out(recipes: tuple[str, ...], settings: dict[str, list[object]]) -> Path:
-    names = [re.sub(r"\.toml$", "", os.path.basename(recipe.rstrip("/"))) for recipe in recipes]
-    return Path("checkpoints", "-".join(["study", *names, *settings]))
+    from mygpt.studies.grid import stem_of
+
+    return Path("checkpoints", "-".join(["study", *map(stem_of, recipes), *settings]))
 
 
 def _note(line: str) -> None:

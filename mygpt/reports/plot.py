@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from math import inf, isfinite, nan
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mygpt.errors import MygptError
+from mygpt.estimates import student_quantile
 from mygpt.runs.files import real_path
 from mygpt.runs.records import Record, perplexity, read_records
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Unit = Literal["nats-per-token", "bits-per-byte", "perplexity"]
 LABELS: dict[Unit, str] = {
@@ -25,7 +29,7 @@ def plot(runs: Sequence[Path], out: Path, unit: Unit = "nats-per-token") -> None
 
     Raises:
         CheckpointError: a run has no records.
-        MygptError: matplotlib or scipy is not installed, or `out` cannot be written.
+        MygptError: matplotlib is not installed, or `out` cannot be written.
     """
     names = [real_path(run).name for run in runs]
     if len(set(names)) < len(names):
@@ -38,9 +42,7 @@ def plot(runs: Sequence[Path], out: Path, unit: Unit = "nats-per-token") -> None
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise MygptError(f"{out}: got the ending {out.suffix!r}, expected .png, .svg or .pdf")
     try:
-        import matplotlib
         from matplotlib.figure import Figure
-        from scipy.stats import t as student
     except ImportError as error:
         raise MygptError(f"plot needs {error.name}: pip install 'mygpt[report]'") from None
 
@@ -57,9 +59,7 @@ def plot(runs: Sequence[Path], out: Path, unit: Unit = "nats-per-token") -> None
         if held_out:
             at, values, stderrs, dofs = zip(*held_out, strict=True)
             # Records of mygpt 0.1 lack the degrees of freedom: they get the normal quantile.
-            errors = [
-                student.ppf(0.975, dof or inf) * (stderr or nan) for stderr, dof in zip(stderrs, dofs, strict=True)
-            ]
+            errors = [student_quantile(dof or inf) * (stderr or nan) for stderr, dof in zip(stderrs, dofs, strict=True)]
             lines.append(loss_axes.errorbar(at, values, yerr=errors, color=color, marker="o", ms=3.5, capsize=2))
             labels.append(f"{name}: held-out, 95% interval")
         lr_axes.plot(steps, [r.lr for r in run], color=color)
@@ -71,8 +71,19 @@ def plot(runs: Sequence[Path], out: Path, unit: Unit = "nats-per-token") -> None
         text.set_parse_math(False)
     lr_axes.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
     lr_axes.grid(alpha=0.3)
+    save_figure(figure, out)
+
+
+def save_figure(figure: "Figure", out: Path) -> None:
+    """Write a picture, whose ending chooses the format; the same figure gives the same file.
+
+    Raises:
+        MygptError: it cannot be written.
+    """
+    import matplotlib
+
     try:
-        # The same run gives the same file: no random ids and no date.
+        # No random ids and no date.
         with matplotlib.rc_context({"svg.hashsalt": "mygpt"}):
             date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(out.suffix)
             figure.savefig(out, dpi=150, metadata=date)

@@ -1,6 +1,7 @@
 """The recipes of a study: each target with each combination of values for some keys."""
 
 import itertools
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,6 @@ from mygpt.runs.start import self_contained
 
 FIXED_KEYS = {"output", "resume", "threads", *ExpectedTable.model_fields, *SEEDS}
 """Keys that the study sets itself."""
-
-
 HELD_OUT_KEYS = ("corpus", "val_split", "hold_out")
 """Keys that choose the held-out text."""
 
@@ -57,12 +56,11 @@ def cells_of(targets: Sequence[str], settings: Mapping[str, Sequence[Any]]) -> l
     cells = []
     for target in targets:
         loaded = load_target(target).replace(**dict.fromkeys(ExpectedTable.model_fields))
-        stem = re.sub(r"\.toml$", "", target.rstrip("/").rsplit("/", 1)[-1])
         for values in itertools.product(*settings.values()):
             keys = dict(zip(settings, values, strict=True))
             # A key with a single value is the same in all recipes, and distinguishes none.
             shown = [f"{key}={value}" for key, value in keys.items() if len(settings[key]) > 1]
-            name = re.sub(r"[^\w.,=+-]", "_", ",".join([stem, *shown]))
+            name = re.sub(r"[^\w.,=+-]", "_", ",".join([stem_of(target), *shown]))
             recipe = loaded.replace(**keys)
             check_recipe(recipe, source=name)
             if not recipe.validation.val_every:
@@ -78,6 +76,11 @@ def cells_of(targets: Sequence[str], settings: Mapping[str, Sequence[Any]]) -> l
     if double := next((name for name in names if names.count(name) > 1), None):
         raise MygptError(f"two recipes of the study are called {double!r}; rename one, or give each value once")
     return cells
+
+
+def stem_of(target: str) -> str:
+    """The name of a recipe without its folder and ending."""
+    return re.sub(r"\.toml$", "", os.path.basename(target.rstrip("/")))
 
 
 def _check_texts(cells: Sequence[Cell]) -> None:

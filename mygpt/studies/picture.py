@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mygpt.errors import MygptError
+from mygpt.reports.plot import save_figure
 from mygpt.studies.analysis import mean_curve, unit_of
 from mygpt.studies.runner import Study
 
@@ -16,7 +17,6 @@ def draw(study: Study, out: Path) -> None:
         MygptError: matplotlib is not installed, or `out` cannot be written.
     """
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MygptError(f"a picture needs {error.name}: pip install 'mygpt[report]'") from None
@@ -49,9 +49,4 @@ def draw(study: Study, out: Path) -> None:
     ends.grid(alpha=0.3, axis="x")
     ends.set_title("runs, and the mean with its 95% interval", fontsize="small")
     curves.set_title("mean of the seeds, and their deviation", fontsize="small")
-    try:
-        with matplotlib.rc_context({"svg.hashsalt": "mygpt"}):
-            date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(out.suffix)
-            figure.savefig(out, dpi=150, metadata=date)
-    except OSError as error:
-        raise MygptError(f"{out}: cannot be written: {error.strerror}") from None
+    save_figure(figure, out)

@@ -58,7 +58,7 @@ def table_lines(cells: Sequence[CellResult]) -> Iterator[str]:
     complete = [cell for cell in cells if cell.runs]
     for cell in sorted(complete, key=lambda cell: cell.mean(unit).mean):
         mean, spread = cell.mean(unit), cell.spread(unit)
-        interval = "" if spread is None else f"{mean.mean - mean.margin:.4f} to {mean.mean + mean.margin:.4f}"
+        interval = "" if spread is None else "{:.4f} to {:.4f}".format(*mean.interval)
         failed = f" ({len(cell.failures)} failed)" if cell.failures else ""
         shown = "" if spread is None else f"{spread:.4f}"
         rows.append((cell.name, f"{len(cell.runs)}{failed}", f"{mean.mean:.4f}", shown, interval))
@@ -124,5 +124,4 @@ def to_json(
 def _estimate(estimate: Estimate) -> dict[str, Any]:
     if estimate.stderr is None:
         return {"mean": estimate.mean}
-    low, high = estimate.mean - estimate.margin, estimate.mean + estimate.margin
-    return {**estimate._asdict(), "interval": [low, high]}
+    return {**estimate._asdict(), "interval": estimate.interval}

@@ -196,7 +196,7 @@ original = module.train_step
 
 def train_step(parts, batch, step):
     update = original(parts, batch, step)
-    if step == 5:
+    if step == 2:
         with torch.no_grad():
             parts.gpt.norm.weight[3] = torch.nextafter(parts.gpt.norm.weight[3], torch.tensor(9.0))
     return update
@@ -217,11 +217,11 @@ def test_environment_that_changes_one_weight_at_one_step_is_found(make, tmp_path
     assert code == 1, err
     first, *_, last = out.splitlines()
     assert first == (
-        "different: the first step that differs is step 5, in norm.weight, updated: 1 of 16 values, "
+        "different: the first step that differs is step 2, in norm.weight, updated: 1 of 16 values, "
         "by at most 5.960e-08 (1 units in the last place)"
     )
     reruns = int(re.match(r"trained again: (\d+) times", last)[1])
-    assert reruns <= 2 * 4
+    assert reruns <= 2 * 2
 
 
 @pytest.mark.slow
