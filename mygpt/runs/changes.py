@@ -106,8 +106,9 @@ def check_changes(
             way_out = "set it so, or branch off with --allow-changes"
         kind = MismatchError if is_other_text else RecipeError
         raise kind("\n".join(f"{problem}; {way_out}" for problem in problems))
-    for problem in problems:
-        warn(problem)
+    for key, (was, new) in keys.items():
+        before_it = "another text" if key == "corpus" and is_other_text else was
+        warn(f"from step {step + 1} on: [{TABLE_OF_KEY[key]}] {key} = {new}, before {before_it}")
     _warn_of_last_bits(recorded, recipe, info, warn)
     evaluation = {key: values for key, values in differing_keys(old, recipe) if key in EVALUATION_KEYS}
     return keys | evaluation | recorded

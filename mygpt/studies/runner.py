@@ -255,9 +255,13 @@ def _error_of(process: "subprocess.Popen[str]", job: Job, restarts: dict[Path, i
         return None
     lines = _log(job).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     reason = lines[-1].removeprefix("mygpt: ") if lines else "no message"
+    way_on = "the same command continues the study"
     if process.returncode < 0:
         reason = f"was killed by {signal.Signals(-process.returncode).name} again and again"
-    return MygptError(f"{job.name}: {reason}; the same command continues the study", max(1, process.returncode))
+    if "out of memory" in reason or process.returncode == -signal.SIGKILL:  # which is how Linux frees memory
+        plan = job.path.parent.parent / PLAN_FILE
+        way_on += f"; without {plan} it measures anew how many runs fit side by side"
+    return MygptError(f"{job.name}: {reason}; {way_on}", max(1, process.returncode))
 
 
 def _outcome(path: Path) -> str:

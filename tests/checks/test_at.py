@@ -266,7 +266,7 @@ def test_fork_differs_in_its_keys_alone(place, tmp_path, call):
     made = tmp_path / "run-at-7-steps=14-lr=0.0005"
     (resumed,) = Run(made).info.resumed
     assert (resumed.after_step, resumed.changed) == (7, {"lr": (1e-3, 5e-4), "steps": (12, 14)})
-    assert "[optimizer] lr: got 0.0005, expected 0.001, as" in err
+    assert "from step 8 on: [optimizer] lr = 0.0005, before 0.001" in err
     records, others = ((path / "metrics.jsonl").read_text().splitlines() for path in (run, made))
     assert [a == b for a, b in zip(records, others, strict=False)] == [True] * 7 + [False] * 5
     assert verify(made).identical

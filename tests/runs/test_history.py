@@ -69,7 +69,7 @@ def test_falling_back_is_judged_by_the_recipe_of_the_step(changed, tiny, capsys)
     with pytest.raises(RecipeError, match=r"lr: got 0\.0001, expected 0\.001, as .*step-000002 was trained; choose"):
         train(again)
     train(again, allow_changes=True)
-    assert "lr: got 0.0001, expected 0.001, as" in capsys.readouterr().err
+    assert "from step 3 on: [optimizer] lr = 0.0001, before 0.001" in capsys.readouterr().err
     # The record of the lost continuation is gone, too.
     (resumed,) = Run(run).info.resumed
     assert (resumed.after_step, resumed.changed) == (2, {"lr": (1e-3, 1e-4), "steps": (4, 6)})

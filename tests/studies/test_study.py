@@ -106,6 +106,19 @@ def test_killed_study_continues_to_the_same_bytes(place, tmp_path):
         assert_same_run(path, train(recipe))
 
 
+@pytest.mark.fault(80)
+def test_run_that_is_killed_again_and_again_ends_the_study(place):
+    """As Linux does where memory is short; the study says how it comes to need less."""
+    process = start(place)
+    while process.poll() is None:
+        subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
+        time.sleep(0.05)
+    assert process.returncode == 1
+    message = (place / "err").read_text().splitlines()[-1]
+    assert "was killed by SIGKILL again and again; the same command continues the study" in message
+    assert message.endswith("without study/plan.json it measures anew how many runs fit side by side")
+
+
 @pytest.mark.fault(81)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_stops_all_runs_and_the_same_command_continues(place, number):
