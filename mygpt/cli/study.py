@@ -38,7 +38,7 @@ class StudyOptions:
 @command
 def study(options: StudyOptions) -> None:
     """Run recipes with several seeds, and say which is better, by how much, and how sure that is."""
-    from mygpt.studies.grid import cells_of, read_settings
+    from mygpt.studies.grid import PICTURE_FILE, cells_of, read_settings
     from mygpt.studies.results import table_lines, verdict_lines
     from mygpt.studies.runner import run_study
 
@@ -61,8 +61,8 @@ def study(options: StudyOptions) -> None:
         from mygpt.studies.picture import draw
 
         try:
-            draw(result, folder / "study.png")
-            written.append(str(folder / "study.png"))
+            draw(result, folder / PICTURE_FILE)
+            written.append(str(folder / PICTURE_FILE))
         except MygptError as error:
             _note(str(error))
     _note(f"wrote {' and '.join(written)}")

@@ -108,7 +108,7 @@ class ComparisonResult(NamedTuple):
             return (
                 f"{self.better} is better than {self.worse} by {size}{worth} (corrected p {_shown(self.corrected_p)})"
             )
-        rest = f"more seeds would not reveal one of {effect:g}, since the held-out text is too short"
+        rest = f"more seeds would not reveal one of {effect:g}; more held-out windows might"
         if self.seeds_needed == 0:
             rest = f"one of {effect:g} would probably have been seen"
         elif self.seeds_needed is not None:

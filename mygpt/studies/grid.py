@@ -12,8 +12,13 @@ from mygpt.recipe.flags import SEEDS, load_target
 from mygpt.recipe.tables import ExpectedTable, Recipe, check_recipe
 from mygpt.runs.start import self_contained
 
-FIXED_KEYS = {"output", "resume", "threads", *ExpectedTable.model_fields, *SEEDS}
+STUDY_FILE = "study.json"
+PLAN_FILE = "plan.json"
+PICTURE_FILE = "study.png"
+FIXED_KEYS = {"output", "resume", "threads", "seed", *ExpectedTable.model_fields, *SEEDS}
 """Keys that the study sets itself."""
+OWN_FILES = (STUDY_FILE, PLAN_FILE, PICTURE_FILE)
+"""Beside which each recipe has a folder."""
 HELD_OUT_KEYS = ("corpus", "val_split", "hold_out")
 """Keys that choose the held-out text."""
 
@@ -41,7 +46,8 @@ def read_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
         if key in settings:
             raise MygptError(f"--set: {key} is given twice; give all its values together: {key}=VALUE,VALUE")
         if key in FIXED_KEYS:
-            raise MygptError(f"--set: {key} is set by the study; give another key")
+            remedy = "--seeds says how many" if key in ("seed", *SEEDS) else "give another key"
+            raise MygptError(f"--set: {key} is set by the study; {remedy}")
         settings[key] = [_value(value.strip()) for value in values.split(",")]
     return settings
 
@@ -51,7 +57,7 @@ def cells_of(targets: Sequence[str], settings: Mapping[str, Sequence[Any]]) -> l
 
     Raises:
         RecipeError: a recipe cannot be used, has no held-out loss, or holds out another text than the others.
-        MygptError: two recipes have the same name.
+        MygptError: two recipes have the same name, or one has that of a file of the study.
     """
     cells = []
     for target in targets:
@@ -62,6 +68,8 @@ def cells_of(targets: Sequence[str], settings: Mapping[str, Sequence[Any]]) -> l
             shown = [f"{key}={value}" for key, value in keys.items() if len(settings[key]) > 1]
             name = re.sub(r"[^\w.,=+-]", "_", ",".join([stem_of(target), *shown]))
             recipe = loaded.replace(**keys)
+            if name.startswith(".") or name.casefold() in ("", *OWN_FILES):
+                raise MygptError(f"{target}: a study needs this name for a file of its own; rename the recipe")
             check_recipe(recipe, source=name)
             if not recipe.validation.val_every:
                 raise RecipeError(

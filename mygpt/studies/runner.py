@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mygpt import __version__
-from mygpt.errors import CheckpointError, InterruptedRunError, MygptError
+from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, MygptError
 from mygpt.processes.signals import stop_on_signal
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, Recipe
@@ -20,13 +20,11 @@ from mygpt.runs.lock import locked
 from mygpt.runs.run import Run, check_output
 from mygpt.runs.start import self_contained
 from mygpt.studies.analysis import CellResult, ComparisonResult, compare_cells
-from mygpt.studies.grid import Cell
+from mygpt.studies.grid import PLAN_FILE, STUDY_FILE, Cell
 from mygpt.studies.results import has_failed, is_complete, read_cell, to_json
 from mygpt.studies.room import Room, Slot, available_cores, measure_room, start_worker
 from mygpt.studies.worker import Task
 
-STUDY_FILE = "study.json"
-PLAN_FILE = "plan.json"
 POLL_SECONDS = 0.1
 MOST_RESTARTS = 3
 """Of a run that is killed from outside, before the study gives up."""
@@ -114,6 +112,8 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
 
     Raises:
         CheckpointError: it cannot.
+        CorpusError, TokenizerError: the text cannot be used.
+        MismatchError: runs that are there were trained on another text.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--out: {folder} is a file; choose another --out")
@@ -125,6 +125,7 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
             f"--side-by-side: got {side_by_side}, and the study has begun with {begun_with}; remove "
             f"{folder / PLAN_FILE} to choose anew, which changes the last bits of the runs that are not complete"
         )
+    hashes = _hashes_of_texts([job.cell for job in jobs])
     for job in jobs:
         check_output(job.path, replace=True)
         if (job.path / RUN_FILE).exists():
@@ -138,6 +139,24 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
                 raise CheckpointError(
                     f"{job.path}: was trained with {key} = {was}, and the study has {now}; choose another --out"
                 )
+            if Run(job.path).info.corpus_sha256 != hashes[job.cell.name]:
+                raise MismatchError(
+                    f"{job.path}: was trained on another text than {job.cell.recipe.data.corpus}; choose another --out"
+                )
+
+
+def _hashes_of_texts(cells: Sequence[Cell]) -> dict[str, str]:
+    """The sha256 of the text of each recipe, by its name; each text is read as its runs will read it."""
+    from mygpt.data.dataset import load_dataset  # imports torch
+
+    read: dict[str, str] = {}
+    hashes = {}
+    for cell in cells:
+        key = repr((cell.recipe.data, cell.recipe.train.seq_len))
+        if key not in read:
+            read[key] = load_dataset(cell.recipe.data, cell.recipe.train.seq_len, verify=False).sha256
+        hashes[cell.name] = read[key]
+    return hashes
 
 
 def _recipe_of(job: Job, threads: int | None) -> Recipe:
@@ -255,6 +274,8 @@ def _error_of(process: "subprocess.Popen[str]", job: Job, restarts: dict[Path, i
         return None
     lines = _log(job).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     reason = lines[-1].removeprefix("mygpt: ") if lines else "no message"
+    if process.returncode > 1:  # a mistake: the same command would find it again
+        return MygptError(f"{job.name}: {reason}", process.returncode)
     way_on = "the same command continues the study"
     if process.returncode < 0:
         reason = f"was killed by {signal.Signals(-process.returncode).name} again and again"

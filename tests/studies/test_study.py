@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -148,11 +149,26 @@ def test_recipe_that_diverges_is_reported_and_the_others_are_compared(place):
 @pytest.mark.fault(83)
 def test_error_of_a_run_ends_the_study(place):
     """With its message and exit code; nothing else is left running."""
-    (place / "text.txt").write_text("short")
-    result = run(place)
+    device = "cuda" if sys.platform == "darwin" else "mps"
+    result = run(place, "--set", f"device={device}")
     assert result.returncode == 2
-    assert "small,lr=0.001, seed 1: the training part has 4 of the corpus's 5 characters" in result.stderr
+    assert f"small,lr=0.001, seed 1: device: got {device}" in result.stderr, result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.fault(83)
+def test_text_that_has_changed_is_refused(place):
+    """Runs on another text are neither compared nor extended; nothing is trained or written."""
+    arguments = ["--set", "lr=1e-3", "--set", "steps=4", "--no-picture"]
+    command = [*MYGPT, "study", "small.toml", *SEEDS, "--out", "study", *arguments]
+    subprocess.run(command, cwd=place, check=True, capture_output=True)
+    before = contents(place / "study")
+    (place / "text.txt").write_text("another text, " * 500)
+    for extended in ([], ["--seeds", "3"]):
+        result = subprocess.run([*command, *extended], cwd=place, capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        assert "seed-1: was trained on another text than" in result.stderr
+    assert contents(place / "study") == before
 
 
 def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
@@ -160,6 +176,9 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
     monkeypatch.chdir(place)
     (place / "full").mkdir()
     (place / "full" / "notes").write_text("mine")
+    (place / "short.txt").write_text("short")
+    for name in ("...toml", "plan.json.toml"):
+        (place / name).write_bytes((place / "small.toml").read_bytes())
     before = contents(place)
     for arguments, message in (
         (["small.toml", "--seeds", "1"], "--seeds: got 1, expected 2 to 1000: one seed is not a result"),
@@ -172,6 +191,10 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
         (["small.toml", "--set", "val_every=0"], "val_every: got 0, expected evaluations"),
         (["small.toml", "./small.toml"], "two recipes of the study are called 'small'"),
         (["smal.toml"], "no such recipe"),
+        (["...toml"], "a study needs this name for a file of its own; rename the recipe"),
+        (["plan.json.toml"], "a study needs this name for a file of its own; rename the recipe"),
+        (["small.toml", "--set", "seed=1,2"], "--set: seed is set by the study; --seeds says how many"),
+        (["small.toml", "--set", "corpus=short.txt"], "the training part has 4 of the corpus's 5 characters"),
         (["small.toml", "--set", "val_split=0.1,0.2"], "[data] val_split: got 0.2, and small,val_split=0.1 has 0.1"),
         (["small.toml", "--set", "corpus=text.txt,python-docs"], "expected the same in all recipes of a study"),
         (["small.toml", "--side-by-side", "0"], "--side-by-side: got 0, expected at least 1"),
