@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +96,8 @@ def run_grid(
     """
     jobs = [Job(cell, seed, folder / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
     _check(jobs, folder, side_by_side)
+    hashes = _hashes_of_texts(cells)
+    _check_texts(jobs, hashes)
     waiting = [job for job in jobs if not (is_complete(job.path) or has_failed(job.path))]
     if waiting:
         with locked(folder):
@@ -103,6 +105,7 @@ def run_grid(
             done = len(jobs) - len(waiting)
             report(f"{done} of {len(jobs)} runs are complete; {len(waiting)} to go" if done else f"{len(jobs)} runs")
             _run_all(waiting, _room_of(plan), report)
+        _check_texts(jobs, hashes)  # it may have changed while they were trained
     for cell in cells:
         yield cell, {job.seed: job.path for job in jobs if job.cell is cell}
 
@@ -112,8 +115,6 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
 
     Raises:
         CheckpointError: it cannot.
-        CorpusError, TokenizerError: the text cannot be used.
-        MismatchError: runs that are there were trained on another text.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--out: {folder} is a file; choose another --out")
@@ -125,7 +126,6 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
             f"--side-by-side: got {side_by_side}, and the study has begun with {begun_with}; remove "
             f"{folder / PLAN_FILE} to choose anew, which changes the last bits of the runs that are not complete"
         )
-    hashes = _hashes_of_texts([job.cell for job in jobs])
     for job in jobs:
         check_output(job.path, replace=True)
         if (job.path / RUN_FILE).exists():
@@ -139,24 +139,32 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
                 raise CheckpointError(
                     f"{job.path}: was trained with {key} = {was}, and the study has {now}; choose another --out"
                 )
-            if Run(job.path).info.corpus_sha256 != hashes[job.cell.name]:
-                raise MismatchError(
-                    f"{job.path}: was trained on another text than {job.cell.recipe.data.corpus}; choose another --out"
-                )
 
 
 def _hashes_of_texts(cells: Sequence[Cell]) -> dict[str, str]:
-    """The sha256 of the text of each recipe, by its name; each text is read as its runs will read it."""
+    """The sha256 of the text of each recipe, by its name; it is read as the runs will read it.
+
+    Raises:
+        CorpusError, TokenizerError: it cannot be used.
+    """
     from mygpt.data.dataset import load_dataset  # imports torch
 
-    read: dict[str, str] = {}
-    hashes = {}
-    for cell in cells:
-        key = repr((cell.recipe.data, cell.recipe.train.seq_len))
-        if key not in read:
-            read[key] = load_dataset(cell.recipe.data, cell.recipe.train.seq_len, verify=False).sha256
-        hashes[cell.name] = read[key]
-    return hashes
+    texts = {cell.name: (cell.recipe.data, cell.recipe.train.seq_len) for cell in cells}
+    hashes = {text: load_dataset(*text, verify=False).sha256 for text in dict.fromkeys(texts.values())}
+    return {name: hashes[text] for name, text in texts.items()}
+
+
+def _check_texts(jobs: Sequence[Job], hashes: Mapping[str, str]) -> None:
+    """See that all runs that are there were trained on the text of their recipe.
+
+    Raises:
+        MismatchError: one was not.
+    """
+    for job in jobs:
+        if (job.path / RUN_FILE).exists() and Run(job.path).info.corpus_sha256 != hashes[job.cell.name]:
+            raise MismatchError(
+                f"{job.path}: was trained on another text than {job.cell.recipe.data.corpus}; choose another --out"
+            )
 
 
 def _recipe_of(job: Job, threads: int | None) -> Recipe:
@@ -274,7 +282,7 @@ def _error_of(process: "subprocess.Popen[str]", job: Job, restarts: dict[Path, i
         return None
     lines = _log(job).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     reason = lines[-1].removeprefix("mygpt: ") if lines else "no message"
-    if process.returncode > 1:  # a mistake: the same command would find it again
+    if process.returncode > 1:  # a mistake, which would be found again; or a signal, whose message says the way on
         return MygptError(f"{job.name}: {reason}", process.returncode)
     way_on = "the same command continues the study"
     if process.returncode < 0:
