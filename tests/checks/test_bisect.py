@@ -222,6 +222,9 @@ def test_environment_that_changes_one_weight_at_one_step_is_found(make, tmp_path
     )
     reruns = int(re.match(r"trained again: (\d+) times", last)[1])
     assert reruns <= 2 * 2
+    # One Python may be given for one of two runs.
+    code, _, err = call("bisect", make("seed", steps=8, data_seed=7), a, "--python-b", python)
+    assert code == 1, err
 
 
 @pytest.mark.slow
