@@ -93,7 +93,7 @@ def test_fresh_machine_commands_are_the_ones_that_ci_runs():
     """The two commands for a fresh machine: set-up, then a whole first run or the tests. CI starts from the second."""
     first, second = COMMANDS[:2]
     assert first.startswith(SETUP + "-e . && mygpt train quickstart && mygpt generate ")
-    assert second == SETUP + "-e '.[dev]' && pytest"
+    assert second == SETUP + "-e '.[dev]' && pytest -n 2 --dist worksteal"
     assert "README.md" in (REPOSITORY / ".ci" / "run").read_text()
 
 
