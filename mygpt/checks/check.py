@@ -22,13 +22,17 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
     """
     run = Run(path)
     recipe, records, checkpoint = run.recipe, run.records, run.newest_checkpoint()
-    last, history = records[-1], None
+    last, history, ended_early = records[-1], None, False
     end = f"step {last.step} of {recipe.train.steps}, not complete"
     if checkpoint is not None:
         history = load_history(checkpoint / STATE_FILE)
         if run.ended_with(checkpoint):
-            end = f"complete after {last.step} steps"
-            if history and read_manifest(checkpoint).ended_by == "patience":
+            manifest = read_manifest(checkpoint)
+            end = f"complete after {manifest.step} steps"
+            if last.step < manifest.step:  # records were lost
+                end += f", of which the records after step {last.step} are missing"
+            ended_early = manifest.ended_by == "patience"
+            if history and ended_early:
                 best = read_metadata(checkpoint / STATE_FILE, StateMetadata).best
                 end = early_end_line(history, recipe.validation.patience, best)
     yield f"run: {end}", True
@@ -39,7 +43,7 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
         guess, loss = math.log(vocab_size), last.loss if last.val is None else last.val
         kind = "training" if last.val is None else "held-out"
         yield f"loss: {kind} {loss:.4f} at step {last.step}; guessing among {vocab_size:,} tokens has {guess:.4f}", True
-    yield verdict_line(history, records), True
+    yield verdict_line(history, records, ended_early=ended_early), True
     judged = list(place_lines(recipe.expected, records, run.info.corpus_sha256))
     yield from judged
     if not judged:

@@ -21,16 +21,18 @@ FEWEST_RECORDS = 10
 """Of these steps, for a training loss that can be compared with those of other runs."""
 
 
-def verdict_line(history: History | None, records: Sequence[Record]) -> str:
+def verdict_line(history: History | None, records: Sequence[Record], *, ended_early: bool = False) -> str:
     """Whether the held-out loss was still falling at the end of a run, flat, or rising, and the evidence.
 
     A change counts if the 95% interval of the difference excludes 0. Its error is that of the held-out windows, paired
     where they are the same, and of how a model moves from evaluation to evaluation. It is a statement on the text that
-    the windows stand for, and on this run: another seed may end otherwise.
+    the windows stand for, and on this run: another seed may end otherwise. Of a run that `ended_early` it is about what
+    came after its last improvement.
     """
     if history is None:
         return "verdict: none without a held-out loss; --val-split 0.1 --val-every 500 measures it"
-    last, lowest, first = history.last.step, history.lowest, history.marks[0]
+    last, lowest = history.last.step, history.lowest
+    first = max(history.marks[0], history.reference) if ended_early else history.marks[0]
     if first == last:
         return f"verdict: none from a single evaluation, after step {last}; lower val_every"
     evaluated = [(record.step, record.val) for record in records if record.val is not None]
@@ -44,7 +46,7 @@ def verdict_line(history: History | None, records: Sequence[Record]) -> str:
             both = f"held-out loss {rise.text()} by step {last}, and the training loss rises, too"
             return f"verdict: getting worse since step {lowest}: {both}"
         return f"verdict: overfitting since step {lowest}: held-out loss {rise.text()} by step {last}"
-    change = _change_at_end(history, losses)
+    change = _change_at_end(history, losses, first)
     if change.mean < 0 and change.is_beyond_doubt:
         rate = change.scaled(100 / (last - first))
         return f"verdict: still improving: held-out loss {rate.text()} per 100 steps from step {first} to {last}"
@@ -76,10 +78,10 @@ def _rise(history: History, losses: Mapping[int, float]) -> Estimate | None:
     return Estimate(mean, math.sqrt((paired.stderr or 0) ** 2 + noise * (1 / several + 1 / len(near))), dof)
 
 
-def _change_at_end(history: History, losses: Mapping[int, float]) -> Estimate:
-    """By how much the held-out loss changed from the first mark to the end: means of some evaluations up to each."""
+def _change_at_end(history: History, losses: Mapping[int, float], first: int) -> Estimate:
+    """By how much the held-out loss changed from step `first` to the end: means of some evaluations up to each."""
     steps, values = list(losses), np.array(list(losses.values()))
-    at = steps.index(history.marks[0])
+    at = steps.index(first)
     several = max(1, min(at + 1, (len(steps) - 1 - at) // 2))
     mean = float(values[-several:].mean() - values[at + 1 - several : at + 1].mean())
     noise = 0.0
@@ -87,7 +89,7 @@ def _change_at_end(history: History, losses: Mapping[int, float]) -> Estimate:
         # A loss that falls ever more slowly has positive second differences: only noise makes negative ones, and half
         # of what it makes.
         noise = float(np.mean(np.minimum(_second_differences(values), 0) ** 2)) * 2 / 6
-    paired = history.difference(history.marks[0], history.last.step)
+    paired = history.difference(first, history.last.step)
     return Estimate(mean, math.sqrt((paired.stderr or 0) ** 2 + noise * 2 / several), paired.dof)
 
 

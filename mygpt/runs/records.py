@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import Field, ValidationError
 
-from mygpt.errors import CheckpointError
+from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Table
 from mygpt.runs.files import explain_disk_error, set_aside
@@ -67,7 +67,8 @@ def read_records(run: Path) -> list[Record]:
     """The records of a run directory, without a last line that a killed run left unfinished.
 
     Raises:
-        CheckpointError: there are none, or a line is not a record.
+        CheckpointError: there are none.
+        DamagedCheckpointError: a line is not a record.
     """
     path = run / METRICS_FILE
     try:
@@ -80,7 +81,7 @@ def read_records(run: Path) -> list[Record]:
         try:
             records.append(Record.model_validate_json(line))
         except ValidationError:
-            raise CheckpointError(f"{path}: line {number} is not a record") from None
+            raise DamagedCheckpointError(f"{path}: damaged: line {number} is not a record") from None
     if not records:
         raise CheckpointError(f"{path}: no step has been recorded yet")
     return records

@@ -152,13 +152,14 @@ def run_steps(
             exit_code=128 + number,
         )
     if is_main and last_step is None:
-        way_on = "patience" if progress.end(recipe) == "patience" else "steps"
+        ended_early = progress.end(recipe) == "patience"
+        way_on = "patience" if ended_early else "steps"
         end = f"{run} is complete; raise --{way_on} to train on, or --overwrite it to start again"
         print_note(f"saved {run}" if progress.step > start.step else end)
-        if progress.history and progress.end(recipe) == "patience":
+        if progress.history and ended_early:
             print_note(early_end_line(progress.history, recipe.validation.patience, progress.best))
         records = rewind(run / METRICS_FILE, Record, progress.step, cut=False)
-        print_note(verdict_line(progress.history, records))
+        print_note(verdict_line(progress.history, records, ended_early=ended_early))
         for line, _ in place_lines(recipe.expected, records, dataset.sha256):
             print_note(line)
         if recorder.last:

@@ -1,6 +1,7 @@
 """What a recipe expects, and what a complete run says of it."""
 
 import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -154,6 +155,16 @@ def test_verdict_names_the_evidence(held_out, training, verdict):
     assert re.match(f"verdict: {verdict}", verdict_line(history_of(*held_out), records(training, held_out)))
 
 
+def test_verdict_on_an_early_end_is_about_what_came_after_the_last_improvement():
+    """Not on the whole last part of the run, in which it may have improved: that would contradict why it ended."""
+    held_out = [*np.linspace(5, 2.3, 28), 2.3, 2.3]
+    history = history_of(*held_out)
+    known = records(FALLING, held_out)
+    assert (history.reference, history.marks[0]) == (280, 260)
+    assert "still improving" in verdict_line(history, known)
+    assert "flat from step 280 to 300" in verdict_line(history, known, ended_early=True)
+
+
 def test_verdict_without_held_out_text_says_how_to_get_one():
     assert verdict_line(None, records(FALLING)).startswith("verdict: none without a held-out loss; --val-split")
 
@@ -235,7 +246,7 @@ def test_rows_need_their_number_of_runs():
         Recipe.of(expected_val=[[10, 3.0]])
 
 
-def test_check_says_whether_a_run_is_normal(tiny, call):
+def test_check_says_whether_a_run_is_normal(tiny, call, tmp_path):
     """With exit code 1 if it is not; also of a run that is not complete, and of a recipe of which nothing is known."""
     keys = {"val_split": 0.2, "val_every": 2, "init": "gpt2", "lr": 1e-2}
     run = train(tiny(**keys))
@@ -244,6 +255,12 @@ def test_check_says_whether_a_run_is_normal(tiny, call):
     assert [line.split(":")[0] for line in out.splitlines()] == ["run", "loss", "verdict", "expected"]
     assert "complete after 6 steps" in out
     assert "nothing is known of this recipe" in out
+    first, *_ = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    shutil.copytree(run, tmp_path / "lost")
+    (tmp_path / "lost" / "metrics.jsonl").write_text(first)
+    assert (
+        "complete after 6 steps, of which the records after step 1 are missing" in call("check", tmp_path / "lost")[1]
+    )
     value = read_records(run)[-1].val
     for mean, code in ((value, 0), (value - 1, 1)):
         other = tiny(**keys, expected_val=[[6, mean, 0.01]], expected_seeds=5, output=f"{run}-{code}")
