@@ -214,7 +214,7 @@ def make_again(side: Side, step: int) -> Path:
     arguments += ["--start", str(start)] if start else ["--from-beginning"]
     if not side.is_recorded:
         arguments.append("--no-check")
-    call(side, "mygpt", arguments)
+    call(side, "mygpt", arguments, makes=out)
     side.reruns += 1
     side.steps += step - (read_manifest(start).step if start else side.begun_after)
     side.made[step] = step_directory(out, step)
@@ -307,7 +307,7 @@ def trace(side: Side, step: int, name: str = "") -> Trace:
     """Compute one step of a run with its Python; with a name, the value of this name is kept in a file."""
     before = state_after(side, step - 1) if step - 1 > side.begun_after else side.run.origin
     arguments = [str(side.run.path), str(step), str(before or ""), name, str(trace_file(side, step))]
-    call(side, "mygpt.checks.trace", arguments)
+    call(side, "mygpt.checks.trace", arguments, makes=trace_file(side, step))
     return read_table(Trace, trace_file(side, step))
 
 
@@ -337,8 +337,8 @@ def advice(side: Side) -> str:
     return f"give the Python of the environment that trained it with --python-{side.name}"
 
 
-def call(side: Side, module: str, arguments: list[str]) -> None:
-    """Run a module of mygpt in a new process, with the Python of this side.
+def call(side: Side, module: str, arguments: list[str], *, makes: Path) -> None:
+    """Run a module of mygpt in a new process, with the Python of this side; `makes` is the path that it writes.
 
     Raises:
         MygptError: it fails; with its message.
@@ -355,6 +355,8 @@ def call(side: Side, module: str, arguments: list[str]) -> None:
     except OSError as error:
         raise MygptError(f"--python-{side.name}: {side.python}: cannot be run: {error.strerror}") from None
     if not done.returncode:
+        if not makes.exists():
+            raise MygptError(f"--python-{side.name}: {side.python}: expected a Python; it does not run mygpt")
         return
     lines = done.stderr.splitlines() or ["it says nothing"]
     problem = next((line.removeprefix("mygpt: ") for line in lines if line.startswith("mygpt: ")), lines[-1])

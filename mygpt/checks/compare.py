@@ -22,6 +22,9 @@ from mygpt.runs.run import Run, find_model_file
 from mygpt.runs.schemas import Manifest, ModelMetadata
 from mygpt.runs.steps import read_manifest, read_metadata
 
+OTHER_TEXT = "corpus: another text"
+"""The line for two recipes that were trained on different texts."""
+
 
 class TensorDifference(NamedTuple):
     """One tensor of two files that is not the same in both."""
@@ -156,7 +159,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
 
 def _compare_recipes(a: Manifest, b: Manifest) -> Iterator[str]:
     if None not in (a.corpus_sha256, b.corpus_sha256) and a.corpus_sha256 != b.corpus_sha256:
-        yield "corpus: another text"
+        yield OTHER_TEXT
     if a.recipe and b.recipe:
         # The model and the environment have lines of their own.
         elsewhere = HARMLESS_KEYS | RESOLVED_KEYS | {*ModelTable.model_fields}

@@ -71,7 +71,7 @@ class CompareOptions:
 @command
 def compare(options: CompareOptions) -> int:
     """Whether two models are the same bit for bit; and if not, what differs, and which has the lower held-out loss."""
-    from mygpt.checks.compare import compare, describe_held_out, table
+    from mygpt.checks.compare import OTHER_TEXT, compare, describe_held_out, table
 
     result = compare(options.a, options.b)
     steps = "step {}".format(" and step ".join(map(str, dict.fromkeys(result.steps))))
@@ -98,6 +98,8 @@ def compare(options: CompareOptions) -> int:
         print(describe_held_out(*result.records.held_out))
     if result.held_out:
         print("\n".join(result.held_out.lines()))
+    elif OTHER_TEXT in result.recipe:
+        print("verdict: none, since they were trained and evaluated on different texts")
     return 1
 
 

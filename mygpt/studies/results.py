@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mygpt.errors import CheckpointError
+from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.estimates import Estimate
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE
 from mygpt.runs.held_out import load_history
@@ -26,6 +27,16 @@ def is_complete(path: Path) -> bool:
         return False
 
 
+@contextmanager
+def explain_damage(run: Path) -> Iterator[None]:
+    """Say of a run of the study that cannot be read how it is made again; raises DamagedCheckpointError."""
+    try:
+        yield
+    except CheckpointError as error:
+        message = f"{error}; remove {run}, and the same command trains it again"
+        raise DamagedCheckpointError(message) from None
+
+
 def has_failed(path: Path) -> bool:
     """Whether a step of the run was not finite: it would be again."""
     return path.is_dir() and any(FAILED_NAME.fullmatch(entry.name) for entry in path.iterdir())
@@ -35,17 +46,18 @@ def read_cell(name: str, folder: Path, paths: Mapping[int, Path], failures: Mapp
     """What the complete runs at `paths`, by seed, came to; `folder` is that of the study.
 
     Raises:
-        CheckpointError: one cannot be read.
+        DamagedCheckpointError: one cannot be read.
     """
     runs, tokenizer = {}, ""
     for seed, path in paths.items():
-        checkpoint = Run(path).newest_checkpoint()
-        history = load_history(checkpoint / STATE_FILE) if checkpoint else None
-        if checkpoint is None or history is None:
-            raise CheckpointError(f"{path}: has no held-out loss at its end")
-        tokenizer = json.dumps(read_metadata(checkpoint / MODEL_FILE, ModelMetadata).model_dump()["tokenizer"])
-        curve = tuple((record.step, record.val) for record in Run(path).records if record.val is not None)
-        runs[seed] = RunResult(history.last, curve, str(path.relative_to(folder)))
+        with explain_damage(path):
+            checkpoint = Run(path).newest_checkpoint()
+            history = load_history(checkpoint / STATE_FILE) if checkpoint else None
+            if checkpoint is None or history is None:
+                raise CheckpointError(f"{path}: has no held-out loss at its end")
+            tokenizer = json.dumps(read_metadata(checkpoint / MODEL_FILE, ModelMetadata).model_dump()["tokenizer"])
+            curve = tuple((record.step, record.val) for record in Run(path).records if record.val is not None)
+            runs[seed] = RunResult(history.last, curve, str(path.relative_to(folder)))
     return CellResult(name, runs, dict(failures), tokenizer)
 
 

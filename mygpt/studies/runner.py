@@ -21,7 +21,7 @@ from mygpt.runs.run import Run, check_output
 from mygpt.runs.start import self_contained
 from mygpt.studies.analysis import CellResult, ComparisonResult, compare_cells
 from mygpt.studies.grid import PLAN_FILE, STUDY_FILE, Cell
-from mygpt.studies.results import has_failed, is_complete, read_cell, to_json
+from mygpt.studies.results import explain_damage, has_failed, is_complete, read_cell, to_json
 from mygpt.studies.room import Room, Slot, available_cores, measure_room, start_worker
 from mygpt.studies.worker import Task
 
@@ -130,7 +130,8 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
         check_output(job.path, replace=True)
         if (job.path / RUN_FILE).exists():
             expected = self_contained(_recipe_of(job, None))
-            found = Run(job.path).recipe
+            with explain_damage(job.path):
+                found = Run(job.path).recipe
             # A prepared corpus has its own tokenizer, which a run records.
             own = {"tokenizer"} if os.path.isdir(expected.data.corpus) else set()
             for key, (was, now) in differing_keys(found, expected):

@@ -167,6 +167,10 @@ def test_mistakes_cost_one_line(make, tmp_path, call, monkeypatch):
         ((a, tmp_path / "gone"), "no such run"),
         ((a, a), "are the same run; give the Python of another environment with --python-b"),
         ((a, make("seed", data_seed=7), "--python-b", tmp_path / "gone"), "gone: cannot be run: No such file"),
+        (
+            (a, make("seed", data_seed=7), "--python-b", shutil.which("true")),
+            "expected a Python; it does not run mygpt",
+        ),
     ):
         code, out, err = call("bisect", *arguments)
         assert (code, out) == (2, "")

@@ -148,7 +148,7 @@ def test_identical_runs_say_no_more(tiny, tmp_path, call):
     assert "recipe: val_every 3 against 0" in out
 
 
-def test_other_texts_are_not_compared(tiny, tmp_path, text):
+def test_other_texts_are_not_compared(tiny, tmp_path, text, call):
     """Their losses say nothing about the models."""
     (tmp_path / "other.txt").write_text(text[::-1], encoding="utf-8")
     train(tiny(**HELD_OUT, output=str(tmp_path / "a")))
@@ -156,6 +156,9 @@ def test_other_texts_are_not_compared(tiny, tmp_path, text):
     result = compare(tmp_path / "a", tmp_path / "b")
     assert result.held_out is None
     assert "corpus: another text" in result.recipe
+    code, out, _ = call("compare", tmp_path / "a", tmp_path / "b")
+    assert code == 1
+    assert out.endswith("verdict: none, since they were trained and evaluated on different texts\n")
 
 
 def test_one_window_has_no_verdict(tiny, tmp_path):

@@ -85,6 +85,11 @@ def test_study_runs_the_grid_and_is_extended(place, tmp_path):
     other = run(place, "--set", "steps=20")
     assert other.returncode == 2
     assert "seed-1: was trained with steps = 12, and the study has 20; choose another --out" in other.stderr
+    for name, content in (("metrics.jsonl", "{}\n"), ("run.json", "{")):
+        (place / "study" / "small,lr=0.01" / "seed-2" / name).write_text(content)
+        damaged = run(place)
+        assert damaged.returncode == 1
+        assert "seed-2, and the same command trains it again" in damaged.stderr
 
 
 @pytest.mark.fault(79, 80)
