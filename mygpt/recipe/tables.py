@@ -225,9 +225,9 @@ class CheckpointTable(Table):
 
 ExpectedRows = Annotated[
     tuple[Annotated[tuple[Count, float, Annotated[float, Field(ge=0)]], Field(strict=False)], ...],
-    Field(strict=False, min_length=1),
+    Field(strict=False),
 ]
-"""Step, mean and standard deviation over seeds."""
+"""Step, mean and standard deviation over seeds, by step."""
 
 
 class ExpectedTable(Table):
@@ -387,6 +387,10 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
     ends = recipe.expected.expected_bits_per_byte
     if ends and not 0 < ends[0] <= ends[1]:
         yield "expected_bits_per_byte", "the lower end of the range, which is above 0, and then the upper"
+    for key, rows in (("expected_val", recipe.expected.expected_val), ("expected_loss", recipe.expected.expected_loss)):
+        steps = [step for step, *_ in rows or ()]
+        if rows is not None and (not steps or steps != sorted(set(steps))):
+            yield key, "at least one [step, mean, deviation], by rising steps"
     has_rows = recipe.expected.expected_val or recipe.expected.expected_loss
     if has_rows and not recipe.expected.expected_seeds:
         yield "expected_seeds", "the number of runs that expected_val and expected_loss are from"
@@ -411,7 +415,8 @@ def _explain(problem: Any, source: str | None) -> str:
         kind, known = ("key", KEYS_OF_TABLE[table]) if keys else ("table", list(KEYS_OF_TABLE))
         return f"{where}: unknown {kind} {name!r}{_suggest(name, known)}"
     where = f"--{keys[0].replace('_', '-')}" if source is None else " ".join([f"{source} [{table}]", *keys[:1]])
-    expected = "a table" if problem["type"] == "model_type" else problem["msg"]
+    of_type = {"model_type": "a table", "missing": "more values"}
+    expected = of_type.get(problem["type"], problem["msg"])
     for prefix in ("Input should be ", "Input should ", "String should "):
         expected = expected.removeprefix(prefix)
     return f"{where}: got {show_value(problem['input'])}, expected {expected}"

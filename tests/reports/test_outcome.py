@@ -239,11 +239,20 @@ def test_other_seeds_are_hardly_ever_called_not_normal():
         assert alarms / 2000 <= 0.016
 
 
-def test_rows_need_their_number_of_runs():
+def test_rows_are_whole_and_have_their_number_of_runs():
+    """Each mistake costs one line."""
     with pytest.raises(RecipeError, match="expected_seeds: got null, expected the number of runs"):
         check_recipe(Recipe.of(expected_val=[[10, 3.0, 0.1]]))
-    with pytest.raises(RecipeError, match="expected_val"):
-        Recipe.of(expected_val=[[10, 3.0]])
+    for rows, message in (
+        ([[10, 3.0]], "expected_val: got [10, 3.0], expected more values"),
+        ([[10, 3.0, -0.1]], "expected_val: got -0.1, expected greater than or equal to 0"),
+        ([[10.0, 3.0, 0.1]], "expected_val: got 10.0, expected a valid integer"),
+        ([], "expected_val: got [], expected at least one [step, mean, deviation]"),
+        ([[20, 3.0, 0.1], [10, 3.0, 0.1]], "expected_val: got [[20, 3.0, 0.1], [10, 3.0, 0.1]], expected .* by rising"),
+    ):
+        with pytest.raises(RecipeError, match=re.sub(r"([\[\]])", r"\\\1", message)) as caught:
+            check_recipe(Recipe.of(expected_val=rows, expected_seeds=5))
+        assert str(caught.value).count("\n") == 0
 
 
 def test_check_says_whether_a_run_is_normal(tiny, call, tmp_path):
