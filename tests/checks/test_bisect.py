@@ -27,9 +27,9 @@ def in_this_process(monkeypatch, capsys):
     """Make steps again in this process: a new one would import torch each time. With another Python it is one."""
     original = module.call
 
-    def call(side, name, arguments):
+    def call(side, name, arguments, makes):
         if side.python:
-            return original(side, name, arguments)
+            return original(side, name, arguments, makes=makes)
         try:
             main(arguments) if name == "mygpt" else trace.main(arguments)
         except SystemExit as stopped:

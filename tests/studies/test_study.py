@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -153,11 +154,13 @@ def test_recipe_that_diverges_is_reported_and_the_others_are_compared(place):
 
 @pytest.mark.fault(83)
 def test_error_of_a_run_ends_the_study(place):
-    """With its message and exit code; nothing else is left running."""
+    """With its message and exit code, whichever of them is the first; nothing else is left running."""
     device = "cuda" if sys.platform == "darwin" else "mps"
     result = run(place, "--set", f"device={device}")
     assert result.returncode == 2
-    assert f"small,lr=0.001, seed 1: device: got {device}" in result.stderr, result.stderr
+    assert re.search(rf"^mygpt: small,lr=0.0\d+, seed 1: device: got {device}", result.stderr, re.MULTILINE), (
+        result.stderr
+    )
     assert "Traceback" not in result.stderr
 
 
