@@ -116,13 +116,7 @@ def plan_recreation(
     """Where to begin, and what to train from there; reads the run, and raises as `recreate` does."""
     origin = run.info.origin
     begun_after = origin.after_step if origin else 0
-    last = max(run.records[-1].step, *run.checkpoints, begun_after)
-    if not begun_after < step <= last:
-        before = f"; its steps up to {begun_after} are those of {origin.checkpoint}" if origin else ""
-        raise CheckpointError(
-            f"{run.path}: got step {step}, expected one from {begun_after + 1} to {last}, the last that it has "
-            f"trained{before}"
-        )
+    check_step(run, step, begun_after)
     checkpoint = None
     if start is not None:
         checkpoint = files.real_path(start)
@@ -144,6 +138,39 @@ def plan_recreation(
     elif checkpoint:
         recipe = Run(checkpoint.parent).recipe_of(checkpoint)
     return Plan(checkpoint, first, list(split_at_checkpoints(run, first, parts)), recipe)
+
+
+def check_step(run: Run, step: int, begun_after: int) -> None:
+    """Check that a run, which began after another step, has trained a step itself.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    last = max(run.records[-1].step, *run.checkpoints, begun_after)
+    if not begun_after < step <= last:
+        origin = run.info.origin
+        before = f"; its steps up to {begun_after} are those of the run of {origin.checkpoint}" if origin else ""
+        raise CheckpointError(
+            f"{run.path}: got step {step}, expected one from {begun_after + 1} to {last}, the last that it has "
+            f"trained{before}"
+        )
+
+
+def check_goes_on(run: Run, step: int, recipe: Recipe) -> None:
+    """Check that training has something left to do after a step of the run with this recipe.
+
+    Raises:
+        RecipeError: early stopping would end it there again.
+    """
+    directory = run.checkpoints.get(step)
+    if directory is None or recorded_manifest(directory) is None or read_manifest(directory).ended_by != "patience":
+        return
+    was = run.recipe_at(step).validation.patience
+    if 0 < recipe.validation.patience <= was:
+        raise RecipeError(
+            f"[validation] patience: got {recipe.validation.patience}, with which {run.path} ended after step {step}; "
+            f"give --patience 0, or one above {was}, or fork it after an earlier step"
+        )
 
 
 def nearest_checkpoint(run: Run, begun_after: int, step: int, warn: Warn) -> Path | None:
@@ -296,13 +323,18 @@ def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
 
 def check_fork(run: Run, step: int, recipe: Recipe, output: Path) -> bool:
     """Check that the run can be forked after a step with this recipe; returns whether the fork has been begun."""
+    origin = run.info.origin
+    check_step(run, step, origin.after_step if origin else 0)
     if recipe.train.steps <= step:
         raise RecipeError(f"[train] steps: got {recipe.train.steps}, expected more than {step}; raise --steps")
     if os.path.lexists(output):
         check_is_fork(run, step, recipe, output)
         return True
     check_free(run.path, output)
+    check_goes_on(run, step, recipe)
     plan = plan_recreation(run, step, warn=lambda _: None)
+    if recipe.data.corpus == plan.recipe.data.corpus:  # the text is none of the keys in which the fork differs
+        check_text(run, [Part(plan.recipe, step)])
     check_model(run, recipe, plan)
     for resumed in run.info.history:
         keys = ", ".join(name for name in resumed.changed if name in TABLE_OF_KEY)
@@ -345,5 +377,6 @@ def fork_name(run: Path, step: int, base: Recipe, recipe: Recipe) -> str:
     """The name of a fork's directory: the run's, the step, and the keys in which the recipes differ."""
     was = base.flat()
     changed = {key: value for key, value in recipe.flat().items() if value != was[key]}
-    keys = (f"{key}={value}" for key, value in changed.items() if key not in ("output", "resume"))
+    left_out = ("output", "resume", "init_seed")  # the weights are there already
+    keys = (f"{key}={value}" for key, value in changed.items() if key not in left_out)
     return "-".join([f"{files.real_path(run).name}-at-{step}", *keys]).replace(os.sep, "_")

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from mygpt.checks.compare import TensorDifference, compare_files
 from mygpt.checks.trace import BEFORE, Trace
-from mygpt.errors import CheckpointError, DamagedCheckpointError, LaunchError, MygptError
+from mygpt.errors import CheckpointError, DamagedCheckpointError, InterruptedRunError, LaunchError, MygptError
 from mygpt.processes.environment import no_launcher, read_launched
+from mygpt.processes.signals import stop_on_signal
 from mygpt.recipe.tables import HARMLESS_KEYS
 from mygpt.runs.files import MODEL_FILE, STATE_FILE, real_path
 from mygpt.runs.held_out import PREFIX
@@ -79,18 +80,26 @@ def bisect(
         CheckpointError: there is no such run, or they have no step in common.
         LaunchError: a launcher has started this.
         MygptError: a Python cannot be run, or a run cannot be repeated with it.
+        InterruptedRunError: a signal asked to stop.
     """
+    for name, python in (("a", python_a), ("b", python_b)):
+        if python == "":
+            raise MygptError(f"--python-{name}: got nothing, expected the path of a Python")
     if read_launched().processes > 1:
         raise LaunchError("bisect trains on one process at a time; start it without a launcher")
     is_same_run = real_path(a) == real_path(b)
     if is_same_run and python_a == python_b:
         raise CheckpointError(f"{a} and {b} are the same run; give the Python of another environment with --python-b")
-    with tempfile.TemporaryDirectory(prefix="mygpt-bisect-") as folder:
-        sides = (
-            open_side("a", a, python_a, Path(folder), is_recorded=not is_same_run),
-            open_side("b", b, python_b, Path(folder), is_recorded=not is_same_run),
-        )
-        return search(*sides, note)
+    try:
+        with stop_on_signal(), tempfile.TemporaryDirectory(prefix="mygpt-bisect-") as folder:
+            sides = (
+                open_side("a", a, python_a, Path(folder), is_recorded=not is_same_run),
+                open_side("b", b, python_b, Path(folder), is_recorded=not is_same_run),
+            )
+            return search(*sides, note)
+    except SystemExit as stopped:  # by a signal, which also ends the process that makes a step again
+        message = "stopped before the first difference was found; the runs are as they were"
+        raise InterruptedRunError(message, stopped.code) from None  # type: ignore[arg-type]
 
 
 def open_side(name: str, path: Path, python: str | None, folder: Path, *, is_recorded: bool) -> Side:
@@ -274,9 +283,11 @@ def look_into(a: Side, b: Side, step: int, last: int) -> Bisection | None:
     traces = [trace(side, step) for side in (a, b)]
     values_a, values_b = (dict(traced.values) for traced in traces)
     pairs = zip(*(traced.values for traced in traces), strict=False)
-    name = next((value[0] for value, other in pairs if value != other), None)
-    if name is None:
+    names = next(((value[0], other[0]) for value, other in pairs if value != other), None)
+    if names is None:
         return None
+    # Where one computes more than the other, that is what differs.
+    name = next((name for name in names if (name in values_a) != (name in values_b)), names[0])
     difference = None
     if name in values_a and name in values_b:
         for side in (a, b):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mygpt.data.dataset import corpus_sha256
-from mygpt.errors import InterruptedRunError, MismatchError, NonFiniteError
+from mygpt.errors import CorpusError, InterruptedRunError, MismatchError, NonFiniteError
 from mygpt.processes.environment import choose_threads, read_launched
 from mygpt.processes.machine import choose_matmul, has_matmul, resolve_device
 from mygpt.recipe.tables import Recipe
@@ -53,9 +53,14 @@ def check_text(run: Run, parts: Sequence[Part]) -> None:
 
     Raises:
         MismatchError: the text has changed since.
+        CorpusError: it cannot be read.
     """
     for part in parts:
-        if corpus_sha256(part.recipe.data.corpus) != run.info.recorded_at(part.until)["corpus_sha256"]:
+        try:
+            sha256 = corpus_sha256(part.recipe.data.corpus)
+        except CorpusError as error:
+            raise type(error)(f"{run.path}: the text on which it was trained cannot be read: {error}") from None
+        if sha256 != run.info.recorded_at(part.until)["corpus_sha256"]:
             raise MismatchError(
                 f"{run.path}: was trained on another text than {part.recipe.data.corpus} is now; put the text back",
                 exit_code=2,

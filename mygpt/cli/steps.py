@@ -132,7 +132,7 @@ MAX_ULP = 10**6
 def describe(difference: "TensorDifference | None") -> str:
     """How many values differ, and by how much."""
     if difference is None:
-        return ", which only one of them computes at this point"
+        return ", which only one of them has"
     text = f": {difference.differing}"
     if difference.max_abs is not None:
         text += f" values, by at most {difference.max_abs:.3e}"

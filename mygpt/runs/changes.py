@@ -109,7 +109,8 @@ def check_changes(
     for key, (was, new) in keys.items():
         before_it = "another text" if key == "corpus" and is_other_text else was
         warn(f"from step {step + 1} on: [{TABLE_OF_KEY[key]}] {key} = {new}, before {before_it}")
-    _warn_of_last_bits(recorded, recipe, info, warn)
+    follows = {"micro_batch_size"} if "batch_size" in keys else set()
+    _warn_of_last_bits({name: recorded[name] for name in recorded if name not in follows}, recipe, info, warn)
     evaluation = {key: values for key, values in differing_keys(old, recipe) if key in EVALUATION_KEYS}
     return keys | evaluation | recorded
 

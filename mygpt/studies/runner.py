@@ -20,7 +20,7 @@ from mygpt.runs.lock import locked
 from mygpt.runs.run import Run, check_output
 from mygpt.runs.start import self_contained
 from mygpt.studies.analysis import CellResult, ComparisonResult, compare_cells
-from mygpt.studies.grid import PLAN_FILE, STUDY_FILE, Cell
+from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, Cell
 from mygpt.studies.results import explain_damage, has_failed, is_complete, read_cell, to_json
 from mygpt.studies.room import Room, Slot, available_cores, measure_room, start_worker
 from mygpt.studies.worker import Task
@@ -76,8 +76,9 @@ def run_study(
         for cell, paths in run_grid(cells, seeds, folder, report, side_by_side)
     ]
     comparisons = compare_cells(results, effect)
+    plan = _read_plan(folder) if (folder / PLAN_FILE).exists() else {}
     with explain_disk_error("{path}: cannot be written: {reason}", folder / STUDY_FILE):
-        replace_text(folder / STUDY_FILE, to_json(results, comparisons, _read_plan(folder), effect))
+        replace_text(folder / STUDY_FILE, to_json(results, comparisons, plan, effect))
     return Study(results, comparisons, effect, folder / STUDY_FILE)
 
 
@@ -119,7 +120,8 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--out: {folder} is a file; choose another --out")
     entries = [entry.name for entry in folder.iterdir() if entry.name != LOCK_FILE] if folder.is_dir() else []
-    if entries and PLAN_FILE not in entries:
+    own = {PLAN_FILE, STUDY_FILE, PICTURE_FILE, *(job.cell.name for job in jobs)}
+    if entries and not {PLAN_FILE, STUDY_FILE} & {*entries} and not own.issuperset(entries):
         raise CheckpointError(f"--out: {folder} is not empty and not a study; choose another --out")
     if PLAN_FILE in entries and side_by_side not in (None, begun_with := _read_plan(folder)["side_by_side"]):
         raise CheckpointError(
@@ -127,7 +129,8 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
             f"{folder / PLAN_FILE} to choose anew, which changes the last bits of the runs that are not complete"
         )
     for job in jobs:
-        check_output(job.path, replace=True)
+        with explain_damage(job.path):
+            check_output(job.path, replace=True)
         if (job.path / RUN_FILE).exists():
             expected = self_contained(_recipe_of(job, None))
             with explain_damage(job.path):
@@ -291,6 +294,7 @@ def _error_of(process: "subprocess.Popen[str]", job: Job, restarts: dict[Path, i
     if "out of memory" in reason or process.returncode == -signal.SIGKILL:  # which is how Linux frees memory
         plan = job.path.parent.parent / PLAN_FILE
         way_on += f"; without {plan} it measures anew how many runs fit side by side"
+    reason = reason.removesuffix("; mend the disk or make room, and the same command continues")
     return MygptError(f"{job.name}: {reason}; {way_on}", max(1, process.returncode))
 
 

@@ -192,6 +192,10 @@ def test_mistakes_cost_one_line(place, tmp_path, call, text):
     own.write_text(text, encoding="utf-8", newline="")
     changed = train(Recipe.of(**TINY, corpus=str(own), output=str(tmp_path / "changed")))
     own.write_text(text[:-1], encoding="utf-8", newline="")
+    short = tmp_path / "short.txt"
+    short.write_text(text[:1000], encoding="utf-8")
+    without_text = train(Recipe.of(**TINY, corpus=str(short), output=str(tmp_path / "without-text")))
+    short.unlink()
     run, out = place / "run", tmp_path / "out"
     there = sorted(tmp_path.iterdir())
     for arguments, message in (
@@ -199,6 +203,9 @@ def test_mistakes_cost_one_line(place, tmp_path, call, text):
         (("at", run, 0, "--out", out), "got step 0, expected one from 1 to 12"),
         (("at", tmp_path / "gone", 3, "--out", out), "no such run"),
         (("at", changed, 3, "--out", out), "was trained on another text than"),
+        (("at", without_text, 3, "--out", out), "the text on which it was trained cannot be read: "),
+        (("fork", changed, 6, "--steps", 9, "--output", out), "was trained on another text than"),
+        (("fork", run, 13, "--output", out), "got step 13, expected one from 1 to 12"),
         (("at", run, 3, "--out", changed), "is there already"),
         (("at", run, 3, "--out", own), "is there already"),
         (("at", run, 3, "--out", run / "x"), "which stays as it is"),
@@ -279,6 +286,31 @@ def test_fork_differs_in_its_keys_alone(place, tmp_path, call):
     code, _, err = call("fork", run, 7, "--lr", 1e-4, "--output", made)
     assert code == 2
     assert "is a fork with lr = 0.0005, and this one has 0.0001; choose another --output" in err
+
+
+def test_fork_where_early_stopping_ended_the_run_needs_more_patience(tiny, tmp_path, call):
+    """With the same, it would end there again; nothing is written."""
+    keys = {"val_split": 0.2, "val_every": 2, "sampling": "full", "patience": 1, "lr": 1e-9, "steps": 20}
+    run = train(tiny(**keys))
+    step = Run(run).records[-1].step
+    assert step < 20
+    code, _, err = call("fork", run, step, "--lr", 1e-2)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"patience: got 1, with which {run} ended after step {step}; give --patience 0, or one above 1" in err
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["run"]
+    assert call("fork", run, step, "--lr", 1e-2, "--patience", 0)[0] == 0
+    made = tmp_path / f"run-at-{step}-lr=0.01-patience=0"
+    assert Run(made).records[-1].step == 20
+
+
+def test_fork_with_other_batches_or_seeds_is_named_and_warned_of_what_changes(tiny, tmp_path, call):
+    """The micro-batch follows from the batch, and the initial weights are there already."""
+    run = train(tiny(save_every=2))
+    code, _, err = call("fork", run, 2, "--batch-size", 2, "--seed", 7)
+    assert code == 0
+    assert "[train] batch_size = 2, before 4" in err
+    assert "last bits" not in err
+    assert (tmp_path / "run-at-2-batch_size=2-data_seed=7").is_dir()
 
 
 def test_fork_begins_with_the_recipe_of_its_step(tiny, tmp_path, capsys):

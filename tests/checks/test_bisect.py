@@ -4,9 +4,12 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from support.commands import MYGPT, wait_for
 from support.runs import EXACT, TINY
 
 from mygpt.checks import bisect as module
@@ -190,6 +193,23 @@ def test_mistakes_cost_one_line(make, tmp_path, call, monkeypatch):
     (begun / "metrics.jsonl").write_text("")
     with pytest.raises(CheckpointError, match="no step has been recorded yet"):
         bisect(a, begun)
+
+
+@pytest.mark.slow
+def test_signal_ends_all_and_leaves_nothing(make, tmp_path):
+    """Neither the process that trains steps again, nor a folder."""
+    run = make("long", steps=3000, log_every=3000, print_every=3000)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [*MYGPT, "bisect", run, run, "--python-b", sys.executable]
+    process = subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(tmp_path.glob("mygpt-bisect-*/.tmp-at-*/run/metrics.jsonl")), process)
+    child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.endswith("mygpt: stopped before the first difference was found; the runs are as they were\n")
+    assert not Path(f"/proc/{child}").exists()
+    assert not list(tmp_path.glob("mygpt-bisect-*"))
 
 
 PERTURBED = """

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,11 +87,32 @@ def test_study_runs_the_grid_and_is_extended(place, tmp_path):
     other = run(place, "--set", "steps=20")
     assert other.returncode == 2
     assert "seed-1: was trained with steps = 12, and the study has 20; choose another --out" in other.stderr
-    for name, content in (("metrics.jsonl", "{}\n"), ("run.json", "{")):
-        (place / "study" / "small,lr=0.01" / "seed-2" / name).write_text(content)
+    plan, result_file = place / "study" / "plan.json", place / "study" / "study.json"
+    for removed in ((plan,), (plan, result_file)):  # the folder stays a study
+        for file in removed:
+            file.unlink()
+        again = run(place, "--seeds", "3")
+        assert (again.returncode, again.stdout) == (0, more.stdout), again.stderr
+        plan.write_text(PLAN)
+
+
+def test_damaged_run_of_a_study_is_named_and_can_be_trained_again(place):
+    """Whatever was damaged, the study says which directory to remove."""
+    first = run(place)
+    seed = place / "study" / "small,lr=0.01" / "seed-2"
+    for name, content in (("metrics.jsonl", "{}\n"), ("run.json", "{"), ("run.json", None)):
+        if content is None:
+            (seed / name).unlink()
+        else:
+            (seed / name).write_text(content)
         damaged = run(place)
         assert damaged.returncode == 1
         assert "seed-2, and the same command trains it again" in damaged.stderr
+    shutil.rmtree(seed)
+    seed.touch()
+    assert "remove study/small,lr=0.01/seed-2, and the same command" in run(place).stderr
+    seed.unlink()
+    assert run(place).stdout == first.stdout
 
 
 @pytest.mark.fault(79, 80)
@@ -131,9 +153,12 @@ def test_run_that_is_killed_again_and_again_ends_the_study(place):
 def test_signal_stops_all_runs_and_the_same_command_continues(place, number):
     """They are saved; the study says so and ends with the code of the signal."""
     process = start(place, "--set", "steps=100000")
-    wait_for(lambda: len(list((place / "study").glob("*/seed-*/step-*"))) > 2, process)
-    process.send_signal(number)
-    assert process.wait(60) == 128 + number
+    try:
+        wait_for(lambda: len({path.parent for path in (place / "study").glob("*/seed-*/step-*")}) == 2, process)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    finally:
+        process.kill()
     assert (
         f"stopped by {number.name}; the runs are saved, and the same command continues" in (place / "err").read_text()
     )
