@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mygpt.data.build import tokenizer_from
-from mygpt.reports.outcome import early_end_line, place_lines, verdict_line
-from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE
+from mygpt.recipe.files import METRICS_FILE
+from mygpt.reports.outcome import early_end_line, outcome_lines, place_lines, verdict_line
+from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, TIMING_FILE
 from mygpt.runs.held_out import load_history
+from mygpt.runs.records import Timing, rewind
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import ModelMetadata, StateMetadata
 from mygpt.runs.steps import read_manifest, read_metadata
@@ -21,12 +23,19 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
         DamagedCheckpointError: it cannot be read.
     """
     run = Run(path)
-    recipe, records, checkpoint = run.recipe, run.records, run.newest_checkpoint()
-    last, history, ended_early = records[-1], None, False
+    recipe = run.recipe
+    failures = sorted(entry.name for entry in path.iterdir() if FAILED_NAME.fullmatch(entry.name))
+    for failed in failures:
+        yield f"{failed}: a loss or a gradient was not finite; `mygpt replay {path}` looks into it", False
+    records, checkpoint = [] if failures and not _has_records(path) else run.records, run.newest_checkpoint()
+    if not records:
+        return
+    last, history, is_over, ended_early = records[-1], None, False, False
     end = f"step {last.step} of {recipe.train.steps}, not complete"
     if checkpoint is not None:
         history = load_history(checkpoint / STATE_FILE)
-        if run.ended_with(checkpoint):
+        is_over = run.ended_with(checkpoint)
+        if is_over:
             manifest = read_manifest(checkpoint)
             end = f"complete after {manifest.step} steps"
             if last.step < manifest.step:  # records were lost
@@ -36,15 +45,26 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
                 best = read_metadata(checkpoint / STATE_FILE, StateMetadata).best
                 end = early_end_line(history, recipe.validation.patience, best)
     yield f"run: {end}", True
-    for failed in sorted(entry.name for entry in path.iterdir() if FAILED_NAME.fullmatch(entry.name)):
-        yield f"{failed}: a loss or a gradient was not finite; `mygpt replay {path}` looks into it", False
+    kind, loss = ("training", last.loss) if last.val is None else ("held-out", last.val)
+    guess = ""
     if checkpoint is not None:
         vocab_size = tokenizer_from(read_metadata(checkpoint / MODEL_FILE, ModelMetadata).tokenizer).vocab_size
-        guess, loss = math.log(vocab_size), last.loss if last.val is None else last.val
-        kind = "training" if last.val is None else "held-out"
-        yield f"loss: {kind} {loss:.4f} at step {last.step}; guessing among {vocab_size:,} tokens has {guess:.4f}", True
-    yield verdict_line(history, records, ended_early=ended_early), True
+        guess = f"; guessing among {vocab_size:,} tokens has {math.log(vocab_size):.4f}"
+    yield f"loss: {kind} {loss:.4f} at step {last.step}{guess}", True
+    if history is None and recipe.validation.val_every:
+        yield "verdict: none before the first checkpoint that follows an evaluation", True
+    else:
+        yield verdict_line(history, records, ended_early=ended_early), True
     judged = list(place_lines(recipe.expected, records, run.info.corpus_sha256))
+    timings = rewind(path / TIMING_FILE, Timing, last.step, cut=False)
+    if is_over and timings:
+        judged += [(line, True) for line in outcome_lines(recipe.expected, last, timings[-1], run.info.processes)]
     yield from judged
     if not judged:
         yield "expected: nothing is known of this recipe; `mygpt study` on it measures what other seeds come to", True
+
+
+def _has_records(path: Path) -> bool:
+    """Whether a step of the run has been recorded."""
+    file = path / METRICS_FILE
+    return file.is_file() and file.stat().st_size > 0

@@ -20,7 +20,7 @@ from mygpt.runs.held_out import PREFIX, Difference, difference, load_history
 from mygpt.runs.records import Record, read_records
 from mygpt.runs.run import Run, find_model_file
 from mygpt.runs.schemas import Manifest, ModelMetadata
-from mygpt.runs.steps import read_manifest, read_metadata
+from mygpt.runs.steps import read_manifest, read_metadata, verify_file
 
 OTHER_TEXT = "corpus: another text"
 """The line for two recipes that were trained on different texts."""
@@ -141,6 +141,8 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         is_same_text = manifest_a.corpus_sha256 is not None and manifest_a.corpus_sha256 == manifest_b.corpus_sha256
         histories = [load_history(file.with_name(STATE_FILE)) for file in (file_a, file_b)] if is_same_text else [None]
         if all(histories):
+            for file, manifest in ((file_a, manifest_a), (file_b, manifest_b)):
+                verify_file(file.with_name(STATE_FILE), manifest)  # a flipped bit would be a verdict
             same_tokens = metadata_a.tokenizer == metadata_b.tokenizer
             same_text = held_out_part(manifest_a) == held_out_part(manifest_b)
             last = [history.last for history in histories if history]
@@ -152,7 +154,13 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     was, now = (Run(Path(run)).info.environment() for run in (a, b))
     return comparison._replace(
         state=compare_files(file_a.with_name(STATE_FILE), file_b.with_name(STATE_FILE), without=PREFIX),
-        records=compare_records(read_records(Path(a)), read_records(Path(b))),
+        records=compare_records(
+            # A run that was killed, or still goes on, has later ones than those of its newest checkpoint.
+            *(
+                [record for record in read_records(Path(run)) if record.step <= metadata.step]
+                for run, metadata in ((a, metadata_a), (b, metadata_b))
+            )
+        ),
         environment=[f"{name} {was.get(name)} against {new}" for name, new in now.items() if was.get(name) != new],
     )
 

@@ -96,7 +96,9 @@ def compare(options: CompareOptions) -> int:
         return 0
     if result.records and result.records.held_out:
         print(describe_held_out(*result.records.held_out))
-    if result.held_out:
+    if not result.settings and not result.weights.differences:
+        print("verdict: none: these are the same weights")
+    elif result.held_out:
         print("\n".join(result.held_out.lines()))
     elif OTHER_TEXT in result.recipe:
         print("verdict: none, since they were trained and evaluated on different texts")

@@ -243,7 +243,7 @@ class ExpectedTable(Table):
     """Held-out losses in nats per token, as [[step, mean, deviation], ...] over runs with other seeds."""
     expected_loss: ExpectedRows | None = None
     """The same of the training loss, of which each is the mean over the 100 steps up to that step."""
-    expected_seeds: Annotated[int, Field(ge=2)] | None = None
+    expected_seeds: Annotated[int, Field(ge=2, lt=2**31)] | None = None
     """How many runs these rows are from."""
     expected_text: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None = None
     """How the sha256 of the text begins on which they were trained: of another text they say nothing."""

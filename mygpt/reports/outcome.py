@@ -100,10 +100,10 @@ def _second_differences(values: Floats) -> Floats:
 
 def early_end_line(history: History, patience: int, best: Best | None) -> str:
     """Why early stopping ended a run, and which checkpoint is the best."""
-    evaluations = f"{patience} evaluation{'s' * (patience > 1)}"
+    evaluations = f"the last {patience} evaluations were" if patience > 1 else "the last evaluation was"
     rest = f"; `best` is step {best.step}, with a held-out loss of {best.val:.4f}" if best else ""
     return (
-        f"ended early, after step {history.last.step}: {evaluations} without an improvement beyond doubt over "
+        f"ended early, after step {history.last.step}: {evaluations} no improvement beyond doubt over "
         f"step {history.reference}{rest}"
     )
 
@@ -165,7 +165,7 @@ def place_lines(expected: ExpectedTable, records: Sequence[Record], corpus_sha25
         return
     for name, found in places(expected, records):
         if not found:
-            yield f"expected: {name}: not measured yet at a step for which it is known", True
+            yield f"expected: {name}: not measured at a step for which it is known", True
             continue
         last, outside = found[-1], [place for place in found if not place.is_within]
         range_ = f"99% of runs with another seed are within {last.mean:.4f} +- {last.margin:.4f}"

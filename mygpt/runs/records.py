@@ -68,7 +68,7 @@ def read_records(run: Path) -> list[Record]:
 
     Raises:
         CheckpointError: there are none.
-        DamagedCheckpointError: a line is not a record.
+        DamagedCheckpointError: a line is not a record, or not of a later step than the one before.
     """
     path = run / METRICS_FILE
     try:
@@ -82,6 +82,8 @@ def read_records(run: Path) -> list[Record]:
             records.append(Record.model_validate_json(line))
         except ValidationError:
             raise DamagedCheckpointError(f"{path}: damaged: line {number} is not a record") from None
+        if number > 1 and records[-2].step >= records[-1].step:
+            raise DamagedCheckpointError(f"{path}: damaged: line {number} is of an earlier step than the one before")
     if not records:
         raise CheckpointError(f"{path}: no step has been recorded yet")
     return records

@@ -47,6 +47,8 @@ class Start(NamedTuple):
     """Whether earlier evaluations are over the same held-out windows as later ones; also those of a branch's source."""
     is_complete: bool = False
     """Whether the run is over, so that nothing will be trained."""
+    waits_anew: bool = False
+    """Whether early stopping was off up to here, so that the evaluations so far do not count."""
 
 
 def find_start(
@@ -112,7 +114,8 @@ def find_start(
         history = (resumed.model_copy(update={"checkpoint": str(checkpoint), "manifest_sha256": sha256}),)
     info = info.model_copy(update={"recipe": recipe, "resumed": history})
     keeps_history = not window_names(source.trained_with, recipe) & changed.keys()
-    return Start(checkpoint, step, in_place, overwrite, recipe, info, keeps_best, keeps_history)
+    start = Start(checkpoint, step, in_place, overwrite, recipe, info, keeps_best, keeps_history)
+    return start._replace(waits_anew=recipe.validation.patience > 0 == source.trained_with.validation.patience)
 
 
 def _ends_later(source: Source, recipe: Recipe) -> bool:
@@ -260,6 +263,8 @@ def _complete(source: Source, checkpoint: Path, step: int, recipe: Recipe, chang
 
 def _keeps_best(source: Source, checkpoint: Path, recipe: Recipe, changed: Changes, warn: Warn) -> bool:
     """Whether later evaluations can be compared with the checkpoint's best: it is of this run and of equal windows."""
+    if not recipe.keeps_best:
+        return False  # lower losses that have no checkpoint may follow
     keeps = source.in_place and not window_names(source.trained_with, recipe) & changed.keys()
     validation = recipe.validation
     if validation.sampling == "own-stream" and validation.val_every and read_manifest(checkpoint).format == 1:
@@ -269,4 +274,6 @@ def _keeps_best(source: Source, checkpoint: Path, recipe: Recipe, changed: Chang
         )
     if source.in_place and not keeps and read_metadata(checkpoint / files.STATE_FILE, StateMetadata).best:
         warn("`best` begins again: earlier losses are over other held-out windows, and cannot be compared with later")
+    elif source.in_place and not source.trained_with.keeps_best and validation.val_every:
+        warn("`best` begins here: of lower held-out losses before there is no checkpoint")
     return keeps

@@ -94,7 +94,8 @@ def share_start(start: Start, channel: Channel) -> Start:
 
     Through the store: if the main process fails before this, a broadcast would leave the others waiting.
     """
-    kept = {"keeps_best": start.keeps_best, "keeps_history": start.keeps_history}
+    names = ("keeps_best", "keeps_history", "waits_anew")
+    kept = {name: getattr(start, name) for name in names}
     own = {"checkpoint": str(start.checkpoint or ""), **kept}
     shared = channel.exchange(own, "start")[0]
     checkpoint = Path(shared["checkpoint"]) if shared["checkpoint"] else None
@@ -120,8 +121,9 @@ def run_steps(
         progress.best = None
     if not start.keeps_history:
         progress.history = None
-    if progress.history and progress.has_stopped_early(recipe) and not start.is_complete:
-        # It goes on with less patience than before: what it has waited so far does not end it.
+    has_less_patience = progress.has_stopped_early(recipe) and not start.is_complete
+    if progress.history and (start.waits_anew or has_less_patience):
+        # What it has waited so far does not end it.
         progress.history = replace(progress.history, waited=0)
     if gradient_sum.is_exact:
         remedy = REMEDY_AFTER_RESUMING if start.checkpoint else REMEDY_AT_START

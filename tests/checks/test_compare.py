@@ -11,10 +11,11 @@ from support.checkpoints import rewrite, save, small_gpt
 
 from mygpt.checks.compare import compare, table
 from mygpt.data.tokenizer import CharTokenizer
+from mygpt.errors import DamagedCheckpointError
 from mygpt.model.gpt import GPT
 from mygpt.recipe.tables import ModelTable
 from mygpt.runs.records import read_records
-from mygpt.training.train import train
+from mygpt.training.train import train, train_until
 
 
 @pytest.fixture
@@ -168,3 +169,36 @@ def test_one_window_has_no_verdict(tiny, tmp_path):
         train(tiny(**keys, lr=lr, output=str(tmp_path / name)))
     *_, verdict = compare(tmp_path / "a", tmp_path / "b").held_out.lines()
     assert verdict == "verdict: none: a single window has no error"
+
+
+def test_records_after_the_compared_checkpoint_are_left_out(tiny, tmp_path):
+    """A run that was killed has some: their losses are not those of the model that is compared."""
+    a = train_until(tiny(**HELD_OUT, output=str(tmp_path / "a")), 3)
+    b = train(tiny(**HELD_OUT, lr=1e-4, output=str(tmp_path / "b")))
+    before = compare(a, b).records
+    again = train_until(tiny(**HELD_OUT, output=str(tmp_path / "again")), 6)
+    (a / "metrics.jsonl").write_bytes((again / "metrics.jsonl").read_bytes())
+    assert compare(a, b).records == before
+    assert before.totals[0] == 3
+
+
+def test_damaged_state_is_not_compared(tiny, tmp_path):
+    """One bit of a held-out loss would give a verdict that is nonsense."""
+    for name in ("a", "b"):
+        train(tiny(**HELD_OUT, lr=1e-3 if name == "a" else 1e-4, output=str(tmp_path / name)))
+    file = tmp_path / "b" / "step-000006" / "state.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 0x40
+    file.write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=r"state\.safetensors: damaged: its sha256 is not the manifest's"):
+        compare(tmp_path / "a", tmp_path / "b")
+
+
+def test_same_weights_have_no_verdict(tiny, tmp_path, call):
+    """Their losses differ only where the held-out windows do."""
+    for sampling in ("own-stream", "full"):
+        train(tiny(**HELD_OUT | {"sampling": sampling}, output=str(tmp_path / sampling)))
+    code, out, _ = call("compare", tmp_path / "own-stream", tmp_path / "full")
+    assert code == 1
+    assert out.startswith("identical: ")
+    assert out.endswith("verdict: none: these are the same weights\n")

@@ -200,7 +200,7 @@ def evaluated(*losses):
         ((4.0, 2.5, 2.3), "held-out loss is NOT normal since step 30: ", False),
         ((4.0, 2.5, 2.0), "held-out loss is normal at the end: .*; it was outside at step 10", False),
         ((3.0, 2.9), "held-out loss is NOT normal since step 20: 2.9000 at step 20", False),
-        ((), "held-out loss: not measured yet", True),
+        ((), "held-out loss: not measured at a step", True),
     ],
 )
 def test_a_loss_is_placed_among_those_of_other_seeds(losses, line, is_normal):
@@ -280,13 +280,36 @@ def test_check_says_whether_a_run_is_normal(tiny, call, tmp_path):
         assert call("check", other.checkpoint.output)[0] == code
 
 
+def test_check_of_a_run_without_a_checkpoint(tiny, call, tmp_path):
+    """The loss is known, and the verdict is not; it does not ask for evaluations that there are."""
+    run = train_until(tiny(val_split=0.2, val_every=2, steps=20), 5)
+    shutil.rmtree(run / "step-000005")
+    code, out, _ = call("check", run)
+    assert code == 0
+    assert re.search(r"^loss: training \d+\.\d{4} at step 5$", out, re.MULTILINE)
+    assert "verdict: none before the first checkpoint that follows an evaluation" in out
+
+
+def test_check_says_what_the_recipe_expected(tiny, call):
+    """The lines with which a complete run ends."""
+    run = train(tiny(val_split=0.2, val_every=2, expected_bits_per_byte=(1.0, 2.0), expected_minutes=5.0))
+    out = call("check", run)[1]
+    assert "above the 1.00 to 2.00 that the recipe expects" in out
+    assert "of the 5 that the recipe expects" in out
+    assert "nothing is known" not in out
+
+
 def test_check_of_a_run_that_diverged(tiny, call, tmp_path):
-    """Its failed step is named."""
+    """Its failed step is named, also where nothing was recorded before it."""
     with pytest.raises(NonFiniteError):
         train(tiny(lr=1e30, save_every=1))
     code, out, _ = call("check", tmp_path / "run")
     assert code == 1
     assert "failed-step-000002: a loss or a gradient was not finite; `mygpt replay" in out
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    code, out, _ = call("check", tmp_path / "run")
+    assert (code, out.count("\n")) == (1, 1)
+    assert "failed-step-000002" in out
     assert call("check", tmp_path / "nothing")[0] == 2
 
 

@@ -118,12 +118,37 @@ TURNING = {2: 3.0, 4: 2.5, 6: 2.0, 8: 2.1, 10: 2.2, 12: 2.3, 14: 1.0}
 PATIENT = {**EVALUATED, "steps": 14, "patience": 2}
 
 
+RISING = {step: 2.0 + abs(step - 6) / 20 for step in range(2, 30, 2)}
+
+
+@pytest.mark.parametrize(("patience", "end"), [(1, 14), (2, 16), (3, 18)])
+def test_patience_that_is_set_later_counts_from_there(tiny, monkeypatch, capsys, patience, end):
+    """What was not waited for does not count; and `best` knows only losses with a checkpoint, which is said."""
+    losses_at(monkeypatch, RISING)
+    train(tiny(**PATIENT | {"patience": 0, "steps": 12}))
+    run = train(tiny(**PATIENT | {"patience": patience, "steps": 28}))
+    notes = capsys.readouterr().err
+    assert "`best` begins here: of lower held-out losses before there is no checkpoint" in notes
+    assert "no improvement beyond doubt over step 6" in notes
+    assert list(Run(run).checkpoints)[-1] == end
+    assert Run(run).best == Run(run).checkpoints[14]
+
+
+def test_best_is_not_named_while_it_is_not_kept(tiny, monkeypatch):
+    """Lower losses that have no checkpoint may follow: an old `best` would be false."""
+    losses_at(monkeypatch, TURNING)
+    run = train(tiny(**PATIENT))
+    assert Run(run).best == run / "step-000006"
+    train(tiny(**PATIENT | {"patience": 0}))
+    assert Run(run).best is None
+
+
 def test_patience_ends_the_run_and_keeps_the_best(tiny, monkeypatch, capsys):
     """Two evaluations without improvement: the run is over, and says why; the same command leaves it alone."""
     losses_at(monkeypatch, TURNING)
     run = train(tiny(**PATIENT))
     notes = capsys.readouterr().err
-    assert "ended early, after step 10: 2 evaluations without an improvement beyond doubt over step 6" in notes
+    assert "ended early, after step 10: the last 2 evaluations were no improvement beyond doubt over step 6" in notes
     assert "verdict: overfitting since step 6: held-out loss +0.1996" in notes
     manifest = read_manifest(run / "step-000010")
     assert (manifest.finished, manifest.ended_by, manifest.reason) == (True, "patience", "scheduled")
@@ -213,5 +238,5 @@ def test_early_stopping_is_the_same_on_any_number_of_processes(folder):
     assert read_manifest(run / "step-000004").ended_by == "patience"
     result = torchrun(3, place, "text.txt", *flags_of(keys), "--output", "three")
     assert result.returncode == 0, result.stderr
-    assert "ended early, after step 4: 1 evaluation without an improvement" in result.stderr
+    assert "ended early, after step 4: the last evaluation was no improvement" in result.stderr
     assert_same_run(place / "three", run)
