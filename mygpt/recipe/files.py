@@ -8,7 +8,7 @@ from typing import Any
 
 from mygpt.errors import RecipeError
 from mygpt.recipe.reading import decode_utf8, read_file
-from mygpt.recipe.tables import NAMED_CORPORA, Recipe, build_recipe, show_value
+from mygpt.recipe.tables import NAMED_CORPORA, TABLE_OF_KEY, Recipe, build_recipe, refinements_to_drop, show_value
 
 RECIPE_FILE = "recipe.toml"
 RUN_FILE = "run.json"
@@ -84,6 +84,9 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
         raise RecipeError(f"{path}: extends goes deeper than {MAX_EXTENDS} recipes")
     tables = _read_with_parents(parent_path, chain)
     tables.pop("expected", None)  # of the parent as it stands
+    given = {key: value for table in document.values() for key, value in table.items()}
+    for key in refinements_to_drop(given):
+        tables.get(TABLE_OF_KEY[key], {}).pop(key, None)
     return {name: tables.get(name, {}) | document.get(name, {}) for name in {**tables, **document}}
 
 

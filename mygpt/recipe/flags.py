@@ -1,6 +1,7 @@
 """Command-line flags: one for every recipe key, and one for every other option of a command."""
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import os
@@ -13,8 +14,18 @@ from typing import Annotated, Any
 import tyro
 
 from mygpt.errors import MygptError, RecipeError
-from mygpt.recipe.files import load_recipe, shipped_recipes
-from mygpt.recipe.tables import HARMLESS_KEYS, SPEED_KEYS, ExpectedTable, Recipe, build_recipe, check_recipe
+from mygpt.recipe.files import RECIPE_FILE, RUN_FILE, load_recipe, shipped_recipes
+from mygpt.recipe.names import closest
+from mygpt.recipe.tables import (
+    HARMLESS_KEYS,
+    SPEED_KEYS,
+    TABLE_OF_KEY,
+    ExpectedTable,
+    Recipe,
+    build_recipe,
+    check_recipe,
+    refinements_to_drop,
+)
 
 TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
 SEEDS = {"init_seed", "data_seed"}
@@ -58,7 +69,10 @@ def _lay_over(loaded: Recipe, flags: Any, arguments: list[str], source: str) -> 
             if key in given:
                 raise MygptError(f"--seed sets {key}, too; give --seed alone, or --init-seed and --data-seed")
             tables["train"][key] = flags.seed
-    recipe = _without_stale_expectations(build_recipe(tables), loaded, given)
+    recipe = build_recipe(tables)
+    plain, changed = Recipe().flat(), {key: value for key, value in recipe.flat().items() if key in given}
+    recipe = recipe.replace(**{key: plain[key] for key in refinements_to_drop(changed)})
+    recipe = _without_stale_expectations(recipe, loaded, given)
     check_recipe(recipe, source=source)
     return recipe
 
@@ -90,7 +104,25 @@ def load_target(target: str) -> Recipe:
     close = difflib.get_close_matches(target, recipes, n=1) if is_bare_name else []
     if close and not os.path.exists(target):
         raise RecipeError(f"{target}: no such recipe or text; did you mean '{close[0]}'?")
+    _check_is_no_run(Path(target))
     return build_recipe({"data": {"corpus": target}, "checkpoint": {"output": f"checkpoints/{Path(target).stem}"}})
+
+
+def _check_is_no_run(target: Path) -> None:
+    """Say what to do with a run or one of its checkpoints, which are neither recipes nor texts.
+
+    Raises:
+        RecipeError: the target is one.
+    """
+    folders = (target, target.parent, target.parent.parent)
+    run = next((folder for folder in folders if os.path.lexists(folder / RUN_FILE)), None)
+    if run is None or not (target.is_dir() or target.suffix == ".safetensors"):
+        return
+    if run == target:
+        way = f"`mygpt train {run / RECIPE_FILE}` continues it, with --steps for more steps"
+        raise RecipeError(f"{target}: a run, not a recipe; {way}")
+    way = f"`mygpt train {run / RECIPE_FILE}` continues the run, and --init-from {target} trains its weights on"
+    raise RecipeError(f"{target}: a checkpoint, not a recipe; {way}")
 
 
 def parse_options(kind: type, arguments: list[str], prog: str, description: str) -> Any:
@@ -121,6 +153,7 @@ def _parse_flags(
     The result has an attribute for each table, which holds the table's keys. Flags have the plain types of the keys:
     the recipe checks the values, so that files and flags get the same messages.
     """
+    _check_names(arguments, prog, options)
     target = ("target", _explained(tyro.conf.Positional[str], TARGET_HELP, metavar="RECIPE|TEXT"), field())
     further = field(default_factory=options) if options and has_target else field()
     fields: list[tuple[str, Any, Any]] = [
@@ -136,6 +169,23 @@ def _parse_flags(
         flags = make_dataclass(name, keys, namespace={"__doc__": type(table).__doc__})
         fields.append((name, flags, field(default_factory=flags)))
     return parse_options(make_dataclass("Command", fields), arguments, prog, "Every key of the recipe is a flag.")
+
+
+def _check_names(arguments: list[str], prog: str, options: type | None) -> None:
+    """Check that all flags are known, before tyro does, which knows no names of other programs.
+
+    Raises:
+        MygptError: one is not; with what may have been meant.
+    """
+    further = dataclasses.fields(options) if options else ()
+    names = {*TABLE_OF_KEY, "seed", "help", *(option.name for option in further)}
+    flags = [argument.split("=")[0] for argument in arguments if re.match("--(?!tyro-)[a-z]", argument)]
+    for flag in flags:
+        name = flag.removeprefix("--").replace("-", "_")
+        if not {name, name.removeprefix("no_")} & names:
+            close = closest(name, names - {"help"})
+            hint = f"did you mean --{close.replace('_', '-')}?" if close else f"`{prog} --help` lists all"
+            raise MygptError(f"unknown flag {flag}; {hint}")
 
 
 def _explained(kind: Any, text: str, **settings: Any) -> Any:

@@ -5,16 +5,16 @@ argument of `Recipe.of`. A key that is left out has the default given here, and 
 run: constant learning rate, no held-out text, no clipping.
 """
 
-import difflib
 import json
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mygpt.errors import RecipeError
+from mygpt.recipe.names import KEY_OF_FOREIGN_NAME, suggest
 
 # torch seeds and sizes are 64-bit, and its CPU generator keeps 32 bits of a seed: stay where every value is distinct.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -279,7 +279,7 @@ class Recipe(Table):
     def replace(self, **keys: Any) -> "Recipe":
         """This recipe with other values for these keys: `recipe.replace(steps=10)`; raises as `of` does."""
         if unknown := keys.keys() - TABLE_OF_KEY:
-            lines = (f"recipe: unknown key {key!r}{_suggest(key, TABLE_OF_KEY)}" for key in sorted(unknown))
+            lines = (f"recipe: unknown key {key!r}{suggest(key, TABLE_OF_KEY, ALL_KEYS)}" for key in sorted(unknown))
             raise RecipeError("\n".join(lines))
         tables = self.model_dump()
         for key, value in keys.items():
@@ -302,6 +302,7 @@ class Recipe(Table):
 
 KEYS_OF_TABLE = {name: list(type(table.default).model_fields) for name, table in Recipe.model_fields.items()}
 TABLE_OF_KEY = {key: table for table, keys in KEYS_OF_TABLE.items() for key in keys}
+ALL_KEYS = "`mygpt recipe show default` prints all keys"
 
 HARMLESS_KEYS = {
     *CheckpointTable.model_fields,
@@ -345,6 +346,12 @@ def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
 REFINING_EVALUATION = ("log_val_stderr", "log_bits_per_byte", "log_perplexity", "save_best", "patience")
 """Keys that mean something only with evaluations."""
 
+
+def refinements_to_drop(given: Mapping[str, Any]) -> set[str]:
+    """The keys that mean nothing any more where the `given` ones, laid over others, turn evaluations off."""
+    return {*REFINING_EVALUATION} - given.keys() if given.get("val_every") == 0 else set()
+
+
 MIN_EXACT_EPS = 1e-11
 """The least eps with reduction = "exact", which rounds gradients to multiples of 2**-40. A gradient g that rounds to
 zero is at most 2**-41 (4.5e-13), and AdamW would have moved its weight by lr * g / (g + eps): with this eps by at most
@@ -366,7 +373,8 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if train.micro_batch_size and train.batch_size % train.micro_batch_size:
         yield "micro_batch_size", f"a divisor of batch_size = {train.batch_size}"
     if schedule.warmup > train.steps:
-        yield "warmup", f"at most steps = {train.steps}; lower warmup or raise steps"
+        fitting = max(1, train.steps // 20)
+        yield "warmup", f"at most steps = {train.steps}; lower warmup (such as --warmup {fitting}) or raise steps"
     if schedule.schedule == "constant" and schedule.min_lr:
         yield "min_lr", '0 with schedule = "constant"; choose "cosine", "linear" or "wsd"'
     elif schedule.min_lr > recipe.optimizer.lr:
@@ -413,7 +421,9 @@ def _explain(problem: Any, source: str | None) -> str:
         if name in TABLE_OF_KEY:
             return f"{where}: key '{name}' belongs in the table [{TABLE_OF_KEY[name]}]"
         kind, known = ("key", KEYS_OF_TABLE[table]) if keys else ("table", list(KEYS_OF_TABLE))
-        return f"{where}: unknown {kind} {name!r}{_suggest(name, known)}"
+        if (meant := KEY_OF_FOREIGN_NAME.get(name)) and meant not in known:
+            return f"{where}: unknown {kind} {name!r}; did you mean '{meant}' in the table [{TABLE_OF_KEY[meant]}]?"
+        return f"{where}: unknown {kind} {name!r}{suggest(name, known)}"
     where = f"--{keys[0].replace('_', '-')}" if source is None else " ".join([f"{source} [{table}]", *keys[:1]])
     of_type = {"model_type": "a table", "missing": "more values"}
     expected = of_type.get(problem["type"], problem["msg"])
@@ -428,8 +438,3 @@ def show_value(value: Any) -> str:
         return reprlib.repr(value)
     except ValueError:  # an integer of more digits than Python prints
         return "a number of thousands of digits"
-
-
-def _suggest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; expected one of {', '.join(known)}"

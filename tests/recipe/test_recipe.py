@@ -7,7 +7,9 @@ import pytest
 
 from mygpt.errors import RecipeError
 from mygpt.recipe.files import load_recipe, recipe_schema
-from mygpt.recipe.tables import MIN_EXACT_EPS, TABLE_OF_KEY, Recipe, check_recipe
+from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.names import KEY_OF_FOREIGN_NAME
+from mygpt.recipe.tables import MIN_EXACT_EPS, TABLE_OF_KEY, Recipe, build_recipe, check_recipe
 from mygpt.training.gradient_sum import SCALE
 
 
@@ -54,6 +56,53 @@ def test_keys_without_their_tables_are_checked_as_in_a_file():
         "recipe [data] val_split: got 1.5, expected less than 1",
         "recipe [train] steps: got True, expected a valid integer",
     ]
+
+
+def test_names_of_other_programs_lead_to_keys():
+    """Every such name is of a key, is none itself, and is answered with that key, wherever it was written."""
+    assert len(KEY_OF_FOREIGN_NAME) > 70
+    for name, key in KEY_OF_FOREIGN_NAME.items():
+        assert key in TABLE_OF_KEY
+        assert name not in TABLE_OF_KEY
+        with pytest.raises(RecipeError, match=f"unknown key '{name}'; did you mean '{key}'"):
+            Recipe.of(**{name: 1})
+    with pytest.raises(RecipeError, match=r"'n_embd'; did you mean 'embed_dim' in the table \[model\]"):
+        build_recipe({"train": {"n_embd": 3}}, source="mine.toml")
+
+
+def test_message_does_not_list_all_keys():
+    """Where no key is like the unknown one, the message says where all of them are."""
+    with pytest.raises(RecipeError, match="unknown key 'zzz'; `mygpt recipe show default` prints all keys"):
+        Recipe.of(zzz=1)
+
+
+@pytest.mark.parametrize("with_flags", [True, False])
+def test_evaluations_can_be_turned_off_alone(tmp_path, with_flags):
+    """`val_every = 0` over a recipe with keys that refine evaluations drops those, unless they are given beside it."""
+    first = (
+        "[data]\nval_split = 0.1\n[validation]\nval_every = 5\npatience = 2\nsampling = 'full'\nlog_perplexity = true"
+    )
+    write(tmp_path / "first.toml", first + "\n[checkpoint]\nsave_best = true")
+    target = write(
+        tmp_path / "second.toml", 'extends = "first.toml"\n' + "[validation]\nval_every = 0" * (not with_flags)
+    )
+    flags = ["--val-every", "0"] * with_flags
+    recipe = parse_recipe([str(target), *flags], "mygpt train")[0]
+    assert (recipe.validation.patience, recipe.validation.log_perplexity, recipe.checkpoint.save_best) == (
+        0,
+        False,
+        False,
+    )
+    assert recipe.data.val_split == 0.1
+    with pytest.raises(RecipeError, match="patience: got 3, expected 0 without evaluations"):
+        parse_recipe([str(target), *flags, "--patience", "3"], "mygpt train")
+
+
+def test_message_on_warmup_names_one_that_works():
+    """Of fewer steps than the recipe warms up for, the message names a warmup that fits, and it does."""
+    with pytest.raises(RecipeError, match=r"lower warmup \(such as --warmup 2\) or raise steps"):
+        parse_recipe(["hardened", "--steps", "50"], "mygpt train")
+    assert parse_recipe(["hardened", "--steps", "50", "--warmup", "2"], "mygpt train")[0].schedule.warmup == 2
 
 
 def test_replaced_keys_leave_the_others():
