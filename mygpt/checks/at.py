@@ -29,7 +29,7 @@ from mygpt.runs.changes import Source, changed_keys, check_checkpoint
 from mygpt.runs.copying import copy_until, publish_run
 from mygpt.runs.lock import locked
 from mygpt.runs.records import Record
-from mygpt.runs.run import Run, Warn, check_output
+from mygpt.runs.run import Run, Warn, check_output, named_checkpoint
 from mygpt.runs.schemas import Manifest, Recreated
 from mygpt.runs.start import recipe_text
 from mygpt.runs.steps import read_manifest, step_directory, verify_checkpoint
@@ -114,19 +114,17 @@ def plan_recreation(
     run: Run, step: int, start: Path | None = None, *, from_beginning: bool = False, warn: Warn
 ) -> Plan:
     """Where to begin, and what to train from there; reads the run, and raises as `recreate` does."""
-    origin = run.info.origin
-    begun_after = origin.after_step if origin else 0
-    check_step(run, step, begun_after)
+    begun_after = check_step(run, step)
     checkpoint = None
     if start is not None:
-        checkpoint = files.real_path(start)
+        checkpoint = files.real_path(named_checkpoint(start))
         if not begun_after < verify_checkpoint(checkpoint).step <= step:
             raise CheckpointError(f"{start}: expected a checkpoint of a step from {begun_after + 1} to {step}")
     elif not from_beginning:
         checkpoint = nearest_checkpoint(run, begun_after, step, warn)
     first = read_manifest(checkpoint).step if checkpoint else begun_after
-    if checkpoint is None and origin:
-        verify_checkpoint(run.origin)  # type: ignore[arg-type]
+    if checkpoint is None and (origin := run.origin):
+        verify_checkpoint(origin)
     parts = list(parts_of(run, first, step)) if first < step else []
     check_text(run, parts)
     recipe = run.recipe_at(step)
@@ -140,20 +138,22 @@ def plan_recreation(
     return Plan(checkpoint, first, list(split_at_checkpoints(run, first, parts)), recipe)
 
 
-def check_step(run: Run, step: int, begun_after: int) -> None:
-    """Check that a run, which began after another step, has trained a step itself.
+def check_step(run: Run, step: int) -> int:
+    """Check that a run has trained a step itself; returns the step after which it began, which is 0 but of a branch.
 
     Raises:
         CheckpointError: it has not.
     """
+    origin = run.info.origin
+    begun_after = origin.after_step if origin else 0
     last = max(run.records[-1].step, *run.checkpoints, begun_after)
     if not begun_after < step <= last:
-        origin = run.info.origin
         before = f"; its steps up to {begun_after} are those of the run of {origin.checkpoint}" if origin else ""
         raise CheckpointError(
             f"{run.path}: got step {step}, expected one from {begun_after + 1} to {last}, the last that it has "
             f"trained{before}"
         )
+    return begun_after
 
 
 def check_goes_on(run: Run, step: int, recipe: Recipe) -> None:
@@ -162,8 +162,8 @@ def check_goes_on(run: Run, step: int, recipe: Recipe) -> None:
     Raises:
         RecipeError: early stopping would end it there again.
     """
-    directory = run.checkpoints.get(step)
-    if directory is None or recorded_manifest(directory) is None or read_manifest(directory).ended_by != "patience":
+    manifest = recorded_manifest(step_directory(run.path, step))
+    if manifest is None or manifest.ended_by != "patience":
         return
     was = run.recipe_at(step).validation.patience
     if 0 < recipe.validation.patience <= was:
@@ -323,8 +323,7 @@ def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
 
 def check_fork(run: Run, step: int, recipe: Recipe, output: Path) -> bool:
     """Check that the run can be forked after a step with this recipe; returns whether the fork has been begun."""
-    origin = run.info.origin
-    check_step(run, step, origin.after_step if origin else 0)
+    check_step(run, step)
     if recipe.train.steps <= step:
         raise RecipeError(f"[train] steps: got {recipe.train.steps}, expected more than {step}; raise --steps")
     if os.path.lexists(output):

@@ -14,7 +14,7 @@ from mygpt.errors import MygptError
 from mygpt.processes.environment import is_main_process
 from mygpt.recipe.flags import parse_changes
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.run import Run
+from mygpt.runs.run import Run, step_named
 
 if TYPE_CHECKING:
     from mygpt.checks.compare import TensorDifference
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AtOptions:
-    run: Positional[Path]
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run directory."""
-    step: Positional[int]
-    """Any step that the run has trained, counted from 1."""
+    step: Annotated[Positional[str], tyro.conf.arg(metavar="STEP")]
+    """Any step that the run has trained, counted from 1, or "best" or "latest", its best or newest checkpoint."""
     out: Annotated[Path, tyro.conf.arg(aliases=("--output",))]
     """The run directory to make; there must be nothing yet."""
     start: Path | None = None
@@ -40,12 +40,13 @@ class AtOptions:
 def at(options: AtOptions) -> None:
     """Make a run again as it was after any of its steps, bit for bit."""
     with errors_reach_all_processes():
-        announce_recorded_threads(options.run, options.step)
+        step = step_named(Run(options.run), options.step)
+        announce_recorded_threads(options.run, step)
         from mygpt.checks.at import recreate
 
         made = recreate(
             options.run,
-            options.step,
+            step,
             options.out,
             start=options.start,
             from_beginning=options.from_beginning,
@@ -53,9 +54,9 @@ def at(options: AtOptions) -> None:
         )
     if not is_main_process():
         return
-    count = options.step - made.first
+    count = step - made.first
     how = f"trained {count} steps from step {made.first}" if count else "copied its checkpoint"
-    print(f"{options.out} is {options.run} after step {options.step}: {how}")
+    print(f"{options.out} is {options.run} after step {step}: {how}")
     if made.records or made.checkpoints:
         print(f"identical to what was recorded: {made.records} records, {made.checkpoints} checkpoints")
     for change in made.changes:
@@ -66,15 +67,15 @@ def at(options: AtOptions) -> None:
 class ForkOptions:
     fork_of: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run directory."""
-    after: Annotated[Positional[int], tyro.conf.arg(metavar="STEP")]
-    """The step after which the fork begins."""
+    after: Annotated[Positional[str], tyro.conf.arg(metavar="STEP")]
+    """The step after which the fork begins; or "best" or "latest", the run's best or newest checkpoint."""
 
 
 def fork(arguments: list[str]) -> None:
     """Train on from any step of a run, with other values of some keys."""
     with errors_reach_all_processes():
         recipe, options = parse_changes(arguments, "mygpt fork", ForkOptions, load_base)
-        run, step = options.fork_of, options.after
+        run, step = options.fork_of, step_named(Run(options.fork_of), options.after)
         base = load_base(options)
         if recipe.checkpoint.resume != base.checkpoint.resume:
             raise MygptError("--resume: a fork begins after a step of its run; leave it out")
@@ -143,9 +144,8 @@ def describe(difference: "TensorDifference | None") -> str:
 
 def load_base(options: ForkOptions) -> Recipe:
     """The recipe that trained the step after the one at which a fork begins."""
-    if options.after < 1:
-        raise MygptError(f"STEP: got {options.after}, expected at least 1")
-    return Run(options.fork_of).recipe_at(options.after + 1)
+    run = Run(options.fork_of)
+    return run.recipe_at(step_named(run, options.after) + 1)
 
 
 def announce_recorded_threads(run: Path, step: int, recipe: Recipe | None = None) -> None:

@@ -32,6 +32,8 @@ class Run:
     def info(self) -> RunInfo:
         """run.json."""
         if not os.path.lexists(self.path / RUN_FILE):
+            if self.path.exists() and os.path.lexists(self.path.parent / RUN_FILE):
+                raise CheckpointError(f"{self.path}: not a run, but in one; expected the run, {self.path.parent}")
             raise CheckpointError(f"{self.path}: no such run; expected a directory that `mygpt train` has written")
         return read_table(RunInfo, self.path / RUN_FILE)
 
@@ -62,6 +64,11 @@ class Run:
     def best(self) -> Path | None:
         """The step directory with the lowest held-out loss; None: there is no file `best`."""
         return self.pointed_by(files.BEST_FILE) if (self.path / files.BEST_FILE).exists() else None
+
+    @property
+    def latest(self) -> Path | None:
+        """The step directory that was saved last; None: there is no file `latest`."""
+        return self.pointed_by(files.LATEST_FILE) if (self.path / files.LATEST_FILE).exists() else None
 
     @property
     def is_finished(self) -> bool:
@@ -154,14 +161,45 @@ class Run:
         )
 
 
+def step_named(run: Run, step: str) -> int:
+    """The number of a step that is given by it, or as "best" or "latest".
+
+    Raises:
+        CheckpointError: it is neither, or the run has no such checkpoint.
+    """
+    if step in (files.BEST_FILE, files.LATEST_FILE):
+        return read_manifest(named_checkpoint(run.path / step)).step
+    if not (step.isdecimal() and 0 < len(step) < 10 and int(step)):
+        raise CheckpointError(f'STEP: got {step!r}, expected a number from 1 up, "best" or "latest"')
+    return int(step)
+
+
+def named_checkpoint(path: Path) -> Path:
+    """The step directory that RUN/best or RUN/latest names; any other path stands for itself.
+
+    Raises:
+        CheckpointError: the run has no such checkpoint.
+        DamagedCheckpointError: the file names no step of this run.
+    """
+    if path.name not in (files.BEST_FILE, files.LATEST_FILE) or not os.path.lexists(path.parent / RUN_FILE):
+        return path
+    if not path.exists():
+        reason = "has no checkpoint yet"
+        if path.name == files.BEST_FILE:
+            reason = "keeps no best checkpoint: it has save_best = false, or no held-out loss yet"
+        raise CheckpointError(f"{path}: {path.parent} {reason}")
+    return Run(path.parent).pointed_by(path.name)
+
+
 def find_model_file(path: Path) -> Path:
     """The model file of a run directory (its newest step) or of a step directory; a file stands for itself.
 
     Raises:
         CheckpointError: there is none.
-        DamagedCheckpointError: `latest` names no step of this run.
+        DamagedCheckpointError: `latest` or `best` names no step of this run.
     """
     try:
+        path = named_checkpoint(path)
         if path.is_file():
             return path
         if (path / files.MODEL_FILE).is_file():

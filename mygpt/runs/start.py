@@ -21,7 +21,7 @@ from mygpt.runs.changes import (
     warn_of_steps,
     window_names,
 )
-from mygpt.runs.run import Run, Warn
+from mygpt.runs.run import Run, Warn, named_checkpoint
 from mygpt.runs.schemas import Resumed, RunInfo, StateMetadata
 from mygpt.runs.steps import point_to, prune, read_manifest, read_metadata, step_directories, verify_checkpoint
 
@@ -234,7 +234,7 @@ def _find_source(run: Run, resume: str, overwrite: bool, warn: Warn) -> Source |
 def _named_source(path: Path, warn: Warn) -> Source:
     """The run and the checkpoint that a user names by the path of either."""
     try:
-        path = files.real_path(path)
+        path = files.real_path(named_checkpoint(path))
         if files.FAILED_NAME.fullmatch(path.name):
             raise CheckpointError(f"resume: {path} is the record of a step that failed; name a step directory")
         if (path / RUN_FILE).exists():

@@ -120,8 +120,8 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--out: {folder} is a file; choose another --out")
     entries = [entry.name for entry in folder.iterdir() if entry.name != LOCK_FILE] if folder.is_dir() else []
-    own = {PLAN_FILE, STUDY_FILE, PICTURE_FILE, *(job.cell.name for job in jobs)}
-    if entries and not {PLAN_FILE, STUDY_FILE} & {*entries} and not own.issuperset(entries):
+    known = {PLAN_FILE, STUDY_FILE, PICTURE_FILE, *(job.cell.name for job in jobs)}
+    if entries and not {PLAN_FILE, STUDY_FILE} & {*entries} and not known.issuperset(entries):
         raise CheckpointError(f"--out: {folder} is not empty and not a study; choose another --out")
     if PLAN_FILE in entries and side_by_side not in (None, begun_with := _read_plan(folder)["side_by_side"]):
         raise CheckpointError(
@@ -136,9 +136,9 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
             with explain_damage(job.path):
                 found = Run(job.path).recipe
             # A prepared corpus has its own tokenizer, which a run records.
-            own = {"tokenizer"} if os.path.isdir(expected.data.corpus) else set()
+            of_corpus = {"tokenizer"} if os.path.isdir(expected.data.corpus) else set()
             for key, (was, now) in differing_keys(found, expected):
-                if key in HARMLESS_KEYS | MAY_DIFFER | own:
+                if key in HARMLESS_KEYS | MAY_DIFFER | of_corpus:
                     continue
                 raise CheckpointError(
                     f"{job.path}: was trained with {key} = {was}, and the study has {now}; choose another --out"

@@ -200,7 +200,8 @@ def test_mistakes_cost_one_line(place, tmp_path, call, text):
     there = sorted(tmp_path.iterdir())
     for arguments, message in (
         (("at", run, 13, "--out", out), "got step 13, expected one from 1 to 12"),
-        (("at", run, 0, "--out", out), "got step 0, expected one from 1 to 12"),
+        (("at", run, 0, "--out", out), "STEP: got '0', expected a number from 1 up"),
+        (("at", run, "bset", "--out", out), 'STEP: got \'bset\', expected a number from 1 up, "best" or "latest"'),
         (("at", tmp_path / "gone", 3, "--out", out), "no such run"),
         (("at", changed, 3, "--out", out), "was trained on another text than"),
         (("at", without_text, 3, "--out", out), "the text on which it was trained cannot be read: "),
@@ -211,7 +212,7 @@ def test_mistakes_cost_one_line(place, tmp_path, call, text):
         (("at", run, 3, "--out", run / "x"), "which stays as it is"),
         (("at", run, 3, "--out", own / "x"), "Not a directory; choose another"),
         (("at", run, 3, "--start", run / "step-000012", "--out", out), "expected a checkpoint of a step from 1 to 3"),
-        (("fork", run, 0, "--lr", 1), "STEP: got 0, expected at least 1"),
+        (("fork", run, 0, "--lr", 1), "STEP: got '0', expected a number from 1 up"),
         (("fork", run, 13, "--steps", 20, "--output", out), "got step 13, expected one from 1 to 12"),
         (("fork", run, 12, "--lr", 1, "--output", out), r"steps: got 12, expected more than 12; raise --steps"),
         (("fork", run, 3, "--lr", -1, "--output", out), "--lr: got -1.0, expected"),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,34 @@ def test_a_run_knows_what_it_holds(tiny):
     train(recipe)
     assert run.is_finished
     assert run.origin is None
+
+
+def test_checkpoints_have_names(tiny, call, tmp_path, monkeypatch):
+    """RUN/best and RUN/latest are checkpoints wherever one is expected, and `best` and `latest` are steps."""
+    monkeypatch.chdir(tmp_path)
+    run = train(tiny(save_every=2, save_best=True, val_split=0.2, val_every=2, lr=1.0))
+    best = Run(run).best
+    assert best is not None
+    assert best.name != "step-000006"
+    same = call("compare", run / "best", best)
+    assert same[0] == 0
+    assert call("compare", run / "latest", run) == (0, call("compare", run, run)[1].splitlines()[0] + "\n", "")
+    for name in ("best", "latest"):
+        assert call("generate", "--checkpoint", run / name, "--max-new-tokens", 3)[0] == 0
+        assert call("at", run, name, "--out", f"at-{name}")[0] == 0
+        assert call("train", run / "recipe.toml", "--output", name, "--resume", run / name, "--steps", 7)[0] == 0
+    steps = [max(Run(Path(f"at-{name}")).checkpoints) for name in ("best", "latest")]
+    assert steps == [int(best.name[-6:]), 6]
+    begun = [Run(Path(name)).info.origin for name in ("best", "latest")]
+    assert [origin and origin.after_step for origin in begun] == steps
+    assert call("fork", run, "latest", "--steps", 7)[0] == 0
+    assert "not a run, but in one; expected the run" in call("verify", run / "best")[2]
+    (run / "best").unlink()
+    code, _, err = call("generate", "--checkpoint", run / "best")
+    assert (code, err) == (
+        2,
+        f"mygpt: {run}/best: {run} keeps no best checkpoint: it has save_best = false, or no held-out loss yet\n",
+    )
 
 
 def test_a_run_whose_last_checkpoint_is_damaged_has_not_ended(tiny):
