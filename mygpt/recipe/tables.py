@@ -213,6 +213,10 @@ class CheckpointTable(Table):
     recipe.toml in a run directory always means that directory."""
     save_every: CountOrOff = 0
     """Steps between checkpoints; 0: none. The last step is always saved."""
+    save_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds of training that a kill may cost: so long after the last checkpoint another is saved, between those of
+    save_every. It is removed when the next one is there, and so leaves no trace in a complete run; 0: none. While a
+    checkpoint is still being written, no other is begun for this."""
     keep_last: CountOrOff = 0
     """How many of the newest checkpoints made by save_every to keep; 0: all."""
     save_best: bool = False

@@ -1,6 +1,7 @@
 """Record each step once, and hand the record to every sink: the run's files and the console."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,9 @@ from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import TIMING_FILE
 from mygpt.runs.records import Record, Timing, rewind
 
+PROGRESS_SECONDS = 30.0
+"""Between lines on the progress of a run, where there is no bar."""
+
 Sink = Callable[[Record, Timing, bool], None]
 """Takes the record and timing of a step, and whether the console prints them. Only the main process has sinks."""
 
@@ -22,9 +26,10 @@ Sink = Callable[[Record, Timing, bool], None]
 class Recorder:
     """Makes the records of a run, and gives each to all sinks: metrics.jsonl, timing.jsonl, stdout, the progress bar.
 
-    The bar is on stderr, and only on a terminal. A run that continues after `step` drops the later records, and prints
-    the lines up to `step` again, so that its output is that of a run never interrupted. The records of a run that
-    `is_complete` are left as they are. `peak_tokens_per_second` is what the devices could do at most, if it is known.
+    The bar is on stderr, and only on a terminal; elsewhere a thread prints a line there every `PROGRESS_SECONDS`. A run
+    that continues after `step` drops the later records, and prints the lines up to `step` again, so that its output is
+    that of a run never interrupted. The records of a run that `is_complete` are left as they are.
+    `peak_tokens_per_second` is what the devices could do at most, if it is known.
 
     Raises:
         DamagedCheckpointError: the disk refused the files.
@@ -41,6 +46,7 @@ class Recorder:
         peak_tokens_per_second: float | None = None,
     ):
         self._recipe, self._first_step, self._peak = recipe, step, peak_tokens_per_second
+        self._step = step
         self._tokens_per_step = recipe.train.batch_size * recipe.train.seq_len
         self._tokens_before = 0
         self.last: tuple[Record, Timing] | None = None
@@ -70,11 +76,15 @@ class Recorder:
         self._elapsed_before, self._started_at = elapsed, time.perf_counter()
         self._interval = (step, self._started_at)
         self._paused_seconds = 0.0
+        self._ended = threading.Event()
+        if is_main and self._bar.disable and not is_complete:
+            threading.Thread(target=self._print_progress, name="progress", daemon=True).start()
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         self._bar.close()
         for _path, file in self._files:
             with suppress(OSError):  # a full disk, which `record` has reported
@@ -90,7 +100,8 @@ class Recorder:
             self._paused_seconds += time.perf_counter() - paused_at
 
     def step_done(self) -> None:
-        """Advance the progress bar."""
+        """Count a step, for the progress bar or lines."""
+        self._step += 1
         self._bar.update()
 
     def record(self, step: int, *, printed: bool, **values: Any) -> None:
@@ -116,6 +127,20 @@ class Recorder:
         self.last = record, timing
         for sink in self._sinks:
             sink(record, timing, printed)
+
+    def _print_progress(self) -> None:
+        """Print lines on stderr until the run ends, also while a step or an evaluation takes long."""
+        before, printed_at = self._step, self._started_at
+        while not self._ended.wait(PROGRESS_SECONDS):
+            step, now = self._step, time.perf_counter()
+            rate = (step - before) * self._tokens_per_step / (now - printed_at)
+            line = f"at step {step:,} of {self._recipe.train.steps:,}: {rate:,.0f} tokens/s"
+            if done := step - self._first_step:
+                left = (now - self._started_at) / done * (self._recipe.train.steps - step)
+                line += f", {tqdm.format_interval(left)} left"
+            with suppress(OSError, ValueError):  # stderr is closed, or its reader has gone
+                print(line, file=sys.stderr, flush=True)
+            before, printed_at = step, now
 
     def _append(self, record: Record, timing: Timing, _printed: bool) -> None:
         for (path, file), line in zip(self._files, (record, timing), strict=True):

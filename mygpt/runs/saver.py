@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -52,6 +53,7 @@ class Saver:
     _writing: Future[None] | None = None
     # Kept from one save to the next: filling memory that the system has just handed out takes ten times longer.
     _copies: dict[str, torch.Tensor] = field(default_factory=dict)
+    _saved_at: float = field(default_factory=time.monotonic)
 
     def __enter__(self) -> "Saver":
         return self
@@ -83,7 +85,13 @@ class Saver:
             corpus_sha256=self.corpus_sha256,
             files={},
         )
-        self._writing = self._thread.submit(self._write, *copies, manifest)
+        self._writing, self._saved_at = self._thread.submit(self._write, *copies, manifest), time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the last checkpoint, or the beginning, is `save_seconds` ago, and nothing is being written."""
+        seconds = self.recipe.checkpoint.save_seconds
+        is_idle = self._writing is None or self._writing.done()
+        return seconds > 0 and is_idle and time.monotonic() - self._saved_at >= seconds
 
     def check(self) -> None:
         """Raise the error of a save that has failed by now; does not wait."""

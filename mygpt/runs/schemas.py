@@ -90,7 +90,7 @@ class FileEntry(Table):
 
 End = Literal["steps", "patience"]
 """Why a run ended: it did all steps, or early stopping."""
-Reason = Literal["scheduled", "best", "interrupted", "failed"]
+Reason = Literal["scheduled", "best", "timed", "interrupted", "failed"]
 
 
 class Manifest(_Metadata):
@@ -101,8 +101,9 @@ class Manifest(_Metadata):
     }
 
     reason: Reason
-    """scheduled: by `save_every`, or the last step. best: the lowest held-out loss so far. interrupted: by a signal.
-    failed: before a step that was not finite. Those of "best" and "interrupted" are removed once superseded."""
+    """scheduled: by `save_every`, or the last step. best: the lowest held-out loss so far. timed: by
+    `save_seconds`. interrupted: by a signal. failed: before a step that was not finite. Those of "best", "timed" and
+    "interrupted" are removed once superseded."""
     finished: bool | None = None
     """Whether the run ended with this step, and not by a signal; None in format 1."""
     ended_by: End | None = None

@@ -64,7 +64,8 @@ def train_loop(
         # Until its numbers are needed the host runs ahead of the device.
         if not (now.reading or pending.must_be_read(bool(stop.pending()))):
             continue
-        reading, is_best = pending.read(stop.pending()), False
+        is_time_to_save = parts.accelerator.is_main_process and saver.is_due()
+        reading, is_best = pending.read(stop.pending(), save=is_time_to_save), False
         if reading.non_finite:
             saver.wait()
             raise report_failed_step(parts, progress, reading.non_finite)
@@ -78,8 +79,14 @@ def train_loop(
                 values |= record_values(evaluation)
             recorder.record(progress.step, printed=now.line, **values)
         is_last = progress.end(parts.recipe) is not None
-        if now.checkpoint or is_best or is_last or stopped or progress.step == last_step:
-            reason: Reason = "scheduled" if now.checkpoint or is_last else "best" if is_best else "interrupted"
+        is_interrupted = bool(stopped) or progress.step == last_step
+        reasons: dict[Reason, bool] = {
+            "scheduled": now.checkpoint or is_last,
+            "best": is_best,
+            "interrupted": is_interrupted,
+            "timed": reading.save,
+        }
+        if reason := next((reason for reason, holds in reasons.items() if holds), None):
             with recorder.paused():
                 save(parts, progress, saver, reason)
         saver.check()

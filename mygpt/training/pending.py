@@ -47,6 +47,8 @@ class Reading(NamedTuple):
     """The first step that was not finite."""
     stop: int
     """The signal that asked some process to stop; 0: none did."""
+    save: bool
+    """Whether some process has found that it is time for a checkpoint."""
 
 
 class PendingSteps:
@@ -68,18 +70,18 @@ class PendingSteps:
         """Whether it is time to read; a process alone reads at once when it is asked to `stop`."""
         return len(self._steps) >= self._max_steps or (stop and self._accelerator.num_processes == 1)
 
-    def read(self, stop: int) -> Reading:
+    def read(self, stop: int, *, save: bool) -> Reading:
         """Wait for the device, and average over the processes what the pending steps measured.
 
-        `stop` is the signal that asked this process to stop; 0: none did.
+        `stop` is the signal that asked this process to stop; 0: none did. `save`: it is time for a checkpoint.
         """
         own = torch.stack([value for _, _, update in self._steps for value in update])
         own[-1].item()  # so that the time is that of the steps, not of asking for them
         seconds = (time.perf_counter() - self._started_at) / len(self._steps)
-        own = torch.cat([own, own.new_tensor([stop, seconds])])
+        own = torch.cat([own, own.new_tensor([stop, save, seconds])])
         processes = self._accelerator.num_processes
         shared = self._accelerator.gather(own) if processes > 1 else own
-        *columns, stops, seconds_each = zip(*shared.view(processes, -1).tolist(), strict=True)
+        *columns, stops, saves, seconds_each = zip(*shared.view(processes, -1).tolist(), strict=True)
         # Correctly rounded, so that a mean does not depend on the order, and that of equal values is the value.
         values = list(map(mean, columns))
         measured = [Measured(*three) for three in zip(values[::3], values[1::3], values[2::3], strict=True)]
@@ -87,7 +89,8 @@ class PendingSteps:
         non_finite = (NonFiniteStep(step, now, before) for (step, before, _), now in read if not now.is_finite)
         self._steps, self._max_steps = [], max(1, int(MAX_UNREAD_SECONDS / mean(seconds_each)))
         # The smallest: SIGINT, from a user, makes a launcher send SIGTERM to the other processes.
-        return Reading(measured[-1], next(non_finite, None), int(min(filter(None, stops), default=0)))
+        stop = int(min(filter(None, stops), default=0))
+        return Reading(measured[-1], next(non_finite, None), stop, any(saves))
 
     def restart_clock(self) -> None:
         """Leave the time since the last reading, which went into evaluation and saving, out of the time per step."""

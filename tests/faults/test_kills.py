@@ -7,7 +7,15 @@ import sys
 import pytest
 from support.commands import needs_strace, run_process, wait_for
 from support.forked import ARGUMENTS, run, start
-from support.runs import assert_undisturbed, contents
+from support.runs import FLAGS, assert_undisturbed, contents, latest_step, steps_of
+
+from mygpt.runs.steps import read_manifest
+
+SAVING_NOTHING = [
+    *FLAGS,
+    *("--steps", 12, "--dropout", 0.2, "--micro-batch-size", 2, "--val-split", 0.2, "--val-every", 3, "--log-every", 5),
+    *("--output", "run"),
+]
 
 KILLS = [
     (1, "made-temporary-directory", 1),
@@ -116,6 +124,21 @@ def test_resume_that_forgets_something_is_found(folder, undisturbed, defect):
     assert run(ARGUMENTS, place, "before-step", 6) == -signal.SIGKILL
     assert run(ARGUMENTS, place, defect) == 0
     assert contents(place / "run") != contents(undisturbed(*ARGUMENTS) / "run")
+
+
+@pytest.mark.fault(86)
+def test_kill_between_checkpoints_costs_little(folder, undisturbed):
+    """Checkpoints by the clock, here at every reading, are continued from, and a complete run has none of them left."""
+    arguments = ("text.txt", *SAVING_NOTHING)
+    place = folder("timed")
+    assert run(arguments, place, "timed-saves", 9) == -signal.SIGKILL
+    saved = latest_step(place / "run")
+    assert saved in (5, 6)  # read after steps 1, 3, 5 and 6; the last save may not be complete
+    assert read_manifest(place / "run" / f"step-{saved:06d}").reason == "timed"
+    assert run(arguments, place, "timed-saves", 100) == 0
+    assert f"continuing after step {saved}" in (place / "err").read_text()
+    assert_undisturbed(place, undisturbed(*arguments))
+    assert steps_of(place / "run") == [12]
 
 
 @needs_strace

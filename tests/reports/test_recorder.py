@@ -1,11 +1,13 @@
 """Printed lines and records."""
 
+import re
 import time
 
 import pytest
 
 from mygpt.errors import CheckpointError
 from mygpt.recipe.tables import Recipe
+from mygpt.reports import recorder
 from mygpt.reports.recorder import Recorder, due, header_lines, step_line
 from mygpt.runs.records import Record, Timing, read_records
 
@@ -101,6 +103,23 @@ def test_timing_says_how_fast_and_how_long(tmp_path):
     assert last.seconds_left == 0
     assert halfway.mfu == pytest.approx(halfway.tokens_per_second / 1e4, abs=1e-4)
     assert halfway.mfu > 0.01
+
+
+def test_progress_is_printed_without_a_terminal(tmp_path, capsys, monkeypatch):
+    """Also while a step takes long; a complete run, other processes, and a terminal get no such line."""
+    monkeypatch.setattr(recorder, "PROGRESS_SECONDS", 0.05)
+    with Recorder(Recipe.of(steps=1_200, batch_size=2), tmp_path, step=1_000) as reporter:
+        time.sleep(0.07)
+        for _ in range(100):
+            reporter.step_done()
+        time.sleep(0.1)
+    first, *_, last = capsys.readouterr().err.splitlines()[1:]
+    assert first == "at step 1,000 of 1,200: 0 tokens/s"
+    assert re.fullmatch(r"at step 1,100 of 1,200: [\d,]+ tokens/s, 00:00 left", last)
+    for keys in ({"is_complete": True}, {"is_main": False}):
+        with Recorder(Recipe.of(steps=3), tmp_path, **keys):
+            time.sleep(0.1)
+        assert "at step" not in capsys.readouterr().err
 
 
 def test_missing_and_damaged_records_are_refused(tmp_path):

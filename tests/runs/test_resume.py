@@ -1,17 +1,21 @@
 """Runs that are continued, and the checkpoints that they keep."""
 
+import itertools
 import re
 import shutil
 import signal
+import time
 
 import pytest
 from support.forked import run as run_forked
 from support.runs import FLAGS, contents, steps_of
 
 from mygpt.errors import CheckpointError
+from mygpt.runs import saver
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
 from mygpt.runs.run import Run
+from mygpt.runs.saver import Saver
 from mygpt.runs.steps import verify_checkpoint
 from mygpt.training import pending
 from mygpt.training.pending import PendingSteps
@@ -27,6 +31,22 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tiny):
     assert steps_of(run) == sorted({10, 12, best})
     assert load_checkpoint(run).step == 12
     assert load_checkpoint(run / f"step-{best:06d}").step == best
+
+
+def test_checkpoints_by_the_clock(tiny, monkeypatch):
+    """`save_seconds` after the last checkpoint there is another, which the next replaces; 0: there is none."""
+    saved, now = [], itertools.count(time.monotonic(), 10)
+    save = Saver.save
+    monkeypatch.setattr(Saver, "save", lambda self, *args: saved.append(args[2]) or save(self, *args))
+    monkeypatch.setattr(saver.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(Saver, "is_due", lambda self, is_due=Saver.is_due: self.wait() or is_due(self))
+    run = train(tiny(steps=9, save_seconds=25))
+    # The clock is read at each step and after each save.
+    assert saved == ["timed", "timed", "timed", "scheduled"]
+    assert steps_of(run) == [9]
+    saved.clear()
+    train(tiny(steps=9, save_seconds=0, output=f"{run}-without"))
+    assert saved == ["scheduled"]
 
 
 def test_all_checkpoints_are_kept_by_default(tiny):
@@ -157,7 +177,7 @@ def test_continued_run_is_read_from_its_first_step(tiny, monkeypatch):
     keys = {"steps": 40, "log_every": 1000, "print_every": 1000}
     train_until(tiny(**keys), 3)
     read, calls = PendingSteps.read, []
-    monkeypatch.setattr(PendingSteps, "read", lambda self, stop: calls.append(1) or read(self, stop))
+    monkeypatch.setattr(PendingSteps, "read", lambda *args, **keys: calls.append(1) or read(*args, **keys))
     monkeypatch.setattr(pending, "MAX_UNREAD_SECONDS", 0.0)
     train_until(tiny(**keys), 9)
     assert len(calls) == 6

@@ -150,6 +150,12 @@ def slow_saves(_count):
     disturb("before-rename", lambda *_: time.sleep(next(first, 10)), count=None)
 
 
+def save_at_every_reading(count):
+    """As if `save_seconds` had passed; a kill comes before a step."""
+    checkpoint.Saver.is_due = lambda saver: saver.wait() is None
+    disturb("before-step", count=count)
+
+
 def forget(owner, name):
     """No kill but a defect: a resumed run does not restore something."""
     return lambda _count: setattr(owner, name, lambda *args: None)
@@ -184,6 +190,7 @@ FAULTS = {
     "metrics-disk-full": limit_file_size(700),
     "file-size-limit": limit_file_size(40_000),
     "slow-saves": slow_saves,
+    "timed-saves": save_at_every_reading,
     "forget-moments": forget(parts, "load_optimizer_tensors"),
     "forget-dropout": forget(state, "set_dropout_generator_state"),
     "forget-stream": forget_stream,
