@@ -79,8 +79,6 @@ class NewerFormatError(CheckpointError):
 class MismatchError(CheckpointError):
     """A checkpoint is intact, but its architecture or corpus is not that of the run that would continue it."""
 
-    exit_code = 1
-
 
 class OutOfMemoryError(MygptError):
     """The model or the batch does not fit into memory."""

@@ -11,14 +11,13 @@ from typing import NamedTuple
 from mygpt.checks.compare import compare_files, compare_records
 from mygpt.checks.rerun import (
     Part,
-    check_text,
+    check_inputs,
     describe_changes,
     explain_rerun,
     parts_of,
     pinned_recipe,
     train_parts,
 )
-from mygpt.data.dataset import load_dataset
 from mygpt.errors import CheckpointError, DamagedCheckpointError, LaunchError, MismatchError, RecipeError
 from mygpt.processes.channel import connect
 from mygpt.processes.environment import is_main_process, launched_processes
@@ -27,10 +26,11 @@ from mygpt.recipe.tables import HARMLESS_KEYS, TABLE_OF_KEY, Recipe
 from mygpt.runs import files
 from mygpt.runs.changes import Source, changed_keys, check_checkpoint
 from mygpt.runs.copying import copy_until, publish_run
+from mygpt.runs.initial import open_dataset
 from mygpt.runs.lock import locked
 from mygpt.runs.records import Record
 from mygpt.runs.run import Run, Warn, check_output, named_checkpoint
-from mygpt.runs.schemas import Manifest, Recreated
+from mygpt.runs.schemas import HASH_OF_PATH, Manifest, Recreated
 from mygpt.runs.start import recipe_text
 from mygpt.runs.steps import read_manifest, step_directory, verify_checkpoint
 from mygpt.training.train import print_note, train
@@ -126,13 +126,13 @@ def plan_recreation(
     if checkpoint is None and (origin := run.origin):
         verify_checkpoint(origin)
     parts = list(parts_of(run, first, step)) if first < step else []
-    check_text(run, parts)
+    check_inputs(run, parts, from_beginning=not first)
     recipe = run.recipe_at(step)
     if parts:
         check_processes(run, parts)
         shown = keys_that_change_no_number(run, step)
         parts[-1] = parts[-1]._replace(recipe=parts[-1].recipe.replace(**shown))
-        recipe = recipe.replace(corpus=parts[-1].recipe.data.corpus, **shown)
+        recipe = recipe.replace(**{key: parts[-1].recipe.flat()[key] for key in HASH_OF_PATH}, **shown)
     elif checkpoint:
         recipe = Run(checkpoint.parent).recipe_of(checkpoint)
     return Plan(checkpoint, first, list(split_at_checkpoints(run, first, parts)), recipe)
@@ -250,7 +250,7 @@ def compare_with_recorded(run: Run, first: int, step: int, again: Path) -> bool:
         since = f"changed since: {changes}" if changes else "nothing that run.json records has changed since"
         if not run.info.deterministic:
             since = "the run had deterministic = false, so that its last bits are never the same"
-        raise MismatchError(f"{run.path}: cannot be repeated here: {difference}; {since}")
+        raise MismatchError(f"{run.path}: cannot be repeated here: {difference}; {since}", exit_code=1)
     return manifest is not None
 
 
@@ -311,7 +311,7 @@ def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
     base = recorded.recipe_at(step + 1)
     pinned = pinned_recipe(recorded, base, step + 1)
     was, wanted = base.flat(), recipe.flat()
-    pins = {key: pinned.flat()[key] for key in ("threads", "matmul", "corpus") if wanted[key] == was[key]}
+    pins = {key: pinned.flat()[key] for key in ("threads", "matmul", *HASH_OF_PATH) if wanted[key] == was[key]}
     recipe = recipe.replace(output=str(output), resume="auto", **pins)
     with connect(launched) as channel:
         own = {"continues": is_main_process() and check_fork(recorded, step, recipe, output)}
@@ -332,8 +332,9 @@ def check_fork(run: Run, step: int, recipe: Recipe, output: Path) -> bool:
     check_free(run.path, output)
     check_goes_on(run, step, recipe)
     plan = plan_recreation(run, step, warn=lambda _: None)
-    if recipe.data.corpus == plan.recipe.data.corpus:  # the text is none of the keys in which the fork differs
-        check_text(run, [Part(plan.recipe, step)])
+    data, was = recipe.data, plan.recipe.data
+    if (data.corpus, data.val_corpus) == (was.corpus, was.val_corpus):  # the fork does not differ in its text
+        check_inputs(run, [Part(plan.recipe, step)])
     check_model(run, recipe, plan)
     for resumed in run.info.history:
         keys = ", ".join(name for name in resumed.changed if name in TABLE_OF_KEY)
@@ -367,7 +368,7 @@ def check_model(run: Run, recipe: Recipe, plan: Plan) -> None:
         return
     if recipe.model == plan.recipe.model and recipe.data == plan.recipe.data:
         return
-    tokenizer = load_dataset(recipe.data, recipe.train.seq_len).tokenizer.metadata
+    tokenizer = open_dataset(recipe).tokenizer.metadata
     long_enough = recipe.replace(steps=max(recipe.train.steps, read_manifest(checkpoint).step))
     check_checkpoint(Source(run, checkpoint, in_place=False), long_enough, tokenizer, may_end=True)
 

@@ -14,11 +14,11 @@ from mygpt.checks.trace import BEFORE, Trace
 from mygpt.errors import CheckpointError, DamagedCheckpointError, InterruptedRunError, LaunchError, MygptError
 from mygpt.processes.environment import no_launcher, read_launched
 from mygpt.processes.signals import stop_on_signal
-from mygpt.recipe.tables import HARMLESS_KEYS
+from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS
 from mygpt.runs.files import MODEL_FILE, STATE_FILE, real_path
 from mygpt.runs.held_out import PREFIX
 from mygpt.runs.run import Run
-from mygpt.runs.schemas import read_table
+from mygpt.runs.schemas import HASH_OF_PATH, read_table
 from mygpt.runs.steps import read_manifest, step_directory, verify_checkpoint
 
 Note = Callable[[str], None]
@@ -378,11 +378,10 @@ def call(side: Side, module: str, arguments: list[str], *, makes: Path) -> None:
 
 def recipe_differences(a: Side, b: Side, step: int) -> list[str]:
     """The keys in which the recipes that trained a step differ, with their values, and whether the texts do."""
-    paths = {"corpus", "tokenizer_file"}
-    recipes = ({k: v for k, v in side.run.recipe_at(step).flat().items() if k not in paths} for side in (a, b))
+    recipes = ({k: v for k, v in side.run.recipe_at(step).flat().items() if k not in PATH_KEYS} for side in (a, b))
     lines = [line for line in differences_between(*recipes) if line.split()[0] not in HARMLESS_KEYS]
-    texts = [side.run.info.recorded_at(step)["corpus_sha256"] for side in (a, b)]
-    return lines + ["corpus: other texts"] * (texts[0] != texts[1])
+    was, now = (side.run.info.recorded_at(step) for side in (a, b))
+    return lines + [f"{key}: another one" for key, name in HASH_OF_PATH.items() if was[name] != now[name]]
 
 
 def differences_between(a: dict[str, object], b: dict[str, object]) -> list[str]:

@@ -24,6 +24,8 @@ from mygpt.runs.steps import read_manifest, read_metadata, verify_file
 
 OTHER_TEXT = "corpus: another text"
 """The line for two recipes that were trained on different texts."""
+OTHER_HELD_OUT_TEXT = "val_corpus: another text"
+"""The line for two recipes of which one has another text to hold out than the other, or none."""
 
 
 class TensorDifference(NamedTuple):
@@ -138,8 +140,9 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     if all((file.parent / MANIFEST_FILE).is_file() for file in (file_a, file_b)):
         manifest_a, manifest_b = (read_manifest(file.parent, prefix=None) for file in (file_a, file_b))
         comparison = comparison._replace(recipe=list(_compare_recipes(manifest_a, manifest_b)))
-        is_same_text = manifest_a.corpus_sha256 is not None and manifest_a.corpus_sha256 == manifest_b.corpus_sha256
-        histories = [load_history(file.with_name(STATE_FILE)) for file in (file_a, file_b)] if is_same_text else [None]
+        held_out = held_out_text(manifest_a)
+        is_comparable = held_out is not None and held_out == held_out_text(manifest_b)
+        histories = [load_history(file.with_name(STATE_FILE)) for file in (file_a, file_b)] if is_comparable else [None]
         if all(histories):
             for file, manifest in ((file_a, manifest_a), (file_b, manifest_b)):
                 verify_file(file.with_name(STATE_FILE), manifest)  # a flipped bit would be a verdict
@@ -151,7 +154,10 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
             comparison = comparison._replace(held_out=HeldOutComparison(steps, change, population))
     if not ((Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists()):
         return comparison
-    was, now = (Run(Path(run)).info.environment() for run in (a, b))
+    infos = [Run(Path(run)).info for run in (a, b)]
+    was, now = (info.environment() for info in infos)
+    if infos[0].init_sha256 != infos[1].init_sha256:
+        comparison = comparison._replace(recipe=[*comparison.recipe, "init_from: other initial weights"])
     return comparison._replace(
         state=compare_files(file_a.with_name(STATE_FILE), file_b.with_name(STATE_FILE), without=PREFIX),
         records=compare_records(
@@ -168,6 +174,8 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
 def _compare_recipes(a: Manifest, b: Manifest) -> Iterator[str]:
     if None not in (a.corpus_sha256, b.corpus_sha256) and a.corpus_sha256 != b.corpus_sha256:
         yield OTHER_TEXT
+    if a.held_out_sha256 != b.held_out_sha256:
+        yield OTHER_HELD_OUT_TEXT
     if a.recipe and b.recipe:
         # The model and the environment have lines of their own.
         elsewhere = HARMLESS_KEYS | RESOLVED_KEYS | {*ModelTable.model_fields}
@@ -176,9 +184,14 @@ def _compare_recipes(a: Manifest, b: Manifest) -> Iterator[str]:
                 yield "{} {} against {}".format(key, *("absent" if value is None else value for value in values))
 
 
+def held_out_text(manifest: Manifest) -> str | None:
+    """The hash of the text that is held out, or of which a part is; None: it is not known."""
+    return manifest.held_out_sha256 or manifest.corpus_sha256
+
+
 def held_out_part(manifest: Manifest) -> tuple[object, ...]:
     """What names the part of a text that is held out, apart from the text itself."""
-    data = manifest.recipe.data if manifest.recipe else None
+    data = manifest.recipe.data if manifest.recipe and not manifest.held_out_sha256 else None
     return (data.val_split, data.hold_out) if data else ()
 
 

@@ -67,6 +67,10 @@ def describe(
     yield f"precision:    {recipe.runtime.precision}"
     everywhere = ", the same on every process" if launched.processes > 1 else ""
     yield f"corpus:       {recipe.data.corpus}, sha256 {info.corpus_sha256[:12]}{everywhere}"
+    if info.held_out_sha256:
+        yield f"held out:     {recipe.data.val_corpus}, sha256 {info.held_out_sha256[:12]}{everywhere}"
+    if info.init_sha256:
+        yield f"begins with:  {recipe.train.init_from}, sha256 {info.init_sha256[:12]}{everywhere}"
     windows = f"{table.batch_size} windows of {table.seq_len} tokens"
     yield f"batch:        {windows} a step, {info.micro_batch_size} to a micro-batch"
     for rank, entry in enumerate(reports):

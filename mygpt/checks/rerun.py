@@ -12,7 +12,9 @@ from mygpt.errors import CorpusError, InterruptedRunError, MismatchError, NonFin
 from mygpt.processes.environment import choose_threads, read_launched
 from mygpt.processes.machine import choose_matmul, has_matmul, resolve_device
 from mygpt.recipe.tables import Recipe
+from mygpt.runs.initial import find_initial
 from mygpt.runs.run import Run
+from mygpt.runs.schemas import HASH_OF_PATH
 from mygpt.training.train import train_until
 
 
@@ -36,8 +38,10 @@ def pinned_recipe(run: Run, recipe: Recipe, step: int) -> Recipe:
     recorded, runtime = run.info.recorded_at(step), recipe.runtime
     device = resolve_device(runtime.device, runtime.precision)
     pins: dict[str, Any] = {}
-    if recorded["corpus_sha256"] == run.info.recorded_at(sys.maxsize)["corpus_sha256"]:
-        pins["corpus"] = run.recipe.data.corpus  # the same text may have been moved since
+    now = run.info.recorded_at(sys.maxsize)
+    for key, name in HASH_OF_PATH.items():
+        if recorded[name] == now[name]:
+            pins[key] = run.recipe.flat()[key]  # it may have been moved since
     is_one = runtime.reduction == "exact" and device.type == "cpu"
     if choose_threads(runtime.threads, read_launched().local_processes, pinned=is_one) != recorded["threads"]:
         pins["threads"] = recorded["threads"]
@@ -48,22 +52,30 @@ def pinned_recipe(run: Run, recipe: Recipe, step: int) -> Recipe:
     return recipe.replace(**pins)
 
 
-def check_text(run: Run, parts: Sequence[Part]) -> None:
-    """Check that the text of each part is the one that its steps were trained on.
+def check_inputs(run: Run, parts: Sequence[Part], *, from_beginning: bool = False) -> None:
+    """Check that the texts of each part are those of its steps, and `from_beginning` the initial weights, too.
 
     Raises:
-        MismatchError: the text has changed since.
-        CorpusError: it cannot be read.
+        MismatchError: one has changed since.
+        CorpusError, CheckpointError: it cannot be read.
     """
-    for part in parts:
-        try:
-            sha256 = corpus_sha256(part.recipe.data.corpus)
-        except CorpusError as error:
-            raise type(error)(f"{run.path}: the text on which it was trained cannot be read: {error}") from None
-        if sha256 != run.info.recorded_at(part.until)["corpus_sha256"]:
+    for number, part in enumerate(parts):
+        data, recorded = part.recipe.data, run.info.recorded_at(part.until)
+        for path, name, use in (
+            (data.corpus, "corpus_sha256", "was trained on"),
+            (data.val_corpus, "held_out_sha256", "held out"),
+        ):
+            try:
+                sha256 = corpus_sha256(path) if path else None
+            except CorpusError as error:
+                text = "the text on which it was trained" if path == data.corpus else "the text that it held out"
+                raise type(error)(f"{run.path}: {text} cannot be read: {error}") from None
+            if sha256 != recorded[name]:
+                raise MismatchError(f"{run.path}: {use} another text than {path} is now; put the text back")
+        initial = find_initial(part.recipe) if from_beginning and not number else None
+        if initial and initial.sha256 != recorded["init_sha256"]:
             raise MismatchError(
-                f"{run.path}: was trained on another text than {part.recipe.data.corpus} is now; put the text back",
-                exit_code=2,
+                f"{run.path}: began with other weights than those of {initial.file} are now; put them back"
             )
 
 

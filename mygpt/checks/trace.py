@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from mygpt.checks.hooks import watch
 from mygpt.checks.rerun import pinned_recipe
 from mygpt.data.batches import Batch
-from mygpt.data.dataset import load_dataset
 from mygpt.errors import MygptError
 from mygpt.processes.environment import no_launcher
 from mygpt.processes.machine import choose_matmul, describe_environment, resolve_device, set_up
 from mygpt.recipe.tables import Table
+from mygpt.runs.initial import open_dataset
 from mygpt.runs.run import Run
 from mygpt.training.gradient_sum import Mean, gradient_sum_for
 from mygpt.training.parts import Parts, build_parts, open_accelerator
@@ -77,7 +77,7 @@ def trace_step(run: Run, step: int, checkpoint: Path | None, wanted: str = "") -
     device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
     settings = set_up(recipe.runtime, device)
     gradient_sum, values = gradient_sum_for(recipe), Values(wanted)
-    dataset = load_dataset(recipe.data, recipe.train.seq_len)
+    dataset = open_dataset(recipe)
     with no_launcher(), open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
         parts, _ = build_parts(recipe, accelerator, dataset, gradient_sum, checkpoint)
         for name, weight in parts.gpt.state_dict().items():

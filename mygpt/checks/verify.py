@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mygpt.checks.compare import TensorDifference, compare_files, compare_records
-from mygpt.checks.rerun import check_text, describe_changes, explain_rerun, parts_of, train_parts
+from mygpt.checks.rerun import check_inputs, describe_changes, explain_rerun, parts_of, train_parts
 from mygpt.errors import CheckpointError
 from mygpt.processes.environment import is_main_process
 from mygpt.recipe.tables import TABLE_OF_KEY
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.run import Run
-from mygpt.runs.schemas import RunInfo
+from mygpt.runs.schemas import HASH_OF_PATH, RunInfo
 from mygpt.runs.steps import verify_checkpoint
 
 
@@ -65,7 +65,7 @@ def verify(run: Path, steps: int | None = None) -> Verification:
     for directory in checkpoints.values():
         verify_checkpoint(directory)
     parts = list(parts_of(recorded, begun_after, until))
-    check_text(recorded, parts)
+    check_inputs(recorded, parts, from_beginning=not begun_after)
     keeping_all = [part._replace(recipe=part.recipe.replace(keep_last=0)) for part in parts]
     with tempfile.TemporaryDirectory(prefix="mygpt-verify-") as folder:
         again = Run(Path(folder) / "run")
@@ -96,5 +96,5 @@ def _changes(info: RunInfo, now: RunInfo) -> list[str]:
         for resumed in info.resumed
         if resumed.checkpoint is None  # no step of a branch was trained with the old value
         for name, (old, new) in resumed.changed.items()
-        if name not in {*TABLE_OF_KEY, "corpus_sha256"}  # the recipe and the text were repeated
+        if name not in {*TABLE_OF_KEY, *HASH_OF_PATH.values()}  # the recipe and the texts were repeated
     ]

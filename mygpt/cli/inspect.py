@@ -71,7 +71,7 @@ class CompareOptions:
 @command
 def compare(options: CompareOptions) -> int:
     """Whether two models are the same bit for bit; and if not, what differs, and which has the lower held-out loss."""
-    from mygpt.checks.compare import OTHER_TEXT, compare, describe_held_out, table
+    from mygpt.checks.compare import OTHER_HELD_OUT_TEXT, OTHER_TEXT, compare, describe_held_out, table
 
     result = compare(options.a, options.b)
     steps = "step {}".format(" and step ".join(map(str, dict.fromkeys(result.steps))))
@@ -100,8 +100,8 @@ def compare(options: CompareOptions) -> int:
         print("verdict: none: these are the same weights")
     elif result.held_out:
         print("\n".join(result.held_out.lines()))
-    elif OTHER_TEXT in result.recipe:
-        print("verdict: none, since they were trained and evaluated on different texts")
+    elif {OTHER_TEXT, OTHER_HELD_OUT_TEXT} & {*result.recipe}:
+        print("verdict: none, since they were evaluated on different texts")
     return 1
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from mygpt.data.corpus import load_corpus
-from mygpt.data.prepared import open_prepared, read_manifest
-from mygpt.data.tokenizer import DEFAULT_VOCAB_SIZE, ByteTokenizer, CharTokenizer, Tokenizer
+from mygpt.data.prepared import Prepared, open_prepared, read_manifest
+from mygpt.data.tokenizer import DEFAULT_VOCAB_SIZE, ByteTokenizer, CharTokenizer, Tokenizer, describe_tokenizer
 from mygpt.errors import CorpusError
 from mygpt.recipe.seeds import held_out_pieces_seed
 from mygpt.recipe.tables import NAMED_CORPORA, DataTable
@@ -38,11 +38,22 @@ class Dataset(NamedTuple):
     """Raises CorpusError if the file that holds the tokens has changed; None: they are in memory."""
     piece_tokens: int = 0
     """The length of each of the pieces that `val` is made of; 0: it is one stretch of the corpus."""
+    held_out_sha256: str | None = None
+    """That of `val_corpus`; None: what is held out is of the corpus."""
 
     @property
     def bytes(self) -> int:
         """Of all tokens."""
-        return (self.train.numel() + self.val.numel()) * self.train.element_size()
+        return sum(part.numel() * part.element_size() for part in (self.train, self.val))
+
+    def unseen_characters(self) -> str:
+        """The characters that occur only in the held-out part, of a text in memory whose tokens are characters."""
+        if self.check_unchanged or not isinstance(self.tokenizer, CharTokenizer):
+            return ""
+        train, val = (
+            torch.bincount(part.int(), minlength=self.tokenizer.vocab_size) for part in (self.train, self.val)
+        )
+        return self.tokenizer.decode(((train == 0) & (val > 0)).nonzero().flatten().tolist())
 
     def to(self, device: torch.device) -> "Dataset":
         """The dataset on the device, or where it is, if it is mapped from a file and large."""
@@ -53,26 +64,29 @@ class Dataset(NamedTuple):
         return self._replace(train=train, val=val, check_unchanged=None)
 
 
-def load_dataset(table: DataTable, seq_len: int, *, verify: bool = True) -> Dataset:
+def load_dataset(table: DataTable, seq_len: int, *, verify: bool = True, tokenizer: Tokenizer | None = None) -> Dataset:
     """Read the corpus, make its tokenizer, encode it and hold out its end; or open one that has been prepared.
 
-    With `verify` the hash of prepared tokens is checked.
+    With `verify` the hash of prepared tokens is checked. A `tokenizer` is used in place of the corpus's own.
 
     Raises:
-        CorpusError: it cannot be read, has a single distinct character, or is too short for windows of seq_len.
-        TokenizerError: the tokenizer cannot be read or trained, or needs a package that is not installed.
+        CorpusError: it cannot be read, has a single distinct character, is too short for windows of seq_len, or is
+            prepared with another tokenizer.
+        TokenizerError: the tokenizer cannot be read or trained, needs a package that is not installed, or lacks a
+            character of the text.
     """
+    if tokenizer:
+        check_kind(table, tokenizer, "init_from")
+    if table.val_corpus:
+        return _load_two(table, table.val_corpus, seq_len, tokenizer, verify=verify)
     if is_prepared(table.corpus):
-        return _load_prepared(table, seq_len, verify=verify)
+        return _load_prepared(table, seq_len, tokenizer, verify=verify)
     corpus = load_corpus(table.corpus)
     if table.hold_out == "documents":
         raise CorpusError(
             f'hold_out: got "documents", and {table.corpus} is one text; prepare it with `mygpt data prepare`'
         )
-    tokenizer = make_tokenizer(table, corpus.text)
-    if tokenizer.vocab_size < 2:
-        raise CorpusError(f"{table.corpus}: has a single distinct character; expected a text to learn from")
-    tokens = torch.from_numpy(tokenizer.encode(corpus.text))
+    tokenizer, tokens = encode(table, corpus.text, tokenizer)
     if table.hold_out == "pieces" and table.val_split:
         pieces = place_pieces(len(tokens), table.val_split)
         val = torch.cat([tokens[piece.start : piece.stop] for piece in pieces])
@@ -82,6 +96,23 @@ def load_dataset(table: DataTable, seq_len: int, *, verify: bool = True) -> Data
         )
         return Dataset(tokenizer, train, val, corpus.sha256, piece_tokens=len(pieces[0]))
     return Dataset(tokenizer, *split(tokens, table.val_split, seq_len, table.tokenizer), corpus.sha256)
+
+
+def encode(
+    table: DataTable, text: str, tokenizer: Tokenizer | None, further_text: str = ""
+) -> tuple[Tokenizer, torch.Tensor]:
+    """The tokens of the corpus's text, and what they are of: the `tokenizer`, or the one that the recipe asks for.
+
+    `further_text` will be encoded, too: characters that only it has are among the tokens.
+
+    Raises:
+        CorpusError, TokenizerError: see `load_dataset`.
+    """
+    if tokenizer is None:
+        tokenizer = CharTokenizer(text + further_text) if table.tokenizer == "char" else make_tokenizer(table, text)
+        if tokenizer.vocab_size < 2:
+            raise CorpusError(f"{table.corpus}: has a single distinct character; expected a text to learn from")
+    return tokenizer, torch.from_numpy(tokenizer.encode(text, name=table.corpus))
 
 
 def is_prepared(corpus: str) -> bool:
@@ -98,20 +129,69 @@ def corpus_sha256(corpus: str) -> str:
     return read_manifest(Path(corpus)).tokens_sha256 if is_prepared(corpus) else load_corpus(corpus).sha256
 
 
-def _load_prepared(table: DataTable, seq_len: int, *, verify: bool) -> Dataset:
-    folder = Path(table.corpus)
-    prepared = open_prepared(folder, verify=verify)
-    if table.hold_out == "pieces":
-        raise CorpusError(f'hold_out: got "pieces", and {folder} is prepared; hold out "documents" or "tokens"')
-    kind = prepared.manifest.tokenizer
-    is_gpt2 = kind == "bpe" and prepared.tokenizer.vocab_size == GPT2_VOCAB_SIZE
+def check_kind(table: DataTable, tokenizer: Tokenizer, owner: str) -> None:
+    """Check that the recipe does not ask for another kind of tokenizer than the one that `owner` brings.
+
+    Raises:
+        CorpusError: it does.
+    """
+    kind = tokenizer.metadata.type
+    is_gpt2 = kind == "bpe" and tokenizer.vocab_size == GPT2_VOCAB_SIZE
     fits = table.tokenizer in ("char", kind) or (table.tokenizer == "gpt2" and is_gpt2)
     if not fits or table.vocab_size or table.tokenizer_file:
-        raise CorpusError(f"{folder}: its tokenizer is {kind!r}; leave tokenizer, vocab_size and tokenizer_file out")
+        raise CorpusError(f"{owner}: its tokenizer is {kind!r}; leave tokenizer, vocab_size and tokenizer_file out")
+
+
+def _open_tokens(folder: Path, tokenizer: Tokenizer | None, *, verify: bool) -> tuple[Prepared, torch.Tensor]:
+    """A prepared corpus, which must have this tokenizer if it is known, and its tokens."""
+    prepared = open_prepared(folder, verify=verify)
+    if tokenizer and prepared.tokenizer.metadata != tokenizer.metadata:
+        known, other = (describe_tokenizer(each.metadata) for each in (tokenizer, prepared.tokenizer))
+        raise CorpusError(f"{folder}: is prepared with the tokenizer {other}, expected {known}; prepare it with that")
     with warnings.catch_warnings():
         # torch has no tensors that cannot be written to, and says so once; nothing writes to these.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        tokens = torch.from_numpy(prepared.tokens)
+        return prepared, torch.from_numpy(prepared.tokens)
+
+
+def _load_two(table: DataTable, val_corpus: str, seq_len: int, tokenizer: Tokenizer | None, *, verify: bool) -> Dataset:
+    """The corpus as the training part, and `val_corpus` as the held-out part."""
+    checks: list[Callable[[], None]] = []
+    val_text = None if is_prepared(val_corpus) else load_corpus(val_corpus)
+    if is_prepared(table.corpus):
+        prepared, train = _open_tokens(Path(table.corpus), tokenizer, verify=verify)
+        tokenizer, sha256 = prepared.tokenizer, prepared.manifest.tokens_sha256
+        check_kind(table, tokenizer, table.corpus)
+        checks.append(prepared.check_unchanged)
+    else:
+        corpus = load_corpus(table.corpus)
+        tokenizer, train = encode(table, corpus.text, tokenizer, val_text.text if val_text else "")
+        sha256 = corpus.sha256
+    if val_text:
+        val, held_out_sha256 = torch.from_numpy(tokenizer.encode(val_text.text, name=val_corpus)), val_text.sha256
+    else:
+        prepared, val = _open_tokens(Path(val_corpus), tokenizer, verify=verify)
+        held_out_sha256 = prepared.manifest.tokens_sha256
+        checks.append(prepared.check_unchanged)
+    kind = tokenizer.metadata.type
+    for name, part in (("corpus", train), ("val_corpus", val)):
+        _check_lengths({name: len(part)}, len(part), seq_len, kind)
+
+    def check_unchanged() -> None:
+        for check in checks:
+            check()
+
+    check = check_unchanged if checks else None
+    return Dataset(tokenizer, train, val, sha256, check, held_out_sha256=held_out_sha256)
+
+
+def _load_prepared(table: DataTable, seq_len: int, tokenizer: Tokenizer | None, *, verify: bool) -> Dataset:
+    folder = Path(table.corpus)
+    prepared, tokens = _open_tokens(folder, tokenizer, verify=verify)
+    if table.hold_out == "pieces":
+        raise CorpusError(f'hold_out: got "pieces", and {folder} is prepared; hold out "documents" or "tokens"')
+    kind = prepared.manifest.tokenizer
+    check_kind(table, prepared.tokenizer, str(folder))
     end_of_text = None
     if table.hold_out == "documents":
         end_of_text = prepared.tokenizer.end_of_text

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mygpt.data.dataset import Dataset, load_dataset
+from mygpt.data.dataset import Dataset
 from mygpt.errors import LaunchError
 from mygpt.processes.channel import Channel
 from mygpt.processes.environment import Launched, ignored_settings, is_sharded, local_rank
 from mygpt.processes.machine import choose_matmul, describe_environment, has_bf16_products, resolve_device, set_up
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
-from mygpt.runs.schemas import RunInfo
+from mygpt.runs.initial import find_initial, open_dataset
+from mygpt.runs.schemas import HASH_OF_PATH, RunInfo
 
 SLOWEST_READING = 20e6
 """Bytes a second from a disk that is slow, but works."""
@@ -24,7 +25,8 @@ class ProcessReport(NamedTuple):
     node: str
     device: str
     backend: str
-    corpus_sha256: str
+    inputs: dict[str, str | None]
+    """Hashes of what the recipe's paths name, by key."""
     recipe: dict[str, Any]
     """Values by key."""
     environment: dict[str, Any]
@@ -55,7 +57,8 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
     device = resolve_device(runtime.device, runtime.precision, launched.local_processes)
     check_sharding(recipe, device)
     # One process of a machine hashes what all of them map.
-    dataset = load_dataset(recipe.data, recipe.train.seq_len, verify=not local_rank())
+    initial = find_initial(recipe)
+    dataset = open_dataset(recipe, initial, verify=not local_rank())
     threads, is_deterministic = set_up(runtime, device, launched.local_processes)
     info = RunInfo(
         **describe_environment(device),
@@ -69,14 +72,16 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
         reduction=runtime.reduction,
         deterministic=is_deterministic,
         corpus_sha256=dataset.sha256,
+        held_out_sha256=dataset.held_out_sha256,
+        init_sha256=initial and initial.sha256,
     )
-    # Only the main process uses output and resume; the corpus and the threads are compared by content and number.
-    not_compared = ("output", "resume", "corpus", "threads")
+    # Only the main process uses output and resume; what is read, and the threads, are compared by content and number.
+    not_compared = ("output", "resume", "threads", *HASH_OF_PATH)
     own = ProcessReport(
         node=platform.node(),
         device=info.accelerator or f"{device.type} ({info.cpu}, {info.cpu_capability})",
         backend="nccl" if device.type == "cuda" else "gloo",
-        corpus_sha256=dataset.sha256,
+        inputs={key: getattr(info, name) for key, name in HASH_OF_PATH.items()},
         recipe={key: value for key, value in recipe.flat().items() if key not in not_compared},
         environment=info.environment(),
     )
@@ -130,8 +135,10 @@ def check_alike(reports: Sequence[ProcessReport], *, exact: bool) -> None:
         if text := describe_mismatch(reports, values):
             problems.append(f"{name}: {text}; {remedy}")
 
-    hashes = [report.corpus_sha256[:12] for report in reports]
-    compare("corpus: the processes read different texts, by sha256", hashes, "give all of them the same file")
+    for key in HASH_OF_PATH:
+        hashes = [(report.inputs[key] or "nothing")[:12] for report in reports]
+        read = "weights" if key == "init_from" else "texts"
+        compare(f"{key}: the processes read different {read}, by sha256", hashes, "give all of them the same file")
     for key in reports[0].recipe:
         values = [report.recipe[key] for report in reports]
         compare(f"[{TABLE_OF_KEY[key]}] {key}: differs", values, "start all processes with the same recipe and flags")

@@ -8,7 +8,15 @@ from typing import Any
 
 from mygpt.errors import RecipeError
 from mygpt.recipe.reading import decode_utf8, read_file
-from mygpt.recipe.tables import NAMED_CORPORA, TABLE_OF_KEY, Recipe, build_recipe, refinements_to_drop, show_value
+from mygpt.recipe.tables import (
+    NAMED_CORPORA,
+    PATH_KEYS,
+    TABLE_OF_KEY,
+    Recipe,
+    build_recipe,
+    refinements_to_drop,
+    show_value,
+)
 
 RECIPE_FILE = "recipe.toml"
 RUN_FILE = "run.json"
@@ -66,10 +74,10 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
         # Its output is its directory, wherever that is now. A recipe that extends it starts a new run elsewhere.
         for key in ("output", "resume") if children else ("output",):
             document.get("checkpoint", {}).pop(key, None)
-    data = document.get("data", {})
-    for key in {"corpus", "tokenizer_file"} & data.keys():
-        if data[key] not in NAMED_CORPORA and os.path.exists(path.parent / data[key]):
-            data[key] = str(path.parent / data[key])
+    for key in PATH_KEYS:
+        table = document.get(TABLE_OF_KEY[key], {})
+        if key in table and table[key] not in NAMED_CORPORA and os.path.exists(path.parent / table[key]):
+            table[key] = str(path.parent / table[key])
     if parent is None:
         return document
     parent_path = shipped_recipes().get(parent, path.parent / parent) if isinstance(parent, str) else None

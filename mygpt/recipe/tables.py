@@ -51,11 +51,19 @@ class DataTable(Table):
     up as that of the corpus."""
     val_split: Probability = 0.0
     """Fraction of the text that is held out and never trained on; 0: none."""
+    val_corpus: Annotated[str, Field(min_length=1)] | None = None
+    """A text, or a prepared corpus, that is held out as a whole, in place of a part of the corpus; named as that is.
+    The vocabulary of "char" is then that of both texts."""
     hold_out: Literal["tokens", "documents", "pieces"] = "tokens"
     """What is held out. "tokens": exactly this share of the tokens, at the end. "documents": whole documents at the
     end, so that none is in both parts; needs a corpus of `mygpt data prepare`. "pieces": 32 pieces of equal length at
     random places of a text, the same for all runs; then the error of sampling = "full" is that of the loss on unseen
     passages of this text, and holds also where one part of the text is not like another."""
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether some text is held out."""
+        return bool(self.val_split or self.val_corpus)
 
 
 class ModelTable(Table):
@@ -111,6 +119,10 @@ class TrainTable(Table):
     """Steps between records in metrics.jsonl; printed steps are always recorded."""
     init_seed: Seed = 0
     """Seed of the initial weights."""
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    """Begin with the weights of another model, and with a new optimizer and schedule, at step 1: a run (its newest
+    checkpoint), RUN/best, a step directory or a model.safetensors. The architecture must be the same, but for dropout,
+    and the text is encoded with that model's tokenizer. A relative path is looked up as that of the corpus."""
     data_seed: Seed = 42
     """Seed of the batches and of dropout."""
 
@@ -154,7 +166,8 @@ class ValidationTable(Table):
     """The held-out loss."""
 
     val_every: CountOrOff = 0
-    """Steps between evaluations of the held-out loss (and one at the last step); 0: never. Needs val_split."""
+    """Steps between evaluations of the held-out loss (and one at the last step); 0: never. Needs val_split or
+    val_corpus."""
     eval_batches: Count = 10
     """Random batches in one evaluation; sampling = "full" evaluates all of the held-out text instead."""
     sampling: Literal["shared-stream", "own-stream", "full"] = "shared-stream"
@@ -306,6 +319,8 @@ class Recipe(Table):
 
 KEYS_OF_TABLE = {name: list(type(table.default).model_fields) for name, table in Recipe.model_fields.items()}
 TABLE_OF_KEY = {key: table for table, keys in KEYS_OF_TABLE.items() for key in keys}
+PATH_KEYS = ("corpus", "val_corpus", "tokenizer_file", "init_from")
+"""Keys that name a file or a folder to read."""
 ALL_KEYS = "`mygpt recipe show default` prints all keys"
 
 HARMLESS_KEYS = {
@@ -394,8 +409,12 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.runtime.reduction == "exact" and recipe.optimizer.eps < MIN_EXACT_EPS:
         rounding = 'with reduction = "exact", which rounds gradients to multiples of 2**-40, about 1e-12'
         yield "eps", f'at least {MIN_EXACT_EPS} {rounding}; raise eps, or use reduction = "fast"'
-    if validation.val_every and not recipe.data.val_split:
-        yield "val_every", "0 without held-out text; set val_split, such as 0.1"
+    if validation.val_every and not data.has_held_out:
+        yield "val_every", "0 without held-out text; set val_split, such as 0.1, or val_corpus"
+    if data.val_corpus and data.val_split:
+        yield "val_split", "0 with val_corpus, which is all that is held out"
+    if data.val_corpus and data.hold_out != "tokens":
+        yield "hold_out", '"tokens" with val_corpus, all of which is held out'
     ends = recipe.expected.expected_bits_per_byte
     if ends and not 0 < ends[0] <= ends[1]:
         yield "expected_bits_per_byte", "the lower end of the range, which is above 0, and then the upper"

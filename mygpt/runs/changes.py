@@ -8,10 +8,10 @@ from typing import Any
 
 from mygpt.data.tokenizer import TokenizerMetadata, describe_tokenizer
 from mygpt.errors import MismatchError, RecipeError
-from mygpt.recipe.tables import HARMLESS_KEYS, TABLE_OF_KEY, Recipe
+from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, TABLE_OF_KEY, Recipe
 from mygpt.runs.files import MODEL_FILE
 from mygpt.runs.run import Run, Warn
-from mygpt.runs.schemas import ModelMetadata, RunInfo
+from mygpt.runs.schemas import HASH_OF_PATH, ModelMetadata, RunInfo
 from mygpt.runs.steps import read_metadata
 
 # Keys of which run.json has the resolved value or the content, which is compared instead.
@@ -23,14 +23,20 @@ RESOLVED_KEYS = {
     "matmul",
     "reduction",
     "deterministic",
-    "corpus",
-    "tokenizer_file",
+    *PATH_KEYS,
 }
 # Keys that shift the training batches with sampling = "shared-stream", and otherwise change no weight.
 EVALUATION_KEYS = {"val_every", "eval_batches", "sampling"}
 
 # Keys that choose where a run ends; `steps` is also the length of a schedule.
 ENDING_KEYS = {"steps", "patience"}
+
+OTHER_INPUT = {
+    "corpus": "[data] corpus: {now} is not the text that {where} was trained on",
+    "val_corpus": "[data] val_corpus: {now} is not the text that {where} held out, which was {was}",
+    "init_from": "[train] init_from: {now} is not what {where} began with, which was {was}",
+}
+"""The message for each key that names something else than when a run was trained."""
 
 Changes = dict[str, tuple[Any, Any]]
 """Old and new value by name."""
@@ -96,18 +102,19 @@ def check_changes(
         f"[{TABLE_OF_KEY[key]}] {key}: got {new}, expected {was}, as {where} was trained"
         for key, (was, new) in keys.items()
     ]
-    is_other_text = "corpus_sha256" in recorded
-    if is_other_text:
-        problems.append(f"[data] corpus: {recipe.data.corpus} is not the text that {where} was trained on")
-        keys["corpus"] = (old.data.corpus, recipe.data.corpus)
+    other_inputs = [key for key, name in HASH_OF_PATH.items() if name in recorded]
+    for key in other_inputs:
+        was, now = old.flat()[key], recipe.flat()[key]
+        problems.append(OTHER_INPUT[key].format(now=now or "nothing", was=was or "nothing", where=where))
+        keys[key] = (was, now)
     if problems and not allow_changes:
         way_out = "choose another --output, --overwrite the run, or continue it with --allow-changes"
         if not source.in_place:
             way_out = "set it so, or branch off with --allow-changes"
-        kind = MismatchError if is_other_text else RecipeError
+        kind = MismatchError if other_inputs else RecipeError
         raise kind("\n".join(f"{problem}; {way_out}" for problem in problems))
     for key, (was, new) in keys.items():
-        before_it = "another text" if key == "corpus" and is_other_text else was
+        before_it = "another text" if key in other_inputs else was
         warn(f"from step {step + 1} on: [{TABLE_OF_KEY[key]}] {key} = {new}, before {before_it}")
     follows = {"micro_batch_size"} if "batch_size" in keys else set()
     _warn_of_last_bits({name: recorded[name] for name in recorded if name not in follows}, recipe, info, warn)
@@ -144,7 +151,9 @@ def differing_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, A
 
 def window_names(old: Recipe, new: Recipe) -> set[str]:
     """The names on which held-out windows depend: losses over other windows cannot be compared."""
-    names = {"sampling", "val_split", "hold_out", "seq_len", "corpus_sha256"}
+    names = {"sampling", "val_split", "hold_out", "seq_len"}
+    # With a val_corpus of its own, other training text changes no window.
+    names |= {"held_out_sha256"} if old.data.val_corpus and new.data.val_corpus else {"corpus_sha256", "val_corpus"}
     if any(recipe.validation.sampling != "full" for recipe in (old, new)):
         names |= {"eval_batches", "batch_size"}
     return names

@@ -71,7 +71,8 @@ def read_weights(file: Path, config: ModelTable, vocab_size: int, *, finite: boo
         got, wanted = (_describe(tensors.get(name)) for tensors in (weights, expected))
         raise MismatchError(
             f"{file}: {name}: got {got}, expected {wanted}: these weights are of another version of the model than "
-            "this mygpt's; use the version that wrote them (git_commit in run.json)"
+            "this mygpt's; use the version that wrote them (git_commit in run.json)",
+            exit_code=1,
         )
     for name, weight in weights.items():
         if finite and not torch.isfinite(weight).all():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError, RecipeError
 from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE, load_recipe
-from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
+from mygpt.recipe.tables import PATH_KEYS, TABLE_OF_KEY, Recipe
 from mygpt.runs import files
 from mygpt.runs.records import Record, read_records
 from mygpt.runs.schemas import RunInfo, read_table
@@ -98,7 +98,8 @@ class Run:
         if found != begun.manifest_sha256:
             raise MismatchError(
                 f"{path}: the checkpoint after which {self.path} began is {'another now' if found else 'gone'}; put it "
-                "back, or begin again with --overwrite and the --resume of where it is now"
+                "back, or begin again with --overwrite and the --resume of where it is now",
+                exit_code=1,
             )
         return path
 
@@ -138,7 +139,8 @@ class Run:
         recipe = self.recipe_at(manifest.step)
         if manifest.recipe is None:
             return recipe
-        return manifest.recipe.replace(corpus=recipe.data.corpus, output=paths.output, resume=paths.resume)
+        read = {key: value for key, value in recipe.flat().items() if key in PATH_KEYS}
+        return manifest.recipe.replace(**read, output=paths.output, resume=paths.resume)
 
     def ended_with(self, checkpoint: Path) -> bool:
         """Whether the run ended with this checkpoint; in format 1, whether it is the last step of the newest recipe."""

@@ -49,6 +49,7 @@ class Saver:
     recipe: Recipe
     tokenizer: Tokenizer
     corpus_sha256: str
+    held_out_sha256: str | None = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _writing: Future[None] | None = None
     # Kept from one save to the next: filling memory that the system has just handed out takes ten times longer.
@@ -83,6 +84,7 @@ class Saver:
             ended_by=ended_by,
             recipe=self.recipe,
             corpus_sha256=self.corpus_sha256,
+            held_out_sha256=self.held_out_sha256,
             files={},
         )
         self._writing, self._saved_at = self._thread.submit(self._write, *copies, manifest), time.monotonic()

@@ -8,12 +8,16 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from mygpt.data.tokenizer import TokenizerMetadata
 from mygpt.errors import DamagedCheckpointError, NewerFormatError
-from mygpt.recipe.tables import Count, ModelTable, Recipe, Table
+from mygpt.recipe.tables import PATH_KEYS, TABLE_OF_KEY, Count, ModelTable, Recipe, Table
 from mygpt.runs.files import read_bytes
 
 FORMAT: Final = 2
 """Format of checkpoints, raised when an older mygpt could not read newer ones. Format 1, of mygpt 0.1, can be read: its
 manifests lack recipe, corpus_sha256 and finished."""
+
+
+HASH_OF_PATH = {"corpus": "corpus_sha256", "val_corpus": "held_out_sha256", "init_from": "init_sha256"}
+"""For keys that name what is read, the hash of that in run.json: it counts, and not the path."""
 
 
 class _Metadata(Table):
@@ -97,7 +101,10 @@ class Manifest(_Metadata):
     """manifest.json: why a checkpoint was saved, with which recipe, and what its files must be."""
 
     left_out: ClassVar[dict[str, Any]] = {
-        "recipe": {"data": {"corpus", "tokenizer_file"}, "checkpoint": {"output", "resume"}}
+        "recipe": {
+            **{table: {key for key in PATH_KEYS if TABLE_OF_KEY[key] == table} for table in ("data", "train")},
+            "checkpoint": {"output", "resume"},
+        }
     }
 
     reason: Reason
@@ -109,10 +116,12 @@ class Manifest(_Metadata):
     ended_by: End | None = None
     """Why the run ended with this step; None: it did not, or an older mygpt wrote this."""
     recipe: Recipe | None = None
-    """The recipe that trained this step; None in format 1. Its paths (corpus, tokenizer_file, output, resume) are not
-    written, so that the same run gives the same bytes in any directory: as read, they hold meaningless defaults."""
+    """The recipe that trained this step; None in format 1. Its paths (PATH_KEYS, output, resume) are not written,
+    so that the same run gives the same bytes in any directory: as read, they hold meaningless defaults."""
     corpus_sha256: str | None = None
     """Of the training text; None in format 1."""
+    held_out_sha256: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
+    """Of `val_corpus`; None: there is none."""
     files: dict[Literal["model.safetensors", "state.safetensors"], FileEntry]
 
 
@@ -125,7 +134,7 @@ class Resumed(Table):
     manifest_sha256: str | None = None
     """Of that step directory's manifest.json, and so of all that is in it."""
     changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
-    """Old and new value by name: of recipe keys, of `environment`, of git_commit and corpus_sha256."""
+    """Old and new value by name: of recipe keys, of `environment`, of git_commit and the hashes of what was read."""
     recipe: Recipe | None = None
     """The recipe that trained the steps before; None if mygpt 0.1 wrote this."""
 
@@ -164,6 +173,10 @@ class RunInfo(Table):
     deterministic: bool = True
     """Whether the same run gives the same bits again."""
     corpus_sha256: str
+    held_out_sha256: str | None = None
+    """Of `val_corpus`; None: there is none."""
+    init_sha256: str | None = None
+    """Of the model file that `init_from` named; None: the weights were random."""
     recipe: Recipe | None = None
     """The newest recipe, as in recipe.toml, but replaced atomically with `resumed`. None if mygpt 0.1 wrote this."""
     resumed: tuple[Resumed, ...] = ()
@@ -187,7 +200,8 @@ class RunInfo(Table):
 
     def recorded(self) -> dict[str, Any]:
         """All that is compared when a run is continued, by name."""
-        return {**self.environment(), "git_commit": self.git_commit, "corpus_sha256": self.corpus_sha256}
+        hashes = {name: getattr(self, name) for name in HASH_OF_PATH.values()}
+        return {**self.environment(), "git_commit": self.git_commit, **hashes}
 
     def recorded_at(self, step: int) -> dict[str, Any]:
         """`recorded`, with the values that held when `step` was trained."""

@@ -11,7 +11,7 @@ import tomli_w
 from mygpt.data.tokenizer import TokenizerMetadata
 from mygpt.errors import CheckpointError
 from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
-from mygpt.recipe.tables import HARMLESS_KEYS, NAMED_CORPORA, Recipe
+from mygpt.recipe.tables import HARMLESS_KEYS, NAMED_CORPORA, PATH_KEYS, Recipe
 from mygpt.runs import files
 from mygpt.runs.changes import (
     Changes,
@@ -21,8 +21,8 @@ from mygpt.runs.changes import (
     warn_of_steps,
     window_names,
 )
-from mygpt.runs.run import Run, Warn, named_checkpoint
-from mygpt.runs.schemas import Resumed, RunInfo, StateMetadata
+from mygpt.runs.run import Run, Warn, find_model_file, named_checkpoint
+from mygpt.runs.schemas import HASH_OF_PATH, Resumed, RunInfo, StateMetadata
 from mygpt.runs.steps import point_to, prune, read_manifest, read_metadata, step_directories, verify_checkpoint
 
 
@@ -91,6 +91,12 @@ def find_start(
     if checkpoint and allow_changes and recipe.train.init_seed != init_seed:
         warn(f"init_seed: stays {init_seed}: the weights are those of {checkpoint}")
         recipe = recipe.replace(init_seed=init_seed)
+    init_sha256 = source.run.info.init_sha256
+    if checkpoint and allow_changes and info.init_sha256 != init_sha256:
+        init_from = source.trained_with.train.init_from
+        warn(f"init_from: stays {init_from or 'nothing'}: the weights are those of {checkpoint}")
+        recipe = recipe.replace(init_from=init_from)
+        info = info.model_copy(update={"init_sha256": init_sha256, "recipe": recipe})
     quiet_if_complete: Warn = (lambda _: None) if is_complete else warn
     changed = check_changes(source, step, recipe, info, allow_changes=allow_changes, warn=quiet_if_complete)
     if checkpoint is None:
@@ -190,11 +196,14 @@ def recipe_text(recipe: Recipe) -> str:
 
 def self_contained(recipe: Recipe) -> Recipe:
     """The recipe with paths that do not depend on the working directory, as a run records it."""
-    paths = {}
-    if recipe.data.corpus not in NAMED_CORPORA:
-        paths["corpus"] = os.path.realpath(recipe.data.corpus)
-    if recipe.data.tokenizer_file:
-        paths["tokenizer_file"] = os.path.realpath(recipe.data.tokenizer_file)
+    values = recipe.flat()
+    given = {key: values[key] for key in PATH_KEYS if values[key] is not None and values[key] not in NAMED_CORPORA}
+    if init_from := recipe.train.init_from:
+        # A run goes on, and its newest checkpoint is another one then.
+        with suppress(CheckpointError):
+            file = find_model_file(Path(init_from))
+            given["init_from"] = str(file if file == Path(init_from) else file.parent)
+    paths = {key: os.path.realpath(path) for key, path in given.items()}
     if recipe.checkpoint.resume not in ("auto", "never"):
         with suppress(ValueError):  # a NUL character, which looking for the run will name
             paths["resume"] = os.path.realpath(recipe.checkpoint.resume)
@@ -206,10 +215,11 @@ def _was_begun_by(run: Run, recipe: Recipe, info: RunInfo) -> bool:
     if not os.path.lexists(run.path / RECIPE_FILE):
         return False
     before = run.info
-    # The program and the text may have been moved since.
-    paths = {"output": recipe.checkpoint.output, "corpus": recipe.data.corpus}
-    is_same_recipe = self_contained(run.recipe).replace(**paths) == recipe
-    return is_same_recipe and (before.corpus_sha256, before.command[1:]) == (info.corpus_sha256, info.command[1:])
+    # The program and what it reads may have been moved since.
+    paths = {key: value for key, value in recipe.flat().items() if key in HASH_OF_PATH}
+    is_same_recipe = self_contained(run.recipe).replace(**paths, output=recipe.checkpoint.output) == recipe
+    has_same_input = all(getattr(before, name) == getattr(info, name) for name in HASH_OF_PATH.values())
+    return is_same_recipe and has_same_input and before.command[1:] == info.command[1:]
 
 
 def _find_source(run: Run, resume: str, overwrite: bool, warn: Warn) -> Source | None:
@@ -254,8 +264,7 @@ def _named_source(path: Path, warn: Warn) -> Source:
 def _complete(source: Source, checkpoint: Path, step: int, recipe: Recipe, changed: Changes) -> Start:
     """The start of a run that is over: of its recipe only keys that train nothing, and the path of its text, change."""
     run, values = source.run, {key: value for key, value in recipe.flat().items() if key in HARMLESS_KEYS}
-    if "corpus_sha256" not in changed:
-        values["corpus"] = recipe.data.corpus
+    values |= {key: recipe.flat()[key] for key, name in HASH_OF_PATH.items() if name not in changed}
     recipe = source.trained_with.replace(**values | {"resume": run.recipe.checkpoint.resume})
     info = run.info.model_copy(update={"recipe": recipe, "resumed": run.info.before(step)})
     return Start(checkpoint, step, True, False, recipe, info, keeps_best=True, keeps_history=True, is_complete=True)

@@ -19,8 +19,8 @@ FIXED_KEYS = {"output", "resume", "threads", "seed", *ExpectedTable.model_fields
 """Keys that the study sets itself."""
 OWN_FILES = (STUDY_FILE, PLAN_FILE, PICTURE_FILE)
 """Beside which each recipe has a folder."""
-HELD_OUT_KEYS = ("corpus", "val_split", "hold_out")
-"""Keys that choose the held-out text."""
+HELD_OUT_KEYS = ("val_corpus", "corpus", "val_split", "hold_out")
+"""Keys that choose the held-out text: the first alone, where it is given."""
 
 
 class Cell(NamedTuple):
@@ -95,7 +95,7 @@ def _check_texts(cells: Sequence[Cell]) -> None:
     """See that all hold out the same text: losses on different texts say nothing about recipes."""
     first, *others = (self_contained(cell.recipe).flat() for cell in cells)
     for cell, other in zip(cells[1:], others, strict=True):
-        for key in HELD_OUT_KEYS:
+        for key in HELD_OUT_KEYS[:1] if first["val_corpus"] else HELD_OUT_KEYS:
             if other[key] != first[key]:
                 raise RecipeError(
                     f"{cell.name} [data] {key}: got {other[key]}, and {cells[0].name} has {first[key]}; expected the "

@@ -13,11 +13,12 @@ from mygpt import __version__
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, MygptError
 from mygpt.processes.signals import stop_on_signal
 from mygpt.recipe.files import RUN_FILE
-from mygpt.recipe.tables import HARMLESS_KEYS, Recipe
+from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, Recipe
 from mygpt.runs.changes import differing_keys
 from mygpt.runs.files import LOCK_FILE, explain_disk_error, read_bytes, replace_text
 from mygpt.runs.lock import locked
 from mygpt.runs.run import Run, check_output
+from mygpt.runs.schemas import HASH_OF_PATH
 from mygpt.runs.start import self_contained
 from mygpt.studies.analysis import CellResult, ComparisonResult, compare_cells
 from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, Cell
@@ -29,7 +30,7 @@ POLL_SECONDS = 0.1
 MOST_RESTARTS = 3
 """Of a run that is killed from outside, before the study gives up."""
 
-MAY_DIFFER = {"threads", "corpus", "tokenizer_file"}
+MAY_DIFFER = {"threads", *PATH_KEYS}
 """Keys in which a run of a study may differ from its recipe: threads are the plan's, and files may have been moved."""
 
 Report = Callable[[str], None]
@@ -97,8 +98,8 @@ def run_grid(
     """
     jobs = [Job(cell, seed, folder / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
     _check(jobs, folder, side_by_side)
-    hashes = _hashes_of_texts(cells)
-    _check_texts(jobs, hashes)
+    hashes = _hashes_of_inputs(cells)
+    _check_inputs(jobs, hashes)
     waiting = [job for job in jobs if not (is_complete(job.path) or has_failed(job.path))]
     if waiting:
         with locked(folder):
@@ -106,7 +107,7 @@ def run_grid(
             done = len(jobs) - len(waiting)
             report(f"{done} of {len(jobs)} runs are complete; {len(waiting)} to go" if done else f"{len(jobs)} runs")
             _run_all(waiting, _room_of(plan), report)
-        _check_texts(jobs, hashes)  # it may have changed while they were trained
+        _check_inputs(jobs, hashes)  # they may have changed while they were trained
     for cell in cells:
         yield cell, {job.seed: job.path for job in jobs if job.cell is cell}
 
@@ -135,8 +136,9 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
             expected = self_contained(_recipe_of(job, None))
             with explain_damage(job.path):
                 found = Run(job.path).recipe
-            # A prepared corpus has its own tokenizer, which a run records.
-            of_corpus = {"tokenizer"} if os.path.isdir(expected.data.corpus) else set()
+            # A prepared corpus, or a model to begin with, has its own tokenizer, which a run records.
+            has_own = os.path.isdir(expected.data.corpus) or expected.train.init_from
+            of_corpus = {"tokenizer"} if has_own else set()
             for key, (was, now) in differing_keys(found, expected):
                 if key in HARMLESS_KEYS | MAY_DIFFER | of_corpus:
                     continue
@@ -145,30 +147,41 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
                 )
 
 
-def _hashes_of_texts(cells: Sequence[Cell]) -> dict[str, str]:
-    """The sha256 of the text of each recipe, by its name; it is read as the runs will read it.
+def _hashes_of_inputs(cells: Sequence[Cell]) -> dict[str, dict[str, str | None]]:
+    """For each recipe, by its name, the hashes of what it reads, by key; it is read as the runs will read it.
 
     Raises:
-        CorpusError, TokenizerError: it cannot be used.
+        CorpusError, TokenizerError, CheckpointError: it cannot be used.
     """
-    from mygpt.data.dataset import load_dataset  # imports torch
+    from mygpt.runs.initial import find_initial, open_dataset  # imports torch
 
-    texts = {cell.name: (cell.recipe.data, cell.recipe.train.seq_len) for cell in cells}
-    hashes = {text: load_dataset(*text, verify=False).sha256 for text in dict.fromkeys(texts.values())}
-    return {name: hashes[text] for name, text in texts.items()}
+    known: dict[tuple[object, ...], dict[str, str | None]] = {}
+    for recipe in (cell.recipe for cell in cells):
+        if (inputs := _inputs(recipe)) not in known:
+            initial = find_initial(recipe)
+            dataset = open_dataset(recipe, initial, verify=False)
+            hashes = (dataset.sha256, dataset.held_out_sha256, initial and initial.sha256)
+            known[inputs] = dict(zip(HASH_OF_PATH, hashes, strict=True))
+    return {cell.name: known[_inputs(cell.recipe)] for cell in cells}
 
 
-def _check_texts(jobs: Sequence[Job], hashes: Mapping[str, str]) -> None:
-    """See that all runs that are there were trained on the text of their recipe.
+def _inputs(recipe: Recipe) -> tuple[object, ...]:
+    return recipe.data, recipe.train.seq_len, recipe.train.init_from, recipe.train.init_from and recipe.model
+
+
+def _check_inputs(jobs: Sequence[Job], hashes: Mapping[str, Mapping[str, str | None]]) -> None:
+    """See that all runs that are there were trained on the texts of their recipe, and began with its weights.
 
     Raises:
         MismatchError: one was not.
     """
-    for job in jobs:
-        if (job.path / RUN_FILE).exists() and Run(job.path).info.corpus_sha256 != hashes[job.cell.name]:
-            raise MismatchError(
-                f"{job.path}: was trained on another text than {job.cell.recipe.data.corpus}; choose another --out"
-            )
+    for job in (job for job in jobs if (job.path / RUN_FILE).exists()):
+        info = Run(job.path).info
+        for key, name in HASH_OF_PATH.items():
+            if getattr(info, name) != hashes[job.cell.name][key]:
+                problem = "was trained on another text than" if key == "corpus" else f"had another {key} than"
+                now = job.cell.recipe.flat()[key]
+                raise MismatchError(f"{job.path}: {problem} {now}; choose another --out")
 
 
 def _recipe_of(job: Job, threads: int | None) -> Recipe:

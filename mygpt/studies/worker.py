@@ -86,12 +86,12 @@ def probe(recipe: Recipe, seconds: float) -> None:
     import torch
 
     from mygpt.checks.speed import time_step
-    from mygpt.data.dataset import load_dataset
     from mygpt.processes.machine import resolve_device
+    from mygpt.runs.initial import open_dataset
     from mygpt.training.train import explain_out_of_memory
 
     device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
-    dataset = load_dataset(recipe.data, recipe.train.seq_len)
+    dataset = open_dataset(recipe)
     print("ready", flush=True)
     if not sys.stdin.readline():
         return

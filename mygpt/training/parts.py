@@ -30,6 +30,8 @@ from mygpt.processes.machine import choose_matmul, dropout_generator_state, set_
 from mygpt.processes.preflight import ProcessReport
 from mygpt.recipe.seeds import process_dropout_seed
 from mygpt.recipe.tables import Recipe, RuntimeTable
+from mygpt.runs.loading import read_weights
+from mygpt.runs.run import find_model_file
 from mygpt.runs.saver import Tensors, TrainingState
 from mygpt.training.gradient_sum import GradientSum
 from mygpt.training.optim import build_optimizer, build_scheduler, split_by_decay
@@ -116,7 +118,7 @@ def build_parts(
     """Build the parts of a run from the beginning, or as they were after a checkpoint (a step directory).
 
     Raises:
-        DamagedCheckpointError: the checkpoint cannot be read.
+        DamagedCheckpointError: the checkpoint, or that of `init_from`, cannot be read.
     """
     device, table = accelerator.device, recipe.train
     torch.manual_seed(table.init_seed)
@@ -141,6 +143,9 @@ def build_parts(
     if checkpoint:
         progress, moments = restore(accelerator, checkpoint, gpt, stream, table.data_seed)
     else:
+        if recipe.train.init_from:
+            file = find_model_file(Path(recipe.train.init_from))
+            gpt.load_state_dict(read_weights(file, gpt.config, gpt.vocab_size))
         # Only dropout draws from the global generator, and the windows of each process need different masks.
         torch.manual_seed(process_dropout_seed(table.data_seed, accelerator.process_index))
     scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, table.steps, steps_done=progress.step)

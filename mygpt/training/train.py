@@ -31,6 +31,9 @@ from mygpt.training.gradient_sum import GradientSum, gradient_sum_for
 from mygpt.training.loop import train_loop
 from mygpt.training.parts import Parts, build_parts, open_accelerator
 
+MOST_CHARACTERS = 20
+"""Of those that occur only in the held-out text, shown in the note on them."""
+
 
 def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = False) -> Path:
     """Train as `recipe` says, and return the run directory; a run that is there is continued.
@@ -62,7 +65,8 @@ def train_until(recipe: Recipe, last_step: int | None, *, overwrite: bool = Fals
         max_workers = choose_workers(recipe.runtime.threads, launched.local_processes)
         gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
         preflight = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size)
-        if preflight.dataset.check_unchanged:  # a prepared corpus has a tokenizer of its own, whatever the recipe says
+        if preflight.dataset.check_unchanged or recipe.train.init_from:
+            # A prepared corpus, or the model to begin with, has a tokenizer of its own, whatever the recipe says.
             recipe = recipe.replace(tokenizer=preflight.dataset.tokenizer.metadata.type)
         accelerator = stack.enter_context(
             open_accelerator(recipe.runtime, preflight.device, gradient_sum.accumulation_steps)
@@ -141,7 +145,7 @@ def run_steps(
             is_complete=start.is_complete,
             peak_tokens_per_second=peak_tokens_per_second(parts) if is_main else None,
         ) as recorder,
-        Saver(run, recipe, dataset.tokenizer, dataset.sha256) as saver,
+        Saver(run, recipe, dataset.tokenizer, dataset.sha256, dataset.held_out_sha256) as saver,
     ):
         stop.graceful = True
         stopped = train_loop(parts, progress, min(steps, last_step or steps), recorder, saver, stop)
@@ -195,8 +199,8 @@ def explain_out_of_memory(table: TrainTable) -> Iterator[None]:
 def print_header(start: Start, parts: Parts) -> None:
     """Print what will be trained: the header on stdout, and notes on stderr."""
     recipe, dataset, accelerator = start.recipe, parts.dataset, parts.accelerator
-    sizes = {"corpus": len(dataset.train) + len(dataset.val), "train": len(dataset.train)}
-    if recipe.data.val_split:
+    sizes = {"corpus": len(dataset.train) + len(dataset.val) * bool(recipe.data.val_split), "train": len(dataset.train)}
+    if recipe.data.has_held_out:
         sizes["val"] = len(dataset.val)
     lines = header_lines(
         recipe,
@@ -213,6 +217,11 @@ def print_header(start: Start, parts: Parts) -> None:
     if start.checkpoint and not start.is_complete:
         lines_from = f"the lines up to it are from {METRICS_FILE}"
         print_note(f"continuing after step {start.step} from {start.checkpoint}; {lines_from}")
+    elif recipe.train.init_from and not start.is_complete:
+        print_note(f"beginning with the weights of {recipe.train.init_from}")
+    if not start.step and (unseen := dataset.unseen_characters()):
+        shown = f"{unseen[:MOST_CHARACTERS]!r}{' and others' * (len(unseen) > MOST_CHARACTERS)}"
+        print_note(f"{len(unseen)} characters occur only in the held-out text, and cannot be learned: {shown}")
     if not recipe.validation.val_every:
         print_note("no held-out loss: overfitting will not show; --val-split 0.1 --val-every 500 shows it")
 

@@ -226,7 +226,7 @@ def test_mistakes_cost_one_line(place, tmp_path, call, text):
         assert sorted(tmp_path.iterdir()) == there
     # As where a branch has another architecture.
     code, _, err = call("fork", run, 3, "--num-layers", 3, "--output", out)
-    assert (code, err.count("\n")) == (1, 1)
+    assert (code, err.count("\n")) == (2, 1)
     assert "[model] num_layers: got 3, expected 2, as in" in err
     assert not out.exists()
 

@@ -159,7 +159,7 @@ def test_other_texts_are_not_compared(tiny, tmp_path, text, call):
     assert "corpus: another text" in result.recipe
     code, out, _ = call("compare", tmp_path / "a", tmp_path / "b")
     assert code == 1
-    assert out.endswith("verdict: none, since they were trained and evaluated on different texts\n")
+    assert out.endswith("verdict: none, since they were evaluated on different texts\n")
 
 
 def test_one_window_has_no_verdict(tiny, tmp_path):

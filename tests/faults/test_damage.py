@@ -100,7 +100,7 @@ def test_another_architecture_names_the_key(interrupted, tiny, tmp_path):
             match=rf"\[model\] num_layers: got 3, expected 2, as in .*step-000004; {way_out}",
         ) as caught:
             train(tiny(save_every=2, num_layers=3, **keys), allow_changes=True)
-        assert caught.value.exit_code == 1
+        assert caught.value.exit_code == 2
     assert contents(run) == before
     assert not (tmp_path / "other").exists()
 
@@ -179,7 +179,7 @@ def test_changed_corpus_is_refused_unless_allowed(interrupted, tiny, tmp_path, t
     changed = tiny(save_every=2, corpus=str(other))
     with pytest.raises(MismatchError, match=r"corpus: .*other\.txt is not the text that .*--allow-changes") as caught:
         train(changed)
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 2
     train(changed, allow_changes=True)
     assert (run / "latest").read_text() == "step-000006\n"
     other.write_text("abc" * 1000)

@@ -9,7 +9,7 @@ REPORT = ProcessReport(
     node="a",
     device="cpu",
     backend="gloo",
-    corpus_sha256="0" * 64,
+    inputs={"corpus": "0" * 64, "val_corpus": None, "init_from": None},
     recipe={"lr": 1e-3, "steps": 10},
     environment={"device": "cpu", "cpu": "x", "threads": 1, "torch": "2.13", "git_commit": "1"},
 )
@@ -23,8 +23,12 @@ def differing(**changes) -> list[ProcessReport]:
     ("changes", "problem"),
     [
         (
-            {"corpus_sha256": "1" * 64},
+            {"inputs": REPORT.inputs | {"corpus": "1" * 64}},
             "corpus: the processes read different texts, by sha256: 000000000000 on rank 0 on a",
+        ),
+        (
+            {"inputs": REPORT.inputs | {"init_from": "1" * 64}},
+            "init_from: the processes read different weights, by sha256: nothing on rank 0 on a, 111111111111 on",
         ),
         (
             {"recipe": {"lr": 1e-4, "steps": 10}},

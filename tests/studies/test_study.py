@@ -59,6 +59,25 @@ def runs_of(place):
     return sorted(path.parent for path in (place / "study").glob("*/seed-*/run.json"))
 
 
+def test_study_of_texts_compares_on_one(place, text):
+    """With a val_corpus, recipes may differ in their corpus; a run is known by what it read and began with."""
+    (place / "first.txt").write_text(text[:8000], newline="")
+    (place / "second.txt").write_text(text[8000:], newline="")
+    (place / "held.txt").write_text("".join(sorted(set(text))) + text[:3000], newline="")
+    keys = ["val_split=0", "hold_out=tokens", "tokenizer=byte", "val_corpus=held.txt"]
+    options = [part for key in ("corpus=first.txt,second.txt", *keys) for part in ("--set", key)]
+    command = ("study", "small.toml", *options, "--seeds", "2", "--out", "texts", "--no-picture", "--side-by-side", "2")
+    done = subprocess.run([*MYGPT, *command], cwd=place, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"corpus=first.txt", "corpus=second.txt"} <= {
+        line.split()[0].split(",")[-1] for line in done.stdout.split("\n") if line
+    }
+    (place / "held.txt").write_text(text[:4000], newline="")  # a mistake
+    done = subprocess.run([*MYGPT, *command], cwd=place, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "had another val_corpus than held.txt; choose another --out" in done.stderr
+
+
 def test_study_runs_the_grid_and_is_extended(place, tmp_path):
     """Ordinary runs, with the bytes of `mygpt train`; the same command trains nothing, more seeds only the new ones."""
     result = run(place)
@@ -199,7 +218,7 @@ def test_text_that_has_changed_is_refused(place):
     (place / "text.txt").write_text("another text, " * 500)
     for extended in ([], ["--seeds", "3"]):
         result = subprocess.run([*command, *extended], cwd=place, capture_output=True, text=True, check=False)
-        assert result.returncode == 1
+        assert result.returncode == 2
         assert "seed-1: was trained on another text than" in result.stderr
     assert contents(place / "study") == before
 

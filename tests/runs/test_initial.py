@@ -1,0 +1,187 @@
+"""Runs that begin with the weights of another model, and runs with a text of its own to hold out."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from support.runs import assert_same_run, contents
+
+from mygpt.checks.at import recreate
+from mygpt.checks.compare import compare
+from mygpt.checks.verify import verify
+from mygpt.data.dataset import load_dataset
+from mygpt.data.prepare import TokenizerChoice, prepare
+from mygpt.errors import CheckpointError, CorpusError, MismatchError, RecipeError, TokenizerError
+from mygpt.recipe.tables import Recipe, check_recipe
+from mygpt.runs.initial import find_initial, open_dataset
+from mygpt.runs.loading import load_checkpoint
+from mygpt.runs.run import Run
+from mygpt.runs.steps import read_manifest
+from mygpt.training.train import train, train_until
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, text_file):
+    """A run with three checkpoints, of which the second is the best."""
+    from support.runs import TINY
+
+    output = tmp_path_factory.mktemp("source") / "run"
+    recipe = Recipe.of(**TINY, corpus=str(text_file), output=str(output), save_every=2, dropout=0.1)
+    run = train(recipe)
+    (run / "best").write_text("step-000004\n")
+    return run
+
+
+@pytest.fixture
+def other_text(tmp_path, text):
+    """Other text, of characters that the first has."""
+    path = tmp_path / "other.txt"
+    path.write_text(text[::-1][:5000], encoding="utf-8", newline="")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("", 6), ("best", 4), ("step-000002", 2), ("step-000002/model.safetensors", 2)]
+)
+def test_run_begins_with_the_weights_of_another(tiny, source, other_text, name, step):
+    """With its weights and tokenizer and nothing else of it: at step 1, without moments, with its own rate."""
+    run = train(tiny(corpus=str(other_text), init_from=str(source / name), lr=0.0, weight_decay=0.0, steps=1))
+    begun, model = load_checkpoint(source / f"step-{step:06d}"), load_checkpoint(run)
+    for key, weight in model.model.state_dict().items():
+        assert torch.equal(weight, begun.model.state_dict()[key])
+    assert model.tokenizer.metadata == begun.tokenizer.metadata
+    assert model.step == 1
+    assert find_initial(Run(run).recipe).sha256 == Run(run).info.init_sha256
+    assert Run(run).recipe.train.init_from.startswith(str(source / f"step-{step:06d}"))
+
+
+def test_run_goes_on_though_its_beginning_is_gone(tiny, source, other_text, tmp_path):
+    """What is saved needs the other run no more; beginning again, or verifying, does, and says so."""
+    shutil.copytree(source, tmp_path / "copy")
+    recipe = tiny(corpus=str(other_text), init_from=str(tmp_path / "copy"), dropout=0.1)
+    whole = train(recipe.replace(output=str(tmp_path / "whole"), init_from=str(source)))
+    run = train_until(recipe, 3)
+    shutil.rmtree(tmp_path / "copy")
+    train(recipe)
+    assert_same_run(run, whole)
+    with pytest.raises(CheckpointError, match=r"init_from: .*no such run"):
+        verify(run)
+    with pytest.raises(CheckpointError, match=r"init_from: .*no such run"):
+        train(recipe.replace(output=str(tmp_path / "new")))
+
+
+def test_steps_are_made_again_from_the_same_weights(tiny, source, other_text, tmp_path):
+    """`verify` and `at` begin with them, and find that they have changed."""
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    run = train(tiny(corpus=str(other_text), init_from=str(copy / "step-000002"), save_every=3))
+    assert verify(run).identical
+    recreate(run, 2, tmp_path / "at", from_beginning=True)
+    assert Run(tmp_path / "at").info.init_sha256 == Run(run).info.init_sha256
+    shutil.rmtree(copy / "step-000002")
+    train(tiny(output=str(tmp_path / "x"), steps=2, data_seed=1))
+    shutil.copytree(tmp_path / "x" / "step-000002", copy / "step-000002")
+    with pytest.raises(MismatchError, match=r"began with other weights than those of .* are now; put them back"):
+        verify(run)
+    before = contents(run)
+    with pytest.raises(MismatchError, match=r"\[train\] init_from: .* is not what .* began with"):
+        train(tiny(corpus=str(other_text), init_from=str(copy / "step-000002"), save_every=3, steps=8))
+    assert contents(run) == before
+    recreate(run, 5, tmp_path / "five")  # from a checkpoint, which needs no other weights
+
+
+def test_other_weights_to_begin_with_are_refused_for_a_run_that_is_there(tiny, source, other_text, capsys):
+    """Its weights are its own by now: `allow_changes` keeps what is on record, with a note."""
+    run = train(tiny(corpus=str(other_text), init_from=str(source)))
+    other = tiny(corpus=str(other_text), init_from=str(source / "best"), steps=8)
+    with pytest.raises(MismatchError, match="init_from"):
+        train(other)
+    train(other, allow_changes=True)
+    assert f"init_from: stays {source}/step-000006: the weights are those of" in capsys.readouterr().err
+    assert Run(run).recipe.train.init_from == f"{source}/step-000006"
+    assert Run(run).info.init_sha256 == find_initial(Run(run).recipe).sha256
+
+
+def test_mistakes_about_the_beginning(tiny, source, other_text, tmp_path):
+    """Another architecture is answered with the flags that fit; another tokenizer, and text beyond it, with names."""
+    with pytest.raises(RecipeError, match=r"another architecture; set --embed-dim 16 --activation gelu$"):
+        train(tiny(init_from=str(source), embed_dim=32, activation="gelu-tanh"))
+    with pytest.raises(CorpusError, match="init_from: its tokenizer is 'char'; leave tokenizer"):
+        train(tiny(init_from=str(source), tokenizer="byte"))
+    other_text.write_text(other_text.read_text() + "中")
+    with pytest.raises(TokenizerError, match=r"'中' .* is not among .*, which is that of init_from"):
+        train(tiny(init_from=str(source), corpus=str(other_text)))
+    prepare([other_text], tmp_path / "tokens", TokenizerChoice("byte", 0, None))
+    with pytest.raises(CorpusError, match=r"is prepared with the tokenizer byte .*, expected char"):
+        train(tiny(init_from=str(source), corpus=str(tmp_path / "tokens")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_of_its_own_is_held_out(tiny, text, other_text, text_file):
+    """All of it, and nothing of the corpus; characters that only it has are in the vocabulary."""
+    other_text.write_text(other_text.read_text() + "中", newline="")
+    table = tiny(val_corpus=str(other_text)).data
+    dataset = load_dataset(table, 16)
+    assert dataset.tokenizer.decode(dataset.train.tolist()) == text
+    assert dataset.tokenizer.decode(dataset.val.tolist()) == other_text.read_text()
+    assert dataset.unseen_characters() == "中"
+    assert load_dataset(tiny(val_corpus=str(other_text), tokenizer="byte").data, 16).unseen_characters() == ""
+    run = train(tiny(val_corpus=str(other_text), val_every=3, sampling="full"))
+    assert verify(run).identical
+    assert read_manifest(run / "step-000006").held_out_sha256 == Run(run).info.held_out_sha256
+    other_text.write_text(other_text.read_text()[::-1], newline="")
+    with pytest.raises(MismatchError, match=r"\[data\] val_corpus: .* is not the text that .* held out"):
+        train(tiny(val_corpus=str(other_text), val_every=3, sampling="full", steps=9))
+    with pytest.raises(MismatchError, match="held out another text than"):
+        verify(run)
+
+
+def test_models_of_different_texts_are_compared_on_one(tiny, tmp_path, other_text, text):
+    """With the same text held out, other training texts still have a verdict; with another one they have none."""
+    (tmp_path / "second.txt").write_text(text[::-1], newline="")
+    keys = {"val_corpus": str(other_text), "val_every": 6, "sampling": "full"}
+    first = train(tiny(**keys, output=str(tmp_path / "first")))
+    second = train(tiny(**keys, output=str(tmp_path / "second"), corpus=str(tmp_path / "second.txt")))
+    result = compare(first, second)
+    assert "corpus: another text" in result.recipe
+    assert result.held_out is not None
+    assert "paired over" in result.held_out.difference.manner
+    third = train(tiny(val_corpus=str(tmp_path / "second.txt"), val_every=6, output=str(tmp_path / "third")))
+    result = compare(first, third)
+    assert "val_corpus: another text" in result.recipe
+    assert result.held_out is None
+
+
+def test_prepared_text_can_be_held_out(tiny, tmp_path, text, other_text, text_file):
+    """It needs the tokenizer of the corpus, which may be prepared, too, or not."""
+    tokens, other = tmp_path / "tokens", tmp_path / "other"
+    prepare([text_file], tokens, TokenizerChoice("byte", 0, None))
+    prepare([other_text], other, TokenizerChoice("byte", 0, None))
+    for corpus, held_out in ((tokens, other), (tokens, other_text)):
+        dataset = load_dataset(tiny(corpus=str(corpus), val_corpus=str(held_out)).data, 16)
+        assert dataset.check_unchanged is not None
+        assert dataset.tokenizer.decode(dataset.val.tolist()[:50]) == other_text.read_text()[:50]
+        assert np.array_equal(dataset.tokenizer.encode(text), dataset.train[: len(text.encode())])
+    with pytest.raises(CorpusError, match=r"is prepared with the tokenizer byte .*, expected char"):
+        load_dataset(tiny(val_corpus=str(other)).data, 16)
+    dataset = load_dataset(tiny(corpus=str(tokens), val_corpus=str(other)).data, 16)
+    with (other / "tokens.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CorpusError, match="has changed while it was in use"):
+        dataset.check_unchanged()
+
+
+def test_mistakes_about_held_out_text(tiny, tmp_path, other_text):
+    """Two ways to hold text out, none of it, or too little."""
+    with pytest.raises(RecipeError, match=r"val_split: got 0.1, expected 0 with val_corpus"):
+        check_recipe(tiny(val_corpus=str(other_text), val_split=0.1))
+    with pytest.raises(RecipeError, match='hold_out: got "pieces", expected "tokens" with val_corpus'):
+        check_recipe(tiny(val_corpus=str(other_text), hold_out="pieces"))
+    with pytest.raises(RecipeError, match=r"set val_split, such as 0.1, or val_corpus"):
+        check_recipe(tiny(val_every=3))
+    with pytest.raises(CorpusError, match=r"nothing\.txt: no such text"):
+        open_dataset(tiny(val_corpus=str(tmp_path / "nothing.txt")))
+    other_text.write_text("short")
+    with pytest.raises(CorpusError, match="the val_corpus has 5 of the corpus's 5 characters"):
+        open_dataset(tiny(val_corpus=str(other_text)))
