@@ -4,7 +4,7 @@ A 95% interval is the mean and, to either side, the standard error times the 97.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,12 @@ class Estimate(NamedTuple):
     def is_beyond_doubt(self) -> bool:
         """Whether the 95% interval excludes 0; without a standard error, whether the mean is not 0."""
         return abs(self.mean) > (0 if self.stderr is None else self.margin)
+
+    def document(self) -> dict[str, Any]:
+        """For JSON: the mean and, where they are known, its error and its 95% interval."""
+        if self.stderr is None:
+            return {"mean": self.mean}
+        return {**self._asdict(), "interval": self.interval}
 
     def text(self) -> str:
         """With its sign and its standard error, to two digits of the latter: "-0.0123 +- 0.0041"."""

@@ -27,7 +27,7 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
     failures = sorted(entry.name for entry in path.iterdir() if FAILED_NAME.fullmatch(entry.name))
     for failed in failures:
         yield f"{failed}: a loss or a gradient was not finite; `mygpt replay {path}` looks into it", False
-    records, checkpoint = [] if failures and not _has_records(path) else run.records, run.newest_checkpoint()
+    records, checkpoint = [] if failures and not has_records(path) else run.records, run.newest_checkpoint()
     if not records:
         return
     last, history, is_over, ended_early = records[-1], None, False, False
@@ -64,7 +64,7 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
         yield "expected: nothing is known of this recipe; `mygpt study` on it measures what other seeds come to", True
 
 
-def _has_records(path: Path) -> bool:
+def has_records(path: Path) -> bool:
     """Whether a step of the run has been recorded."""
     file = path / METRICS_FILE
     return file.is_file() and file.stat().st_size > 0

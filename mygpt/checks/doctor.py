@@ -17,7 +17,7 @@ from mygpt.training.gradient_sum import gradient_sum_for
 from mygpt.training.parts import open_accelerator
 
 
-def diagnose(recipe: Recipe, *, speed: bool = False) -> Iterator[str]:
+def diagnose(recipe: Recipe, *, speed: bool = False) -> Iterator[tuple[str, str]]:
     """Start as `train` would, up to its first step, and say what was found, on the main process alone.
 
     With `speed` also which settings would be faster, which takes some 20 seconds and is for a single process. To be
@@ -54,34 +54,35 @@ def time_message(accelerator: Accelerator, rounds: int = 20) -> float:
 
 def describe(
     recipe: Recipe, launched: Launched, preflight: Preflight, seconds: float, *, sharded: bool
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
     """The lines of a diagnosis."""
     info, reports, table = preflight.info, preflight.reports, recipe.train
     versions = ", ".join(f"{name} {info.versions[name]}" for name in ("mygpt", "torch", "accelerate", "python"))
-    yield f"versions:     {versions}"
+    yield "versions", f"{versions}"
     nodes = len({entry.node for entry in reports})
     count = f"{launched.processes} process{'es' * (launched.processes > 1)}"
-    yield f"launch:       {count} on {nodes} machine{'s' * (nodes > 1)}, {_manner(recipe, launched, sharded)}"
+    yield "launch", f"{count} on {nodes} machine{'s' * (nodes > 1)}, {_manner(recipe, launched, sharded)}"
     if launched.processes > 1:
-        yield f"network:      {reports[0].backend}; adding one number takes {seconds * 1e3:.2f} ms"
-    yield f"precision:    {recipe.runtime.precision}"
+        yield "network", f"{reports[0].backend}; adding one number takes {seconds * 1e3:.2f} ms"
+    yield "precision", f"{recipe.runtime.precision}"
     everywhere = ", the same on every process" if launched.processes > 1 else ""
-    yield f"corpus:       {recipe.data.corpus}, sha256 {info.corpus_sha256[:12]}{everywhere}"
+    yield "corpus", f"{recipe.data.corpus}, sha256 {info.corpus_sha256[:12]}{everywhere}"
     if info.held_out_sha256:
-        yield f"held out:     {recipe.data.val_corpus}, sha256 {info.held_out_sha256[:12]}{everywhere}"
+        yield "held out", f"{recipe.data.val_corpus}, sha256 {info.held_out_sha256[:12]}{everywhere}"
     if info.init_sha256:
-        yield f"begins with:  {recipe.train.init_from}, sha256 {info.init_sha256[:12]}{everywhere}"
+        yield "begins with", f"{recipe.train.init_from}, sha256 {info.init_sha256[:12]}{everywhere}"
     windows = f"{table.batch_size} windows of {table.seq_len} tokens"
-    yield f"batch:        {windows} a step, {info.micro_batch_size} to a micro-batch"
+    yield "batch", f"{windows} a step, {info.micro_batch_size} to a micro-batch"
     for rank, entry in enumerate(reports):
         own = len(Share(info.micro_batch_size, rank, launched.processes).micro_batches(table.batch_size))
         threads = entry.environment["threads"]
         yield (
-            f"rank {rank:<9}{entry.node}: {entry.device}, {threads} thread{'s' * (threads > 1)}, "
-            f"{own} micro-batch{'es' * (own != 1)} a step"
+            f"rank {rank}",
+            f"{entry.node}: {entry.device}, {threads} thread{'s' * (threads > 1)}, "
+            f"{own} micro-batch{'es' * (own != 1)} a step",
         )
     for text in preflight.notes:
-        yield f"note:         {text}"
+        yield "note", f"{text}"
 
 
 def _manner(recipe: Recipe, launched: Launched, sharded: bool) -> str:

@@ -53,7 +53,9 @@ def alternatives(recipe: Recipe, device: torch.device) -> Iterator[Alternative]:
             yield Alternative({"threads": threads}, last_bits)
 
 
-def measure_speed(recipe: Recipe, device: torch.device, dataset: Dataset, seconds: float = 1.5) -> Iterator[str]:
+def measure_speed(
+    recipe: Recipe, device: torch.device, dataset: Dataset, seconds: float = 1.5
+) -> Iterator[tuple[str, str]]:
     """Lines that say how fast the recipe is, and with which settings it would be faster.
 
     Each alternative takes its turn beside the recipe as it is, since the speed of a machine drifts. For one process.
@@ -65,23 +67,23 @@ def measure_speed(recipe: Recipe, device: torch.device, dataset: Dataset, second
     with explain_out_of_memory(table):
         base = time_step(recipe, device, dataset, seconds)
     tokens = table.batch_size * table.seq_len
-    yield f"speed:        {base.seconds * 1e3:.3g} ms a step, {tokens / base.seconds:,.0f} tokens/s"
+    yield "speed", f"{base.seconds * 1e3:.3g} ms a step, {tokens / base.seconds:,.0f} tokens/s"
     if peak := peak_flops(device):
         share = base.flops / base.seconds / peak
-        yield f"peak:         products at {peak / 1e9:,.0f} GFLOP/s, of which a step reaches {share:.0%}"
+        yield "peak", f"products at {peak / 1e9:,.0f} GFLOP/s, of which a step reaches {share:.0%}"
     for keys, effect in alternatives(recipe, device):
         name = ", ".join(f"{key} left out" if value is None else f"{key} = {value}" for key, value in keys.items())
         try:
             other = time_step(recipe.replace(**keys), device, dataset, seconds)
         except RuntimeError as error:  # it does not fit into memory, or there is no compiler
-            yield f"not possible: {name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            yield "not possible", f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
             continue
         again = time_step(recipe, device, dataset, seconds)
         of_tokens = keys.get("batch_size", table.batch_size) / table.batch_size
         ratio = other.seconds / of_tokens / statistics.mean((base.seconds, again.seconds))
         base = again
         if ratio <= WORTH_NAMING:
-            yield f"faster:       {name}: {ratio:.2f} of the time per token; {effect}"
+            yield "faster", f"{name}: {ratio:.2f} of the time per token; {effect}"
 
 
 class Timed(NamedTuple):

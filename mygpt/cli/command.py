@@ -1,8 +1,11 @@
 """How commands are declared, and what they share. Imports neither torch nor pydantic, so that help answers at once."""
 
 import difflib
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mygpt import __version__
@@ -26,6 +29,21 @@ def command(function: Callable[[Any], int | None], group: str = "mygpt") -> Comm
         return function(parse_options(kind, arguments, prog, function.__doc__ or ""))
 
     return run
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print the answer of a command with --json; what is not finite is null, since JSON has no such numbers."""
+    print(json.dumps(_plain(document), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
 
 
 def dispatch(arguments: list[str], prog: str, commands: Mapping[str, Command], usage: str) -> int | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from mygpt.cli.command import command, dispatch
+from mygpt.cli.command import command, dispatch, print_json
 from mygpt.errors import InterruptedRunError, MygptError
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class PrepareOptions:
 class InfoOptions:
     folder: Positional[Path]
     """A prepared corpus."""
+    json: bool = False
+    """Print its manifest as JSON."""
 
 
 @data_command
@@ -97,7 +99,11 @@ def info(options: InfoOptions) -> None:
     """Describe a prepared corpus."""
     from mygpt.data.prepared import open_prepared
 
-    print("\n".join(_description(open_prepared(options.folder, verify=False))))
+    corpus = open_prepared(options.folder, verify=False)
+    if options.json:
+        print_json({"vocab_size": corpus.tokenizer.vocab_size, **corpus.manifest.model_dump()})
+        return
+    print("\n".join(_description(corpus)))
 
 
 def _description(corpus: "Prepared") -> list[str]:

@@ -1,15 +1,18 @@
-"""The commands that use a finished run: `mygpt generate`, `compare`, `check`, `verify`, `replay` and `plot`."""
+"""The commands that use a finished run: `mygpt generate`, `compare`, `verify`, `replay` and `plot`."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from mygpt.cli.command import command, errors_reach_all_processes
+from mygpt.cli.command import command, errors_reach_all_processes, print_json
 from mygpt.errors import MygptError
 from mygpt.processes.environment import is_main_process
+
+if TYPE_CHECKING:
+    from mygpt.checks.compare import Comparison, TensorComparison
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class CompareOptions:
     """Another."""
     tensors: bool = False
     """List the tensors that differ."""
+    json: bool = False
+    """Print the answer as JSON."""
 
 
 @command
@@ -74,6 +79,9 @@ def compare(options: CompareOptions) -> int:
     from mygpt.checks.compare import OTHER_HELD_OUT_TEXT, OTHER_TEXT, compare, describe_held_out, table
 
     result = compare(options.a, options.b)
+    if options.json:
+        print_json(_comparison(result))
+        return int(not result.identical)
     steps = "step {}".format(" and step ".join(map(str, dict.fromkeys(result.steps))))
     for name, compared in (("", result.weights), ("optimizer and generators ", result.state)):
         if compared is None:
@@ -105,20 +113,35 @@ def compare(options: CompareOptions) -> int:
     return 1
 
 
-@dataclass(frozen=True)
-class CheckOptions:
-    run: Positional[Path]
-    """A run directory."""
+def _comparison(result: "Comparison") -> dict[str, Any]:
+    """A comparison for JSON."""
+    state, records, held_out = result.state, result.records, result.held_out
+    evaluated = records.held_out if records else None
+    document: dict[str, Any] = {
+        "identical": result.identical,
+        "steps": result.steps,
+        "weights": _tensors(result.weights),
+        "state": state and _tensors(state),
+        "records": records and {"compared": records.steps, "of": records.totals, "difference": records.difference},
+        "differences": {name: list(getattr(result, name)) for name in ("settings", "recipe", "environment")},
+        "last_evaluations": evaluated and [record.model_dump() for record in evaluated],
+        "held_out": None,
+    }
+    if held_out and held_out.difference:
+        nats, bits, manner = held_out.difference
+        document["held_out"] = {
+            "steps": held_out.steps,
+            "b_minus_a": {"nats_per_token": nats and nats.document(), "bits_per_byte": bits and bits.document()},
+            "manner": manner,
+            "population": held_out.population,
+            "verdict": list(held_out.lines())[-1].removeprefix("verdict: "),
+        }
+    return document
 
 
-@command
-def check(options: CheckOptions) -> int:
-    """Whether a run's losses are normal."""
-    from mygpt.checks.check import check
-
-    lines = list(check(options.run))
-    print("\n".join(line for line, _ in lines))
-    return int(not all(is_normal for _, is_normal in lines))
+def _tensors(compared: "TensorComparison") -> dict[str, Any]:
+    different = [difference._asdict() for difference in compared.differences]
+    return {"tensors": compared.tensors, "values": compared.values, "different": different}
 
 
 @dataclass(frozen=True)
@@ -127,6 +150,8 @@ class VerifyOptions:
     """A run directory."""
     steps: int | None = None
     """Run only this many of its steps again."""
+    json: bool = False
+    """Print the answer as JSON."""
 
 
 @command
@@ -141,6 +166,10 @@ def verify(options: VerifyOptions) -> int:
         result = verify(options.run, options.steps)
     if not is_main_process():
         return 0
+    if options.json:
+        tensors = [difference._asdict() for difference in result.tensors]
+        print_json({"identical": result.identical, **result._asdict(), "tensors": tensors})
+        return int(not result.identical)
     if result.identical:
         print(f"identical: {result.records} records and {result.checkpoints} checkpoints up to step {result.until}")
     if result.difference:
@@ -159,6 +188,8 @@ def verify(options: VerifyOptions) -> int:
 class ReplayOptions:
     run: Positional[Path]
     """A run directory (its last step that failed), or a failed-step directory."""
+    json: bool = False
+    """Print the answer as JSON."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
 
@@ -170,6 +201,10 @@ def replay(options: ReplayOptions) -> int:
     from mygpt.processes.machine import resolve_device
 
     failed, lines, broken, not_repeated = replay(options.run, resolve_device(options.device, "fp32"))
+    if options.json:
+        found = {"first_non_finite": broken, "seen": lines, "not_repeated": not_repeated}
+        print_json({"step": failed.step, "problem": failed.problem, **found})
+        return int(not broken)
     print(f"step {failed.step}: {failed.problem}")
     print("\n".join([*lines, *not_repeated]))
     if broken:

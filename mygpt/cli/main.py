@@ -28,6 +28,7 @@ Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
   train RECIPE.toml|TEXT_FILE   train, with any recipe key as a flag (--steps 500)
   study RECIPE... --seeds 5     run recipes with several seeds: which is better, by how much, how sure that is
   generate --checkpoint RUN     continue a prompt with a trained model
+  eval RUN [--corpus TEXT]      the loss of a model on held-out text, and its error
   compare A B                   whether two models or runs are the same, bit for bit; and which has the lower loss
   check RUN                     whether its losses are normal, and whether it was still improving
   verify RUN                    whether running a recorded run again gives the same, bit for bit
@@ -49,7 +50,8 @@ COMMANDS = {
     "study": "study",
     "generate": "inspect",
     "compare": "inspect",
-    "check": "inspect",
+    "eval": "evaluate",
+    "check": "evaluate",
     "verify": "inspect",
     "at": "steps",
     "fork": "steps",

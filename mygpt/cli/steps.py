@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional
 
-from mygpt.cli.command import command, errors_reach_all_processes
+from mygpt.cli.command import command, errors_reach_all_processes, print_json
 from mygpt.cli.train import announce_threads
 from mygpt.errors import MygptError
 from mygpt.processes.environment import is_main_process
@@ -34,6 +34,8 @@ class AtOptions:
     """Train all steps again, though there are checkpoints."""
     check: bool = True
     """Compare what is trained again with what the run has recorded of it."""
+    json: bool = False
+    """Print the answer as JSON."""
 
 
 @command
@@ -55,6 +57,10 @@ def at(options: AtOptions) -> None:
     if not is_main_process():
         return
     count = step - made.first
+    if options.json:
+        facts = {"run": options.run, "step": step, "out": options.out, "trained_steps": count}
+        print_json({**facts, **made._asdict()})
+        return
     how = f"trained {count} steps from step {made.first}" if count else "copied its checkpoint"
     print(f"{options.out} is {options.run} after step {step}: {how}")
     if made.records or made.checkpoints:
@@ -99,6 +105,8 @@ class BisectOptions:
     """The Python that trains steps of A again, of an environment that has mygpt; absent: this one."""
     python_b: str | None = None
     """The same for B."""
+    json: bool = False
+    """Print the answer as JSON."""
 
 
 @command
@@ -110,6 +118,10 @@ def bisect(options: BisectOptions) -> int:
         print(text, file=sys.stderr, flush=True)
 
     found = bisect(options.a, options.b, options.python_a, options.python_b, note)
+    if options.json:
+        difference = found.difference and found.difference._asdict()
+        print_json({"identical": found.step is None, **found._asdict(), "difference": difference})
+        return int(found.step is not None)
     if found.step is None:
         print(f"identical up to step {found.until}, the last that both have trained")
     elif found.step == 0:

@@ -31,6 +31,8 @@ class StudyOptions:
     In the unit of the table."""
     side_by_side: int | None = None
     """Runs at a time; absent: as many as are fastest in all and fit into memory, which is measured."""
+    json: bool = False
+    """Print study.json, and not the table."""
     picture: bool = True
     """Draw study.png; needs matplotlib."""
 
@@ -55,7 +57,10 @@ def study(options: StudyOptions) -> None:
     folder = options.out or _default_out(options.recipes, settings)
     result = run_study(cells, options.seeds, folder, options.effect, _note, options.side_by_side)
     verdicts = verdict_lines(result.cells, result.comparisons, options.effect)
-    print("\n".join([*table_lines(result.cells), *verdicts]))
+    if options.json:
+        print(result.file.read_text(encoding="utf-8"), end="")
+    else:
+        print("\n".join([*table_lines(result.cells), *verdicts]))
     written = [str(result.file)]
     if options.picture:
         from mygpt.studies.picture import draw

@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from mygpt.cli.command import dispatch, errors_reach_all_processes
+from mygpt.cli.command import dispatch, errors_reach_all_processes, print_json
 from mygpt.errors import MygptError
 from mygpt.processes.environment import choose_threads, read_launched
 from mygpt.recipe.files import recipe_schema, shipped_recipes
@@ -30,6 +30,8 @@ class TrainOptions:
 class DoctorOptions:
     speed: bool = False
     """Run a few steps, too, and say which settings would be faster (about 20 seconds)."""
+    json: bool = False
+    """Print the answer as JSON."""
 
 
 def train(arguments: list[str]) -> None:
@@ -49,8 +51,15 @@ def doctor(arguments: list[str]) -> None:
     announce_threads(recipe)
     from mygpt.checks.doctor import diagnose
 
-    for line in diagnose(recipe, speed=options.speed):
-        print(line, flush=True)
+    found = diagnose(recipe, speed=options.speed)
+    if options.json:
+        findings = [{"topic": topic, "text": text} for topic, text in found]
+        if findings:  # the other processes of a launch find nothing
+            print_json({"findings": findings})
+        return
+    for topic, text in found:
+        label = topic if topic.startswith("rank ") else f"{topic}:"
+        print(f"{label:<14}{text}", flush=True)
 
 
 def announce_threads(recipe: Recipe) -> None:

@@ -77,4 +77,4 @@ def open_dataset(recipe: Recipe, initial: Initial | None = None, *, verify: bool
     except TokenizerError as error:
         if initial is None:
             raise
-        raise TokenizerError(f"{error}, which is that of init_from: give a text that it can write") from None
+        raise TokenizerError(f"{error} of {initial.file}; give a text that this model can write") from None

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError
-from mygpt.estimates import Estimate
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE
 from mygpt.runs.held_out import load_history
 from mygpt.runs.run import Run
@@ -111,7 +110,7 @@ def to_json(
                 "losses": {str(seed): loss for seed, loss in cell.losses(unit).items()},
                 "runs": {str(seed): run.path for seed, run in cell.runs.items()},
                 "failures": {str(seed): problem for seed, problem in cell.failures.items()},
-                **({"mean": _estimate(cell.mean(unit)), "deviation": cell.spread(unit)} if cell.runs else {}),
+                **({"mean": cell.mean(unit).document(), "deviation": cell.spread(unit)} if cell.runs else {}),
                 "curve": [
                     {"step": step, "mean": mean, "deviation": deviation} for step, mean, deviation in mean_curve(cell)
                 ],
@@ -121,7 +120,7 @@ def to_json(
         "comparisons": [
             {
                 **result._asdict(),
-                "change": result.change and _estimate(result.change),
+                "change": result.change and result.change.document(),
                 "is_seen": result.is_seen,
                 "verdict": result.verdict(effect),
             }
@@ -129,9 +128,3 @@ def to_json(
         ],
     }
     return json.dumps(document, indent=2) + "\n"
-
-
-def _estimate(estimate: Estimate) -> dict[str, Any]:
-    if estimate.stderr is None:
-        return {"mean": estimate.mean}
-    return {**estimate._asdict(), "interval": estimate.interval}

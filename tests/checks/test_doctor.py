@@ -38,11 +38,11 @@ def test_doctor_says_what_would_be_faster(text_file, monkeypatch):
     monkeypatch.setattr(speed, "alternatives", lambda *_: (a for a in every(*_) if "compile" not in a.keys))
     recipe = Recipe.of(corpus=str(text_file), micro_batch_size=1, batch_size=32, seq_len=16, embed_dim=16, num_layers=1)
     dataset = load_dataset(recipe.data, 16)
-    first, peak, *faster = speed.measure_speed(recipe, torch.device("cpu"), dataset, seconds=0.1)
-    assert re.fullmatch(r"speed: +[\d.]+ ms a step, [\d,]+ tokens/s", first)
-    assert re.fullmatch(r"peak: +products at \d+ GFLOP/s, of which a step reaches \d+%", peak)
-    expected = r"faster: +micro_batch_size left out: 0\.\d+ of the time per token; other last bits; needs more memory"
-    assert any(re.fullmatch(expected, line) for line in faster), faster
+    (_, first), (_, peak), *faster = speed.measure_speed(recipe, torch.device("cpu"), dataset, seconds=0.1)
+    assert re.fullmatch(r"[\d.]+ ms a step, [\d,]+ tokens/s", first)
+    assert re.fullmatch(r"products at \d+ GFLOP/s, of which a step reaches \d+%", peak)
+    expected = r"micro_batch_size left out: 0\.\d+ of the time per token; other last bits; needs more memory"
+    assert any(topic == "faster" and re.fullmatch(expected, text) for topic, text in faster), faster
 
     def time_step(recipe, *_):
         if recipe.runtime.precision == "bf16":
@@ -51,8 +51,8 @@ def test_doctor_says_what_would_be_faster(text_file, monkeypatch):
 
     monkeypatch.setattr(speed, "time_step", time_step)
     _, _, *rest = speed.measure_speed(recipe, torch.device("cpu"), dataset)
-    assert rest == ["not possible: precision = bf16: no compiler", *rest[1:]]
-    assert all(line.startswith("faster:       batch_size = 128: 0.25") for line in rest[1:])
+    assert rest == [("not possible", "precision = bf16: no compiler"), *rest[1:]]
+    assert all(topic == "faster" and text.startswith("batch_size = 128: 0.25") for topic, text in rest[1:])
 
 
 def test_doctor_proposes_what_the_recipe_does_not_have():

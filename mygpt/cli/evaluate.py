@@ -1,0 +1,134 @@
+"""The commands that judge the losses of a run: `mygpt eval` and `check`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from mygpt.cli.command import command, print_json
+from mygpt.cli.train import announce_threads
+from mygpt.errors import CheckpointError, MygptError, RecipeError
+from mygpt.estimates import Estimate
+from mygpt.recipe.files import RUN_FILE
+from mygpt.recipe.tables import Recipe, check_recipe
+from mygpt.runs.files import MANIFEST_FILE
+from mygpt.runs.run import Run, find_model_file
+from mygpt.runs.schemas import ModelMetadata
+from mygpt.runs.steps import read_metadata
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    checkpoint: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN|CHECKPOINT")]
+    """A run directory (its newest checkpoint), RUN/best, a step directory or a model.safetensors."""
+    corpus: str | None = None
+    """A text, a prepared corpus or a named one, all of which is evaluated; absent: what the run held out."""
+    sampling: Literal["full", "own-stream"] = "full"
+    """"full": all of the text, in consecutive windows. "own-stream": eval_batches random batches of it."""
+    eval_batches: int = 10
+    """Of "own-stream"."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+    json: bool = False
+    """Print the answer as JSON."""
+
+
+@command
+def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
+    """The loss of a model on held-out text, with its standard error."""
+    if options.eval_batches < 1:
+        raise MygptError(f"--eval-batches: got {options.eval_batches}, expected at least 1")
+    keys = {"sampling": options.sampling, "eval_batches": options.eval_batches, "device": options.device}
+    recipe = _recipe_for(options.checkpoint, options.corpus, **keys)
+    announce_threads(recipe)
+    from mygpt.checks.evaluation import evaluate_saved
+
+    found = evaluate_saved(recipe, is_own_text=options.corpus is None)
+    estimates = {name: getattr(found, name) for name in ("loss", "bits_per_byte", "bits_per_character")}
+    if options.json:
+        facts = {name: getattr(found, name) for name in ("step", "text", "tokens", "windows", "population")}
+        documents = {name: estimate and estimate.document() for name, estimate in estimates.items()}
+        print_json({"checkpoint": found.file, **facts, **documents, "perplexity": found.perplexity})
+        return
+    print(f"model: step {found.step}, {found.file}")
+    print(f"text: {found.text}; {found.tokens:,} tokens in {found.windows:,} windows")
+    for name, estimate in estimates.items():
+        if estimate:
+            print(f"{name.replace('_', ' ')}: {_shown(estimate)}{' nats per token' * (name == 'loss')}")
+    if found.perplexity is not None:
+        print(f"perplexity: {found.perplexity:.2f}")
+    print(f"errors: for {found.population}")
+
+
+def _recipe_for(path: Path, corpus: str | None, **keys: Any) -> Recipe:
+    """The recipe with which the model at `path` is evaluated: that of its run, where it is in one.
+
+    `corpus` is all held out, in place of what the run held out. `keys` are laid over the recipe.
+
+    Raises:
+        CheckpointError: there is no model there.
+        RecipeError: the recipe holds nothing out, and there is no `corpus`; or a key has a value that it may not have.
+    """
+    file = find_model_file(path)
+    metadata = read_metadata(file, ModelMetadata)
+    recipe = Recipe.of(**metadata.model.model_dump(), seq_len=metadata.model.max_seq_len)
+    if (file.parent.parent / RUN_FILE).exists() and (file.parent / MANIFEST_FILE).exists():
+        run = Run(file.parent.parent)
+        recipe = run.recipe_of(file.parent).replace(threads=run.info.recorded_at(metadata.step)["threads"])
+    elif corpus is None:
+        raise CheckpointError(f"{path}: is in no run, whose held-out text could be evaluated; give one with --corpus")
+    if corpus is not None:
+        recipe = recipe.replace(corpus=corpus, val_corpus=corpus, val_split=0.0, hold_out="tokens")
+    elif not recipe.data.has_held_out:
+        raise RecipeError(f"{path}: its recipe holds no text out; give a text that it was not trained on with --corpus")
+    own_tokenizer = {"tokenizer": "char", "vocab_size": None, "tokenizer_file": None}
+    recipe = recipe.replace(**own_tokenizer, **keys, init_from=str(file), compile=False, val_every=1)
+    check_recipe(recipe, source=str(path))
+    return recipe
+
+
+def _shown(estimate: Estimate) -> str:
+    if estimate.stderr is None:
+        return f"{estimate.mean:.4f}"
+    low, high = estimate.interval
+    return f"{estimate.mean:.4f} +- {estimate.stderr:.4f} (95% interval {low:.4f} to {high:.4f})"
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    run: Positional[Path]
+    """A run directory."""
+    json: bool = False
+    """Print the answer as JSON."""
+
+
+@command
+def check(options: CheckOptions) -> int:
+    """Whether a run's losses are normal."""
+    from mygpt.checks.check import check
+
+    lines = list(check(options.run))
+    is_normal = all(is_normal for _, is_normal in lines)
+    if options.json:
+        findings = [_finding(line, is_normal=is_normal) for line, is_normal in lines]
+        print_json({"run": options.run, "is_normal": is_normal, "findings": findings, **_numbers(Run(options.run))})
+    else:
+        print("\n".join(line for line, _ in lines))
+    return int(not is_normal)
+
+
+def _finding(line: str, *, is_normal: bool) -> dict[str, Any]:
+    topic, _, text = line.partition(": ")
+    return {"topic": topic, "text": text, "is_normal": is_normal}
+
+
+def _numbers(run: Run) -> dict[str, Any]:
+    """The last record of a run, and where its losses are beside those of other seeds."""
+    from mygpt.checks.check import has_records
+    from mygpt.reports.outcome import places
+
+    records = run.records if has_records(run.path) else []
+    known = {kind: [place._asdict() for place in found] for kind, found in places(run.recipe.expected, records)}
+    return {"last_record": records[-1].model_dump() if records else None, "places": known}

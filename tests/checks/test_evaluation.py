@@ -1,0 +1,105 @@
+"""`mygpt eval`: the loss of a saved model."""
+
+import json
+import shutil
+
+import pytest
+
+from mygpt.checks.evaluation import character_lengths
+from mygpt.data.prepare import TokenizerChoice, prepare
+from mygpt.data.tokenizer import ByteTokenizer
+from mygpt.runs.records import read_records
+from mygpt.training.train import train
+
+
+@pytest.fixture
+def other(tmp_path, text):
+    """Another text, of characters that the first has."""
+    path = tmp_path / "other.txt"
+    path.write_text(text[::-1][:3000], encoding="utf-8", newline="")
+    return path
+
+
+def answer(call, *arguments) -> dict:
+    code, out, err = call("eval", *arguments, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"dropout": 0.2, "micro_batch_size": 2},
+        {"tokenizer": "bpe", "vocab_size": 270},
+        {"hold_out": "pieces", "reduction": "exact", "matmul": "onednn"},
+    ],
+    ids=["char", "bpe", "pieces"],
+)
+def test_recorded_loss_is_found_again(tiny, call, keys):
+    """Of every checkpoint of a run, bit for bit, by any of its names; nothing is written."""
+    run = train(tiny(val_split=0.2, val_every=3, save_every=3, save_best=True, sampling="full", lr=1e-2, **keys))
+    recorded = {record.step: record for record in read_records(run) if record.val is not None}
+    before = sorted(path.name for path in run.rglob("*"))
+    for name, step in (("", 6), ("latest", 6), ("step-000003", 3), ("step-000003/model.safetensors", 3)):
+        found = answer(call, run / name)
+        assert found["step"] == step
+        assert found["loss"]["mean"] == recorded[step].val
+        assert found["loss"]["stderr"] == recorded[step].val_stderr
+        assert found["bits_per_byte"]["mean"] == recorded[step].val_bits_per_byte
+        assert found["perplexity"] == recorded[step].val_perplexity
+    assert sorted(path.name for path in run.rglob("*")) == before
+
+
+def test_any_text_can_be_evaluated(tiny, call, other, tmp_path):
+    """All of it, also by a model file alone, which has no run; characters are counted, and not bytes."""
+    other.write_text("Grüße, wie Öl. " * 100, encoding="utf-8")
+    run = train(tiny(corpus=str(other), steps=2))
+    shutil.copy(run / "step-000002" / "model.safetensors", tmp_path / "alone.safetensors")
+    found = answer(call, tmp_path / "alone.safetensors", "--corpus", other)
+    assert found["tokens"] == 1499
+    assert found == answer(call, run, "--corpus", other) | {"checkpoint": found["checkpoint"]}
+    assert found["bits_per_character"]["mean"] * 1499 == pytest.approx(found["bits_per_byte"]["mean"] * 1799)
+    assert found["bits_per_character"]["mean"] == pytest.approx(found["loss"]["mean"] / 0.6931471805599453)
+    code, out, _ = call("eval", run, "--corpus", other)
+    assert code == 0
+    assert f"loss: {found['loss']['mean']:.4f} +- " in out
+    assert "1,499 tokens in 94 windows" in out
+
+
+def test_random_windows_of_a_prepared_text(tiny, call, other, text_file, tmp_path):
+    """A prepared corpus with the model's tokenizer; `own-stream` takes as many batches as are asked for."""
+    run = train(tiny(tokenizer="byte", steps=2))
+    prepare([other], tmp_path / "tokens", TokenizerChoice("byte", 0, None))
+    err = call("eval", run, "--corpus", tmp_path / "tokens")[2]
+    assert "is prepared with the tokenizer byte" in err  # the prepared one has a token for the end of a document
+    found = answer(call, run, "--corpus", other, "--sampling", "own-stream", "--eval-batches", 3)
+    assert (found["windows"], found["tokens"], found["population"]) == (12, 12 * 16, "this held-out text")
+
+
+def test_characters_begin_with_one_byte():
+    """A byte that continues a character begins none."""
+    lengths = character_lengths(ByteTokenizer())
+    assert lengths[list("aü€😀".encode())].tolist() == [1, 1, 0, 1, 0, 0, 1, 0, 0, 0]
+
+
+def test_mistakes_cost_one_line(tiny, call, other, tmp_path):
+    """What to give is in the message."""
+    run = train(tiny(steps=2))
+    alone = tmp_path / "alone.safetensors"
+    shutil.copy(run / "step-000002" / "model.safetensors", alone)
+    held_out = train(tiny(steps=2, val_split=0.2, output=str(tmp_path / "held"), corpus=str(other)))
+    other.write_text(other.read_text()[::-1])
+    (tmp_path / "new.txt").write_text("中" * 100)
+    for arguments, message in (
+        ((run,), "its recipe holds no text out; give a text that it was not trained on with --corpus"),
+        ((alone,), "is in no run, whose held-out text could be evaluated; give one with --corpus"),
+        ((held_out,), "is another text than when the model was trained; give it with --corpus"),
+        ((run, "--corpus", tmp_path / "new.txt"), "is not among the 86 characters of the vocabulary of"),
+        ((run, "--corpus", tmp_path / "nothing.txt"), "no such text file"),
+        ((run / "best",), "keeps no best checkpoint"),
+        ((tmp_path / "nothing",), "no such run, step directory or model file"),
+        ((run, "--corpus", other, "--eval-batches", 0), "--eval-batches: got 0, expected at least 1"),
+    ):
+        code, out, err = call("eval", *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert message in err

@@ -1,0 +1,97 @@
+"""The answers of commands as JSON: documents with the fields that the guide documents, and nothing else on stdout."""
+
+import json
+import re
+
+import pytest
+from support.commands import REPOSITORY
+from support.fault_points import POINTS
+
+from mygpt.data.prepare import TokenizerChoice, prepare
+from mygpt.errors import NonFiniteError
+from mygpt.training.train import train
+
+GUIDE = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
+SECTION = GUIDE[GUIDE.index("## Answers as JSON") : GUIDE.index("## Exit codes")]
+ROWS = dict(re.findall(r"^\| `(.+?)` \| (.*) \|$", SECTION, re.MULTILINE))
+
+
+def documented(command: str) -> set[str]:
+    """The names in the row of a command."""
+    return set(re.findall(r"`(\w+)`", ROWS[command]))
+
+
+@pytest.fixture
+def runs(tiny, tmp_path, monkeypatch):
+    """Two runs that differ from step 1, and a prepared corpus."""
+    monkeypatch.chdir(tmp_path)
+    keys = {"val_split": 0.2, "val_every": 3, "save_every": 3, "sampling": "full"}
+    first = train(tiny(**keys))
+    second = train(tiny(**keys, output=str(tmp_path / "second"), data_seed=1))
+    return first, second
+
+
+def answer(call, *arguments, code=0) -> dict:
+    """The document that a command prints; all of its keys, at every level, are in the guide."""
+    got, out, _ = call(*arguments, "--json")
+    assert got == code
+    return json.loads(out)
+
+
+def test_every_answer_is_documented(runs, call, text_file, tmp_path):
+    """Each command of the guide's table gives the fields of its row, at its top, and no others."""
+    first, second = runs
+    prepare([text_file], tmp_path / "tokens", TokenizerChoice("byte", 0, None))
+    answers = {
+        "eval": answer(call, "eval", first),
+        "compare": answer(call, "compare", first, second, code=1),
+        "check": answer(call, "check", first),
+        "verify": answer(call, "verify", first),
+        "at": answer(call, "at", first, 2, "--out", tmp_path / "at"),
+        "bisect": answer(call, "bisect", first, second, code=1),
+        "doctor": answer(call, "doctor", text_file, "--threads", 1),
+    }
+    for command, document in answers.items():
+        assert document.keys() <= documented(command), command
+        missing = documented(command) - set(re.findall(r'"(\w+)":', json.dumps(document)))
+        # The guide also names the columns of a table of tensors, which no difference leaves empty.
+        assert missing <= {"name", "differing", "max_abs", "max_ulp", "value", "step", "mean", "margin", "verify"}, (
+            command
+        )
+    info = answer(call, "data", "info", tmp_path / "tokens")
+    assert info == {"vocab_size": 257, **json.loads((tmp_path / "tokens" / "manifest.json").read_text())}
+    assert ROWS.keys() == answers.keys() | {"replay", "study", "data info"}
+    held_out = answers["compare"]["held_out"]
+    assert held_out["b_minus_a"]["nats_per_token"]["interval"][0] < held_out["b_minus_a"]["nats_per_token"]["mean"]
+    assert answers["bisect"]["step"] == 1
+    assert answers["verify"]["identical"] is True
+
+
+def test_answer_about_a_failed_step(tiny, call, monkeypatch):
+    """Infinite values are null: JSON has none."""
+    step = POINTS["before-step"]
+    original = getattr(step.owner, step.name)
+    monkeypatch.setattr(
+        step.owner, step.name, lambda *args: (update := original(*args))._replace(loss=update.loss * float("nan"))
+    )
+    with pytest.raises(NonFiniteError):
+        train(tiny())
+    document = answer(call, "replay", tiny().checkpoint.output, "--device", "cpu", code=1)
+    assert document.keys() == documented("replay")
+    assert document["first_non_finite"] is None
+    assert document["step"] == 1
+
+
+def test_study_prints_its_file(call, tmp_path, monkeypatch, text_file):
+    """The document is that of study.json, which has the documented fields."""
+    from support.runs import TINY
+
+    from mygpt.recipe.tables import Recipe
+
+    monkeypatch.chdir(tmp_path)
+    keys = {key: value for key, value in TINY.items() if key != "threads"}
+    recipe = Recipe.of(**keys, corpus=str(text_file), val_split=0.2, val_every=6)
+    (tmp_path / "small.toml").write_text(recipe.to_toml())
+    document = answer(call, "study", "small.toml", "--seeds", 2, "--out", "study", "--no-picture", "--side-by-side", 1)
+    assert document == json.loads((tmp_path / "study" / "study.json").read_text())
+    assert document.keys() <= documented("study")
