@@ -1,5 +1,6 @@
 """The commands that use a finished run: `mygpt generate`, `compare`, `verify`, `replay` and `plot`."""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,11 +218,25 @@ def replay(options: ReplayOptions) -> int:
 @dataclass(frozen=True)
 class PlotOptions:
     runs: Positional[tuple[Path, ...]]
-    """Run directories."""
+    """Run directories, or folders of them."""
     out: Path = Path("loss.png")
     """The picture to write; its ending (.png, .svg, .pdf) chooses the format."""
     unit: Literal["nats-per-token", "bits-per-byte", "perplexity"] = "nats-per-token"
     """Of the loss. Bits per byte can be compared between tokenizers; they are known of the held-out loss alone."""
+    x: Literal["step", "tokens", "minutes"] = "step"
+    """What the losses are drawn against."""
+    y_min: float | None = None
+    """The lower end of the loss; absent: chosen by the losses."""
+    y_max: float | None = None
+    """The upper end."""
+    log: bool = False
+    """Draw the loss on a logarithmic scale."""
+    smooth: int = 0
+    """Average training losses over so many steps; 0: not."""
+    grad_norm: bool = False
+    """Draw the gradient's norm before clipping, too."""
+    merge_seeds: bool = True
+    """Draw runs that differ by their seeds alone as their mean, with a band of their deviation."""
 
 
 @command
@@ -229,7 +244,21 @@ def plot(options: PlotOptions) -> None:
     """Draw loss and learning rate of runs."""
     if not options.runs:
         raise MygptError("plot: expected at least one run directory")
+    for name in ("y_min", "y_max"):
+        value = getattr(options, name)
+        if value is not None and not (math.isfinite(value) and (value > 0 or not options.log)):
+            expected = "a number above 0 with --log" if options.log else "a number"
+            raise MygptError(f"--{name.replace('_', '-')}: got {value}, expected {expected}")
+    if options.y_min is not None and options.y_max is not None and options.y_min >= options.y_max:
+        raise MygptError(f"--y-min: got {options.y_min:g}, expected less than --y-max {options.y_max:g}")
+    if options.smooth < 0:
+        raise MygptError(f"--smooth: got {options.smooth}, expected 0 or more steps")
     from mygpt.reports.plot import plot
 
-    plot(options.runs, options.out, options.unit)
-    print(f"wrote {options.out}", file=sys.stderr)
+    keys = {name: getattr(options, name) for name in ("y_min", "y_max", "log", "smooth", "grad_norm", "merge_seeds")}
+    plot(options.runs, options.out, options.unit, axis=options.x, warn=_note, **keys)
+    _note(f"wrote {options.out}")
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,77 +1,114 @@
 """Pictures of runs, drawn from their directories."""
 
+import statistics
 from collections.abc import Sequence
-from math import inf, isfinite, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mygpt.errors import MygptError
-from mygpt.estimates import student_quantile
-from mygpt.runs.files import real_path
-from mygpt.runs.records import Record, perplexity, read_records
+from mygpt.reports.curves import Axis, Curve, Points, Unit, Warn, read_curves
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Unit = Literal["nats-per-token", "bits-per-byte", "perplexity"]
 LABELS: dict[Unit, str] = {
     "nats-per-token": "loss (nats per token)",
     "bits-per-byte": "loss (bits per byte)",
     "perplexity": "perplexity",
 }
+COLORS = (
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"),
+    *("#0000ff", "#ff1eff", "#004b1e", "#3c0fa5", "#b4d296", "#00e100", "#ff0078", "#ffb487", "#78004b", "#78690f"),
+)
+"""matplotlib's ten, and ten more, each as far as possible from those before it in CIELAB. Further curves have them again,
+with other strokes."""
+STROKES = ("-", "--", ":", "-.")
+SETTLED = 0.05
+"""The share of a run after which its training loss counts for the frame: a fresh model's is far above what follows."""
+FAR = 4
+"""A curve that reaches so many times higher than the median one, as one that diverges does, does not set the frame."""
+ENDINGS = (".png", ".svg", ".pdf")
 
 
-def plot(runs: Sequence[Path], out: Path, unit: Unit = "nats-per-token") -> None:
-    """Draw training and held-out loss (with its 95% interval) and the learning rate of `runs` against the step.
+def plot(
+    runs: Sequence[Path],
+    out: Path | None = None,
+    unit: Unit = "nats-per-token",
+    *,
+    axis: Axis = "step",
+    y_min: float | None = None,
+    y_max: float | None = None,
+    log: bool = False,
+    smooth: int = 0,
+    grad_norm: bool = False,
+    merge_seeds: bool = True,
+    warn: Warn = print,
+) -> "Figure":
+    """Draw training and held-out loss and the learning rate of `runs`, which are run directories or folders of them.
 
-    `out` ends in .png, .svg or .pdf. In bits per byte, by which runs with other tokenizers are compared, there is the
-    held-out loss alone: of training batches the bytes are not counted.
+    The bars of a held-out loss are its 95% interval. Runs that differ by their seeds alone are drawn as their mean,
+    with a band of their standard deviation, unless `merge_seeds` is false. Losses are against `axis`, from `y_min` to
+    `y_max` or over what matters, on a logarithmic scale if `log`; `smooth` averages training losses over so many steps;
+    `grad_norm` adds the gradient's norm before clipping. `out`, if there is one, is the file to write: .png, .svg or
+    .pdf. In bits per byte there is the held-out loss alone: of training batches the bytes are not counted. What cannot
+    be drawn is left out, and `warn` is told.
 
     Raises:
-        CheckpointError: a run has no records.
-        MygptError: matplotlib is not installed, or `out` cannot be written.
+        MygptError: nothing can be drawn, matplotlib is not installed, or `out` cannot be written.
     """
-    names = [real_path(run).name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run) for run in runs]
-    records = [read_records(run) for run in runs]
-    curves = [_curve(run, unit) for run in records]
-    for name, curve in zip(names, curves, strict=True):
-        if not (curve.training or curve.held_out):
-            raise MygptError(f"{name}: has no held-out loss in {unit}; expected a run with val_every, of mygpt 0.2 on")
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise MygptError(f"{out}: got the ending {out.suffix!r}, expected .png, .svg or .pdf")
+    if out is not None and out.suffix not in ENDINGS:
+        raise MygptError(f"{out}: got the ending {out.suffix!r}, expected {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+    curves = read_curves(runs, unit, axis, smooth=smooth, merge_seeds=merge_seeds, warn=warn)
+    figure = new_figure(figsize=(8, 5.5 + 1.5 * grad_norm), layout="constrained")
+    count = 2 + grad_norm
+    loss_axes, *rest = figure.subplots(count, sharex=True, height_ratios=(3, *[1] * (count - 1)))
+    for index, curve in enumerate(curves):
+        _draw_losses(loss_axes, curve, _style(index))
+        _draw(rest[-1], curve.learning_rate, _style(index))
+        if grad_norm:
+            _draw(rest[0], curve.grad_norm, _style(index), lw=0.8)
+    if log:
+        _set_log_scale(loss_axes)
+    bottom, top = _frame(curves, log=log)
+    for curve in curves:
+        lowest = min([*curve.training.y, *curve.held_out.y][1:], default=bottom)  # the first is a fresh model's
+        if y_max is None and lowest > top:
+            warn(f"{curve.name}: its losses are above the picture, from {lowest:.3g} on; --y-max shows them")
+    loss_axes.set(ylim=(bottom if y_min is None else y_min, top if y_max is None else y_max), ylabel=LABELS[unit])
+    rest[-1].set(ylabel="learning rate", xlabel=axis, ylim=(0, None))
+    if grad_norm:
+        rest[0].set(ylabel="gradient norm", yscale="log")
+    for axes in (loss_axes, *rest):
+        axes.grid(alpha=0.3)
+    _draw_legend(figure, curves)
+    if out is not None:
+        save_figure(figure, out)
+    return figure
+
+
+def new_figure(**keys: Any) -> "Figure":
+    """A figure that a notebook shows, without the global state of pyplot.
+
+    Raises:
+        MygptError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MygptError(f"plot needs {error.name}: pip install 'mygpt[report]'") from None
+        raise MygptError(f"a picture needs {error.name}: pip install 'mygpt[report]'") from None
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    loss_axes, lr_axes = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    lines, labels = [], []
-    for index, (name, run, curve) in enumerate(zip(names, records, curves, strict=True)):
-        color = f"C{index}"
-        steps = [r.step for r in run]
-        training, held_out = curve.training, curve.held_out
-        if training:
-            lines += loss_axes.plot(*zip(*training, strict=True), color=color, alpha=0.35, lw=1)
-            labels.append(f"{name}: training")
-        if held_out:
-            at, values, stderrs, dofs = zip(*held_out, strict=True)
-            # Records of mygpt 0.1 lack the degrees of freedom: they get the normal quantile.
-            errors = [student_quantile(dof or inf) * (stderr or nan) for stderr, dof in zip(stderrs, dofs, strict=True)]
-            lines.append(loss_axes.errorbar(at, values, yerr=errors, color=color, marker="o", ms=3.5, capsize=2))
-            labels.append(f"{name}: held-out, 95% interval")
-        lr_axes.plot(steps, [r.lr for r in run], color=color)
-    bottom, top = _frame(curves)
-    margin = 0.05 * (top - bottom) or 0.1
-    loss_axes.set(ylim=(bottom - margin, top + margin), ylabel=LABELS[unit])
-    loss_axes.grid(alpha=0.3)
-    for text in loss_axes.legend(lines, labels, frameon=False).get_texts():
-        text.set_parse_math(False)
-    lr_axes.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
-    lr_axes.grid(alpha=0.3)
-    save_figure(figure, out)
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:
+            from io import BytesIO
+
+            buffer = BytesIO()
+            self.savefig(buffer, format="png", dpi=100)
+            return buffer.getvalue()
+
+    return Picture(**keys)
 
 
 def save_figure(figure: "Figure", out: Path) -> None:
@@ -91,48 +128,80 @@ def save_figure(figure: "Figure", out: Path) -> None:
         raise MygptError(f"{out}: cannot be written: {error.strerror}") from None
 
 
-class _Curve(NamedTuple):
-    """What is drawn of a run."""
+def _set_log_scale(axes: "Axes") -> None:
+    """A logarithmic scale with plain numbers: losses span less than a power of ten."""
+    from matplotlib.ticker import ScalarFormatter
 
-    training: list[tuple[int, float]]
-    """Step and loss."""
-    held_out: list[tuple[int, float, float | None, int | None]]
-    """Step, loss, its standard error, and the degrees of freedom of that."""
-
-
-def _curve(records: Sequence[Record], unit: Unit) -> _Curve:
-    evaluated = [r for r in records if r.val is not None]
-    if unit == "bits-per-byte":
-        return _Curve(
-            [],
-            [
-                (r.step, r.val_bits_per_byte, r.val_bits_per_byte_stderr, r.val_dof)
-                for r in evaluated
-                if r.val_bits_per_byte is not None
-            ],
-        )
-    training = [(r.step, r.loss) for r in records]
-    held_out = [(r.step, r.val or 0.0, r.val_stderr, r.val_dof) for r in evaluated]
-    if unit == "perplexity":
-        training = [(step, value) for step, loss in training if isfinite(value := perplexity(loss))]
-        # The error of a function is its slope times that of its argument, where both are small.
-        held_out = [
-            (step, value, stderr and stderr * value, dof)
-            for step, val, stderr, dof in held_out
-            if isfinite(value := perplexity(val))
-        ]
-    return _Curve(training, held_out)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
 
 
-def _frame(curves: Sequence[_Curve]) -> tuple[float, float]:
-    """The lowest loss, and the highest held-out loss or training loss after the first twentieth of a run.
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLORS[index % len(COLORS)], "ls": STROKES[index // len(COLORS) % len(STROKES)]}
 
-    A fresh model's loss is far above all that follows: the curve may come down from beyond the frame.
-    """
-    values, settled = [], []
-    for training, held_out in curves:
-        losses = [value for _, value, *_ in held_out]
-        values += losses + [loss for _, loss in training]
-        last = training[-1][0] if training else 0
-        settled += losses + [loss for step, loss in training if step > last / 20]
-    return min(values), max(settled)
+
+def _draw_losses(axes: "Axes", curve: Curve, style: dict[str, Any]) -> None:
+    _draw(axes, curve.raw, style, alpha=0.2, lw=0.8)
+    is_smooth = len(curve.raw.x) > 0 or curve.seeds > 1
+    _draw(axes, curve.training, style, alpha=0.8 if is_smooth else 0.4, lw=1.2 if is_smooth else 1)
+    x, y, error = curve.held_out
+    if curve.seeds > 1:
+        _draw(axes, curve.held_out, style, marker="o", ms=3.5)
+    elif len(x):
+        axes.errorbar(x, y, yerr=error, marker="o", ms=3.5, capsize=2, **style)
+
+
+def _draw(axes: "Axes", points: Points, style: dict[str, Any], **more: Any) -> None:
+    """A line, and a band around it where there are errors."""
+    if not len(points.x):
+        return
+    axes.plot(points.x, points.y, **style, **more)
+    if points.error.any():
+        low, high = points.y - points.error, points.y + points.error
+        axes.fill_between(points.x, low, high, color=style["color"], alpha=0.2, lw=0)
+
+
+def _draw_legend(figure: "Figure", curves: Sequence[Curve]) -> None:
+    """Beside the axes: a colour for each recipe, and what the kinds of lines are."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [Line2D([], [], lw=2.5, **_style(index)) for index in range(len(curves))]
+    labels = [f"{curve.name} ({curve.seeds} seeds)" if curve.seeds > 1 else curve.name for curve in curves]
+    kinds = {
+        "training": (any(len(curve.training.x) for curve in curves), Line2D([], [], color="gray", alpha=0.6, lw=1)),
+        "held-out, 95% interval": (
+            any(len(curve.held_out.x) and curve.seeds == 1 for curve in curves),
+            Line2D([], [], color="gray", marker="o", ms=3.5),
+        ),
+        "deviation of seeds": (any(curve.seeds > 1 for curve in curves), Patch(color="gray", alpha=0.2, lw=0)),
+    }
+    for label, (is_there, handle) in kinds.items():
+        if is_there:
+            handles.append(handle)
+            labels.append(label)
+    legend = figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _frame(curves: Sequence[Curve], *, log: bool) -> tuple[float, float]:
+    """From the lowest loss to the highest that matters: of held-out text, or of training once a run has settled."""
+    lowest, highest = [], []
+    for _, _, training, _, held_out, *_ in curves:
+        settled = training.y[training.x > SETTLED * training.x[-1]] if len(training.x) else training.y
+        if not len(settled):
+            settled = training.y
+        lowest.append(float(np.concatenate([training.y, held_out.y]).min()))
+        # The highest of a hundred noisy losses says more about the noise.
+        tops = [*held_out.y, *([np.quantile(settled, 0.99)] if len(settled) else [])]
+        highest.append(float(max(tops)))
+    bottom = min(lowest)
+    span = statistics.median(top - bottom for top in highest)
+    top = max(top for top in highest if top - bottom <= FAR * span)
+    if log:
+        margin = (top / bottom) ** 0.05 if top > bottom > 0 else 1.1
+        return bottom / margin, top * margin
+    margin = 0.05 * (top - bottom) or 0.1
+    return bottom - margin, top + margin

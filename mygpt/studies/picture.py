@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from mygpt.errors import MygptError
-from mygpt.reports.plot import save_figure
+from mygpt.reports.plot import COLORS, new_figure, save_figure
 from mygpt.studies.analysis import mean_curve, unit_of
 from mygpt.studies.runner import Study
 
@@ -16,18 +15,13 @@ def draw(study: Study, out: Path) -> None:
     Raises:
         MygptError: matplotlib is not installed, or `out` cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MygptError(f"a picture needs {error.name}: pip install 'mygpt[report]'") from None
-
     unit = unit_of(study.cells)
     cells = [cell for cell in study.cells if cell.runs]
-    figure = Figure(figsize=(9, 2.6 + 0.35 * len(cells)), layout="constrained")
+    figure = new_figure(figsize=(9, 2.6 + 0.35 * len(cells)), layout="constrained")
     curves, ends = figure.subplots(1, 2, width_ratios=(3, 2))
     lowest, settled = [], []
     for index, cell in enumerate(cells):
-        color = f"C{index}"
+        color = COLORS[index % len(COLORS)]
         steps, means, deviations = (list(column) for column in zip(*mean_curve(cell), strict=True))
         curves.plot(steps, means, color=color, label=cell.name)
         low, high = ([mean + sign * d for mean, d in zip(means, deviations, strict=True)] for sign in (-1, 1))

@@ -1,12 +1,17 @@
 """Pictures of runs."""
 
+import itertools
+import json
+import re
+import statistics
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
-from mygpt.errors import CheckpointError, MygptError
-from mygpt.reports.plot import plot
+from mygpt.errors import MygptError
+from mygpt.reports.plot import COLORS, plot
+from mygpt.runs.records import read_records
 from mygpt.training.train import train
 
 pytest.importorskip("matplotlib", reason="needs the report extra")
@@ -22,32 +27,43 @@ def runs(tiny, tmp_path):
     ]
 
 
+def texts(picture: Path) -> str:
+    """An SVG's source, in which text is drawn as shapes, each under a comment that holds it."""
+    return picture.read_text()
+
+
 def test_picture_shows_every_run(runs, tmp_path):
-    """Both runs in the legend, the held-out loss where there is one, names escaped; the same bytes every time."""
+    """Both runs in the legend, what their lines are, names escaped; the same bytes every time."""
     pictures = [tmp_path / name for name in ("a.svg", "b.svg")]
     for picture in pictures:
         plot(runs, picture)
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
-    svg = pictures[0].read_text()
+    svg = texts(pictures[0])
     ElementTree.fromstring(svg)
-    # Text is drawn as shapes, each under a comment that holds it.
-    assert "plain: training" in svg
-    assert "plain: held-out" not in svg
-    assert "$co_{: held-out" in svg
+    assert "<!-- plain -->" in svg
+    assert "$co_{ -->" in svg
     assert "<watched>" not in svg
+    assert "held-out, 95% interval" in svg
+    assert "deviation of seeds" not in svg
+    assert "held-out" not in texts_of_labels(plot(runs[:1]))
+
+
+def texts_of_labels(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_loss_can_be_drawn_in_other_units(runs, tmp_path):
     """In bits per byte only runs with evaluations, since training batches are not counted in bytes."""
     plot(runs, tmp_path / "perplexity.svg", "perplexity")
-    assert "plain: training" in (tmp_path / "perplexity.svg").read_text()
-    plot(runs[1:], tmp_path / "bits.svg", "bits-per-byte")
-    svg = (tmp_path / "bits.svg").read_text()
-    assert "loss (bits per byte)" in svg
-    assert ": held-out" in svg
-    assert ": training" not in svg
-    with pytest.raises(MygptError, match="plain: has no held-out loss in bits-per-byte; expected a run with val_every"):
-        plot(runs, tmp_path / "bits.svg", "bits-per-byte")
+    assert "<!-- perplexity -->" in texts(tmp_path / "perplexity.svg")
+    warnings = []
+    figure = plot(runs, None, "bits-per-byte", warn=warnings.append)
+    assert figure.axes[0].get_ylabel() == "loss (bits per byte)"
+    assert texts_of_labels(figure) == ["_<watched> & $co_{", "held-out, 95% interval"]
+    assert len(warnings) == 1
+    assert re.search(r"plain: has no held-out loss in bits-per-byte, .*; left out", warnings[0])
+    with pytest.raises(MygptError, match="none of these is a run that can be drawn"):
+        plot(runs[:1], None, "bits-per-byte", warn=warnings.append)
 
 
 @pytest.mark.parametrize("ending", ["png", "pdf"])
@@ -62,16 +78,116 @@ def test_ending_chooses_the_format(runs, tmp_path, ending):
 
 def test_short_runs_and_runs_of_one_name_can_be_drawn(tiny, tmp_path):
     """A run of a single record; two runs with the same name in different folders."""
-    runs = [train(tiny(steps=1, output=str(tmp_path / folder / "run"))) for folder in "ab"]
-    plot(runs, tmp_path / "loss.svg")
-    assert all(f"{run}: training" in (tmp_path / "loss.svg").read_text() for run in runs)
+    runs = [
+        train(tiny(steps=1, lr=lr, output=str(tmp_path / folder / "run"))) for folder, lr in (("a", 1.0), ("b", 2.0))
+    ]
+    assert texts_of_labels(plot(runs))[:2] == list(map(str, runs))
 
 
-def test_mistakes_are_named(runs, tmp_path):
-    """No records, an unknown ending, a missing folder."""
-    with pytest.raises(CheckpointError, match="expected a run directory"):
-        plot([tmp_path], tmp_path / "a.png")
+def test_seeds_are_drawn_as_mean_and_band(tiny, tmp_path):
+    """Runs that differ by their seeds alone are one curve; a folder stands for the runs in it."""
+    keys = {"val_split": 0.2, "val_every": 3, "sampling": "full"}
+    runs = {}
+    for lr in (1e-2, 3e-2):
+        for seed in (1, 2, 3):
+            output = tmp_path / "study" / f"lr={lr}" / f"seed-{seed}"
+            runs[lr, seed] = train(tiny(**keys, lr=lr, init_seed=seed, data_seed=seed, output=str(output)))
+    figure = plot([tmp_path / "study"])
+    assert texts_of_labels(figure)[:2] == ["lr=0.01 (3 seeds)", "lr=0.03 (3 seeds)"]
+    assert "deviation of seeds" in texts_of_labels(figure)
+    training, held_out, *_ = figure.axes[0].get_lines()
+    records = [read_records(runs[1e-2, seed]) for seed in (1, 2, 3)]
+    assert training.get_ydata().tolist() == pytest.approx(
+        [sum(r.loss for r in step) / 3 for step in zip(*records, strict=True)]
+    )
+    assert held_out.get_xdata().tolist() == [3, 6]
+    band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    losses = [record[-1].loss for record in records]
+    for edge in (
+        statistics.mean(losses) - statistics.stdev(losses),
+        statistics.mean(losses) + statistics.stdev(losses),
+    ):
+        assert min(abs(band - edge)) < 1e-5
+    apart = plot([tmp_path / "study"], merge_seeds=False)
+    assert len(texts_of_labels(apart)) == 6 + 2
+
+
+def test_axes_are_as_asked_for(tiny, tmp_path):
+    """Tokens or minutes, a logarithmic scale, its ends, averages of training losses, the gradient's norm."""
+    run = train(tiny(steps=12, log_every=2))
+    records = read_records(run)
+    figure = plot([run], axis="tokens", y_min=1.0, y_max=50.0, log=True, smooth=4, grad_norm=True)
+    loss_axes, norm_axes, rate_axes = figure.axes
+    assert (loss_axes.get_ylim(), loss_axes.get_yscale(), rate_axes.get_xlabel()) == ((1.0, 50.0), "log", "tokens")
+    raw, smooth = loss_axes.get_lines()
+    assert raw.get_xdata().tolist() == [record.tokens for record in records]
+    by_step = {record.step: record.loss for record in records}
+    means = [statistics.mean(loss for at, loss in by_step.items() if step - 4 < at <= step) for step in by_step]
+    assert smooth.get_ydata().tolist() == pytest.approx(means)
+    assert norm_axes.get_lines()[0].get_ydata().tolist() == [record.grad_norm for record in records]
+    minutes = plot([run], axis="minutes").axes[0].get_lines()[0].get_xdata()
+    lines = (run / "timing.jsonl").read_text().splitlines()
+    assert minutes.tolist() == [json.loads(line)["elapsed_seconds"] / 60 for line in lines]
+
+
+def test_frame_is_that_of_the_runs_that_matter(tiny, tmp_path):
+    """Neither a fresh model's loss nor a run that diverges sets the range; what is outside is named."""
+    records = [{"step": step, "loss": 3 + 40 / step, "lr": 1e-3, "tokens": step} for step in range(1, 101)]
+    for name, factor in (("a", 1.0), ("b", 1.1), ("c", 100.0)):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps(record | {"loss": record["loss"] * factor}) for record in records]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    warnings = []
+    bottom, top = plot([tmp_path], warn=warnings.append).axes[0].get_ylim()
+    assert 2 < bottom < 3.4
+    assert 5 < top < 15
+    assert len(warnings) == 1
+    assert warnings[0].startswith("c: its losses are above the picture, from 340 on")
+
+
+def test_twenty_colours_are_distinct():
+    """As far apart, in CIELAB, as two that nobody confuses: a just noticeable difference is 2.3."""
+    import numpy as np
+    from matplotlib.colors import to_rgb
+
+    rgb = np.array([to_rgb(color) for color in COLORS])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
+    x, y, z = np.cbrt(linear @ to_xyz.T / to_xyz.sum(1)).T
+    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+    assert len(lab) == 20
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) > 20
+
+
+def test_missing_run_does_not_keep_others_from_being_drawn(runs, tmp_path, call):
+    """It is named, on stderr, and the picture is made."""
+    (tmp_path / "empty").mkdir()
+    code, out, err = call("plot", runs[0], tmp_path / "nothing", tmp_path / "empty", "--out", tmp_path / "a.png")
+    assert (code, out) == (0, "")
+    assert err.splitlines() == [
+        f"{tmp_path}/nothing: no such run; left out",
+        f"{tmp_path}/empty: no run in it; left out",
+        f"wrote {tmp_path}/a.png",
+    ]
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_figure_is_shown_by_a_notebook(runs):
+    """It brings its picture along, without pyplot."""
+    assert plot(runs)._repr_png_()[:4] == b"\x89PNG"
+
+
+def test_mistakes_are_named(runs, tmp_path, call):
+    """No records, an unknown ending, a missing folder, ends in the wrong order."""
+    with pytest.raises(MygptError, match="none of these is a run that can be drawn"):
+        plot([tmp_path / "nothing"])
     with pytest.raises(MygptError, match=r"got the ending '\.bmp'"):
         plot(runs, tmp_path / "a.bmp")
     with pytest.raises(MygptError, match="cannot be written"):
         plot(runs, Path(tmp_path / "nowhere" / "a.png"))
+    for flags, message in (
+        (("--y-min", 3, "--y-max", 2), "--y-min: got 3, expected less than --y-max 2"),
+        (("--y-min", 0, "--log"), "--y-min: got 0.0, expected a number above 0 with --log"),
+        (("--smooth", -1), "--smooth: got -1, expected 0 or more steps"),
+    ):
+        assert call("plot", runs[0], *flags) == (2, "", f"mygpt: {message}\n")

@@ -1,0 +1,228 @@
+"""The curves of runs that a picture shows: found, read, smoothed, and put together by recipe."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mygpt.errors import CheckpointError, MygptError
+from mygpt.estimates import student_quantile
+from mygpt.recipe.files import METRICS_FILE, RUN_FILE
+from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS
+from mygpt.runs.files import TIMING_FILE, real_path
+from mygpt.runs.records import Record, Timing, perplexity, read_records, rewind
+from mygpt.runs.run import Run
+
+Unit = Literal["nats-per-token", "bits-per-byte", "perplexity"]
+Axis = Literal["step", "tokens", "minutes"]
+Warn = Callable[[str], None]
+Floats = npt.NDArray[np.float64]
+
+DEEPEST = 4
+"""Folders in folders in which runs are looked for."""
+NO_RECIPE = HARMLESS_KEYS | {"init_seed", "data_seed", "threads", *PATH_KEYS}
+"""Keys in which runs of one recipe may differ: seeds, what is shown and kept, and paths, of which the hashes count."""
+
+
+class Points(NamedTuple):
+    """Values of one quantity, by rising x."""
+
+    x: Floats
+    y: Floats
+    error: Floats
+    """To either side: of one run half the 95% interval, of several their standard deviation; 0: none."""
+
+
+class Curve(NamedTuple):
+    """What is drawn of a recipe, from one run or from several seeds."""
+
+    name: str
+    seeds: int
+    """Runs."""
+    training: Points
+    raw: Points
+    """The training loss before smoothing; of several runs, nothing."""
+    held_out: Points
+    learning_rate: Points
+    grad_norm: Points
+
+
+class _Loaded(NamedTuple):
+    """A run as it was read."""
+
+    path: Path
+    recipe: str
+    """Equal for equal recipes on equal texts."""
+    records: list[Record]
+    x_of: Mapping[int, float]
+    """By step."""
+
+
+def read_curves(
+    paths: Sequence[Path], unit: Unit, axis: Axis, *, smooth: int = 0, merge_seeds: bool = True, warn: Warn
+) -> list[Curve]:
+    """The curves of the runs at `paths`, which are run directories or folders of them, one for each recipe.
+
+    With `smooth`, training losses are means over so many steps up to each. With `merge_seeds`, runs whose recipes
+    differ by their seeds alone make one curve; else each run makes one. A path without a run, and a run that cannot be
+    drawn, are left out, which `warn` is told.
+
+    Raises:
+        MygptError: nothing is left.
+    """
+    loaded = []
+    for path in _find_runs(paths, warn):
+        try:
+            loaded.append(_load(path, unit, axis, alone=not merge_seeds))
+        except MygptError as error:
+            warn(f"{error}; left out")
+    if not loaded:
+        raise MygptError("plot: none of these is a run that can be drawn")
+    groups: dict[str, list[_Loaded]] = {}
+    for run in loaded:
+        groups.setdefault(run.recipe, []).append(run)
+    names = _names([[run.path for run in group] for group in groups.values()])
+    return [_curve(name, group, unit, smooth) for name, group in zip(names, groups.values(), strict=True)]
+
+
+def _find_runs(paths: Sequence[Path], warn: Warn) -> Iterator[Path]:
+    """The runs at these paths and in these folders, each once."""
+    seen = set()
+    for path in paths:
+        found = list(_runs_in(path, DEEPEST)) if path.is_dir() else []
+        if not found:
+            warn(f"{path}: {'no run in it' if path.is_dir() else 'no such run'}; left out")
+        for run in found:
+            if (real := real_path(run)) not in seen:
+                seen.add(real)
+                yield run
+
+
+def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
+    if os.path.lexists(folder / RUN_FILE) or os.path.lexists(folder / METRICS_FILE):
+        yield folder
+    elif depth:
+        for entry in sorted(folder.iterdir()):
+            if entry.is_dir() and not entry.name.startswith("."):
+                yield from _runs_in(entry, depth - 1)
+
+
+def _load(path: Path, unit: Unit, axis: Axis, *, alone: bool) -> _Loaded:
+    """Read a run.
+
+    Raises:
+        CheckpointError: it has no records, or not what is to be drawn.
+    """
+    records = read_records(path)
+    if unit == "bits-per-byte" and all(record.val_bits_per_byte is None for record in records):
+        raise CheckpointError(f"{path}: has no held-out loss in {unit}, which takes val_every and mygpt 0.2")
+    x_of: dict[int, float] = {record.step: record.tokens if axis == "tokens" else record.step for record in records}
+    if axis == "minutes":
+        timings = rewind(path / TIMING_FILE, Timing, records[-1].step, cut=False)
+        x_of = {timing.step: timing.elapsed_seconds / 60 for timing in timings}
+        if not x_of:
+            raise CheckpointError(f"{path}: has no {TIMING_FILE}, which says how long its steps took")
+    records = [record for record in records if record.step in x_of]
+    return _Loaded(path, str(path) if alone else _recipe_of(path), records, x_of)
+
+
+def _recipe_of(path: Path) -> str:
+    """A text that is equal for runs whose recipes differ by their seeds alone."""
+    try:
+        info, recipe = Run(path).info, Run(path).recipe
+    except CheckpointError:  # its records can be drawn all the same
+        return str(path)
+    keys = {key: value for key, value in recipe.flat().items() if key not in NO_RECIPE}
+    return json.dumps([keys, info.corpus_sha256, info.held_out_sha256, info.init_sha256], sort_keys=True)
+
+
+def _names(groups: Sequence[Sequence[Path]]) -> list[str]:
+    """A name for each group of runs: that of its only run, or of the folder that has all of them."""
+    short, long = [], []
+    for paths in groups:
+        folders = {real_path(path).parent for path in paths}
+        if len(paths) == 1:
+            short.append(real_path(paths[0]).name)
+            long.append(str(paths[0]))
+        else:
+            folder = next(iter(folders))
+            is_own = len(folders) == 1 and not any(
+                folder in real_path(other).parents for group in groups if group is not paths for other in group
+            )
+            short.append(folder.name if is_own else f"{real_path(paths[0]).name} and other seeds")
+            long.append(str(folder) if is_own else f"{paths[0]} and other seeds")
+    return [long[i] if short.count(name) > 1 else name for i, name in enumerate(short)]
+
+
+def _curve(name: str, runs: Sequence[_Loaded], unit: Unit, smooth: int) -> Curve:
+    losses = [_training(run, unit) for run in runs]
+    smoothed = [_smoothed(values, smooth) for values in losses] if smooth > 1 else losses
+    held_out = [_held_out(run, unit) for run in runs]
+    errors = [{step: error for step, (_, error) in values.items()} for values in held_out]
+    values = [{step: value for step, (value, _) in values.items()} for values in held_out]
+    norms = [{r.step: r.grad_norm for r in run.records if r.grad_norm is not None} for run in runs]
+    return Curve(
+        name,
+        len(runs),
+        _points(runs, smoothed),
+        _points(runs, losses if smooth > 1 and len(runs) == 1 else [{}] * len(runs)),
+        _points(runs, values, errors),
+        _points(runs, [{r.step: r.lr for r in run.records} for run in runs]),
+        _points(runs, norms),
+    )
+
+
+def _points(
+    runs: Sequence[_Loaded], values: Sequence[Mapping[int, float]], errors: Sequence[Mapping[int, float]] | None = None
+) -> Points:
+    """The mean over runs at the steps that all have, with their deviation; of one run its values, with its errors."""
+    steps = sorted(set.intersection(*(set(of_run) for of_run in values)))
+    x = np.array([[run.x_of[step] for step in steps] for run in runs], dtype=np.float64).mean(0)
+    y = np.array([[of_run[step] for step in steps] for of_run in values], dtype=np.float64)
+    error = np.zeros(len(steps))
+    if len(runs) > 1:
+        error = y.std(0, ddof=1)
+    elif errors:
+        error = np.array([errors[0][step] for step in steps], dtype=np.float64)
+    return Points(x, y.mean(0), error)
+
+
+def _training(run: _Loaded, unit: Unit) -> dict[int, float]:
+    if unit == "bits-per-byte":
+        return {}  # bytes of training batches are not counted
+    losses = {record.step: record.loss for record in run.records}
+    if unit == "nats-per-token":
+        return losses
+    return {step: value for step, loss in losses.items() if math.isfinite(value := perplexity(loss))}
+
+
+def _smoothed(losses: Mapping[int, float], steps: int) -> dict[int, float]:
+    """The mean of the losses of the last `steps` steps, up to each."""
+    at, values = np.array(list(losses)), np.array(list(losses.values()))
+    before = np.concatenate([[0.0], np.cumsum(values)])
+    first = np.searchsorted(at, at - steps, side="right")
+    last = np.arange(1, len(at) + 1)
+    return dict(zip(losses, ((before[last] - before[first]) / (last - first)).tolist(), strict=True))
+
+
+def _held_out(run: _Loaded, unit: Unit) -> dict[int, tuple[float, float]]:
+    """By step the held-out loss, and half its 95% interval; 0 where that is not known."""
+    found = {}
+    for record in run.records:
+        value, stderr = record.val, record.val_stderr
+        if unit == "bits-per-byte":
+            value, stderr = record.val_bits_per_byte, record.val_bits_per_byte_stderr
+        elif unit == "perplexity" and value is not None:
+            # The error of a function is its slope times that of its argument, where both are small.
+            value = perplexity(value)
+            stderr = stderr and stderr * value
+        if value is not None and math.isfinite(value):
+            # Records of mygpt 0.1 lack the degrees of freedom: they get the normal quantile.
+            margin = student_quantile(record.val_dof or math.inf) * stderr if stderr else 0.0
+            found[record.step] = value, margin
+    return found
