@@ -18,24 +18,28 @@ _MODULE_OF = {
     "generate": "model.generation",
     "get_batch": "data.batches",
     "load_checkpoint": "runs.loading",
-    "load_recipe": "recipe.files",
-    "train": "training.train",
+    "Run": "api",
+    "load_recipe": "api",
+    "plot": "api",
+    "train": "api",
 }
 
 __all__ = [*_MODULE_OF]
 
 if TYPE_CHECKING:
+    from mygpt.api import Run as Run
+    from mygpt.api import load_recipe as load_recipe
+    from mygpt.api import plot as plot
+    from mygpt.api import train as train
     from mygpt.data.batches import get_batch as get_batch
     from mygpt.data.tokenizer import CharTokenizer as CharTokenizer
     from mygpt.errors import MygptError as MygptError
     from mygpt.model.generation import generate as generate
     from mygpt.model.gpt import GPT as GPT
-    from mygpt.recipe.files import load_recipe as load_recipe
     from mygpt.recipe.tables import Recipe as Recipe
     from mygpt.runs.loading import load_checkpoint as load_checkpoint
     from mygpt.training.evaluate import estimate_val_loss as estimate_val_loss
     from mygpt.training.optim import cosine_warmup_lr as cosine_warmup_lr
-    from mygpt.training.train import train as train
 
 
 def __getattr__(name: str) -> Any:

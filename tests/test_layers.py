@@ -21,7 +21,7 @@ FLOORS = [
     {"training"},
     {"checks"},
     {"planning", "studies"},
-    {"course", "cli"},
+    {"api", "course", "cli"},
     {"__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -44,6 +44,7 @@ WITHOUT_TORCH = [
         "data.tokenizer",
         "checks.compare",
         "processes.environment",
+        "api",
         "cli.main",
         "cli.train",
     ),

@@ -16,19 +16,9 @@ import tyro
 from mygpt.errors import MygptError, RecipeError
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE, load_recipe, shipped_recipes
 from mygpt.recipe.names import closest
-from mygpt.recipe.tables import (
-    HARMLESS_KEYS,
-    SPEED_KEYS,
-    TABLE_OF_KEY,
-    ExpectedTable,
-    Recipe,
-    build_recipe,
-    check_recipe,
-    refinements_to_drop,
-)
+from mygpt.recipe.tables import SEED_KEYS, TABLE_OF_KEY, Recipe, build_recipe, check_recipe, lay_over
 
 TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
-SEEDS = {"init_seed", "data_seed"}
 SEED_HELP = "Sets init_seed and data_seed, for a run that differs only by chance."
 
 
@@ -61,34 +51,17 @@ def parse_changes(arguments: list[str], prog: str, options: type, load: Callable
 
 def _lay_over(loaded: Recipe, flags: Any, arguments: list[str], source: str) -> Recipe:
     """The loaded recipe with the values of the parsed flags, checked."""
-    tables = {name: vars(getattr(flags, name)) for name in Recipe.model_fields}
-    flags_given = (argument.split("=")[0] for argument in arguments if argument.startswith("--"))
-    given = {flag.removeprefix("--").replace("-", "_") for flag in flags_given}
+    names = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
+    given = {name.removeprefix("no_") if name not in TABLE_OF_KEY else name for name in names} & TABLE_OF_KEY.keys()
+    keys = {key: vars(getattr(flags, TABLE_OF_KEY[key]))[key] for key in given}
     if flags.seed is not None:
-        for key in SEEDS:
+        for key in SEED_KEYS:
             if key in given:
                 raise MygptError(f"--seed sets {key}, too; give --seed alone, or --init-seed and --data-seed")
-            tables["train"][key] = flags.seed
-    recipe = build_recipe(tables)
-    plain, changed = Recipe().flat(), {key: value for key, value in recipe.flat().items() if key in given}
-    recipe = recipe.replace(**{key: plain[key] for key in refinements_to_drop(changed)})
-    recipe = _without_stale_expectations(recipe, loaded, given)
+            keys[key] = flags.seed
+    recipe = lay_over(loaded, keys)
     check_recipe(recipe, source=source)
     return recipe
-
-
-def _without_stale_expectations(recipe: Recipe, loaded: Recipe, given: set[str]) -> Recipe:
-    """The recipe without the expectations of the loaded one that flags have changed the grounds of.
-
-    `given` are the keys that are flags: an expectation among them stays.
-    """
-    was = loaded.flat()
-    changed = {key for key, value in recipe.flat().items() if value != was[key]} - SEEDS
-    changed -= HARMLESS_KEYS - SPEED_KEYS
-    stale = set(ExpectedTable.model_fields) if changed - SPEED_KEYS else set()
-    if changed or recipe.checkpoint.resume not in ("auto", "never"):
-        stale.add("expected_minutes")
-    return recipe.replace(**dict.fromkeys(stale - given))
 
 
 def load_target(target: str) -> Recipe:

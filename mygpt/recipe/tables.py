@@ -295,13 +295,7 @@ class Recipe(Table):
 
     def replace(self, **keys: Any) -> "Recipe":
         """This recipe with other values for these keys: `recipe.replace(steps=10)`; raises as `of` does."""
-        if unknown := keys.keys() - TABLE_OF_KEY:
-            lines = (f"recipe: unknown key {key!r}{suggest(key, TABLE_OF_KEY, ALL_KEYS)}" for key in sorted(unknown))
-            raise RecipeError("\n".join(lines))
-        tables = self.model_dump()
-        for key, value in keys.items():
-            tables[TABLE_OF_KEY[key]][key] = value
-        return build_recipe(tables, source="recipe")
+        return build_recipe(_with_keys(self, keys, "recipe"), source="recipe")
 
     def flat(self) -> dict[str, Any]:
         """Every key with its value, without the tables."""
@@ -331,6 +325,9 @@ HARMLESS_KEYS = {
 }
 """Keys that choose what is shown and kept, and change no number."""
 
+SEED_KEYS = {"init_seed", "data_seed"}
+"""Keys in which runs of a recipe differ that differ only by chance."""
+
 SPEED_KEYS = {*RuntimeTable.model_fields, "micro_batch_size"}
 """Keys that change how long training takes, and losses hardly at all."""
 
@@ -345,6 +342,17 @@ def build_recipe(tables: Mapping[str, Any], source: str | None = None) -> Recipe
         return Recipe.model_validate(tables)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(problem, source) for problem in error.errors())) from None
+
+
+def _with_keys(recipe: Recipe, keys: Mapping[str, Any], source: str | None) -> dict[str, dict[str, Any]]:
+    """The tables of a recipe with these values."""
+    if unknown := keys.keys() - TABLE_OF_KEY:
+        lines = (f"{source}: unknown key {key!r}{suggest(key, TABLE_OF_KEY, ALL_KEYS)}" for key in sorted(unknown))
+        raise RecipeError("\n".join(lines))
+    tables = recipe.model_dump()
+    for key, value in keys.items():
+        tables[TABLE_OF_KEY[key]][key] = value
+    return tables
 
 
 def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
@@ -369,6 +377,22 @@ REFINING_EVALUATION = ("log_val_stderr", "log_bits_per_byte", "log_perplexity", 
 def refinements_to_drop(given: Mapping[str, Any]) -> set[str]:
     """The keys that mean nothing any more where the `given` ones, laid over others, turn evaluations off."""
     return {*REFINING_EVALUATION} - given.keys() if given.get("val_every") == 0 else set()
+
+
+def lay_over(recipe: Recipe, keys: Mapping[str, Any], source: str | None = None) -> Recipe:
+    """The recipe with other values for these keys, and without what loses its meaning by that.
+
+    Expectations of the recipe go if a key changes the training; one among the keys stays. `source` is as in
+    `build_recipe`, which this raises the errors of.
+    """
+    was, laid_over = recipe.flat(), build_recipe(_with_keys(recipe, keys, source), source)
+    laid_over = laid_over.replace(**{key: Recipe().flat()[key] for key in refinements_to_drop(keys)})
+    changed = {key for key, value in laid_over.flat().items() if value != was[key]} - SEED_KEYS
+    changed -= HARMLESS_KEYS - SPEED_KEYS
+    stale = set(ExpectedTable.model_fields) if changed - SPEED_KEYS else set()
+    if changed or laid_over.checkpoint.resume not in ("auto", "never"):
+        stale.add("expected_minutes")
+    return laid_over.replace(**dict.fromkeys(stale - keys.keys()))
 
 
 MIN_EXACT_EPS = 1e-11

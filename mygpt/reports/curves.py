@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mygpt.errors import CheckpointError, MygptError
 from mygpt.estimates import student_quantile
 from mygpt.recipe.files import METRICS_FILE, RUN_FILE
-from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS
+from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, SEED_KEYS
 from mygpt.runs.files import TIMING_FILE, real_path
 from mygpt.runs.records import Record, Timing, perplexity, read_records, rewind
 from mygpt.runs.run import Run
@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float64]
 
 DEEPEST = 4
 """Folders in folders in which runs are looked for."""
-NO_RECIPE = HARMLESS_KEYS | {"init_seed", "data_seed", "threads", *PATH_KEYS}
+NO_RECIPE = HARMLESS_KEYS | SEED_KEYS | {"threads", *PATH_KEYS}
 """Keys in which runs of one recipe may differ: seeds, what is shown and kept, and paths, of which the hashes count."""
 
 
@@ -73,16 +73,18 @@ def read_curves(
     drawn, are left out, which `warn` is told.
 
     Raises:
-        MygptError: nothing is left.
+        CheckpointError: nothing is left.
     """
-    loaded = []
-    for path in _find_runs(paths, warn):
+    loaded, problems = [], []
+    for path in _find_runs(paths, problems.append):
         try:
             loaded.append(_load(path, unit, axis, alone=not merge_seeds))
         except MygptError as error:
-            warn(f"{error}; left out")
+            problems.append(str(error))
     if not loaded:
-        raise MygptError("plot: none of these is a run that can be drawn")
+        raise CheckpointError("\n".join(problems))
+    for problem in problems:
+        warn(f"{problem}; left out")
     groups: dict[str, list[_Loaded]] = {}
     for run in loaded:
         groups.setdefault(run.recipe, []).append(run)
@@ -96,7 +98,7 @@ def _find_runs(paths: Sequence[Path], warn: Warn) -> Iterator[Path]:
     for path in paths:
         found = list(_runs_in(path, DEEPEST)) if path.is_dir() else []
         if not found:
-            warn(f"{path}: {'no run in it' if path.is_dir() else 'no such run'}; left out")
+            warn(f"{path}: {'no run in it' if path.is_dir() else 'no such run'}")
         for run in found:
             if (real := real_path(run)) not in seen:
                 seen.add(real)

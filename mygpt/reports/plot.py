@@ -23,8 +23,8 @@ COLORS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"),
     *("#0000ff", "#ff1eff", "#004b1e", "#3c0fa5", "#b4d296", "#00e100", "#ff0078", "#ffb487", "#78004b", "#78690f"),
 )
-"""matplotlib's ten, and ten more, each as far as possible from those before it in CIELAB. Further curves have them again,
-with other strokes."""
+"""matplotlib's ten, and ten more, each as far as possible from those before it in CIELAB. Further curves have them
+again, with other strokes."""
 STROKES = ("-", "--", ":", "-.")
 SETTLED = 0.05
 """The share of a run after which its training loss counts for the frame: a fresh model's is far above what follows."""

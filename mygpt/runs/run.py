@@ -28,6 +28,10 @@ class Run:
 
     path: Path
 
+    def __fspath__(self) -> str:
+        """Whatever takes the path of a run takes the run."""
+        return str(self.path)
+
     @cached_property
     def info(self) -> RunInfo:
         """run.json."""

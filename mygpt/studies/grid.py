@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mygpt.errors import MygptError, RecipeError
-from mygpt.recipe.flags import SEEDS, load_target
-from mygpt.recipe.tables import ExpectedTable, Recipe, check_recipe
+from mygpt.recipe.flags import load_target
+from mygpt.recipe.tables import SEED_KEYS, ExpectedTable, Recipe, check_recipe
 from mygpt.runs.start import self_contained
 
 STUDY_FILE = "study.json"
 PLAN_FILE = "plan.json"
 PICTURE_FILE = "study.png"
-FIXED_KEYS = {"output", "resume", "threads", "seed", *ExpectedTable.model_fields, *SEEDS}
+FIXED_KEYS = {"output", "resume", "threads", "seed", *ExpectedTable.model_fields, *SEED_KEYS}
 """Keys that the study sets itself."""
 OWN_FILES = (STUDY_FILE, PLAN_FILE, PICTURE_FILE)
 """Beside which each recipe has a folder."""
@@ -46,7 +46,7 @@ def read_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
         if key in settings:
             raise MygptError(f"--set: {key} is given twice; give all its values together: {key}=VALUE,VALUE")
         if key in FIXED_KEYS:
-            remedy = "--seeds says how many" if key in ("seed", *SEEDS) else "give another key"
+            remedy = "--seeds says how many" if key in ("seed", *SEED_KEYS) else "give another key"
             raise MygptError(f"--set: {key} is set by the study; {remedy}")
         settings[key] = [_value(value.strip()) for value in values.split(",")]
     return settings

@@ -62,7 +62,7 @@ def test_loss_can_be_drawn_in_other_units(runs, tmp_path):
     assert texts_of_labels(figure) == ["_<watched> & $co_{", "held-out, 95% interval"]
     assert len(warnings) == 1
     assert re.search(r"plain: has no held-out loss in bits-per-byte, .*; left out", warnings[0])
-    with pytest.raises(MygptError, match="none of these is a run that can be drawn"):
+    with pytest.raises(MygptError, match="has no held-out loss in bits-per-byte"):
         plot(runs[:1], None, "bits-per-byte", warn=warnings.append)
 
 
@@ -179,7 +179,7 @@ def test_figure_is_shown_by_a_notebook(runs):
 
 def test_mistakes_are_named(runs, tmp_path, call):
     """No records, an unknown ending, a missing folder, ends in the wrong order."""
-    with pytest.raises(MygptError, match="none of these is a run that can be drawn"):
+    with pytest.raises(MygptError, match="nothing: no such run$"):
         plot([tmp_path / "nothing"])
     with pytest.raises(MygptError, match=r"got the ending '\.bmp'"):
         plot(runs, tmp_path / "a.bmp")

@@ -1,0 +1,128 @@
+"""What a notebook or a program uses: recipes from keys, training that returns a run, and pictures.
+
+from mygpt import load_recipe, plot, train
+
+run = train(load_recipe("quickstart", steps=100))
+plot(run)
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mygpt.errors import CheckpointError, MygptError
+from mygpt.recipe import files
+from mygpt.recipe.tables import Recipe, check_recipe, lay_over
+from mygpt.runs import run as runs
+from mygpt.runs.run import named_checkpoint
+from mygpt.runs.steps import step_directory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+    from mygpt.model.gpt import GPT
+    from mygpt.runs.loading import Checkpoint
+
+
+class Run(runs.Run):
+    """A run directory: `Run("checkpoints/hardened")`, and what `train` returns.
+
+    Beside what is here it has `recipe`, `info` (run.json), `records` (of metrics.jsonl), `checkpoints` (by step),
+    `best`, `latest` and `is_finished`. It can stand where the path of a run is expected.
+
+    Raises CheckpointError if there is no run, and DamagedCheckpointError for a file that cannot be read.
+    """
+
+    def __init__(self, path: str | PathLike[str]):
+        super().__init__(Path(path))
+
+    def to_pandas(self) -> "DataFrame":
+        """The records as a pandas DataFrame, a row for each and a column for each of their values, by step.
+
+        Raises:
+            MygptError: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            raise MygptError("to_pandas needs pandas: pip install pandas") from None
+        return DataFrame([record.model_dump() for record in self.records]).set_index("step")
+
+    def load(self, checkpoint: str | int = "latest") -> "Checkpoint":
+        """The model after a step, or that of "best" or "latest", with its tokenizer, on the CPU in eval mode.
+
+        Raises:
+            CheckpointError: the run has no such checkpoint.
+            DamagedCheckpointError, MismatchError, TokenizerError: as `mygpt.load_checkpoint`.
+        """
+        from mygpt.runs.loading import load_checkpoint
+
+        if isinstance(checkpoint, str):
+            path = named_checkpoint(self.path / checkpoint)
+        else:
+            path = step_directory(self.path, checkpoint)
+        if not path.is_dir():
+            raise CheckpointError(f"{self.path}: has no checkpoint {checkpoint!r}; expected a step, 'best' or 'latest'")
+        return load_checkpoint(path)
+
+    @property
+    def model(self) -> "GPT":
+        """The model after the newest step; see `load`."""
+        return self.load().model
+
+    def plot(self, **keys: Any) -> "Figure":
+        """A picture of the run; see `mygpt.plot`."""
+        return plot(self, **keys)
+
+
+def load_recipe(path: str | PathLike[str], **keys: Any) -> Recipe:
+    """A recipe file, or a shipped recipe by its name, with other values for these keys, as flags of `mygpt train` give.
+
+    As with flags, expectations of the recipe that no longer hold are dropped, and so are keys that only refine
+    evaluations, if `val_every=0`.
+
+    Raises:
+        RecipeError: with one line for each mistake, in the file or in the keys.
+    """
+    recipe = files.load_recipe(path)  # type: ignore[arg-type]
+    if keys:
+        recipe = lay_over(recipe, keys, source="recipe")
+    check_recipe(recipe, source=str(path))
+    return recipe
+
+
+def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = False) -> Run:
+    """Train as `recipe` says, or continue its run if there is one; returns the run.
+
+    It prints what `mygpt train` prints. With `overwrite` a run that is already in `recipe.checkpoint.output` is
+    replaced; with `allow_changes` one is continued though its recipe or text has changed. An interrupt, as by a
+    notebook's stop button, saves the run first, and the same call continues it. torch's threads and global seeds are
+    set, and stay so.
+
+    Raises:
+        MygptError: anything that the user can act on, with the message that the command prints.
+    """
+    from mygpt.training.train import train
+
+    return Run(train(recipe, overwrite=overwrite, allow_changes=allow_changes))
+
+
+def plot(
+    runs: str | PathLike[str] | Sequence[str | PathLike[str]],
+    out: str | PathLike[str] | None = None,
+    **keys: Any,
+) -> "Figure":
+    """A picture of one or several runs, or of a folder of runs, which a notebook shows; and the file `out`, if given.
+
+    The keys are those of `mygpt.reports.plot.plot`: `unit`, `axis`, `y_min`, `y_max`, `log`, `smooth`, `grad_norm`,
+    `merge_seeds`.
+
+    Raises:
+        MygptError: nothing can be drawn, matplotlib is not installed, or `out` cannot be written.
+    """
+    from mygpt.reports.plot import plot
+
+    paths = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
+    return plot([Path(run) for run in paths], None if out is None else Path(out), **keys)

@@ -1,0 +1,112 @@
+"""What a notebook uses: `from mygpt import Recipe, Run, load_recipe, plot, train`."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.runs import TINY
+
+import mygpt
+from mygpt import MygptError, Recipe, Run, load_checkpoint, load_recipe, plot, train
+from mygpt.recipe.flags import parse_recipe
+from mygpt.runs.records import Record
+
+
+@pytest.fixture
+def run(tiny):
+    """A run whose best checkpoint is not its last."""
+    return train(tiny(val_split=0.2, val_every=2, save_every=2, save_best=True, lr=1.0))
+
+
+def test_training_returns_a_run(run, tiny, tmp_path):
+    """With typed records, its checkpoints and its model; it stands for its path, and is found again by it."""
+    assert isinstance(run, Run)
+    assert all(isinstance(record, Record) for record in run.records)
+    assert [record.step for record in run.records] == [1, 2, 3, 4, 5, 6]
+    assert run.latest == tmp_path / "run" / "step-000006"
+    assert run.best != run.latest
+    assert run.is_finished
+    newest, best = run.load(), run.load("best")
+    assert (newest.step, best.step) == (6, int(run.best.name[-6:]))
+    assert run.load(4).step == 4
+    for weight, other in zip(run.model.parameters(), load_checkpoint(run).model.parameters(), strict=True):
+        assert torch.equal(weight, other)
+    assert Run(run).recipe == Run(str(tmp_path / "run")).recipe == run.recipe
+    again = train(run.recipe.replace(steps=8))
+    assert again.records[-1].step == 8
+
+
+def test_records_are_a_data_frame(run):
+    """A row for each step, a column for each value."""
+    frame = run.to_pandas()
+    assert list(frame.index) == [1, 2, 3, 4, 5, 6]
+    assert frame.loss.tolist() == [record.loss for record in run.records]
+    assert frame.val.dropna().tolist() == [record.val for record in run.records if record.val is not None]
+
+
+def test_without_pandas_the_message_says_what_to_install(run, monkeypatch):
+    """It is no dependency."""
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(MygptError, match="to_pandas needs pandas: pip install pandas"):
+        run.to_pandas()
+
+
+def test_recipe_from_keys_is_that_of_the_command_line():
+    """The same recipe, without expectations that no longer hold; and the same messages."""
+    for keys in ({"steps": 700}, {"init_seed": 3}, {"val_every": 0}, {"lr": 1e-4, "log_every": 5}, {}):
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in keys.items()]
+        assert load_recipe("quickstart", **keys) == parse_recipe(["quickstart", *flags], "mygpt train")[0]
+    assert load_recipe("quickstart").expected.expected_val
+    assert load_recipe("quickstart", steps=700).expected.expected_val is None
+    for key, value in (("steps", 50), ("num_heads", 5)):
+        with pytest.raises(MygptError) as from_keys:
+            load_recipe("hardened", **{key: value})
+        with pytest.raises(MygptError) as from_flags:
+            parse_recipe(["hardened", f"--{key.replace('_', '-')}={value}"], "mygpt train")
+        assert str(from_keys.value) == str(from_flags.value)
+    with pytest.raises(MygptError, match="unknown key 'learning_rate'; did you mean 'lr'"):
+        load_recipe("hardened", learning_rate=1.0)
+    with pytest.raises(MygptError, match=r"recipe \[train\] steps: got '7', expected a valid integer"):
+        Recipe.of(steps="7")
+
+
+def test_plot_returns_a_figure(run, tmp_path):
+    """Of a run, of several, of a folder; and writes a file if one is named."""
+    pytest.importorskip("matplotlib", reason="needs the report extra")
+    figure = run.plot(y_max=9.0)
+    assert figure.axes[0].get_ylim()[1] == 9.0
+    for runs in (run, [run], str(run.path), tmp_path):
+        assert len(plot(runs).axes) == 2
+    plot([run, run], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_checkpoint_that_is_not_there_is_named(run):
+    """By the name that was asked for."""
+    for name in ("bset", 5):
+        with pytest.raises(MygptError, match=f"has no checkpoint {name!r}; expected a step, 'best' or 'latest'"):
+            run.load(name)
+    with pytest.raises(MygptError, match="no such run"):
+        _ = Run("nothing").recipe
+
+
+def test_interrupt_saves_and_the_same_call_continues(tiny, monkeypatch):
+    """As the stop button of a notebook does."""
+    import signal
+
+    from support.fault_points import disturb, send
+
+    whole = train(tiny(**TINY, output=f"{tiny().checkpoint.output}-whole"))
+    with monkeypatch.context() as patch:
+        disturb("before-step", send(signal.SIGINT), count=3, patch=patch.setattr)
+        with pytest.raises(MygptError, match=r"stopped by SIGINT; saved .*, and the same command continues"):
+            train(tiny())
+    assert train(tiny()).records == whole.records
+
+
+def test_public_names_are_imported_on_first_use(tmp_path):
+    """`import mygpt` waits for nothing, and each public name is there."""
+    code = "import sys, mygpt; sys.exit(bool({'torch', 'pydantic', 'tyro'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+    assert all(getattr(mygpt, name) is not None for name in mygpt.__all__)
