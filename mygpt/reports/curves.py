@@ -75,7 +75,8 @@ def read_curves(
     Raises:
         CheckpointError: nothing is left.
     """
-    loaded, problems = [], []
+    loaded: list[_Loaded] = []
+    problems: list[str] = []
     for path in _find_runs(paths, problems.append):
         try:
             loaded.append(_load(path, unit, axis, alone=not merge_seeds))

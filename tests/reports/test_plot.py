@@ -179,7 +179,7 @@ def test_figure_is_shown_by_a_notebook(runs):
 
 def test_mistakes_are_named(runs, tmp_path, call):
     """No records, an unknown ending, a missing folder, ends in the wrong order."""
-    with pytest.raises(MygptError, match="nothing: no such run$"):
+    with pytest.raises(MygptError, match=r"nothing: no such run$"):
         plot([tmp_path / "nothing"])
     with pytest.raises(MygptError, match=r"got the ending '\.bmp'"):
         plot(runs, tmp_path / "a.bmp")
