@@ -6,7 +6,6 @@ text is still the same: it gives the same bytes as a command that was never kill
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -45,6 +44,7 @@ from mygpt.data.tokenizer import (
 )
 from mygpt.disk import file_sha256, replace_bytes, sync
 from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError
+from mygpt.posix import fcntl
 from mygpt.recipe.reading import read_file
 
 BATCH = 1 << 20

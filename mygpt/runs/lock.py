@@ -1,6 +1,5 @@
 """The lock of a run directory, which keeps two processes from training into it at once."""
 
-import fcntl
 import os
 import sys
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mygpt.errors import CheckpointError
+from mygpt.posix import fcntl
 from mygpt.runs.files import CANNOT_WRITE, LOCK_FILE, explain_disk_error, sync
 
 

@@ -6,7 +6,6 @@ process notices, saves, and stops, so that nothing is left behind.
 
 import json
 import os
-import resource
 import signal
 import sys
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mygpt.errors import CheckpointError, MygptError, printable
+from mygpt.posix import resource
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.lock import locked
 

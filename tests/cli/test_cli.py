@@ -402,3 +402,36 @@ def test_one_flag_sets_both_seeds(command):
         refused = command("recipe", "show", "quickstart", "--seed", 7, flag)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert "give --seed alone" in refused.stderr
+
+
+WITHOUT_POSIX = "import sys; sys.modules |= {'fcntl': None, 'resource': None}; from mygpt.cli.main import main; main()"
+
+
+def test_system_without_posix_is_refused_where_it_is_needed(tmp_path, text_file):
+    """As on Windows: what reads runs works, and what trains or prepares names WSL in one line."""
+    subprocess.run([*MYGPT, "train", text_file, *FLAGS, "--val-split", "0.2", "--output", "run"], check=True)
+
+    def run(*arguments):
+        command = [sys.executable, "-c", WITHOUT_POSIX, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    for arguments in (
+        ("--help",),
+        ("recipe", "show", "hardened"),
+        ("check", "run"),
+        ("compare", "run", "run"),
+        ("eval", "run"),
+        ("generate", "--checkpoint", "run", "--max-new-tokens", 3),
+        ("plot", "run"),
+    ):
+        assert run(*arguments).returncode == 0, arguments
+    for arguments in (
+        ("train", text_file, *FLAGS, "--output", "other"),
+        ("data", "prepare", text_file, "--out", "tokens"),
+        ("study", "hardened"),
+        ("verify", "run"),
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "on Windows run mygpt in WSL" in done.stderr
+    assert sorted(os.listdir()) == ["loss.png", "run"]
