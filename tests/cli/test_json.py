@@ -12,7 +12,7 @@ from mygpt.errors import NonFiniteError
 from mygpt.training.train import train
 
 GUIDE = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
-SECTION = GUIDE[GUIDE.index("## Answers as JSON") : GUIDE.index("## Exit codes")]
+SECTION = GUIDE[GUIDE.index("## Answers as JSON") : GUIDE.index("## Exit codes and streams")]
 ROWS = dict(re.findall(r"^\| `(.+?)` \| (.*) \|$", SECTION, re.MULTILINE))
 
 
