@@ -7,7 +7,9 @@ import inspect
 import itertools
 import os
 import re
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -43,6 +45,27 @@ def is_of_collective(error: Exception) -> bool:
     NCCL and the store raise torch's own error classes; gloo raises a RuntimeError that begins with its source path.
     """
     return isinstance(error, DistError) or (type(error) is RuntimeError and bool(re.match(OF_GLOO, str(error))))
+
+
+@contextmanager
+def gloo_kept_off_stdout() -> Iterator[None]:
+    """While inside, what is written to the file descriptor of stdout goes to stderr.
+
+    When a process group is made, gloo of torch 2.10 writes there how many processes are connected; stdout is the run's.
+    """
+    sys.stdout.flush()
+    try:
+        own = os.dup(1)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        with suppress(OSError):
+            os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
 
 
 OF_GLOO = r"\[\S*/gloo/\S+:\d+\] |Gloo connectFullMesh failed"

@@ -19,7 +19,14 @@ from accelerate.utils import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from mygpt.compat import INIT_METHOD, forget_accelerator, has_accelerator, onednn_linear, settle_buckets
+from mygpt.compat import (
+    INIT_METHOD,
+    forget_accelerator,
+    gloo_kept_off_stdout,
+    has_accelerator,
+    onednn_linear,
+    settle_buckets,
+)
 from mygpt.data.batches import BatchStream
 from mygpt.data.dataset import Dataset
 from mygpt.errors import InterruptedRunError, LaunchError
@@ -173,20 +180,21 @@ def open_accelerator(table: RuntimeTable, device: torch.device, accumulation_ste
     """
     if has_accelerator():
         raise LaunchError("this process already has an Accelerator, whose settings would win; train in another process")
-    accelerator = Accelerator(
-        fsdp_plugin=sharding_plugin() if is_sharded() else None,
-        cpu=device.type == "cpu",
-        # The model is moved before its optimizer is built; having prepare() look into that imports DTensor, 0.4 s.
-        device_placement=False,
-        mixed_precision="bf16" if table.precision == "bf16" else "no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=accumulation_steps, sync_with_dataloader=False
-        ),
-        dynamo_plugin=TorchDynamoPlugin(backend="no"),
-        kwargs_handlers=[InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=PROCESS_TIMEOUT)],
-        # A prepared scheduler would else step once per process; the loop steps it once per optimizer step.
-        step_scheduler_with_optimizer=False,
-    )
+    with gloo_kept_off_stdout():
+        accelerator = Accelerator(
+            fsdp_plugin=sharding_plugin() if is_sharded() else None,
+            cpu=device.type == "cpu",
+            # The model is moved before its optimizer is built; having prepare() look into that imports DTensor, 0.4 s.
+            device_placement=False,
+            mixed_precision="bf16" if table.precision == "bf16" else "no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=accumulation_steps, sync_with_dataloader=False
+            ),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),
+            kwargs_handlers=[InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=PROCESS_TIMEOUT)],
+            # A prepared scheduler would else step once per process; the loop steps it once per optimizer step.
+            step_scheduler_with_optimizer=False,
+        )
     orderly = accelerator.num_processes == 1
     try:
         if is_sharded() and not accelerator.is_fsdp2:
