@@ -202,7 +202,7 @@ def test_source_that_changes_in_between_is_read_anew(tmp_path, small):
         ("a.txt", b"abc\xff", r"a\.txt: not UTF-8: byte 0xff at offset 3; convert"),
         ("a.txt", b"ab" * 60 + b"\xe2\x82", r"a\.txt: not UTF-8: byte 0xe2 at offset 120"),
         ("a.txt", b"", "the sources have no text"),
-        ("a.txt.gz", gzip.compress(b"a" * 10_000)[:-9], r"a\.txt\.gz: damaged gzip: "),
+        ("a.txt.gz", gzip.compress(b"a" * 10_000, mtime=0)[:-9], r"a\.txt\.gz: damaged gzip: "),
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz: damaged gzip: Not a gzipped file"),
         ("a.txt.zst", b"no zstd", r"a\.txt\.zst: damaged zstd: "),
         ("a.parquet", b"no parquet", r"a\.parquet: damaged Parquet: "),
@@ -495,13 +495,13 @@ def test_training_on_prepared_text_gives_the_numbers_of_the_text(tiny, tmp_path,
     keys = {"val_split": 0.2, "val_every": 3, "save_every": 2}
     mapped = train(tiny(**keys, corpus=str(prepared)))
 
-    def load_in_memory(table, seq_len, **_):
+    def load_in_memory(*_, **__):
         tokenizer = CharTokenizer(text, end_of_text=True)
         tokens = torch.tensor([*tokenizer.encode(text).tolist(), tokenizer.end_of_text], dtype=torch.uint8)
         boundary = int(0.8 * len(tokens))
         return Dataset(tokenizer, tokens[:boundary], tokens[boundary:], open_prepared(prepared).manifest.tokens_sha256)
 
-    monkeypatch.setattr("mygpt.processes.preflight.load_dataset", load_in_memory)
+    monkeypatch.setattr("mygpt.processes.preflight.open_dataset", load_in_memory)
     in_memory = train(tiny(**keys, corpus=str(prepared), output=str(tmp_path / "other" / "run")))
     own = ("run.json", "recipe.toml")
     assert contents(mapped, without=own) == contents(in_memory, without=own)
