@@ -85,6 +85,8 @@ def fork(arguments: list[str]) -> None:
         base = load_base(options)
         if recipe.checkpoint.resume != base.checkpoint.resume:
             raise MygptError("--resume: a fork begins after a step of its run; leave it out")
+        if recipe.train.init_from != base.train.init_from:
+            raise MygptError("--init-from: a fork begins with the weights of its run; leave it out")
         announce_recorded_threads(run, step + 1, recipe)
         from mygpt.checks.at import fork as train_fork
         from mygpt.checks.at import fork_name

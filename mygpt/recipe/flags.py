@@ -51,7 +51,8 @@ def parse_changes(arguments: list[str], prog: str, options: type, load: Callable
 
 def _lay_over(loaded: Recipe, flags: Any, arguments: list[str], source: str) -> Recipe:
     """The loaded recipe with the values of the parsed flags, checked."""
-    names = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
+    flags_given = (argument.split("=")[0] for argument in arguments if argument.startswith("--"))
+    names = {flag.removeprefix("--").replace("-", "_") for flag in flags_given}
     given = {name.removeprefix("no_") if name not in TABLE_OF_KEY else name for name in names} & TABLE_OF_KEY.keys()
     keys = {key: vars(getattr(flags, TABLE_OF_KEY[key]))[key] for key in given}
     if flags.seed is not None:
@@ -89,7 +90,8 @@ def _check_is_no_run(target: Path) -> None:
     """
     folders = (target, target.parent, target.parent.parent)
     run = next((folder for folder in folders if os.path.lexists(folder / RUN_FILE)), None)
-    if run is None or not (target.is_dir() or target.suffix == ".safetensors"):
+    is_named = target.name in ("best", "latest") or target.suffix == ".safetensors"
+    if run is None or not (target.is_dir() or is_named):
         return
     if run == target:
         way = f"`mygpt train {run / RECIPE_FILE}` continues it, with --steps for more steps"

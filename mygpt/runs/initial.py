@@ -1,5 +1,6 @@
 """The weights of another model that a run begins with (the key `init_from`), and the texts that fit its tokenizer."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,8 @@ class Initial(NamedTuple):
 def find_initial(recipe: Recipe) -> Initial | None:
     """The model that a run of the recipe begins, or began, with; None: with random weights.
 
-    A run that is there needs it no more: if it is gone, the newest checkpoint of the run stands in for it.
+    A run that is there, or the one that `resume` names, needs it no more: if it is gone, the newest checkpoint of that
+    run stands in for it.
 
     Raises:
         CheckpointError: there is none.
@@ -40,15 +42,12 @@ def find_initial(recipe: Recipe) -> Initial | None:
     try:
         file = find_model_file(Path(recipe.train.init_from))
     except CheckpointError as error:
-        run = Run(Path(recipe.checkpoint.output))
-        try:
-            file = find_model_file(run.path)
-            sha256 = run.info.init_sha256
-        except CheckpointError:
-            sha256 = None
-        if sha256 is None:
-            raise type(error)(f"init_from: {error}") from None
-        return Initial(file, read_metadata(file, ModelMetadata), sha256)
+        for path in (Path(recipe.checkpoint.output), Path(recipe.checkpoint.resume)):
+            with suppress(CheckpointError):
+                file = find_model_file(path)
+                if sha256 := Run(file.parent.parent).info.init_sha256:
+                    return Initial(file, read_metadata(file, ModelMetadata), sha256)
+        raise type(error)(f"init_from: {error}") from None
     if (file.parent / MANIFEST_FILE).exists():
         verify_file(file, read_manifest(file.parent, prefix=None))
     metadata = read_metadata(file, ModelMetadata)

@@ -218,6 +218,10 @@ def test_mistakes_cost_one_line(place, tmp_path, call, text):
         (("fork", run, 3, "--lr", -1, "--output", out), "--lr: got -1.0, expected"),
         (("fork", run, 3, "--warmup", 13, "--output", out), "warmup: got 13, expected at most steps = 12"),
         (("fork", run, 3, "--resume", "never", "--output", out), "--resume: a fork begins after a step of its run"),
+        (
+            ("fork", run, 3, "--init-from", run, "--output", out),
+            "--init-from: a fork begins with the weights of its run",
+        ),
         (("fork", run, 3, "--output", place / "all"), "is there already, and no fork of"),
     ):
         code, _, err = call(*arguments)

@@ -61,10 +61,12 @@ def test_run_goes_on_though_its_beginning_is_gone(tiny, source, other_text, tmp_
     shutil.copytree(source, tmp_path / "copy")
     recipe = tiny(corpus=str(other_text), init_from=str(tmp_path / "copy"), dropout=0.1)
     whole = train(recipe.replace(output=str(tmp_path / "whole"), init_from=str(source)))
-    run = train_until(recipe, 3)
+    run = train_until(recipe.replace(save_every=3), 3)
     shutil.rmtree(tmp_path / "copy")
     train(recipe)
     assert_same_run(run, whole)
+    branch = train(recipe.replace(output=str(tmp_path / "branch"), resume=str(run / "step-000003"), steps=7))
+    assert Run(branch).info.init_sha256 == Run(whole).info.init_sha256
     with pytest.raises(CheckpointError, match=r"init_from: .*no such run"):
         verify(run)
     with pytest.raises(CheckpointError, match=r"init_from: .*no such run"):

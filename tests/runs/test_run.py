@@ -48,6 +48,11 @@ def test_checkpoints_have_names(tiny, call, tmp_path, monkeypatch):
     assert [origin and origin.after_step for origin in begun] == steps
     assert call("fork", run, "latest", "--steps", 7)[0] == 0
     assert "not a run, but in one; expected the run" in call("verify", run / "best")[2]
+    for name in ("best", best.name, f"{best.name}/model.safetensors"):
+        code, _, err = call("train", run / name)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{run}/{name}: a checkpoint, not a recipe; `mygpt train {run}/recipe.toml` continues the run" in err
+    assert f"a run, not a recipe; `mygpt train {run}/recipe.toml` continues it" in call("train", run)[2]
     (run / "best").unlink()
     code, _, err = call("generate", "--checkpoint", run / "best")
     assert (code, err) == (
