@@ -174,7 +174,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
 def _compare_recipes(a: Manifest, b: Manifest) -> Iterator[str]:
     if None not in (a.corpus_sha256, b.corpus_sha256) and a.corpus_sha256 != b.corpus_sha256:
         yield OTHER_TEXT
-    if a.held_out_sha256 != b.held_out_sha256:
+    if a.held_out_sha256 != b.held_out_sha256 and held_out_text(a) != held_out_text(b):
         yield OTHER_HELD_OUT_TEXT
     if a.recipe and b.recipe:
         # The model and the environment have lines of their own.

@@ -87,18 +87,17 @@ def evaluate_saved(recipe: Recipe, *, is_own_text: bool) -> Evaluated:
 
 
 def check_text(dataset: Dataset, manifest: Manifest, recipe: Recipe) -> None:
-    """Check that the texts of a recipe are those on which the checkpoint of this manifest was trained.
+    """Check that the held-out text is that of the checkpoint with this manifest.
 
     Raises:
-        MismatchError: they are not.
+        MismatchError: it is not.
     """
-    for key, found, wanted in (
-        ("corpus", dataset.sha256, manifest.corpus_sha256),
-        ("val_corpus", dataset.held_out_sha256, manifest.held_out_sha256),
-    ):
-        if wanted is not None and found != wanted:
-            path = recipe.flat()[key]
-            raise MismatchError(f"{key}: {path} is another text than when the model was trained; give it with --corpus")
+    key, found, wanted = "corpus", dataset.sha256, manifest.corpus_sha256
+    if manifest.held_out_sha256:
+        key, found, wanted = "val_corpus", dataset.held_out_sha256 or "", manifest.held_out_sha256
+    if wanted is not None and found != wanted:
+        path = recipe.flat()[key]
+        raise MismatchError(f"{path}: is another text than when the model was trained; put it back, or give --corpus")
 
 
 def describe_text(recipe: Recipe) -> str:

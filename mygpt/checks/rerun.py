@@ -72,7 +72,7 @@ def check_inputs(run: Run, parts: Sequence[Part], *, from_beginning: bool = Fals
                 raise type(error)(f"{run.path}: {text} cannot be read: {error}") from None
             if sha256 != recorded[name]:
                 raise MismatchError(f"{run.path}: {use} another text than {path} is now; put the text back")
-        initial = find_initial(part.recipe) if from_beginning and not number else None
+        initial = find_initial(part.recipe, continues=False) if from_beginning and not number else None
         if initial and initial.sha256 != recorded["init_sha256"]:
             raise MismatchError(
                 f"{run.path}: began with other weights than those of {initial.file} are now; put them back"

@@ -81,6 +81,8 @@ def _recipe_for(path: Path, corpus: str | None, **keys: Any) -> Recipe:
         raise CheckpointError(f"{path}: is in no run, whose held-out text could be evaluated; give one with --corpus")
     if corpus is not None:
         recipe = recipe.replace(corpus=corpus, val_corpus=corpus, val_split=0.0, hold_out="tokens")
+    elif recipe.data.val_corpus:
+        recipe = recipe.replace(corpus=recipe.data.val_corpus)  # what it was trained on is not needed
     elif not recipe.data.has_held_out:
         raise RecipeError(f"{path}: its recipe holds no text out; give a text that it was not trained on with --corpus")
     own_tokenizer = {"tokenizer": "char", "vocab_size": None, "tokenizer_file": None}

@@ -12,7 +12,7 @@ from mygpt.processes.channel import Channel
 from mygpt.processes.environment import Launched, ignored_settings, is_sharded, local_rank
 from mygpt.processes.machine import choose_matmul, describe_environment, has_bf16_products, resolve_device, set_up
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
-from mygpt.runs.initial import find_initial, open_dataset
+from mygpt.runs.initial import Initial, find_initial, open_dataset
 from mygpt.runs.schemas import HASH_OF_PATH, RunInfo
 
 SLOWEST_READING = 20e6
@@ -41,12 +41,18 @@ class Preflight(NamedTuple):
     info: RunInfo
     reports: list[ProcessReport]
     """Of all processes, by rank."""
+    initial: Initial | None
+    """The model to begin with."""
     notes: list[str]
     """Settings that may not be as the user meant them, a sentence each."""
 
 
-def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_batch_size: int) -> Preflight:
+def run_preflight(
+    recipe: Recipe, launched: Launched, channel: Channel, micro_batch_size: int, *, continues: bool = True
+) -> Preflight:
     """Find the device, read the corpus, set threads, and compare all processes. Every process has to call it.
+
+    `continues`: a run that is there will be continued, and not replaced.
 
     Raises:
         CorpusError: the corpus cannot be used.
@@ -57,7 +63,7 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
     device = resolve_device(runtime.device, runtime.precision, launched.local_processes)
     check_sharding(recipe, device)
     # One process of a machine hashes what all of them map.
-    initial = find_initial(recipe)
+    initial = find_initial(recipe, continues=continues)
     dataset = open_dataset(recipe, initial, verify=not local_rank())
     threads, is_deterministic = set_up(runtime, device, launched.local_processes)
     info = RunInfo(
@@ -90,6 +96,8 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
     reports = [ProcessReport(**report) for report in channel.exchange(own._asdict(), extra_seconds=hashing)]
     check_alike(reports, exact=exact)
     notes = ignored_settings(runtime.precision)
+    if initial and initial.is_passing:
+        notes.append(f"init_from: {initial.path} is removed when its run saves the next checkpoint: `verify` needs it")
     if runtime.precision == "bf16" and device.type == "cpu" and not has_bf16_products():
         notes.append("precision: bf16 is slower than fp32 here: this processor has no instructions for it")
     micro_batches = recipe.train.batch_size // micro_batch_size
@@ -98,7 +106,7 @@ def run_preflight(recipe: Recipe, launched: Launched, channel: Channel, micro_ba
             f"{micro_batches} of {launched.processes} processes have a micro-batch in each step, the others nothing to "
             "do: lower micro_batch_size, which changes the last bits, or start fewer"
         )
-    return Preflight(device, dataset, info, reports, notes)
+    return Preflight(device, dataset, info, reports, initial, notes)
 
 
 def check_sharding(recipe: Recipe, device: torch.device) -> None:

@@ -15,7 +15,7 @@ import tyro
 
 from mygpt.errors import MygptError, RecipeError
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE, load_recipe, shipped_recipes
-from mygpt.recipe.names import closest
+from mygpt.recipe.names import OF_OTHER_UNIT, closest
 from mygpt.recipe.tables import SEED_KEYS, TABLE_OF_KEY, Recipe, build_recipe, check_recipe, lay_over
 
 TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
@@ -90,14 +90,15 @@ def _check_is_no_run(target: Path) -> None:
     """
     folders = (target, target.parent, target.parent.parent)
     run = next((folder for folder in folders if os.path.lexists(folder / RUN_FILE)), None)
-    is_named = target.name in ("best", "latest") or target.suffix == ".safetensors"
+    is_named = target.name in ("best", "latest") or target.suffix in (".safetensors", ".json", ".jsonl")
     if run is None or not (target.is_dir() or is_named):
         return
     if run == target:
         way = f"`mygpt train {run / RECIPE_FILE}` continues it, with --steps for more steps"
         raise RecipeError(f"{target}: a run, not a recipe; {way}")
     way = f"`mygpt train {run / RECIPE_FILE}` continues the run, and --init-from {target} trains its weights on"
-    raise RecipeError(f"{target}: a checkpoint, not a recipe; {way}")
+    kind = "a file of a run" if target.suffix in (".json", ".jsonl") else "a checkpoint"
+    raise RecipeError(f"{target}: {kind}, not a recipe; {way}")
 
 
 def parse_options(kind: type, arguments: list[str], prog: str, description: str) -> Any:
@@ -159,7 +160,8 @@ def _check_names(arguments: list[str], prog: str, options: type | None) -> None:
         name = flag.removeprefix("--").replace("-", "_")
         if not {name, name.removeprefix("no_")} & names:
             close = closest(name, names - {"help"})
-            hint = f"did you mean --{close.replace('_', '-')}?" if close else f"`{prog} --help` lists all"
+            unit = ", which has another unit" if name in OF_OTHER_UNIT else ""
+            hint = f"did you mean --{close.replace('_', '-')}{unit}?" if close else f"`{prog} --help` lists all"
             raise MygptError(f"unknown flag {flag}; {hint}")
 
 

@@ -53,6 +53,12 @@ KEYS_BY_FOREIGN_NAME = {
 }
 """For each key, names of nearly the same thing in the programs and courses that users come from."""
 
+OF_OTHER_UNIT = {
+    *("epochs", "num_train_epochs", "max_tokens", "gradient_accumulation_steps", "accumulation_steps"),
+    *("warmup_ratio", "decay_ratio", "warmdown_ratio"),
+}
+"""Names of the same thing in another unit than the key has."""
+
 KEY_OF_FOREIGN_NAME = {name: key for key, names in KEYS_BY_FOREIGN_NAME.items() for name in names}
 
 
@@ -66,5 +72,5 @@ def suggest(word: str, known: Iterable[str], or_else: str = "") -> str:
     """The end of a message about an unknown name: which one was meant, or all; `or_else` stands for too many."""
     known = list(known)
     if close := closest(word, known):
-        return f"; did you mean '{close}'?"
+        return f"; did you mean '{close}'{', which has another unit' * (word in OF_OTHER_UNIT)}?"
     return f"; {or_else}" if or_else and len(known) > MOST_LISTED else f"; expected one of {', '.join(known)}"

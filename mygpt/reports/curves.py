@@ -89,6 +89,11 @@ def read_curves(
     groups: dict[str, list[_Loaded]] = {}
     for run in loaded:
         groups.setdefault(run.recipe, []).append(run)
+    for group in groups.values():
+        first, last = (end(group, key=lambda run: run.records[-1].step) for end in (min, max))
+        if len(group) > 1 and first.records[-1].step < last.records[-1].step:
+            ends = f"{first.path} ends with step {first.records[-1].step}, and so does the mean over its seeds"
+            warn(f"{ends}; --no-merge-seeds draws all steps")
     names = _names([[run.path for run in group] for group in groups.values()])
     return [_curve(name, group, unit, smooth) for name, group in zip(names, groups.values(), strict=True)]
 
@@ -99,7 +104,9 @@ def _find_runs(paths: Sequence[Path], warn: Warn) -> Iterator[Path]:
     for path in paths:
         found = list(_runs_in(path, DEEPEST)) if path.is_dir() else []
         if not found:
-            warn(f"{path}: {'no run in it' if path.is_dir() else 'no such run'}")
+            is_in_run = not path.is_dir() and os.path.lexists(path.parent / RUN_FILE)
+            problem = f"not a run, but in one; expected the run, {path.parent}" if is_in_run else "no such run"
+            warn(f"{path}: {'no run in it' if path.is_dir() else problem}")
         for run in found:
             if (real := real_path(run)) not in seen:
                 seen.add(real)

@@ -1,5 +1,6 @@
 """The weights of another model that a run begins with (the key `init_from`), and the texts that fit its tokenizer."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -7,11 +8,12 @@ from typing import NamedTuple
 from mygpt.data.build import tokenizer_from
 from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.errors import CheckpointError, RecipeError, TokenizerError
+from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.files import MANIFEST_FILE, file_sha256
-from mygpt.runs.run import Run, find_model_file
+from mygpt.runs.files import BEST_FILE, LATEST_FILE, MANIFEST_FILE, file_sha256
+from mygpt.runs.run import Run, find_model_file, named_checkpoint
 from mygpt.runs.schemas import ModelMetadata
-from mygpt.runs.steps import read_manifest, read_metadata, verify_file
+from mygpt.runs.steps import PASSING, read_manifest, read_metadata, verify_file
 
 FREE_MODEL_KEYS = {"dropout", "init"}
 """Keys of [model] in which a run may differ from the model that it begins with."""
@@ -20,36 +22,41 @@ FREE_MODEL_KEYS = {"dropout", "init"}
 class Initial(NamedTuple):
     """A model file that a run begins with."""
 
+    path: str
+    """As the run records it: the file, or its step directory."""
     file: Path
+    """Of which metadata and tokenizer are."""
     metadata: ModelMetadata
     sha256: str
-    """Of the file; where that is gone, as the run has recorded it."""
+    """Of the weights that the run began with."""
+    is_passing: bool = False
+    """Whether the checkpoint is removed when its run saves the next."""
 
 
-def find_initial(recipe: Recipe) -> Initial | None:
+def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
     """The model that a run of the recipe begins, or began, with; None: with random weights.
 
-    A run that is there, or the one that `resume` names, needs it no more: if it is gone, the newest checkpoint of that
-    run stands in for it.
+    A run that is there, if it `continues`, and a branch began with what run.json records, though the run that
+    `init_from` names has gone on since, or is gone. Then the newest checkpoint of the run stands in for it.
 
     Raises:
         CheckpointError: there is none.
         DamagedCheckpointError: it is not as it was saved.
         RecipeError: it has another architecture than the recipe.
     """
-    if recipe.train.init_from is None:
+    init_from = recipe.train.init_from
+    if init_from is None:
         return None
+    begun = _begun_with(recipe) if continues else None
+    if begun and (_is_same_source(init_from, begun.path) or not os.path.lexists(init_from)):
+        return begun
     try:
-        file = find_model_file(Path(recipe.train.init_from))
+        file = find_model_file(Path(init_from))
     except CheckpointError as error:
-        for path in (Path(recipe.checkpoint.output), Path(recipe.checkpoint.resume)):
-            with suppress(CheckpointError):
-                file = find_model_file(path)
-                if sha256 := Run(file.parent.parent).info.init_sha256:
-                    return Initial(file, read_metadata(file, ModelMetadata), sha256)
         raise type(error)(f"init_from: {error}") from None
-    if (file.parent / MANIFEST_FILE).exists():
-        verify_file(file, read_manifest(file.parent, prefix=None))
+    manifest = read_manifest(file.parent, prefix=None) if (file.parent / MANIFEST_FILE).exists() else None
+    if manifest:
+        verify_file(file, manifest)
     metadata = read_metadata(file, ModelMetadata)
     other = [
         f"--{key.replace('_', '-')} {saved}"
@@ -57,8 +64,37 @@ def find_initial(recipe: Recipe) -> Initial | None:
         if key not in FREE_MODEL_KEYS and value != saved
     ]
     if other:
-        raise RecipeError(f"init_from: {recipe.train.init_from} has another architecture; set {' '.join(other)}")
-    return Initial(file, metadata, file_sha256(file))
+        raise RecipeError(f"init_from: {init_from} has another architecture; set {' '.join(other)}")
+    path = os.path.realpath(file if file == Path(init_from) else file.parent)
+    is_passing = manifest is not None and manifest.reason in PASSING
+    return Initial(path, file, metadata, file_sha256(file), is_passing)
+
+
+def _begun_with(recipe: Recipe) -> Initial | None:
+    """What the run in `output`, or the one that `resume` names, has on record; None: nothing, or it is gone."""
+    resume = recipe.checkpoint.resume
+    for path in (recipe.checkpoint.output, *([] if resume in ("auto", "never") else [resume])):
+        with suppress(CheckpointError):
+            place = named_checkpoint(Path(path))
+            run = Run(place if (place / RUN_FILE).exists() else place.parent)
+            begun_with, sha256 = run.recipe.train.init_from, run.info.init_sha256
+            if begun_with is None or sha256 is None:
+                continue
+            try:
+                file = find_model_file(place)
+            except CheckpointError:  # it has no checkpoint yet
+                file = find_model_file(Path(begun_with))
+                if file_sha256(file) != sha256:
+                    continue
+            return Initial(begun_with, file, read_metadata(file, ModelMetadata), sha256)
+    return None
+
+
+def _is_same_source(given: str, recorded: str) -> bool:
+    """Whether a path names the recorded checkpoint, or the newest or best one of its run, which may be another now."""
+    real = os.path.realpath(given)
+    run = os.path.dirname(recorded)
+    return real in (recorded, run, *(os.path.join(run, name) for name in (BEST_FILE, LATEST_FILE)))
 
 
 def open_dataset(recipe: Recipe, initial: Initial | None = None, *, verify: bool = True) -> Dataset:

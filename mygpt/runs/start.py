@@ -21,9 +21,9 @@ from mygpt.runs.changes import (
     warn_of_steps,
     window_names,
 )
-from mygpt.runs.run import Run, Warn, find_model_file, named_checkpoint
+from mygpt.runs.run import Run, Warn, named_checkpoint
 from mygpt.runs.schemas import HASH_OF_PATH, Resumed, RunInfo, StateMetadata
-from mygpt.runs.steps import point_to, prune, read_manifest, read_metadata, step_directories, verify_checkpoint
+from mygpt.runs.steps import PASSING, point_to, prune, read_manifest, read_metadata, step_directories, verify_checkpoint
 
 
 class Start(NamedTuple):
@@ -84,6 +84,8 @@ def find_start(
         raise CheckpointError(
             f"resume: {recipe.checkpoint.resume} is in the run that --overwrite would remove; choose another --output"
         )
+    if not in_place and checkpoint and read_manifest(checkpoint).reason in PASSING:
+        warn(f"resume: {checkpoint} is removed when its run saves the next checkpoint: `verify` needs it")
     is_over = in_place and checkpoint is not None and run.ended_with(checkpoint)
     is_complete = is_over and not _ends_later(source, recipe)
     step = check_checkpoint(source, recipe, tokenizer, may_end=is_over)
@@ -198,11 +200,6 @@ def self_contained(recipe: Recipe) -> Recipe:
     """The recipe with paths that do not depend on the working directory, as a run records it."""
     values = recipe.flat()
     given = {key: values[key] for key in PATH_KEYS if values[key] is not None and values[key] not in NAMED_CORPORA}
-    if init_from := recipe.train.init_from:
-        # A run goes on, and its newest checkpoint is another one then.
-        with suppress(CheckpointError):
-            file = find_model_file(Path(init_from))
-            given["init_from"] = str(file if file == Path(init_from) else file.parent)
     paths = {key: os.path.realpath(path) for key, path in given.items()}
     if recipe.checkpoint.resume not in ("auto", "never"):
         with suppress(ValueError):  # a NUL character, which looking for the run will name

@@ -13,6 +13,9 @@ from mygpt.errors import DamagedCheckpointError, NewerFormatError
 from mygpt.runs import files
 from mygpt.runs.schemas import Manifest, T, parse_table, read_table
 
+PASSING = ("timed", "interrupted")
+"""Reasons of checkpoints that are removed when their run saves the next."""
+
 
 def step_directory(run: Path, step: int) -> Path:
     return run / f"step-{step:06d}"

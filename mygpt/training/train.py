@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from mygpt.data.dataset import Dataset
 from mygpt.errors import InterruptedRunError, OutOfMemoryError
 from mygpt.processes.channel import Channel, connect
 from mygpt.processes.environment import check_joined, choose_workers, is_restart, launched_processes
@@ -64,7 +65,10 @@ def train_until(recipe: Recipe, last_step: int | None, *, overwrite: bool = Fals
 
         max_workers = choose_workers(recipe.runtime.threads, launched.local_processes)
         gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
-        preflight = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size)
+        micro_batch_size = gradient_sum.micro_batch_size
+        preflight = run_preflight(recipe, launched, channel, micro_batch_size, continues=not overwrite)
+        if preflight.initial:
+            recipe = recipe.replace(init_from=preflight.initial.path)
         if preflight.dataset.check_unchanged or recipe.train.init_from:
             # A prepared corpus, or the model to begin with, has a tokenizer of its own, whatever the recipe says.
             recipe = recipe.replace(tokenizer=preflight.dataset.tokenizer.metadata.type)
@@ -135,7 +139,7 @@ def run_steps(
 
     if is_main:
         begin_run(start)
-        print_header(start, parts)
+        print_header(start, parts, dataset)
     with (
         Recorder(
             recipe,
@@ -196,9 +200,9 @@ def explain_out_of_memory(table: TrainTable) -> Iterator[None]:
         ) from error
 
 
-def print_header(start: Start, parts: Parts) -> None:
+def print_header(start: Start, parts: Parts, dataset: Dataset) -> None:
     """Print what will be trained: the header on stdout, and notes on stderr."""
-    recipe, dataset, accelerator = start.recipe, parts.dataset, parts.accelerator
+    recipe, accelerator = start.recipe, parts.accelerator
     sizes = {"corpus": len(dataset.train) + len(dataset.val) * bool(recipe.data.val_split), "train": len(dataset.train)}
     if recipe.data.has_held_out:
         sizes["val"] = len(dataset.val)
@@ -221,7 +225,7 @@ def print_header(start: Start, parts: Parts) -> None:
         print_note(f"beginning with the weights of {recipe.train.init_from}")
     if not start.step and (unseen := dataset.unseen_characters()):
         shown = f"{unseen[:MOST_CHARACTERS]!r}{' and others' * (len(unseen) > MOST_CHARACTERS)}"
-        print_note(f"{len(unseen)} characters occur only in the held-out text, and cannot be learned: {shown}")
+        print_note(f"{len(unseen)} characters occur only in the held-out text, and not in the training text: {shown}")
     if not recipe.validation.val_every:
         print_note("no held-out loss: overfitting will not show; --val-split 0.1 --val-every 500 shows it")
 

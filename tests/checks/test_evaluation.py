@@ -76,6 +76,17 @@ def test_random_windows_of_a_prepared_text(tiny, call, other, text_file, tmp_pat
     assert (found["windows"], found["tokens"], found["population"]) == (12, 12 * 16, "this held-out text")
 
 
+def test_held_out_text_needs_no_training_text(tiny, call, other, tmp_path, text_file):
+    """With a val_corpus, what the run was trained on may be gone."""
+    gone = tmp_path / "gone.txt"
+    shutil.copy(text_file, gone)
+    run = train(tiny(corpus=str(gone), val_corpus=str(other), val_every=6, sampling="full"))
+    gone.unlink()
+    assert answer(call, run)["loss"]["mean"] == read_records(run)[-1].val
+    other.write_text(other.read_text()[::-1], newline="")
+    assert "is another text than when the model was trained" in call("eval", run)[2]
+
+
 def test_characters_begin_with_one_byte():
     """A byte that continues a character begins none."""
     lengths = character_lengths(ByteTokenizer())
@@ -93,7 +104,7 @@ def test_mistakes_cost_one_line(tiny, call, other, tmp_path):
     for arguments, message in (
         ((run,), "its recipe holds no text out; give a text that it was not trained on with --corpus"),
         ((alone,), "is in no run, whose held-out text could be evaluated; give one with --corpus"),
-        ((held_out,), "is another text than when the model was trained; give it with --corpus"),
+        ((held_out,), "is another text than when the model was trained; put it back, or give --corpus"),
         ((run, "--corpus", tmp_path / "new.txt"), "is not among the 86 characters of the vocabulary of"),
         ((run, "--corpus", tmp_path / "nothing.txt"), "no such text file"),
         ((run / "best",), "keeps no best checkpoint"),

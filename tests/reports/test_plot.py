@@ -12,7 +12,7 @@ import pytest
 from mygpt.errors import MygptError
 from mygpt.reports.plot import COLORS, plot
 from mygpt.runs.records import read_records
-from mygpt.training.train import train
+from mygpt.training.train import train, train_until
 
 pytest.importorskip("matplotlib", reason="needs the report extra")
 
@@ -112,6 +112,18 @@ def test_seeds_are_drawn_as_mean_and_band(tiny, tmp_path):
     assert len(texts_of_labels(apart)) == 6 + 2
 
 
+def test_mean_over_seeds_ends_where_the_first_ends(tiny, tmp_path):
+    """Beyond that it would be over fewer; it is said."""
+    warnings = []
+    for seed, steps in ((1, 6), (2, 6)):
+        train_until(
+            tiny(steps=steps, init_seed=seed, output=str(tmp_path / "seeds" / str(seed))), 3 if seed == 1 else 6
+        )
+    figure = plot([tmp_path / "seeds"], warn=warnings.append)
+    assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [1, 2, 3]
+    assert warnings[0].startswith(f"{tmp_path}/seeds/1 ends with step 3, and so does the mean over its seeds")
+
+
 def test_axes_are_as_asked_for(tiny, tmp_path):
     """Tokens or minutes, a logarithmic scale, its ends, averages of training losses, the gradient's norm."""
     run = train(tiny(steps=12, log_every=2))
@@ -162,11 +174,14 @@ def test_twenty_colours_are_distinct():
 def test_missing_run_does_not_keep_others_from_being_drawn(runs, tmp_path, call):
     """It is named, on stderr, and the picture is made."""
     (tmp_path / "empty").mkdir()
-    code, out, err = call("plot", runs[0], tmp_path / "nothing", tmp_path / "empty", "--out", tmp_path / "a.png")
+    code, out, err = call(
+        "plot", runs[0], tmp_path / "nothing", tmp_path / "empty", runs[0] / "latest", "--out", tmp_path / "a.png"
+    )
     assert (code, out) == (0, "")
     assert err.splitlines() == [
         f"{tmp_path}/nothing: no such run; left out",
         f"{tmp_path}/empty: no run in it; left out",
+        f"{runs[0]}/latest: not a run, but in one; expected the run, {runs[0]}; left out",
         f"wrote {tmp_path}/a.png",
     ]
     assert (tmp_path / "a.png").stat().st_size > 10_000

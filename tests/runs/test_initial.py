@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from support.runs import assert_same_run, contents
+from support.runs import assert_same_run
 
 from mygpt.checks.at import recreate
 from mygpt.checks.compare import compare
@@ -86,23 +86,53 @@ def test_steps_are_made_again_from_the_same_weights(tiny, source, other_text, tm
     shutil.copytree(tmp_path / "x" / "step-000002", copy / "step-000002")
     with pytest.raises(MismatchError, match=r"began with other weights than those of .* are now; put them back"):
         verify(run)
-    before = contents(run)
-    with pytest.raises(MismatchError, match=r"\[train\] init_from: .* is not what .* began with"):
-        train(tiny(corpus=str(other_text), init_from=str(copy / "step-000002"), save_every=3, steps=8))
-    assert contents(run) == before
+    sha256 = Run(run).info.init_sha256
+    train(tiny(corpus=str(other_text), init_from=str(copy / "step-000002"), save_every=3, steps=8))
+    assert Run(run).info.init_sha256 == sha256  # it has its own weights by now
     recreate(run, 5, tmp_path / "five")  # from a checkpoint, which needs no other weights
 
 
 def test_other_weights_to_begin_with_are_refused_for_a_run_that_is_there(tiny, source, other_text, capsys):
     """Its weights are its own by now: `allow_changes` keeps what is on record, with a note."""
     run = train(tiny(corpus=str(other_text), init_from=str(source)))
-    other = tiny(corpus=str(other_text), init_from=str(source / "best"), steps=8)
+    other = tiny(corpus=str(other_text), init_from=str(source / "step-000002"), steps=8)
     with pytest.raises(MismatchError, match="init_from"):
         train(other)
     train(other, allow_changes=True)
     assert f"init_from: stays {source}/step-000006: the weights are those of" in capsys.readouterr().err
     assert Run(run).recipe.train.init_from == f"{source}/step-000006"
     assert Run(run).info.init_sha256 == find_initial(Run(run).recipe).sha256
+
+
+def test_the_other_run_may_go_on(tiny, source, other_text, tmp_path):
+    """The same command continues a run that began with the newest checkpoint of another, whatever is the newest now."""
+    live = tmp_path / "live"
+    shutil.copytree(source, live)
+    recipe = tiny(corpus=str(other_text), init_from=str(live), dropout=0.1)
+    whole = train(recipe.replace(output=str(tmp_path / "whole"), init_from=str(source)))
+    for killed_at in (None, 3):  # before its first checkpoint, and after it
+        if killed_at:
+            train_until(recipe, killed_at)
+        else:
+            run = train_until(recipe, 2)
+            shutil.rmtree(run / "step-000002")
+            (run / "latest").unlink()
+        train(Run(live).recipe.replace(steps=7 + (killed_at or 0)))
+        assert (live / "latest").read_text() != "step-000006\n"
+    train(recipe)
+    assert_same_run(run, whole)
+    assert Run(run).recipe.train.init_from == f"{live}/step-000006"
+    train(recipe, overwrite=True)  # begins again, with the newest
+    assert Run(run).recipe.train.init_from == f"{live}/step-000010"
+
+
+def test_beginning_with_a_checkpoint_that_will_go_says_so(tiny, source, other_text, tmp_path, capsys):
+    """One that was made by the clock, or for a signal, is removed at the next save of its run."""
+    stopped = train_until(tiny(output=str(tmp_path / "stopped")), 3)
+    train(tiny(corpus=str(other_text), init_from=str(stopped), steps=2))
+    assert f"init_from: {stopped}/step-000003 is removed when its run saves the next" in capsys.readouterr().err
+    train(tiny(output=str(tmp_path / "branch"), resume=str(stopped)))
+    assert f"resume: {stopped}/step-000003 is removed when its run saves the next" in capsys.readouterr().err
 
 
 def test_mistakes_about_the_beginning(tiny, source, other_text, tmp_path):
