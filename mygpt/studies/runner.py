@@ -14,6 +14,7 @@ from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, My
 from mygpt.processes.signals import stop_on_signal
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, Recipe
+from mygpt.reports.recorder import PROGRESS_SECONDS
 from mygpt.runs.changes import differing_keys
 from mygpt.runs.files import LOCK_FILE, explain_disk_error, read_bytes, replace_text
 from mygpt.runs.lock import locked
@@ -238,6 +239,7 @@ def _run_all(jobs: Sequence[Job], room: Room, report: Report) -> None:
     running: dict[subprocess.Popen[str], tuple[Job, Slot]] = {}
     restarts: dict[Path, int] = {}
     started_at, over = time.monotonic(), 0
+    told_at = started_at
     problem: MygptError | None = None
     with stop_on_signal() as stop:
         stop.graceful = True
@@ -266,6 +268,10 @@ def _run_all(jobs: Sequence[Job], room: Room, report: Report) -> None:
                     elif problem is None:
                         report(f"{job.name}: was killed; it continues")
                         waiting.insert(0, job)
+                if time.monotonic() - told_at >= PROGRESS_SECONDS:
+                    told_at = time.monotonic()
+                    for line in filter(None, (_progress(job) for job, _ in running.values())):
+                        report(line)
                 time.sleep(POLL_SECONDS)
         finally:
             _end(running)
@@ -280,6 +286,12 @@ def _start(job: Job, slot: Slot, threads: int) -> "subprocess.Popen[str]":
     with _log(job).open("a", encoding="utf-8") as log:
         task = Task("train", _recipe_of(job, threads).model_dump_json(), slot.cpus)
         return start_worker(task, slot, stdout=log.fileno(), stderr=log.fileno())
+
+
+def _progress(job: Job) -> str:
+    """The newest line of a run's log, if it is one on its progress; "": it is not."""
+    lines = _log(job).read_text(encoding="utf-8", errors="replace").splitlines()
+    return f"{job.name}: {lines[-1]}" if lines and lines[-1].startswith("at step ") else ""
 
 
 def _log(job: Job) -> Path:

@@ -16,6 +16,8 @@ from support.runs import TINY, assert_same_run, contents, flags_of
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.records import read_records
 from mygpt.runs.run import Run
+from mygpt.studies import runner
+from mygpt.studies.grid import Cell
 from mygpt.training.train import train
 
 PLAN = '{"side_by_side": 2, "threads": 1}'
@@ -76,6 +78,17 @@ def test_study_of_texts_compares_on_one(place, text):
     done = subprocess.run([*MYGPT, *command], cwd=place, check=False, capture_output=True, text=True)
     assert done.returncode == 2
     assert "had another val_corpus than held.txt; choose another --out" in done.stderr
+
+
+def test_progress_of_a_run_is_passed_on(tmp_path):
+    """The newest line of its log, if it tells the progress."""
+    job = runner.Job(Cell("small", Recipe()), 1, tmp_path / "small" / "seed-1")
+    log = tmp_path / "small" / "seed-1.log"
+    log.parent.mkdir()
+    log.write_text("step     1: loss = 1.0\nat step 8 of 9: 10 tokens/s, 00:01 left\n")
+    assert runner._progress(job) == f"{job.name}: at step 8 of 9: 10 tokens/s, 00:01 left"
+    log.write_text("step     1: loss = 1.0\n")
+    assert runner._progress(job) == ""
 
 
 def test_study_runs_the_grid_and_is_extended(place, tmp_path):
