@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mygpt.data.dataset import corpus_sha256
-from mygpt.errors import CorpusError, InterruptedRunError, MismatchError, NonFiniteError
+from mygpt.errors import CheckpointError, CorpusError, InterruptedRunError, MismatchError, NonFiniteError
 from mygpt.processes.environment import choose_threads, read_launched
 from mygpt.processes.machine import choose_matmul, has_matmul, resolve_device
 from mygpt.recipe.tables import Recipe
@@ -72,7 +72,11 @@ def check_inputs(run: Run, parts: Sequence[Part], *, from_beginning: bool = Fals
                 raise type(error)(f"{run.path}: {text} cannot be read: {error}") from None
             if sha256 != recorded[name]:
                 raise MismatchError(f"{run.path}: {use} another text than {path} is now; put the text back")
-        initial = find_initial(part.recipe, continues=False) if from_beginning and not number else None
+        try:
+            initial = find_initial(part.recipe, continues=False) if from_beginning and not number else None
+        except CheckpointError as error:
+            weights = f"the weights that it began with (sha256 {str(recorded['init_sha256'])[:12]})"
+            raise CheckpointError(f"{run.path}: {weights} cannot be read, and step 1 needs them: {error}") from None
         if initial and initial.sha256 != recorded["init_sha256"]:
             raise MismatchError(
                 f"{run.path}: began with other weights than those of {initial.file} are now; put them back"

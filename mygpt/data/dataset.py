@@ -173,9 +173,11 @@ def _load_two(table: DataTable, val_corpus: str, seq_len: int, tokenizer: Tokeni
         prepared, val = _open_tokens(Path(val_corpus), tokenizer, verify=verify)
         held_out_sha256 = prepared.manifest.tokens_sha256
         checks.append(prepared.check_unchanged)
-    kind = tokenizer.metadata.type
-    for name, part in (("corpus", train), ("val_corpus", val)):
-        _check_lengths({name: len(part)}, len(part), seq_len, kind)
+    unit = "characters" if tokenizer.metadata.type == "char" else "tokens"
+    for name, part in ((table.corpus, train), (val_corpus, val)):
+        if len(part) <= seq_len + 1:
+            expected = f"more than seq_len + 1 = {seq_len + 1}; give a longer text, or a smaller seq_len"
+            raise CorpusError(f"{name}: has {len(part):,} {unit}, expected {expected}")
 
     def check_unchanged() -> None:
         for check in checks:

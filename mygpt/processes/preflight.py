@@ -96,6 +96,8 @@ def run_preflight(
     reports = [ProcessReport(**report) for report in channel.exchange(own._asdict(), extra_seconds=hashing)]
     check_alike(reports, exact=exact)
     notes = ignored_settings(runtime.precision)
+    if info.held_out_sha256 == info.corpus_sha256:
+        notes.append("val_corpus: is the text that is trained on: its loss says nothing about unseen text")
     if initial and initial.is_passing:
         notes.append(f"init_from: {initial.path} is removed when its run saves the next checkpoint: `verify` needs it")
     if runtime.precision == "bf16" and device.type == "cpu" and not has_bf16_products():

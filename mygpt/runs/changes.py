@@ -33,8 +33,8 @@ ENDING_KEYS = {"steps", "patience"}
 
 OTHER_INPUT = {
     "corpus": "[data] corpus: {now} is not the text that {where} was trained on",
-    "val_corpus": "[data] val_corpus: {now} is not the text that {where} held out, which was {was}",
-    "init_from": "[train] init_from: {now} is not what {where} began with, which was {was}",
+    "val_corpus": "[data] val_corpus: {now} is not the text that {where} held out: {was}",
+    "init_from": "[train] init_from: {now} is not what {where} began with: {was}",
 }
 """The message for each key that names something else than when a run was trained."""
 
@@ -105,7 +105,8 @@ def check_changes(
     other_inputs = [key for key, name in HASH_OF_PATH.items() if name in recorded]
     for key in other_inputs:
         was, now = old.flat()[key], recipe.flat()[key]
-        problems.append(OTHER_INPUT[key].format(now=now or "nothing", was=was or "nothing", where=where))
+        before_it = "with other content" if was == now else was or "nothing"
+        problems.append(OTHER_INPUT[key].format(now=now or "nothing", was=before_it, where=where))
         keys[key] = (was, now)
     if problems and not allow_changes:
         way_out = "choose another --output, --overwrite the run, or continue it with --allow-changes"

@@ -67,7 +67,9 @@ def test_run_goes_on_though_its_beginning_is_gone(tiny, source, other_text, tmp_
     assert_same_run(run, whole)
     branch = train(recipe.replace(output=str(tmp_path / "branch"), resume=str(run / "step-000003"), steps=7))
     assert Run(branch).info.init_sha256 == Run(whole).info.init_sha256
-    with pytest.raises(CheckpointError, match=r"init_from: .*no such run"):
+    with pytest.raises(
+        CheckpointError, match=r"began with \(sha256 \w{12}\) cannot be read, and step 1 needs them: .*no such run"
+    ):
         verify(run)
     with pytest.raises(CheckpointError, match=r"init_from: .*no such run"):
         train(recipe.replace(output=str(tmp_path / "new")))
@@ -166,10 +168,18 @@ def test_text_of_its_own_is_held_out(tiny, text, other_text, text_file):
     assert verify(run).identical
     assert read_manifest(run / "step-000006").held_out_sha256 == Run(run).info.held_out_sha256
     other_text.write_text(other_text.read_text()[::-1], newline="")
-    with pytest.raises(MismatchError, match=r"\[data\] val_corpus: .* is not the text that .* held out"):
+    with pytest.raises(
+        MismatchError, match=r"\[data\] val_corpus: .* is not the text that .* held out: with other content"
+    ):
         train(tiny(val_corpus=str(other_text), val_every=3, sampling="full", steps=9))
     with pytest.raises(MismatchError, match="held out another text than"):
         verify(run)
+
+
+def test_held_out_text_that_is_trained_on_is_named(tiny, text_file, capsys):
+    """Its loss would look like that of unseen text."""
+    train(tiny(val_corpus=str(text_file), val_every=6, sampling="full"))
+    assert "val_corpus: is the text that is trained on: its loss says nothing" in capsys.readouterr().err
 
 
 def test_models_of_different_texts_are_compared_on_one(tiny, tmp_path, other_text, text):
@@ -218,5 +228,5 @@ def test_mistakes_about_held_out_text(tiny, tmp_path, other_text):
     with pytest.raises(CorpusError, match=r"nothing\.txt: no such text"):
         open_dataset(tiny(val_corpus=str(tmp_path / "nothing.txt")))
     other_text.write_text("short")
-    with pytest.raises(CorpusError, match="the val_corpus has 5 of the corpus's 5 characters"):
+    with pytest.raises(CorpusError, match=r"other\.txt: has 5 characters, expected more than seq_len \+ 1 = 17"):
         open_dataset(tiny(val_corpus=str(other_text)))
