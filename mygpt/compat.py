@@ -53,10 +53,10 @@ def gloo_kept_off_stdout() -> Iterator[None]:
 
     When a process group is made, gloo of torch 2.10 writes there how many processes are connected; stdout is the run's.
     """
-    sys.stdout.flush()
     try:
+        sys.stdout.flush()
         own = os.dup(1)
-    except OSError:  # it is closed
+    except (AttributeError, OSError, ValueError):  # it is closed
         yield
         return
     try:

@@ -26,13 +26,13 @@ from mygpt.recipe.tables import HARMLESS_KEYS, TABLE_OF_KEY, Recipe
 from mygpt.runs import files
 from mygpt.runs.changes import Source, changed_keys, check_checkpoint
 from mygpt.runs.copying import copy_until, publish_run
-from mygpt.runs.initial import open_dataset
+from mygpt.runs.initial import Initial, open_dataset
 from mygpt.runs.lock import locked
 from mygpt.runs.records import Record
 from mygpt.runs.run import Run, Warn, check_output, named_checkpoint
-from mygpt.runs.schemas import HASH_OF_PATH, Manifest, Recreated
+from mygpt.runs.schemas import HASH_OF_PATH, Manifest, ModelMetadata, Recreated
 from mygpt.runs.start import recipe_text
-from mygpt.runs.steps import read_manifest, step_directory, verify_checkpoint
+from mygpt.runs.steps import read_manifest, read_metadata, step_directory, verify_checkpoint
 from mygpt.training.train import print_note, train
 
 
@@ -368,7 +368,11 @@ def check_model(run: Run, recipe: Recipe, plan: Plan) -> None:
         return
     if recipe.model == plan.recipe.model and recipe.data == plan.recipe.data:
         return
-    tokenizer = open_dataset(recipe).tokenizer.metadata
+    initial, init_from = None, recipe.train.init_from
+    if init_from:  # its weights are not needed any more, and its tokenizer is that of the checkpoint
+        file = checkpoint / files.MODEL_FILE
+        initial = Initial(init_from, file, read_metadata(file, ModelMetadata), "")
+    tokenizer = open_dataset(recipe, initial).tokenizer.metadata
     long_enough = recipe.replace(steps=max(recipe.train.steps, read_manifest(checkpoint).step))
     check_checkpoint(Source(run, checkpoint, in_place=False), long_enough, tokenizer, may_end=True)
 

@@ -1,6 +1,7 @@
 """Pictures of runs, drawn from their directories."""
 
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,10 @@ FAR = 4
 ENDINGS = (".png", ".svg", ".pdf")
 
 
+def print_note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def plot(
     runs: Sequence[Path],
     out: Path | None = None,
@@ -45,7 +50,7 @@ def plot(
     smooth: int = 0,
     grad_norm: bool = False,
     merge_seeds: bool = True,
-    warn: Warn = print,
+    warn: Warn = print_note,
 ) -> "Figure":
     """Draw training and held-out loss and the learning rate of `runs`, which are run directories or folders of them.
 

@@ -159,7 +159,7 @@ def _hashes_of_inputs(cells: Sequence[Cell]) -> dict[str, dict[str, str | None]]
     known: dict[tuple[object, ...], dict[str, str | None]] = {}
     for recipe in (cell.recipe for cell in cells):
         if (inputs := _inputs(recipe)) not in known:
-            initial = find_initial(recipe)
+            initial = find_initial(recipe, continues=False)  # a run in the recipe's own output is none of the study's
             dataset = open_dataset(recipe, initial, verify=False)
             hashes = (dataset.sha256, dataset.held_out_sha256, initial and initial.sha256)
             known[inputs] = dict(zip(HASH_OF_PATH, hashes, strict=True))
@@ -289,9 +289,10 @@ def _start(job: Job, slot: Slot, threads: int) -> "subprocess.Popen[str]":
 
 
 def _progress(job: Job) -> str:
-    """The newest line of a run's log, if it is one on its progress; "": it is not."""
+    """The newest line on its progress in a run's log; "": there is none."""
     lines = _log(job).read_text(encoding="utf-8", errors="replace").splitlines()
-    return f"{job.name}: {lines[-1]}" if lines and lines[-1].startswith("at step ") else ""
+    newest = next((line for line in reversed(lines) if line.startswith("at step ")), "")
+    return newest and f"{job.name}: {newest}"
 
 
 def _log(job: Job) -> Path:

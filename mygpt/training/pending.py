@@ -70,7 +70,7 @@ class PendingSteps:
         """Whether it is time to read; a process alone reads at once when it is asked to `stop`."""
         return len(self._steps) >= self._max_steps or (stop and self._accelerator.num_processes == 1)
 
-    def read(self, stop: int, *, save: bool) -> Reading:
+    def read(self, stop: int, *, save: bool = False) -> Reading:
         """Wait for the device, and average over the processes what the pending steps measured.
 
         `stop` is the signal that asked this process to stop; 0: none did. `save`: it is time for a checkpoint.

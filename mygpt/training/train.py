@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from mygpt.data.dataset import Dataset
+from mygpt.data.dataset import Dataset, is_prepared
 from mygpt.errors import InterruptedRunError, OutOfMemoryError
 from mygpt.processes.channel import Channel, connect
 from mygpt.processes.environment import check_joined, choose_workers, is_restart, launched_processes
@@ -66,10 +66,11 @@ def train_until(recipe: Recipe, last_step: int | None, *, overwrite: bool = Fals
         max_workers = choose_workers(recipe.runtime.threads, launched.local_processes)
         gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
         micro_batch_size = gradient_sum.micro_batch_size
-        preflight = run_preflight(recipe, launched, channel, micro_batch_size, continues=not overwrite)
+        continues = not overwrite or is_restart()  # a restarted command does not replace what it has begun
+        preflight = run_preflight(recipe, launched, channel, micro_batch_size, continues=continues)
         if preflight.initial:
             recipe = recipe.replace(init_from=preflight.initial.path)
-        if preflight.dataset.check_unchanged or recipe.train.init_from:
+        if is_prepared(recipe.data.corpus) or recipe.train.init_from:
             # A prepared corpus, or the model to begin with, has a tokenizer of its own, whatever the recipe says.
             recipe = recipe.replace(tokenizer=preflight.dataset.tokenizer.metadata.type)
         accelerator = stack.enter_context(

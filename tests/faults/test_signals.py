@@ -98,11 +98,13 @@ def test_all_processes_name_the_same_signal(own, others, told):
         num_processes = 2
 
         def gather(self, values):
-            return torch.cat([values, torch.cat([values[:-2], torch.tensor([others, 0.1])])])
+            return torch.cat([values, torch.cat([values[:-3], torch.tensor([others, 1.0, 0.1])])])
 
     steps = PendingSteps(TwoProcesses())
     steps.add(1, None, [torch.tensor(value) for value in (2.5, 1.0, 0.0)])
-    assert steps.read(own).stop == told
+    reading = steps.read(own)
+    assert reading.stop == told
+    assert reading.save  # since it is time for the other one
 
 
 @pytest.mark.fault(13, 14)

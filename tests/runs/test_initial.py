@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.runs import assert_same_run
 
-from mygpt.checks.at import recreate
+from mygpt.checks.at import fork, recreate
 from mygpt.checks.compare import compare
 from mygpt.checks.verify import verify
 from mygpt.data.dataset import load_dataset
@@ -126,6 +126,30 @@ def test_the_other_run_may_go_on(tiny, source, other_text, tmp_path):
     assert Run(run).recipe.train.init_from == f"{live}/step-000006"
     train(recipe, overwrite=True)  # begins again, with the newest
     assert Run(run).recipe.train.init_from == f"{live}/step-000010"
+
+
+def test_restarted_command_keeps_its_run_though_the_other_went_on(tiny, source, other_text, tmp_path, monkeypatch):
+    """With --overwrite, too: a requeued job begins nothing anew."""
+    live = tmp_path / "live"
+    shutil.copytree(source, live)
+    recipe = tiny(corpus=str(other_text), init_from=str(live), save_every=2)
+    run = train_until(recipe, 4)
+    train(Run(live).recipe.replace(steps=7))
+    before = (run / "step-000002" / "model.safetensors").stat().st_ino
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train(recipe, overwrite=True)
+    assert (run / "step-000002" / "model.safetensors").stat().st_ino == before
+    assert Run(run).recipe.train.init_from == f"{live}/step-000006"
+
+
+def test_fork_needs_the_first_weights_no_more(tiny, source, other_text, tmp_path):
+    """Also where it differs in a key of the model or the text, which are compared with the checkpoint."""
+    shutil.copytree(source, tmp_path / "copy")
+    run = train(tiny(corpus=str(other_text), init_from=str(tmp_path / "copy"), save_every=2))
+    shutil.rmtree(tmp_path / "copy")
+    recipe = Run(run).recipe_at(5).replace(dropout=0.2)
+    made = fork(run, 4, recipe, tmp_path / "fork")
+    assert Run(made).is_finished
 
 
 def test_beginning_with_a_checkpoint_that_will_go_says_so(tiny, source, other_text, tmp_path, capsys):

@@ -81,11 +81,11 @@ def test_study_of_texts_compares_on_one(place, text):
 
 
 def test_progress_of_a_run_is_passed_on(tmp_path):
-    """The newest line of its log, if it tells the progress."""
+    """The newest line of its log that tells the progress."""
     job = runner.Job(Cell("small", Recipe()), 1, tmp_path / "small" / "seed-1")
     log = tmp_path / "small" / "seed-1.log"
     log.parent.mkdir()
-    log.write_text("step     1: loss = 1.0\nat step 8 of 9: 10 tokens/s, 00:01 left\n")
+    log.write_text("step     1: loss = 1.0\nat step 8 of 9: 10 tokens/s, 00:01 left\nstep     9: loss = 1.0\n")
     assert runner._progress(job) == f"{job.name}: at step 8 of 9: 10 tokens/s, 00:01 left"
     log.write_text("step     1: loss = 1.0\n")
     assert runner._progress(job) == ""
