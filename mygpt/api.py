@@ -1,13 +1,13 @@
 """What a notebook or a program uses: recipes from keys, training that returns a run, and pictures.
 
-from mygpt import load_recipe, plot, train
+    run = mygpt.train(mygpt.load_recipe("quickstart", steps=100))
+    mygpt.plot(run)
 
-run = train(load_recipe("quickstart", steps=100))
-plot(run)
+The names are those of `mygpt` itself, which imports them on first use.
 """
 
 from collections.abc import Sequence
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,7 @@ def load_recipe(path: str | PathLike[str], **keys: Any) -> Recipe:
     Raises:
         RecipeError: with one line for each mistake, in the file or in the keys.
     """
-    recipe = files.load_recipe(path)  # type: ignore[arg-type]
+    recipe = files.load_recipe(fspath(path))
     if keys:
         recipe = lay_over(recipe, keys, source="recipe")
     check_recipe(recipe, source=str(path))

@@ -43,7 +43,7 @@ class Evaluated(NamedTuple):
     """None if the tokens stand for no text."""
     bits_per_character: Estimate | None
     population: str
-    """Of what the errors are those, for a reader."""
+    """What the standard errors are about, in words."""
 
     @property
     def perplexity(self) -> float | None:

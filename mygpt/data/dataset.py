@@ -50,9 +50,7 @@ class Dataset(NamedTuple):
         """The characters that occur only in the held-out part, of a text in memory whose tokens are characters."""
         if self.check_unchanged or not isinstance(self.tokenizer, CharTokenizer):
             return ""
-        train, val = (
-            torch.bincount(part.int(), minlength=self.tokenizer.vocab_size) for part in (self.train, self.val)
-        )
+        train, val = (torch.bincount(part, minlength=self.tokenizer.vocab_size) for part in (self.train, self.val))
         return self.tokenizer.decode(((train == 0) & (val > 0)).nonzero().flatten().tolist())
 
     def to(self, device: torch.device) -> "Dataset":

@@ -15,7 +15,7 @@ import tyro
 
 from mygpt.errors import MygptError, RecipeError
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE, load_recipe, shipped_recipes
-from mygpt.recipe.names import OF_OTHER_UNIT, closest
+from mygpt.recipe.names import closest, unit_note
 from mygpt.recipe.tables import SEED_KEYS, TABLE_OF_KEY, Recipe, build_recipe, check_recipe, lay_over
 
 TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
@@ -160,8 +160,9 @@ def _check_names(arguments: list[str], prog: str, options: type | None) -> None:
         name = flag.removeprefix("--").replace("-", "_")
         if not {name, name.removeprefix("no_")} & names:
             close = closest(name, names - {"help"})
-            unit = ", which has another unit" if name in OF_OTHER_UNIT else ""
-            hint = f"did you mean --{close.replace('_', '-')}{unit}?" if close else f"`{prog} --help` lists all"
+            hint = (
+                f"did you mean --{close.replace('_', '-')}{unit_note(name)}?" if close else f"`{prog} --help` lists all"
+            )
             raise MygptError(f"unknown flag {flag}; {hint}")
 
 

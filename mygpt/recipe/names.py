@@ -53,11 +53,11 @@ KEYS_BY_FOREIGN_NAME = {
 }
 """For each key, names of nearly the same thing in the programs and courses that users come from."""
 
-OF_OTHER_UNIT = {
+NAMES_IN_OTHER_UNIT = {
     *("epochs", "num_train_epochs", "max_tokens", "gradient_accumulation_steps", "accumulation_steps"),
     *("warmup_ratio", "decay_ratio", "warmdown_ratio"),
 }
-"""Names of the same thing in another unit than the key has."""
+"""Names of a quantity for which the key has another unit."""
 
 KEY_OF_FOREIGN_NAME = {name: key for key, names in KEYS_BY_FOREIGN_NAME.items() for name in names}
 
@@ -68,9 +68,14 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return key if key in known else next(iter(difflib.get_close_matches(word, known, n=1)), None)
 
 
+def unit_note(word: str) -> str:
+    """What follows the key in a suggestion for `word`; "": the key has the unit that the word has elsewhere."""
+    return ", which has another unit" if word in NAMES_IN_OTHER_UNIT else ""
+
+
 def suggest(word: str, known: Iterable[str], or_else: str = "") -> str:
     """The end of a message about an unknown name: which one was meant, or all; `or_else` stands for too many."""
     known = list(known)
     if close := closest(word, known):
-        return f"; did you mean '{close}'{', which has another unit' * (word in OF_OTHER_UNIT)}?"
+        return f"; did you mean '{close}'{unit_note(word)}?"
     return f"; {or_else}" if or_else and len(known) > MOST_LISTED else f"; expected one of {', '.join(known)}"

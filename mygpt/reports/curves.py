@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float64]
 
 DEEPEST = 4
 """Folders in folders in which runs are looked for."""
-NO_RECIPE = HARMLESS_KEYS | SEED_KEYS | {"threads", *PATH_KEYS}
+IGNORED_KEYS = HARMLESS_KEYS | SEED_KEYS | {"threads", *PATH_KEYS}
 """Keys in which runs of one recipe may differ: seeds, what is shown and kept, and paths, of which the hashes count."""
 
 
@@ -70,7 +70,7 @@ def read_curves(
 
     With `smooth`, training losses are means over so many steps up to each. With `merge_seeds`, runs whose recipes
     differ by their seeds alone make one curve; else each run makes one. A path without a run, and a run that cannot be
-    drawn, are left out, which `warn` is told.
+    drawn, are left out, and `warn` gets a line on each.
 
     Raises:
         CheckpointError: nothing is left.
@@ -104,9 +104,10 @@ def _find_runs(paths: Sequence[Path], warn: Warn) -> Iterator[Path]:
     for path in paths:
         found = list(_runs_in(path, DEEPEST)) if path.is_dir() else []
         if not found:
-            is_in_run = not path.is_dir() and os.path.lexists(path.parent / RUN_FILE)
-            problem = f"not a run, but in one; expected the run, {path.parent}" if is_in_run else "no such run"
-            warn(f"{path}: {'no run in it' if path.is_dir() else problem}")
+            problem = "no run in it" if path.is_dir() else "no such run"
+            if not path.is_dir() and os.path.lexists(path.parent / RUN_FILE):
+                problem = f"not a run, but in one; expected the run, {path.parent}"
+            warn(f"{path}: {problem}")
         for run in found:
             if (real := real_path(run)) not in seen:
                 seen.add(real)
@@ -147,26 +148,28 @@ def _recipe_of(path: Path) -> str:
         info, recipe = Run(path).info, Run(path).recipe
     except CheckpointError:  # its records can be drawn all the same
         return str(path)
-    keys = {key: value for key, value in recipe.flat().items() if key not in NO_RECIPE}
+    keys = {key: value for key, value in recipe.flat().items() if key not in IGNORED_KEYS}
     return json.dumps([keys, info.corpus_sha256, info.held_out_sha256, info.init_sha256], sort_keys=True)
 
 
 def _names(groups: Sequence[Sequence[Path]]) -> list[str]:
-    """A name for each group of runs: that of its only run, or of the folder that has all of them."""
-    short, long = [], []
-    for paths in groups:
-        folders = {real_path(path).parent for path in paths}
-        if len(paths) == 1:
-            short.append(real_path(paths[0]).name)
-            long.append(str(paths[0]))
-        else:
-            folder = next(iter(folders))
-            is_own = len(folders) == 1 and not any(
-                folder in real_path(other).parents for group in groups if group is not paths for other in group
-            )
-            short.append(folder.name if is_own else f"{real_path(paths[0]).name} and other seeds")
-            long.append(str(folder) if is_own else f"{paths[0]} and other seeds")
-    return [long[i] if short.count(name) > 1 else name for i, name in enumerate(short)]
+    """A name for each group of runs: short, or with its folders where another has the same short name."""
+    named = [_name(paths, [path for group in groups if group is not paths for path in group]) for paths in groups]
+    shorts = [short for short, _ in named]
+    return [long if shorts.count(short) > 1 else short for short, long in named]
+
+
+def _name(paths: Sequence[Path], others: Sequence[Path]) -> tuple[str, str]:
+    """A short and a long name for some runs: those of the only one, or of a folder in which are all of them, and none
+    of the `others`."""
+    first, *more = paths
+    if not more:
+        return real_path(first).name, str(first)
+    folder = real_path(first).parent
+    has_all = all(real_path(path).parent == folder for path in more)
+    if has_all and not any(folder in real_path(other).parents for other in others):
+        return folder.name, str(folder)
+    return f"{real_path(first).name} and other seeds", f"{first} and other seeds"
 
 
 def _curve(name: str, runs: Sequence[_Loaded], unit: Unit, smooth: int) -> Curve:

@@ -59,7 +59,7 @@ def plot(
     `y_max` or over what matters, on a logarithmic scale if `log`; `smooth` averages training losses over so many steps;
     `grad_norm` adds the gradient's norm before clipping. `out`, if there is one, is the file to write: .png, .svg or
     .pdf. In bits per byte there is the held-out loss alone: of training batches the bytes are not counted. What cannot
-    be drawn is left out, and `warn` is told.
+    be drawn is left out, and `warn` gets a line on it.
 
     Raises:
         MygptError: nothing can be drawn, matplotlib is not installed, or `out` cannot be written.

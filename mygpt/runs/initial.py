@@ -13,7 +13,7 @@ from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import BEST_FILE, LATEST_FILE, MANIFEST_FILE, file_sha256
 from mygpt.runs.run import Run, find_model_file, named_checkpoint
 from mygpt.runs.schemas import ModelMetadata
-from mygpt.runs.steps import PASSING, read_manifest, read_metadata, verify_file
+from mygpt.runs.steps import TEMPORARY_REASONS, read_manifest, read_metadata, verify_file
 
 FREE_MODEL_KEYS = {"dropout", "init"}
 """Keys of [model] in which a run may differ from the model that it begins with."""
@@ -25,19 +25,19 @@ class Initial(NamedTuple):
     path: str
     """As the run records it: the file, or its step directory."""
     file: Path
-    """Of which metadata and tokenizer are."""
+    """Where metadata and tokenizer are read."""
     metadata: ModelMetadata
     sha256: str
     """Of the weights that the run began with."""
-    is_passing: bool = False
+    is_temporary: bool = False
     """Whether the checkpoint is removed when its run saves the next."""
 
 
 def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
     """The model that a run of the recipe begins, or began, with; None: with random weights.
 
-    A run that is there, if it `continues`, and a branch began with what run.json records, though the run that
-    `init_from` names has gone on since, or is gone. Then the newest checkpoint of the run stands in for it.
+    A run that is there, if it `continues`, and a branch keep the model that run.json records, even if the run that
+    `init_from` names has newer checkpoints by now, or is gone: their own newest checkpoint has the same tokenizer.
 
     Raises:
         CheckpointError: there is none.
@@ -66,12 +66,12 @@ def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
     if other:
         raise RecipeError(f"init_from: {init_from} has another architecture; set {' '.join(other)}")
     path = os.path.realpath(file if file == Path(init_from) else file.parent)
-    is_passing = manifest is not None and manifest.reason in PASSING
-    return Initial(path, file, metadata, file_sha256(file), is_passing)
+    is_temporary = manifest is not None and manifest.reason in TEMPORARY_REASONS
+    return Initial(path, file, metadata, file_sha256(file), is_temporary)
 
 
 def _begun_with(recipe: Recipe) -> Initial | None:
-    """What the run in `output`, or the one that `resume` names, has on record; None: nothing, or it is gone."""
+    """The model that the run in `output`, or the one that `resume` names, has recorded; None: there is none."""
     resume = recipe.checkpoint.resume
     for path in (recipe.checkpoint.output, *([] if resume in ("auto", "never") else [resume])):
         with suppress(CheckpointError):

@@ -23,7 +23,15 @@ from mygpt.runs.changes import (
 )
 from mygpt.runs.run import Run, Warn, named_checkpoint
 from mygpt.runs.schemas import HASH_OF_PATH, Resumed, RunInfo, StateMetadata
-from mygpt.runs.steps import PASSING, point_to, prune, read_manifest, read_metadata, step_directories, verify_checkpoint
+from mygpt.runs.steps import (
+    TEMPORARY_REASONS,
+    point_to,
+    prune,
+    read_manifest,
+    read_metadata,
+    step_directories,
+    verify_checkpoint,
+)
 
 
 class Start(NamedTuple):
@@ -84,7 +92,7 @@ def find_start(
         raise CheckpointError(
             f"resume: {recipe.checkpoint.resume} is in the run that --overwrite would remove; choose another --output"
         )
-    if not in_place and checkpoint and read_manifest(checkpoint).reason in PASSING:
+    if not in_place and checkpoint and read_manifest(checkpoint).reason in TEMPORARY_REASONS:
         warn(f"resume: {checkpoint} is removed when its run saves the next checkpoint: `verify` needs it")
     is_over = in_place and checkpoint is not None and run.ended_with(checkpoint)
     is_complete = is_over and not _ends_later(source, recipe)
@@ -259,7 +267,7 @@ def _named_source(path: Path, warn: Warn) -> Source:
 
 
 def _complete(source: Source, checkpoint: Path, step: int, recipe: Recipe, changed: Changes) -> Start:
-    """The start of a run that is over: of its recipe only keys that train nothing, and the path of its text, change."""
+    """The start of a run that is over: of its recipe only keys that train nothing, and paths, change."""
     run, values = source.run, {key: value for key, value in recipe.flat().items() if key in HARMLESS_KEYS}
     values |= {key: recipe.flat()[key] for key, name in HASH_OF_PATH.items() if name not in changed}
     recipe = source.trained_with.replace(**values | {"resume": run.recipe.checkpoint.resume})

@@ -13,7 +13,7 @@ from mygpt.errors import DamagedCheckpointError, NewerFormatError
 from mygpt.runs import files
 from mygpt.runs.schemas import Manifest, T, parse_table, read_table
 
-PASSING = ("timed", "interrupted")
+TEMPORARY_REASONS = ("timed", "interrupted")
 """Reasons of checkpoints that are removed when their run saves the next."""
 
 

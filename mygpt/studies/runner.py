@@ -239,7 +239,7 @@ def _run_all(jobs: Sequence[Job], room: Room, report: Report) -> None:
     running: dict[subprocess.Popen[str], tuple[Job, Slot]] = {}
     restarts: dict[Path, int] = {}
     started_at, over = time.monotonic(), 0
-    told_at = started_at
+    reported_at = started_at
     problem: MygptError | None = None
     with stop_on_signal() as stop:
         stop.graceful = True
@@ -268,8 +268,8 @@ def _run_all(jobs: Sequence[Job], room: Room, report: Report) -> None:
                     elif problem is None:
                         report(f"{job.name}: was killed; it continues")
                         waiting.insert(0, job)
-                if time.monotonic() - told_at >= PROGRESS_SECONDS:
-                    told_at = time.monotonic()
+                if time.monotonic() - reported_at >= PROGRESS_SECONDS:
+                    reported_at = time.monotonic()
                     for line in filter(None, (_progress(job) for job, _ in running.values())):
                         report(line)
                 time.sleep(POLL_SECONDS)

@@ -8,7 +8,7 @@ import pytest
 from mygpt.errors import RecipeError
 from mygpt.recipe.files import load_recipe, recipe_schema
 from mygpt.recipe.flags import parse_recipe
-from mygpt.recipe.names import KEY_OF_FOREIGN_NAME, OF_OTHER_UNIT
+from mygpt.recipe.names import KEY_OF_FOREIGN_NAME, NAMES_IN_OTHER_UNIT
 from mygpt.recipe.tables import MIN_EXACT_EPS, TABLE_OF_KEY, Recipe, build_recipe, check_recipe
 from mygpt.training.gradient_sum import SCALE
 
@@ -64,7 +64,7 @@ def test_names_of_other_programs_lead_to_keys():
     for name, key in KEY_OF_FOREIGN_NAME.items():
         assert key in TABLE_OF_KEY
         assert name not in TABLE_OF_KEY
-        unit = ", which has another unit" if name in OF_OTHER_UNIT else ""
+        unit = ", which has another unit" * (name in NAMES_IN_OTHER_UNIT)
         with pytest.raises(RecipeError, match=f"unknown key '{name}'; did you mean '{key}'{unit}\\?"):
             Recipe.of(**{name: 1})
     with pytest.raises(RecipeError, match=r"'n_embd'; did you mean 'embed_dim' in the table \[model\]"):
