@@ -54,7 +54,7 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
     if history is None and recipe.validation.val_every:
         yield "verdict: none before the first checkpoint that follows an evaluation", True
     else:
-        yield verdict_line(history, records, ended_early=ended_early), True
+        yield verdict_line(history, records, recipe.data, ended_early=ended_early), True
     judged = list(place_lines(recipe.expected, records, run.info.corpus_sha256))
     timings = rewind(path / TIMING_FILE, Timing, last.step, cut=False)
     if is_over and timings:

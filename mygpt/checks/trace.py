@@ -79,7 +79,8 @@ def trace_step(run: Run, step: int, checkpoint: Path | None, wanted: str = "") -
     gradient_sum, values = gradient_sum_for(recipe), Values(wanted)
     dataset = open_dataset(recipe)
     with no_launcher(), open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
-        parts, _ = build_parts(recipe, accelerator, dataset, gradient_sum, checkpoint)
+        begun_with = run.info.recorded_at(step)["init_sha256"]
+        parts, _ = build_parts(recipe, accelerator, dataset, gradient_sum, checkpoint, init_sha256=begun_with)
         for name, weight in parts.gpt.state_dict().items():
             values.see(name + BEFORE, weight)
         batch = parts.stream.batch()

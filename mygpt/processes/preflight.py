@@ -98,8 +98,8 @@ def run_preflight(
     notes = ignored_settings(runtime.precision)
     if info.held_out_sha256 == info.corpus_sha256:
         notes.append("val_corpus: is the text that is trained on: its loss says nothing about unseen text")
-    if initial and initial.is_temporary:
-        notes.append(f"init_from: {initial.path} is removed when its run saves the next checkpoint: `verify` needs it")
+    if initial and initial.note:
+        notes.append(initial.note)
     if runtime.precision == "bf16" and device.type == "cpu" and not has_bf16_products():
         notes.append("precision: bf16 is slower than fp32 here: this processor has no instructions for it")
     micro_batches = recipe.train.batch_size // micro_batch_size

@@ -43,11 +43,11 @@ KEYS_BY_FOREIGN_NAME = {
     "save_best": ("load_best_model_at_end",),
     "resume": ("resume_from_checkpoint",),
     "output": ("out", "out_dir", "output_dir", "dump_folder", "save_dir"),
-    "corpus": ("dataset", "data", "data_path", "train_file", "text"),
+    "corpus": ("dataset", "data", "data_dir", "data_path", "train_file", "text"),
     "val_corpus": ("val_file", "validation_file", "val_data", "eval_dataset"),
     "init_from": ("model_name_or_path", "from_pretrained", "pretrained", "init_weights", "checkpoint"),
     "tokenizer_file": ("tokenizer_path",),
-    "precision": ("dtype", "bf16", "mixed_precision", "amp"),
+    "precision": ("dtype", "bf16", "fp16", "mixed_precision", "amp"),
     "compile": ("torch_compile",),
     "activation_checkpointing": ("gradient_checkpointing",),
 }

@@ -65,6 +65,11 @@ class DataTable(Table):
         """Whether some text is held out."""
         return bool(self.val_split or self.val_corpus)
 
+    @property
+    def flags_that_evaluate(self) -> str:
+        """With which a run that has no evaluations gets some."""
+        return "--val-every 500" if self.has_held_out else "--val-split 0.1 --val-every 500"
+
 
 class ModelTable(Table):
     """The architecture: a decoder-only transformer in GPT-2's style."""
@@ -452,7 +457,8 @@ def _broken_relations(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not validation.val_every:
         for key in REFINING_EVALUATION:
             if value := recipe.flat()[key]:
-                yield key, f"{json.dumps(type(value)(0))} without evaluations; set val_every, such as 500"
+                off = json.dumps(type(value)(0))
+                yield key, f"{off} without evaluations; set val_every, such as 500, or {key} = {off}"
     elif validation.patience and validation.sampling == "shared-stream":
         yield (
             "patience",

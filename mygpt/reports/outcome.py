@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mygpt.estimates import Estimate, Floats, difference_of_independent, mean_estimate, student_quantile
-from mygpt.recipe.tables import ExpectedTable
+from mygpt.recipe.tables import DataTable, ExpectedTable
 from mygpt.runs.held_out import History
 from mygpt.runs.records import Record, Timing
 from mygpt.runs.schemas import Best
@@ -21,7 +21,9 @@ FEWEST_RECORDS = 10
 """Of these steps, for a training loss that can be compared with those of other runs."""
 
 
-def verdict_line(history: History | None, records: Sequence[Record], *, ended_early: bool = False) -> str:
+def verdict_line(
+    history: History | None, records: Sequence[Record], data: DataTable, *, ended_early: bool = False
+) -> str:
     """Whether the held-out loss was still falling at the end of a run, flat, or rising, and the evidence.
 
     A change counts if the 95% interval of the difference excludes 0. Its error is that of the held-out windows, paired
@@ -30,7 +32,7 @@ def verdict_line(history: History | None, records: Sequence[Record], *, ended_ea
     came after its last improvement.
     """
     if history is None:
-        return "verdict: none without a held-out loss; --val-split 0.1 --val-every 500 measures it"
+        return f"verdict: none without a held-out loss; {data.flags_that_evaluate} measures it"
     last, lowest = history.last.step, history.lowest
     first = max(history.marks[0], history.reference) if ended_early else history.marks[0]
     if first == last:

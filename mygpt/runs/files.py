@@ -44,6 +44,8 @@ RUN_ENTRY = re.compile(
 
 CANNOT_READ = "{path}: cannot be read: {reason}"
 CANNOT_WRITE = "output: {file}: cannot be written: {reason}"
+CANNOT_SAVE = "{path}: cannot be saved: {error}; earlier checkpoints are as they were"
+MEND_DISK = "; mend the disk or make room, and the same command continues"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.errors import CheckpointError, RecipeError, TokenizerError
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.files import BEST_FILE, LATEST_FILE, MANIFEST_FILE, file_sha256
+from mygpt.runs.files import BEST_FILE, LATEST_FILE, MANIFEST_FILE, MODEL_FILE, file_sha256
 from mygpt.runs.run import Run, find_model_file, named_checkpoint
 from mygpt.runs.schemas import ModelMetadata
 from mygpt.runs.steps import TEMPORARY_REASONS, read_manifest, read_metadata, verify_file
@@ -31,6 +31,8 @@ class Initial(NamedTuple):
     """Of the weights that the run began with."""
     is_temporary: bool = False
     """Whether the checkpoint is removed when its run saves the next."""
+    note: str = ""
+    """What the user should know of it."""
 
 
 def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
@@ -48,8 +50,12 @@ def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
     if init_from is None:
         return None
     begun = _begun_with(recipe) if continues else None
-    if begun and (_is_same_source(init_from, begun.path) or not os.path.lexists(init_from)):
+    if begun and is_same_source(init_from, begun.path):
         return begun
+    if begun and not os.path.lexists(init_from):
+        return begun._replace(
+            note=f"init_from: {init_from} is not there; the run goes on as it began, with {begun.path}"
+        )
     try:
         file = find_model_file(Path(init_from))
     except CheckpointError as error:
@@ -66,8 +72,10 @@ def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
     if other:
         raise RecipeError(f"init_from: {init_from} has another architecture; set {' '.join(other)}")
     path = os.path.realpath(file if file == Path(init_from) else file.parent)
-    is_temporary = manifest is not None and manifest.reason in TEMPORARY_REASONS
-    return Initial(path, file, metadata, file_sha256(file), is_temporary)
+    is_in_run = (file.parent.parent / RUN_FILE).exists()
+    is_temporary = manifest is not None and manifest.reason in TEMPORARY_REASONS and is_in_run
+    note = f"init_from: {path} is removed when its run saves the next checkpoint: `verify` needs it"
+    return Initial(path, file, metadata, file_sha256(file), is_temporary, note * is_temporary)
 
 
 def _begun_with(recipe: Recipe) -> Initial | None:
@@ -80,17 +88,18 @@ def _begun_with(recipe: Recipe) -> Initial | None:
             begun_with, sha256 = run.recipe.train.init_from, run.info.init_sha256
             if begun_with is None or sha256 is None:
                 continue
-            try:
-                file = find_model_file(place)
-            except CheckpointError:  # it has no checkpoint yet
-                file = find_model_file(Path(begun_with))
-                if file_sha256(file) != sha256:
-                    continue
-            return Initial(begun_with, file, read_metadata(file, ModelMetadata), sha256)
+            for step in reversed([*run.checkpoints.values()] if place == run.path else [place]):
+                with suppress(CheckpointError):
+                    return Initial(
+                        begun_with, step / MODEL_FILE, read_metadata(step / MODEL_FILE, ModelMetadata), sha256
+                    )
+            file = find_model_file(Path(begun_with))  # it has no checkpoint yet
+            if file_sha256(file) == sha256:
+                return Initial(begun_with, file, read_metadata(file, ModelMetadata), sha256)
     return None
 
 
-def _is_same_source(given: str, recorded: str) -> bool:
+def is_same_source(given: str, recorded: str) -> bool:
     """Whether a path names the recorded checkpoint, or the newest or best one of its run, which may be another now."""
     real = os.path.realpath(given)
     run = os.path.dirname(recorded)

@@ -207,6 +207,8 @@ def find_model_file(path: Path) -> Path:
     try:
         path = named_checkpoint(path)
         if path.is_file():
+            if path.suffix != ".safetensors" and not _is_safetensors(path):
+                raise CheckpointError(f"{path}: not a model; expected a run, a step directory or a model.safetensors")
             return path
         if (path / files.MODEL_FILE).is_file():
             return path / files.MODEL_FILE
@@ -222,6 +224,12 @@ def find_model_file(path: Path) -> Path:
         raise CheckpointError(f"{path}: {problem}; expected what `mygpt train` has written") from None
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r}: not a path: {error}") from None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file has the beginning of one in that format: 8 bytes, and then a JSON object."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def check_output(run: Path, replace: bool) -> None:

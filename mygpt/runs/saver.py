@@ -24,11 +24,6 @@ from mygpt.runs.steps import point_to, prune, step_directory
 
 Tensors = Mapping[str, torch.Tensor]
 
-CANNOT_SAVE = (
-    "{path}: cannot be saved: {error}; earlier checkpoints are as they were: mend the disk or make room, and the same "
-    "command continues"
-)
-
 
 class TrainingState(NamedTuple):
     """All that continuing a run needs beside the weights."""
@@ -42,7 +37,8 @@ class TrainingState(NamedTuple):
 class Saver:
     """Saves checkpoints into `run` beside the training: `save` copies the tensors and returns, a thread writes them.
 
-    At most one checkpoint is being written; the next `save` waits for it. The next call raises the thread's errors.
+    At most one checkpoint is being written; the next `save` waits for it. The next call raises the thread's errors. A
+    checkpoint by the clock that the disk refuses costs a warning, and is tried again when the next one is due.
     """
 
     run: Path
@@ -52,6 +48,7 @@ class Saver:
     held_out_sha256: str | None = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _writing: Future[None] | None = None
+    _reason: Reason = "scheduled"  # of what is being written
     # Kept from one save to the next: filling memory that the system has just handed out takes ten times longer.
     _copies: dict[str, torch.Tensor] = field(default_factory=dict)
     _saved_at: float = field(default_factory=time.monotonic)
@@ -87,7 +84,8 @@ class Saver:
             held_out_sha256=self.held_out_sha256,
             files={},
         )
-        self._writing, self._saved_at = self._thread.submit(self._write, *copies, manifest), time.monotonic()
+        self._writing = self._thread.submit(self._write, *copies, manifest)
+        self._reason, self._saved_at = reason, time.monotonic()
 
     def is_due(self) -> bool:
         """Whether the last checkpoint, or the beginning, is `save_seconds` ago, and nothing is being written."""
@@ -104,7 +102,13 @@ class Saver:
         """Wait until the checkpoint is on the disk; raises the error of a save that failed."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            writing.result()
+            try:
+                writing.result()
+            except DamagedCheckpointError as error:
+                if self._reason != "timed":
+                    raise
+                again = f"it is tried again {self.recipe.checkpoint.save_seconds:g} seconds later"
+                print(f"{str(error).removesuffix(files.MEND_DISK)}; {again}", file=sys.stderr, flush=True)
 
     def _copy(self, prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
         for name, tensor in tensors.items():
@@ -120,12 +124,12 @@ class Saver:
     def _write(self, weights: Tensors, state: TrainingState, manifest: Manifest) -> None:
         step, best = state.metadata.step, state.metadata.best_step
         metrics = self.run / METRICS_FILE
-        with files.explain_disk_error(CANNOT_SAVE, metrics):
+        with files.explain_disk_error(files.CANNOT_SAVE + files.MEND_DISK, metrics):
             if metrics.exists():  # a resumed run continues the records up to this step
                 files.sync(metrics)
         metadata = model_metadata(self.recipe.model, self.tokenizer, step)
         write_checkpoint(step_directory(self.run, step), weights, metadata, state, manifest)
-        with files.explain_disk_error(CANNOT_SAVE, self.run / files.LATEST_FILE):
+        with files.explain_disk_error(files.CANNOT_SAVE + files.MEND_DISK, self.run / files.LATEST_FILE):
             point_to(self.run, step, best)
         with suppress(OSError):  # the next save, or the next start, tries again
             prune(self.run, self.recipe.checkpoint.keep_last, step, best)
@@ -159,7 +163,7 @@ def write_checkpoint(
     partial, entries = target.with_name(f".tmp-{target.name}"), {}
     contents = ((files.MODEL_FILE, weights, model_metadata), (files.STATE_FILE, state.tensors, state.metadata))
     try:
-        with files.explain_disk_error(CANNOT_SAVE, target):
+        with files.explain_disk_error(files.CANNOT_SAVE + files.MEND_DISK, target):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             (partial / files.MANIFEST_FILE).touch()

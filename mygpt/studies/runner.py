@@ -16,7 +16,7 @@ from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, Recipe
 from mygpt.reports.recorder import PROGRESS_SECONDS
 from mygpt.runs.changes import differing_keys
-from mygpt.runs.files import LOCK_FILE, explain_disk_error, read_bytes, replace_text
+from mygpt.runs.files import LOCK_FILE, MEND_DISK, explain_disk_error, read_bytes, replace_text
 from mygpt.runs.lock import locked
 from mygpt.runs.run import Run, check_output
 from mygpt.runs.schemas import HASH_OF_PATH
@@ -97,6 +97,7 @@ def run_grid(
         MygptError: a recipe cannot be trained, or the folder holds something else or a run of another recipe.
         InterruptedRunError: a signal asked to stop; all runs are saved.
     """
+    cells = _with_models_found(cells, folder)
     jobs = [Job(cell, seed, folder / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
     _check(jobs, folder, side_by_side)
     hashes = _hashes_of_inputs(cells)
@@ -146,6 +147,38 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
                 raise CheckpointError(
                     f"{job.path}: was trained with {key} = {was}, and the study has {now}; choose another --out"
                 )
+
+
+def _with_models_found(cells: Sequence[Cell], folder: Path) -> list[Cell]:
+    """The cells with the checkpoint that `init_from` stands for: the same for all runs, whenever each of them begins.
+
+    It is the one with which runs that are there began, even if the run that it names has newer checkpoints by now.
+
+    Raises:
+        CheckpointError: there is none, or its run will remove it.
+        RecipeError: it has another architecture than the recipe.
+    """
+    from mygpt.runs.initial import find_initial, is_same_source  # imports torch
+
+    chosen: dict[str | None, str | None] = {None: None}
+    for cell in cells:
+        given = cell.recipe.train.init_from
+        for path in (folder / cell.name).glob(f"seed-*/{RUN_FILE}") if given else ():
+            with explain_damage(path.parent):
+                recorded = Run(path.parent).recipe.train.init_from
+            if given and recorded and is_same_source(given, recorded):
+                chosen[given] = recorded
+    for cell in cells:
+        if cell.recipe.train.init_from in chosen:
+            continue
+        initial = find_initial(cell.recipe, continues=False)
+        if initial and initial.is_temporary:
+            raise CheckpointError(
+                f"init_from: {initial.path} is removed when its run saves the next checkpoint; copy it to another "
+                "folder, and give the copy"
+            )
+        chosen[cell.recipe.train.init_from] = initial and initial.path
+    return [cell._replace(recipe=cell.recipe.replace(init_from=chosen[cell.recipe.train.init_from])) for cell in cells]
 
 
 def _hashes_of_inputs(cells: Sequence[Cell]) -> dict[str, dict[str, str | None]]:
@@ -320,7 +353,7 @@ def _error_of(process: "subprocess.Popen[str]", job: Job, restarts: dict[Path, i
     if "out of memory" in reason or process.returncode == -signal.SIGKILL:  # which is how Linux frees memory
         plan = job.path.parent.parent / PLAN_FILE
         way_on += f"; without {plan} it measures anew how many runs fit side by side"
-    reason = reason.removesuffix("; mend the disk or make room, and the same command continues")
+    reason = reason.removesuffix(MEND_DISK)
     return MygptError(f"{job.name}: {reason}; {way_on}", max(1, process.returncode))
 
 

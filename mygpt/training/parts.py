@@ -29,7 +29,7 @@ from mygpt.compat import (
 )
 from mygpt.data.batches import BatchStream
 from mygpt.data.dataset import Dataset
-from mygpt.errors import InterruptedRunError, LaunchError
+from mygpt.errors import InterruptedRunError, LaunchError, MismatchError
 from mygpt.model.gpt import GPT
 from mygpt.processes.channel import PROCESS_TIMEOUT
 from mygpt.processes.environment import is_sharded
@@ -37,6 +37,7 @@ from mygpt.processes.machine import choose_matmul, dropout_generator_state, set_
 from mygpt.processes.preflight import ProcessReport
 from mygpt.recipe.seeds import process_dropout_seed
 from mygpt.recipe.tables import Recipe, RuntimeTable
+from mygpt.runs.files import file_sha256
 from mygpt.runs.loading import read_weights
 from mygpt.runs.run import find_model_file
 from mygpt.runs.saver import Tensors, TrainingState
@@ -121,11 +122,15 @@ def build_parts(
     gradient_sum: GradientSum,
     checkpoint: Path | None = None,
     reports: Sequence[ProcessReport] = (),
+    init_sha256: str | None = None,
 ) -> tuple[Parts, Progress]:
     """Build the parts of a run from the beginning, or as they were after a checkpoint (a step directory).
 
+    `init_sha256` is the hash of the model file that `init_from` must name, if that is known.
+
     Raises:
         DamagedCheckpointError: the checkpoint, or that of `init_from`, cannot be read.
+        MismatchError: `init_from` names another model by now.
     """
     device, table = accelerator.device, recipe.train
     torch.manual_seed(table.init_seed)
@@ -153,6 +158,8 @@ def build_parts(
         if recipe.train.init_from:
             file = find_model_file(Path(recipe.train.init_from))
             gpt.load_state_dict(read_weights(file, gpt.config, gpt.vocab_size))
+            if init_sha256 not in (None, file_sha256(file)):
+                raise MismatchError(f"init_from: {file} is another model by now; put back the one with {init_sha256}")
         # Only dropout draws from the global generator, and the windows of each process need different masks.
         torch.manual_seed(process_dropout_seed(table.data_seed, accelerator.process_index))
     scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, table.steps, steps_done=progress.step)

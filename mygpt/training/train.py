@@ -125,7 +125,15 @@ def run_steps(
     """
     recipe, is_main, dataset = start.recipe, accelerator.is_main_process, preflight.dataset
     steps, run = recipe.train.steps, Path(recipe.checkpoint.output)
-    parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum, start.checkpoint, preflight.reports)
+    parts, progress = build_parts(
+        recipe,
+        accelerator,
+        dataset,
+        gradient_sum,
+        start.checkpoint,
+        preflight.reports,
+        init_sha256=preflight.info.init_sha256,
+    )
     if not start.keeps_best:
         progress.best = None
     if not start.keeps_history:
@@ -170,7 +178,7 @@ def run_steps(
         if progress.history and ended_early:
             print_note(early_end_line(progress.history, recipe.validation.patience, progress.best))
         records = rewind(run / METRICS_FILE, Record, progress.step, cut=False)
-        print_note(verdict_line(progress.history, records, ended_early=ended_early))
+        print_note(verdict_line(progress.history, records, recipe.data, ended_early=ended_early))
         for line, _ in place_lines(recipe.expected, records, dataset.sha256):
             print_note(line)
         if recorder.last:
@@ -228,7 +236,7 @@ def print_header(start: Start, parts: Parts, dataset: Dataset) -> None:
         shown = f"{unseen[:MOST_CHARACTERS]!r}{' and others' * (len(unseen) > MOST_CHARACTERS)}"
         print_note(f"{len(unseen)} characters occur only in the held-out text, and not in the training text: {shown}")
     if not recipe.validation.val_every:
-        print_note("no held-out loss: overfitting will not show; --val-split 0.1 --val-every 500 shows it")
+        print_note(f"no held-out loss: overfitting will not show; {recipe.data.flags_that_evaluate} shows it")
 
 
 def print_note(text: str) -> None:

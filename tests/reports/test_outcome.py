@@ -11,7 +11,7 @@ from support.runs import FLAGS, evaluation_of
 from mygpt.errors import NonFiniteError, RecipeError
 from mygpt.recipe.files import load_recipe
 from mygpt.recipe.flags import parse_recipe
-from mygpt.recipe.tables import ExpectedTable, Recipe, check_recipe
+from mygpt.recipe.tables import DataTable, ExpectedTable, Recipe, check_recipe
 from mygpt.reports.outcome import outcome_lines, place_lines, verdict_line
 from mygpt.runs.held_out import remember
 from mygpt.runs.records import Record, Timing, read_records
@@ -152,7 +152,9 @@ TURNS = [2 + np.exp(-0.8 * number) + 0.05 * number for number in range(1, 11)]
 )
 def test_verdict_names_the_evidence(held_out, training, verdict):
     """Improving, flat, overfitting or diverging, with the steps, the change and its error."""
-    assert re.match(f"verdict: {verdict}", verdict_line(history_of(*held_out), records(training, held_out)))
+    assert re.match(
+        f"verdict: {verdict}", verdict_line(history_of(*held_out), records(training, held_out), DataTable())
+    )
 
 
 def test_verdict_on_an_early_end_is_about_what_came_after_the_last_improvement():
@@ -161,12 +163,18 @@ def test_verdict_on_an_early_end_is_about_what_came_after_the_last_improvement()
     history = history_of(*held_out)
     known = records(FALLING, held_out)
     assert (history.reference, history.marks[0]) == (280, 260)
-    assert "still improving" in verdict_line(history, known)
-    assert "flat from step 280 to 300" in verdict_line(history, known, ended_early=True)
+    assert "still improving" in verdict_line(history, known, DataTable())
+    assert "flat from step 280 to 300" in verdict_line(history, known, DataTable(), ended_early=True)
 
 
 def test_verdict_without_held_out_text_says_how_to_get_one():
-    assert verdict_line(None, records(FALLING)).startswith("verdict: none without a held-out loss; --val-split")
+    for data, flags in (
+        (DataTable(), "--val-split 0.1 --val-every 500"),
+        (DataTable(val_corpus="x.txt"), "--val-every 500"),
+        (DataTable(val_split=0.1), "--val-every 500"),
+    ):
+        line = f"verdict: none without a held-out loss; {flags} measures it"
+        assert verdict_line(None, records(FALLING), data) == line
 
 
 def test_every_complete_run_ends_with_a_verdict(tiny, capsys):
@@ -325,7 +333,7 @@ def verdicts(curve, noise, *, evaluations, same_windows=True, runs=100):
             evaluation = evaluation_of(loss + windows + 0.01 * rng.standard_normal(50), step=step)
             history = remember(history, evaluation, same_windows=same_windows)
             known.append(Record(step=step, loss=3 - step / evaluations, lr=0.1, tokens=1, val=evaluation.loss.mean))
-        counts[verdict_line(history, known).split()[1].strip(":")] += 1
+        counts[verdict_line(history, known, DataTable()).split()[1].strip(":")] += 1
     return counts
 
 

@@ -15,9 +15,10 @@ from mygpt.data.prepare import TokenizerChoice, prepare
 from mygpt.errors import CheckpointError, CorpusError, MismatchError, RecipeError, TokenizerError
 from mygpt.recipe.tables import Recipe, check_recipe
 from mygpt.runs.initial import find_initial, open_dataset
-from mygpt.runs.loading import load_checkpoint
+from mygpt.runs.loading import load_checkpoint, read_weights
 from mygpt.runs.run import Run
 from mygpt.runs.steps import read_manifest
+from mygpt.training import parts
 from mygpt.training.train import train, train_until
 
 
@@ -161,10 +162,41 @@ def test_beginning_with_a_checkpoint_that_will_go_says_so(tiny, source, other_te
     assert f"resume: {stopped}/step-000003 is removed when its run saves the next" in capsys.readouterr().err
 
 
+def test_a_beginning_that_is_not_there_is_named(tiny, source, other_text, capsys):
+    """The run goes on with its own weights; a damaged newest checkpoint does not hide what it began with."""
+    recipe = tiny(corpus=str(other_text), init_from=str(source), save_every=2)
+    run = train_until(recipe, 3)
+    train_until(recipe.replace(init_from="mistyped"), 4)
+    note = f"init_from: mistyped is not there; the run goes on as it began, with {source}/step-000006\n"
+    assert note in capsys.readouterr().err
+    (run / "step-000004" / "model.safetensors").write_bytes(b"")
+    train(recipe)
+    assert Run(run).recipe.train.init_from == f"{source}/step-000006"
+    assert note not in capsys.readouterr().err
+
+
+def test_weights_that_change_while_a_run_begins_are_noticed(tiny, source, other_text, tmp_path, monkeypatch):
+    """Between their hash, which run.json gets, and being read."""
+    copy = tmp_path / "copy"
+    shutil.copytree(source / "step-000006", copy)
+
+    def replace_weights(*arguments):
+        shutil.copy(source / "step-000002" / "model.safetensors", copy / "model.safetensors")
+        return read_weights(*arguments)
+
+    monkeypatch.setattr(parts, "read_weights", replace_weights)
+    with pytest.raises(MismatchError, match=f"init_from: {copy}/model.safetensors is another model by now; put back"):
+        train(tiny(corpus=str(other_text), init_from=str(copy)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_mistakes_about_the_beginning(tiny, source, other_text, tmp_path):
     """Another architecture is answered with the flags that fit; another tokenizer, and text beyond it, with names."""
     with pytest.raises(RecipeError, match=r"another architecture; set --embed-dim 16 --activation gelu$"):
         train(tiny(init_from=str(source), embed_dim=32, activation="gelu-tanh"))
+    with pytest.raises(CheckpointError, match=r"init_from: .*other.txt: not a model; expected a run") as caught:
+        train(tiny(init_from=str(other_text)))
+    assert caught.value.exit_code == 2
     with pytest.raises(CorpusError, match="init_from: its tokenizer is 'char'; leave tokenizer"):
         train(tiny(init_from=str(source), tokenizer="byte"))
     other_text.write_text(other_text.read_text() + "中")

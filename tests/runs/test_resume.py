@@ -5,13 +5,14 @@ import re
 import shutil
 import signal
 import time
+from functools import partial
 
 import pytest
 from support.forked import run as run_forked
-from support.runs import FLAGS, contents, steps_of
+from support.runs import FLAGS, assert_same_run, contents, steps_of
 
-from mygpt.errors import CheckpointError
-from mygpt.runs import saver
+from mygpt.errors import CheckpointError, DamagedCheckpointError
+from mygpt.runs import files, saver
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
 from mygpt.runs.run import Run
@@ -47,6 +48,31 @@ def test_checkpoints_by_the_clock(tiny, monkeypatch):
     saved.clear()
     train(tiny(steps=9, save_seconds=0, output=f"{run}-without"))
     assert saved == ["scheduled"]
+
+
+def test_a_checkpoint_by_the_clock_that_fails_costs_a_warning(tiny, tmp_path, monkeypatch, capsys):
+    """The run goes on, and tries again; a scheduled one that fails ends it."""
+    whole = train(tiny(output=str(tmp_path / "whole")))
+    write, refused = saver.write_checkpoint, []
+
+    def refuse(target, weights, metadata, state, manifest, reason="timed"):
+        if manifest.reason == reason and len(refused) < 2:
+            refused.append(manifest.step)
+            raise DamagedCheckpointError(f"{target}: cannot be saved: No space left on device{files.MEND_DISK}")
+        write(target, weights, metadata, state, manifest)
+
+    monkeypatch.setattr(saver, "write_checkpoint", refuse)
+    monkeypatch.setattr(Saver, "is_due", lambda self: True)
+    run = train(tiny(save_seconds=7))
+    assert refused == [1, 2]
+    warnings = capsys.readouterr().err.splitlines()
+    again = "cannot be saved: No space left on device; it is tried again 7 seconds later"
+    assert [line for line in warnings if "cannot" in line] == [f"{run}/step-00000{step}: {again}" for step in refused]
+    assert_same_run(run, whole)
+    refused.clear()
+    monkeypatch.setattr(saver, "write_checkpoint", partial(refuse, reason="scheduled"))
+    with pytest.raises(DamagedCheckpointError, match=r"cannot be saved: .*the same command continues"):
+        train(tiny(output=str(tmp_path / "other")))
 
 
 def test_all_checkpoints_are_kept_by_default(tiny):

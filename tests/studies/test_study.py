@@ -14,11 +14,12 @@ from support.commands import MYGPT, wait_for
 from support.runs import TINY, assert_same_run, contents, flags_of
 
 from mygpt.recipe.tables import Recipe
+from mygpt.runs.files import file_sha256
 from mygpt.runs.records import read_records
 from mygpt.runs.run import Run
 from mygpt.studies import runner
 from mygpt.studies.grid import Cell
-from mygpt.training.train import train
+from mygpt.training.train import train, train_until
 
 PLAN = '{"side_by_side": 2, "threads": 1}'
 KEYS = {key: value for key, value in TINY.items() if key != "threads"} | {
@@ -78,6 +79,27 @@ def test_study_of_texts_compares_on_one(place, text):
     done = subprocess.run([*MYGPT, *command], cwd=place, check=False, capture_output=True, text=True)
     assert done.returncode == 2
     assert "had another val_corpus than held.txt; choose another --out" in done.stderr
+
+
+def test_all_runs_begin_with_the_same_weights(place, tmp_path, text):
+    """Though the run that has them goes on meanwhile; a checkpoint that will be removed is refused."""
+    source, given = tmp_path / "source", ["--set", "init_from=source"]
+    recipe = Recipe.of(**KEYS | {"save_seconds": 0}, corpus=str(place / "text.txt"), output=str(source), threads=1)
+    train_until(recipe, 3)
+    refused = run(place, *given)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"init_from: {source}/step-000003 is removed when its run saves the next checkpoint; copy" in refused.stderr
+    train(recipe)
+    assert run(place, *given, "--seeds", "2").returncode == 0
+    train(recipe.replace(steps=14))
+    more = run(place, *given, "--seeds", "3")
+    assert more.returncode == 0, more.stderr
+    assert "4 of 6 runs are complete" in more.stderr
+    begun_with = {(Run(path).recipe.train.init_from, Run(path).info.init_sha256) for path in runs_of(place)}
+    assert begun_with == {(f"{source}/step-000012", file_sha256(source / "step-000012" / "model.safetensors"))}
+    other = run(place, "--set", "init_from=source/step-000002")
+    assert other.returncode == 2
+    assert "had another init_from than" in other.stderr
 
 
 def test_progress_of_a_run_is_passed_on(tmp_path):
