@@ -9,6 +9,7 @@ from support.runs import TINY
 
 import mygpt
 from mygpt import MygptError, Recipe, Run, load_checkpoint, load_recipe, plot, train
+from mygpt.errors import CheckpointError
 from mygpt.recipe.flags import parse_recipe
 from mygpt.runs.records import Record
 
@@ -80,6 +81,16 @@ def test_plot_returns_a_figure(run, tmp_path):
         assert len(plot(runs).axes) == 2
     plot([run, run], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_no_run_or_recipe_is_named(run, tmp_path):
+    """At once, with what was expected."""
+    with pytest.raises(CheckpointError, match=r"nope: no such run; expected a directory that `mygpt train`"):
+        Run("nope")
+    with pytest.raises(CheckpointError, match="not a run, but in one; expected the run"):
+        Run(run.latest)
+    with pytest.raises(MygptError, match=r"train: got 'quickstart', expected a recipe, such as load_recipe"):
+        train("quickstart")
 
 
 def test_a_checkpoint_that_is_not_there_is_named(run):

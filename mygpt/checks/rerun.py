@@ -84,18 +84,19 @@ def check_inputs(run: Run, parts: Sequence[Part], *, from_beginning: bool = Fals
 
 
 def train_parts(parts: Sequence[Part], output: Path, resume: str, *, is_quiet: bool = False) -> Iterator[int]:
-    """Train the parts one after the other into the run `output`, without printing; yields the last step of each.
+    """Train the parts one after the other into the run `output`; yields the last step of each.
 
-    The first part begins as `resume` says: "auto" continues a run that is there. Its notes are printed, unless
-    `is_quiet`.
+    The first part begins as `resume` says: "auto" continues a run that is there. Nothing is printed but progress and,
+    unless `is_quiet`, the notes of the first part.
     """
+    talk = sys.stderr
     for number, part in enumerate(parts):
         recipe = part.recipe.replace(output=str(output), resume=resume)
         with open(os.devnull, "w") as nowhere, ExitStack() as stack:
             stack.enter_context(redirect_stdout(nowhere))
             if number or is_quiet:  # later parts would warn of changes, which are the run's own
                 stack.enter_context(redirect_stderr(nowhere))
-            train_until(recipe, part.until, allow_changes=True)
+            train_until(recipe, part.until, allow_changes=True, talk=talk)
         yield part.until
         resume = "auto"
 

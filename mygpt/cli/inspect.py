@@ -1,6 +1,5 @@
 """The commands that use a finished run: `mygpt generate`, `compare`, `verify`, `replay` and `plot`."""
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,17 +241,6 @@ class PlotOptions:
 @command
 def plot(options: PlotOptions) -> None:
     """Draw loss and learning rate of runs."""
-    if not options.runs:
-        raise MygptError("plot: expected at least one run directory")
-    for name in ("y_min", "y_max"):
-        value = getattr(options, name)
-        if value is not None and not (math.isfinite(value) and (value > 0 or not options.log)):
-            expected = "a number above 0 with --log" if options.log else "a number"
-            raise MygptError(f"--{name.replace('_', '-')}: got {value}, expected {expected}")
-    if options.y_min is not None and options.y_max is not None and options.y_min >= options.y_max:
-        raise MygptError(f"--y-min: got {options.y_min:g}, expected less than --y-max {options.y_max:g}")
-    if options.smooth < 0:
-        raise MygptError(f"--smooth: got {options.smooth}, expected 0 or more steps")
     from mygpt.reports.plot import plot
 
     keys = {name: getattr(options, name) for name in ("y_min", "y_max", "log", "smooth", "grad_norm", "merge_seeds")}

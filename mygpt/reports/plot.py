@@ -1,10 +1,11 @@
 """Pictures of runs, drawn from their directories."""
 
+import math
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -62,8 +63,12 @@ def plot(
     be drawn is left out, and `warn` gets a line on it.
 
     Raises:
-        MygptError: nothing can be drawn, matplotlib is not installed, or `out` cannot be written.
+        MygptError: a value cannot be used, nothing can be drawn, matplotlib is not installed, or `out` cannot be
+            written.
     """
+    if not runs:
+        raise MygptError("plot: expected at least one run directory")
+    _check_options(unit, axis, y_min, y_max, log=log, smooth=smooth)
     if out is not None and out.suffix not in ENDINGS:
         raise MygptError(f"{out}: got the ending {out.suffix!r}, expected {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
     curves = read_curves(runs, unit, axis, smooth=smooth, merge_seeds=merge_seeds, warn=warn)
@@ -78,11 +83,15 @@ def plot(
     if log:
         _set_log_scale(loss_axes)
     bottom, top = _frame(curves, log=log)
+    low, high = (bottom if y_min is None else y_min), (top if y_max is None else y_max)
+    if low >= high:
+        names = "y_min" if y_max is None else "y_max" if y_min is None else "y_min and y_max"
+        raise MygptError(f"{names}: got a picture from {low:g} to {high:g}, expected the lower end below the upper")
     for curve in curves:
         lowest = min([*curve.training.y, *curve.held_out.y][1:], default=bottom)  # the first is a fresh model's
         if y_max is None and lowest > top:
             warn(f"{curve.name}: its losses are above the picture, from {lowest:.3g} on; --y-max shows them")
-    loss_axes.set(ylim=(bottom if y_min is None else y_min, top if y_max is None else y_max), ylabel=LABELS[unit])
+    loss_axes.set(ylim=(low, high), ylabel=LABELS[unit])
     rest[-1].set(ylabel="learning rate", xlabel=axis, ylim=(0, None))
     if grad_norm:
         rest[0].set(ylabel="gradient norm", yscale="log")
@@ -92,6 +101,22 @@ def plot(
     if out is not None:
         save_figure(figure, out)
     return figure
+
+
+def _check_options(unit: str, axis: str, y_min: float | None, y_max: float | None, *, log: bool, smooth: int) -> None:
+    """Check what a user gave.
+
+    Raises:
+        MygptError: a value cannot be used.
+    """
+    for name, choice, known in (("unit", unit, LABELS), ("axis", axis, get_args(Axis))):
+        if choice not in known:
+            raise MygptError(f"{name}: got {choice!r}, expected one of {', '.join(known)}")
+    for name, value in (("y_min", y_min), ("y_max", y_max)):
+        if value is not None and not (math.isfinite(value) and (value > 0 or not log)):
+            raise MygptError(f"{name}: got {value}, expected a number{' above 0 on a logarithmic scale' * log}")
+    if smooth < 0:
+        raise MygptError(f"smooth: got {smooth}, expected 0 or more steps")
 
 
 def new_figure(**keys: Any) -> "Figure":

@@ -26,7 +26,8 @@ Sink = Callable[[Record, Timing, bool], None]
 class Recorder:
     """Makes the records of a run, and gives each to all sinks: metrics.jsonl, timing.jsonl, stdout, the progress bar.
 
-    The bar is on stderr, and only on a terminal; elsewhere a thread prints a line there every `PROGRESS_SECONDS`. A run
+    The bar is on `talk`, which is stderr, if that is a terminal; else a thread prints a line there every
+    `PROGRESS_SECONDS`. They are about the steps up to `last_step`, which is the recipe's unless it is given. A run
     that continues after `step` drops the later records, and prints the lines up to `step` again, so that its output is
     that of a run never interrupted. The records of a run that `is_complete` are left as they are.
     `peak_tokens_per_second` is what the devices could do at most, if it is known.
@@ -44,9 +45,11 @@ class Recorder:
         step: int = 0,
         is_complete: bool = False,
         peak_tokens_per_second: float | None = None,
+        last_step: int | None = None,
+        talk: TextIO | None = None,
     ):
         self._recipe, self._first_step, self._peak = recipe, step, peak_tokens_per_second
-        self._step = step
+        self._step, self._last_step, self._talk = step, last_step or recipe.train.steps, talk or sys.stderr
         self._tokens_per_step = recipe.train.batch_size * recipe.train.seq_len
         self._tokens_before = 0
         self.last: tuple[Record, Timing] | None = None
@@ -71,8 +74,9 @@ class Recorder:
             elapsed = timings[-1].elapsed_seconds if timings else 0.0
             self._files = [(path, path.open("a", encoding="utf-8")) for path in (run / METRICS_FILE, run / TIMING_FILE)]
             self._sinks = [self._append, self._show]
-        disable = None if is_main else True  # None: unless stderr is a terminal
-        self._bar = tqdm(total=recipe.train.steps, initial=step, unit="step", disable=disable, dynamic_ncols=True)
+        disable = None if is_main else True  # None: unless `talk` is a terminal
+        total = self._last_step
+        self._bar = tqdm(total=total, initial=step, unit="step", disable=disable, dynamic_ncols=True, file=self._talk)
         self._elapsed_before, self._started_at = elapsed, time.perf_counter()
         self._interval = (step, self._started_at)
         self._paused_seconds = 0.0
@@ -134,12 +138,12 @@ class Recorder:
         while not self._ended.wait(PROGRESS_SECONDS):
             step, now = self._step, time.perf_counter()
             rate = (step - before) * self._tokens_per_step / (now - printed_at)
-            line = f"at step {step:,} of {self._recipe.train.steps:,}: {rate:,.0f} tokens/s"
+            line = f"at step {step:,} of {self._last_step:,}: {rate:,.0f} tokens/s"
             if done := step - self._first_step:
-                left = (now - self._started_at) / done * (self._recipe.train.steps - step)
+                left = (now - self._started_at) / done * (self._last_step - step)
                 line += f", {tqdm.format_interval(left)} left"
             with suppress(OSError, ValueError):  # stderr is closed, or its reader has gone
-                print(line, file=sys.stderr, flush=True)
+                print(line, file=self._talk, flush=True)
             before, printed_at = step, now
 
     def _append(self, record: Record, timing: Timing, _printed: bool) -> None:

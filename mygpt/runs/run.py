@@ -32,13 +32,18 @@ class Run:
         """Whatever takes the path of a run takes the run."""
         return str(self.path)
 
+    def check_exists(self) -> None:
+        """Raise CheckpointError if there is no run."""
+        if os.path.lexists(self.path / RUN_FILE):
+            return
+        if self.path.exists() and os.path.lexists(self.path.parent / RUN_FILE):
+            raise CheckpointError(f"{self.path}: not a run, but in one; expected the run, {self.path.parent}")
+        raise CheckpointError(f"{self.path}: no such run; expected a directory that `mygpt train` has written")
+
     @cached_property
     def info(self) -> RunInfo:
         """run.json."""
-        if not os.path.lexists(self.path / RUN_FILE):
-            if self.path.exists() and os.path.lexists(self.path.parent / RUN_FILE):
-                raise CheckpointError(f"{self.path}: not a run, but in one; expected the run, {self.path.parent}")
-            raise CheckpointError(f"{self.path}: no such run; expected a directory that `mygpt train` has written")
+        self.check_exists()
         return read_table(RunInfo, self.path / RUN_FILE)
 
     @cached_property

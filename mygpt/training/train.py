@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 from accelerate import Accelerator
 
@@ -53,8 +54,18 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
     return train_until(recipe, None, overwrite=overwrite, allow_changes=allow_changes)
 
 
-def train_until(recipe: Recipe, last_step: int | None, *, overwrite: bool = False, allow_changes: bool = False) -> Path:
-    """As `train`; with a `last_step` the run is saved after that step and ends early, as if it had been stopped."""
+def train_until(
+    recipe: Recipe,
+    last_step: int | None,
+    *,
+    overwrite: bool = False,
+    allow_changes: bool = False,
+    talk: TextIO | None = None,
+) -> Path:
+    """As `train`; with a `last_step` the run is saved after that step and ends early, as if it had been stopped.
+
+    Progress goes to `talk`; None: to stderr, as notes do.
+    """
     check_recipe(recipe)
     launched = launched_processes()
     with ExitStack() as stack:
@@ -95,7 +106,7 @@ def train_until(recipe: Recipe, last_step: int | None, *, overwrite: bool = Fals
                 warn=print_note,
             )
         start = share_start(start, channel)
-        return run_steps(accelerator, start, preflight, gradient_sum, last_step, stop)
+        return run_steps(accelerator, start, preflight, gradient_sum, last_step, stop, talk)
 
 
 def share_start(start: Start, channel: Channel) -> Start:
@@ -118,6 +129,7 @@ def run_steps(
     gradient_sum: GradientSum,
     last_step: int | None,
     stop: StopRequest,
+    talk: TextIO | None = None,
 ) -> Path:
     """Build the parts, make the run directory ready, train, and say how it ended; returns the run directory.
 
@@ -157,6 +169,8 @@ def run_steps(
             step=progress.step,
             is_complete=start.is_complete,
             peak_tokens_per_second=peak_tokens_per_second(parts) if is_main else None,
+            last_step=last_step and min(steps, last_step),
+            talk=talk,
         ) as recorder,
         Saver(run, recipe, dataset.tokenizer, dataset.sha256, dataset.held_out_sha256) as saver,
     ):

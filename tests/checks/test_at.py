@@ -19,6 +19,7 @@ from mygpt.checks.compare import compare
 from mygpt.checks.verify import verify
 from mygpt.errors import InterruptedRunError
 from mygpt.recipe.tables import Recipe
+from mygpt.reports import recorder
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.run import Run
 from mygpt.training.train import train, train_until
@@ -124,6 +125,15 @@ def test_machine_that_does_not_repeat_the_run_is_an_error(place, tmp_path, call,
     assert code == 0
     assert "changed since: torch 2.9.0 -> 2." in out
     assert_is_step(tmp_path / "at", 4, place / "all")
+
+
+def test_progress_is_told_while_steps_are_made_again(place, tmp_path, capsys, monkeypatch):
+    """In each part of the work, up to its end; nothing else is."""
+    monkeypatch.setattr(recorder, "PROGRESS_SECONDS", 0.001)
+    recreate(place / "run", 4, tmp_path / "four", from_beginning=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("at step 0 of 4: ") for line in lines)
+    assert all(line.startswith("at step ") for line in lines)
 
 
 def test_steps_of_a_run_that_changed_have_their_recipes(tiny, tmp_path):

@@ -201,8 +201,23 @@ def test_mistakes_are_named(runs, tmp_path, call):
     with pytest.raises(MygptError, match="cannot be written"):
         plot(runs, Path(tmp_path / "nowhere" / "a.png"))
     for flags, message in (
-        (("--y-min", 3, "--y-max", 2), "--y-min: got 3, expected less than --y-max 2"),
-        (("--y-min", 0, "--log"), "--y-min: got 0.0, expected a number above 0 with --log"),
-        (("--smooth", -1), "--smooth: got -1, expected 0 or more steps"),
+        (
+            ("--y-min", 3, "--y-max", 2),
+            "y_min and y_max: got a picture from 3 to 2, expected the lower end below the upper",
+        ),
+        (("--y-max", -1), r"y_max: got a picture from .* to -1, expected the lower end below the upper"),
+        (("--y-min", 0, "--log"), "y_min: got 0.0, expected a number above 0 on a logarithmic scale"),
+        (("--smooth", -1), "smooth: got -1, expected 0 or more steps"),
     ):
-        assert call("plot", runs[0], *flags) == (2, "", f"mygpt: {message}\n")
+        code, out, err = call("plot", runs[0], *flags, "--out", tmp_path / "a.png")
+        assert (code, out) == (2, "")
+        assert re.fullmatch(f"mygpt: {message}\n", err)
+    for keys, message in (
+        ({"unit": "x"}, "unit: got 'x', expected one of nats-per-token, bits-per-byte, perplexity"),
+        ({"axis": "time"}, "axis: got 'time', expected one of step, tokens, minutes"),
+    ):
+        with pytest.raises(MygptError, match=f"^{message}$"):
+            plot(runs, **keys)
+    with pytest.raises(MygptError, match="expected at least one run"):
+        plot([])
+    assert not (tmp_path / "a.png").exists()
