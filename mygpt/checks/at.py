@@ -267,7 +267,7 @@ def compare_with_manifest(run: Run, manifest: Manifest, again: Path) -> str:
         return "" if manifest.format == 1 else f"step {manifest.step}: its sha256 is not that of {recorded}"
     for name in (files.MODEL_FILE, files.STATE_FILE):
         for tensor in compare_files(recorded / name, again / name).differences:
-            return f"step {manifest.step}: {tensor.name} differs from {recorded}: {tensor.differing}"
+            return f"step {manifest.step}: {tensor.name} differs from {recorded}: {tensor.text}"
     return "" if manifest.format == 1 else f"step {manifest.step}: the metadata of {recorded} differ"
 
 

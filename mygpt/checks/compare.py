@@ -32,12 +32,23 @@ class TensorDifference(NamedTuple):
     """One tensor of two files that is not the same in both."""
 
     name: str
-    differing: str
-    """How many of its elements have different bits; or how else the tensors differ, such as in shape."""
+    differing: int | None = None
+    """Elements with different bits."""
+    of: int | None = None
+    """All its elements."""
+    problem: str | None = None
+    """Why its elements cannot be compared, such as another shape, or are not finite."""
     max_abs: float | None = None
     """Largest absolute difference."""
     max_ulp: int | None = None
     """Largest distance in units in the last place: how many representable numbers apart."""
+
+    @property
+    def text(self) -> str:
+        """How many elements differ, or the problem."""
+        if self.differing is None:
+            return self.problem or ""
+        return f"{self.differing:,} of {self.of:,}{f' ({self.problem})' if self.problem else ''}"
 
 
 class TensorComparison(NamedTuple):
@@ -210,7 +221,7 @@ def compare_files(a: Path, b: Path, without: str | None = None) -> TensorCompari
             )
             for name in sorted(names_a | names_b):
                 if name not in names_a & names_b:
-                    differences.append(TensorDifference(name, f"only in {a if name in names_a else b}"))
+                    differences.append(TensorDifference(name, problem=f"only in {a if name in names_a else b}"))
                     continue
                 tensor_a = tensors_a.get_tensor(name)
                 values += tensor_a.size
@@ -250,10 +261,10 @@ def describe_held_out(a: Record, b: Record) -> str:
 def table(differences: list[TensorDifference]) -> Iterator[str]:
     """The differences as aligned lines under a heading."""
     rows = [("tensor", "differing", "max abs", "max ulp")]
-    for name, differing, max_abs, max_ulp in differences:
-        rows.append(
-            (name, differing, "" if max_abs is None else f"{max_abs:.3e}", "" if max_ulp is None else f"{max_ulp:,}")
-        )
+    for tensor in differences:
+        max_abs = "" if tensor.max_abs is None else f"{tensor.max_abs:.3e}"
+        max_ulp = "" if tensor.max_ulp is None else f"{tensor.max_ulp:,}"
+        rows.append((tensor.name, tensor.text, max_abs, max_ulp))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, *cells in rows:
         yield "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip()
@@ -283,24 +294,25 @@ def _compare_characters(vocab_a: str, vocab_b: str) -> Iterator[str]:
 
 def _compare_tensors(name: str, a: npt.NDArray[Any], b: npt.NDArray[Any]) -> TensorDifference | None:
     if a.shape != b.shape or a.dtype != b.dtype:
-        return TensorDifference(name, f"{a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}")
+        problem = f"{a.dtype} {list(a.shape)} against {b.dtype} {list(b.shape)}"
+        return TensorDifference(name, problem=problem)
     bits = np.dtype(f"i{a.itemsize}")
     bits_a, bits_b = a.reshape(-1).view(bits), b.reshape(-1).view(bits)
     differ = bits_a != bits_b
     if not differ.any():
         return None
-    count = f"{np.count_nonzero(differ):,} of {a.size:,}"
+    difference = TensorDifference(name, int(np.count_nonzero(differ)), a.size)
     values_a, values_b = a.reshape(-1)[differ], b.reshape(-1)[differ]
     if not (np.isfinite(values_a).all() and np.isfinite(values_b).all()):
-        return TensorDifference(name, count + " (not finite)", np.inf)
+        return difference._replace(problem="not finite", max_abs=np.inf)
     with np.errstate(over="ignore"):
         max_abs = float(np.abs(values_a.astype(np.float64) - values_b.astype(np.float64)).max())
     if a.dtype.kind != "f":
-        return TensorDifference(name, count, max_abs)
+        return difference._replace(max_abs=max_abs)
     order_a, order_b = _order(bits_a[differ]), _order(bits_b[differ])
     # Unsigned, the difference of the larger and the smaller is right even where it overflows the signed type.
     low, high = (part.astype(f"u{a.itemsize}") for part in (np.minimum(order_a, order_b), np.maximum(order_a, order_b)))
-    return TensorDifference(name, count, max_abs, int((high - low).max()))
+    return difference._replace(max_abs=max_abs, max_ulp=int((high - low).max()))
 
 
 def _order(bits: npt.NDArray[np.signedinteger[Any]]) -> npt.NDArray[np.signedinteger[Any]]:

@@ -82,7 +82,7 @@ def evaluate_saved(recipe: Recipe, *, is_own_text: bool) -> Evaluated:
         loss=evaluation.loss,
         bits_per_byte=evaluation.bits_per_byte,
         bits_per_character=bits_per_character(evaluation, dataset),
-        population=windows.population,
+        population=windows.population if is_own_text else "text like this one" if windows.consecutive else "this text",
     )
 
 

@@ -11,6 +11,7 @@ from mygpt.cli.command import command, print_json
 from mygpt.cli.train import announce_threads
 from mygpt.errors import CheckpointError, MygptError, RecipeError
 from mygpt.estimates import Estimate
+from mygpt.processes.environment import is_main_process
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import Recipe, check_recipe
 from mygpt.runs.files import MANIFEST_FILE
@@ -27,8 +28,8 @@ class EvalOptions:
     """A text, a prepared corpus or a named one, all of which is evaluated; absent: what the run held out."""
     sampling: Literal["full", "own-stream"] = "full"
     """"full": all of the text, in consecutive windows. "own-stream": eval_batches random batches of it."""
-    eval_batches: int = 10
-    """Of "own-stream"."""
+    eval_batches: int | None = None
+    """Of "own-stream"; absent: 10."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
     json: bool = False
@@ -38,9 +39,13 @@ class EvalOptions:
 @command
 def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
     """The loss of a model on held-out text, with its standard error."""
-    if options.eval_batches < 1:
+    if options.eval_batches is not None and options.eval_batches < 1:
         raise MygptError(f"--eval-batches: got {options.eval_batches}, expected at least 1")
-    keys = {"sampling": options.sampling, "eval_batches": options.eval_batches, "device": options.device}
+    if options.eval_batches and options.sampling == "full":
+        raise MygptError("--eval-batches: all of the text is evaluated; add --sampling own-stream for random batches")
+    if not is_main_process():
+        return  # it is done on one process
+    keys = {"sampling": options.sampling, "eval_batches": options.eval_batches or 10, "device": options.device}
     recipe = _recipe_for(options.checkpoint, options.corpus, **keys)
     announce_threads(recipe)
     from mygpt.checks.evaluation import evaluate_saved

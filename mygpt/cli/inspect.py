@@ -109,7 +109,9 @@ def compare(options: CompareOptions) -> int:
     elif result.held_out:
         print("\n".join(result.held_out.lines()))
     elif {OTHER_TEXT, OTHER_HELD_OUT_TEXT} & {*result.recipe}:
-        print("verdict: none, since they were evaluated on different texts")
+        never = result.records is not None and result.records.held_out is None
+        reason = "not both were evaluated" if never else "they were evaluated on different texts"
+        print(f"verdict: none, since {reason}")
     return 1
 
 
@@ -122,7 +124,8 @@ def _comparison(result: "Comparison") -> dict[str, Any]:
         "steps": result.steps,
         "weights": _tensors(result.weights),
         "state": state and _tensors(state),
-        "records": records and {"compared": records.steps, "of": records.totals, "difference": records.difference},
+        "records": records
+        and {"compared": records.steps, "of": records.totals, "difference": records.difference or None},
         "differences": {name: list(getattr(result, name)) for name in ("settings", "recipe", "environment")},
         "last_evaluations": evaluated and [record.model_dump() for record in evaluated],
         "held_out": None,
@@ -168,7 +171,8 @@ def verify(options: VerifyOptions) -> int:
         return 0
     if options.json:
         tensors = [difference._asdict() for difference in result.tensors]
-        print_json({"identical": result.identical, **result._asdict(), "tensors": tensors})
+        difference = result.difference or None
+        print_json({"identical": result.identical, **result._asdict(), "difference": difference, "tensors": tensors})
         return int(not result.identical)
     if result.identical:
         print(f"identical: {result.records} records and {result.checkpoints} checkpoints up to step {result.until}")

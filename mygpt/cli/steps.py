@@ -148,7 +148,7 @@ def describe(difference: "TensorDifference | None") -> str:
     """How many values differ, and by how much."""
     if difference is None:
         return ", which only one of them has"
-    text = f": {difference.differing}"
+    text = f": {difference.text}"
     if difference.max_abs is not None:
         text += f" values, by at most {difference.max_abs:.3e}"
     if difference.max_ulp is not None and difference.max_ulp < MAX_ULP:

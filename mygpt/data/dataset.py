@@ -174,7 +174,7 @@ def _load_two(table: DataTable, val_corpus: str, seq_len: int, tokenizer: Tokeni
     unit = "characters" if tokenizer.metadata.type == "char" else "tokens"
     for name, part in ((table.corpus, train), (val_corpus, val)):
         if len(part) <= seq_len + 1:
-            expected = f"more than seq_len + 1 = {seq_len + 1}; give a longer text, or a smaller seq_len"
+            expected = f"more than seq_len + 1 = {seq_len + 1}; give a longer text, or train with a smaller seq_len"
             raise CorpusError(f"{name}: has {len(part):,} {unit}, expected {expected}")
 
     def check_unchanged() -> None:

@@ -61,9 +61,9 @@ def test_one_bit_is_a_difference(run):
 
     rewrite(run / "step-000006" / "model.safetensors", tensors=change)
     bias, weight = compare(run / "step-000003", run).weights.differences
-    assert (weight.name, weight.differing, weight.max_ulp) == ("norm.weight", "1 of 8", 1)
+    assert (weight.name, weight.text, weight.max_ulp) == ("norm.weight", "1 of 8", 1)
     assert weight.max_abs == pytest.approx(2**-23)
-    assert (bias.name, bias.differing, bias.max_abs, bias.max_ulp) == ("norm.bias", "2 of 8", 0.0, 0)
+    assert (bias.name, bias.text, bias.max_abs, bias.max_ulp) == ("norm.bias", "2 of 8", 0.0, 0)
 
 
 def test_ulp_distance_crosses_zero(run):
@@ -160,6 +160,9 @@ def test_other_texts_are_not_compared(tiny, tmp_path, text, call):
     code, out, _ = call("compare", tmp_path / "a", tmp_path / "b")
     assert code == 1
     assert out.endswith("verdict: none, since they were evaluated on different texts\n")
+    train(tiny(corpus=str(tmp_path / "other.txt"), output=str(tmp_path / "never")))
+    out = call("compare", tmp_path / "a", tmp_path / "never")[1]
+    assert out.endswith("verdict: none, since not both were evaluated\n")
 
 
 def test_one_window_has_no_verdict(tiny, tmp_path):

@@ -73,7 +73,8 @@ def test_random_windows_of_a_prepared_text(tiny, call, other, text_file, tmp_pat
     err = call("eval", run, "--corpus", tmp_path / "tokens")[2]
     assert "is prepared with the tokenizer byte" in err  # the prepared one has a token for the end of a document
     found = answer(call, run, "--corpus", other, "--sampling", "own-stream", "--eval-batches", 3)
-    assert (found["windows"], found["tokens"], found["population"]) == (12, 12 * 16, "this held-out text")
+    assert (found["windows"], found["tokens"], found["population"]) == (12, 12 * 16, "this text")
+    assert answer(call, run, "--corpus", other)["population"] == "text like this one"
 
 
 def test_held_out_text_needs_no_training_text(tiny, call, other, tmp_path, text_file):
@@ -93,6 +94,16 @@ def test_characters_begin_with_one_byte():
     assert lengths[list("aü€😀".encode())].tolist() == [1, 1, 0, 1, 0, 0, 1, 0, 0, 0]
 
 
+def test_one_process_of_a_launch_answers(tiny, call, other, monkeypatch):
+    """The others have nothing to add."""
+    run = train(tiny(val_corpus=str(other), val_every=6))
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert call("eval", run) == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert answer(call, run)["step"] == 6
+
+
 def test_mistakes_cost_one_line(tiny, call, other, tmp_path):
     """What to give is in the message."""
     run = train(tiny(steps=2))
@@ -101,12 +112,16 @@ def test_mistakes_cost_one_line(tiny, call, other, tmp_path):
     held_out = train(tiny(steps=2, val_split=0.2, output=str(tmp_path / "held"), corpus=str(other)))
     other.write_text(other.read_text()[::-1])
     (tmp_path / "new.txt").write_text("中" * 100)
+    (tmp_path / "short.txt").write_text("the the t")
     for arguments, message in (
         ((run,), "its recipe holds no text out; give a text that it was not trained on with --corpus"),
         ((alone,), "is in no run, whose held-out text could be evaluated; give one with --corpus"),
         ((held_out,), "is another text than when the model was trained; put it back, or give --corpus"),
         ((run, "--corpus", tmp_path / "new.txt"), "is not among the 86 characters of the vocabulary of"),
         ((run, "--corpus", tmp_path / "nothing.txt"), "no such text file"),
+        ((run, "--corpus", tmp_path / "short.txt"), "short.txt: has 9 characters, expected more than seq_len + 1 = "),
+        ((run, "--eval-batches", 3), "--eval-batches: all of the text is evaluated; add --sampling own-stream"),
+        ((tmp_path / "new.txt",), "new.txt: not a model; expected a run, a step directory or a model.safetensors"),
         ((run / "best",), "keeps no best checkpoint"),
         ((tmp_path / "nothing",), "no such run, step directory or model file"),
         ((run, "--corpus", other, "--eval-batches", 0), "--eval-batches: got 0, expected at least 1"),

@@ -55,9 +55,19 @@ def test_every_answer_is_documented(runs, call, text_file, tmp_path):
         assert document.keys() <= documented(command), command
         missing = documented(command) - set(re.findall(r'"(\w+)":', json.dumps(document)))
         # The guide also names the columns of a table of tensors, which no difference leaves empty.
-        assert missing <= {"name", "differing", "max_abs", "max_ulp", "value", "step", "mean", "margin", "verify"}, (
-            command
-        )
+        assert missing <= {
+            "name",
+            "differing",
+            "of",
+            "problem",
+            "max_abs",
+            "max_ulp",
+            "value",
+            "step",
+            "mean",
+            "margin",
+            "verify",
+        }, command
     info = answer(call, "data", "info", tmp_path / "tokens")
     assert info == {"vocab_size": 257, **json.loads((tmp_path / "tokens" / "manifest.json").read_text())}
     assert ROWS.keys() == answers.keys() | {"replay", "study", "data info"}
