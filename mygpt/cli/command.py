@@ -23,10 +23,10 @@ def command(function: Callable[[Any], int | None], group: str = "mygpt") -> Comm
     """
 
     def run(arguments: list[str]) -> int | None:
-        from mygpt.recipe.flags import parse_options
+        from mygpt.recipe.flags import parse_command
 
         kind, prog = function.__annotations__["options"], f"{group} {function.__name__}"
-        return function(parse_options(kind, arguments, prog, function.__doc__ or ""))
+        return function(parse_command(kind, arguments, prog, function.__doc__ or ""))
 
     return run
 

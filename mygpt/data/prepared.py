@@ -146,6 +146,8 @@ def read_manifest(folder: Path) -> Manifest:
         CorpusError: there is none, or it is damaged.
     """
     file = folder / MANIFEST_FILE
+    if os.path.isfile(folder):
+        raise CorpusError(f"{folder}: a file; expected a folder that `mygpt data prepare` made")
     missing = "missing: a corpus is a text file, or a folder that `mygpt data prepare` made"
     raw = read_file(file, CorpusError, expected="a manifest", missing=missing)
     try:

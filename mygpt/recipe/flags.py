@@ -91,7 +91,10 @@ def _check_is_no_run(target: Path) -> None:
     folders = (target, target.parent, target.parent.parent)
     run = next((folder for folder in folders if os.path.lexists(folder / RUN_FILE)), None)
     is_named = target.name in ("best", "latest") or target.suffix in (".safetensors", ".json", ".jsonl")
-    if run is None or not (target.is_dir() or is_named):
+    if run is None and os.path.isdir(target) and (of_many := next(target.glob(f"*/{RUN_FILE}"), None)):
+        way = f"`mygpt train {of_many.with_name(RECIPE_FILE)}` continues one of them"
+        raise RecipeError(f"{target}: a folder of runs, not a recipe; {way}")
+    if run is None or not (os.path.isdir(target) or is_named):
         return
     if run == target:
         way = f"`mygpt train {run / RECIPE_FILE}` continues it, with --steps for more steps"
@@ -99,6 +102,12 @@ def _check_is_no_run(target: Path) -> None:
     way = f"`mygpt train {run / RECIPE_FILE}` continues the run, and --init-from {target} trains its weights on"
     kind = "a file of a run" if target.suffix in (".json", ".jsonl") else "a checkpoint"
     raise RecipeError(f"{target}: {kind}, not a recipe; {way}")
+
+
+def parse_command(kind: type, arguments: list[str], prog: str, description: str) -> Any:
+    """As `parse_options`, for a command whose flags are not those of a recipe."""
+    _check_names(arguments, prog, {option.name for option in dataclasses.fields(kind)})
+    return parse_options(kind, arguments, prog, description)
 
 
 def parse_options(kind: type, arguments: list[str], prog: str, description: str) -> Any:
@@ -129,7 +138,8 @@ def _parse_flags(
     The result has an attribute for each table, which holds the table's keys. Flags have the plain types of the keys:
     the recipe checks the values, so that files and flags get the same messages.
     """
-    _check_names(arguments, prog, options)
+    further_names = {option.name for option in dataclasses.fields(options)} if options else set()
+    _check_names(arguments, prog, {*TABLE_OF_KEY, "seed", *further_names})
     target = ("target", _explained(tyro.conf.Positional[str], TARGET_HELP, metavar="RECIPE|TEXT"), field())
     further = field(default_factory=options) if options and has_target else field()
     fields: list[tuple[str, Any, Any]] = [
@@ -147,22 +157,21 @@ def _parse_flags(
     return parse_options(make_dataclass("Command", fields), arguments, prog, "Every key of the recipe is a flag.")
 
 
-def _check_names(arguments: list[str], prog: str, options: type | None) -> None:
-    """Check that all flags are known, before tyro does, which knows no names of other programs.
+def _check_names(arguments: list[str], prog: str, names: set[str]) -> None:
+    """Check that all flags have one of the `names`, before tyro does, which knows no names of other programs.
 
     Raises:
         MygptError: one is not; with what may have been meant.
     """
-    further = dataclasses.fields(options) if options else ()
-    names = {*TABLE_OF_KEY, "seed", "help", *(option.name for option in further)}
     flags = [argument.split("=")[0] for argument in arguments if re.match("--(?!tyro-)[a-z]", argument)]
     for flag in flags:
         name = flag.removeprefix("--").replace("-", "_")
-        if not {name, name.removeprefix("no_")} & names:
-            close = closest(name, names - {"help"})
-            hint = (
-                f"did you mean --{close.replace('_', '-')}{unit_note(name)}?" if close else f"`{prog} --help` lists all"
-            )
+        if not {name, name.removeprefix("no_")} & {*names, "help"}:
+            hint = f"`{prog} --help` lists all"
+            if name in TABLE_OF_KEY and "set" in names:
+                hint = f"a key of the recipe has its value with --set {name}=VALUE"
+            elif close := closest(name, names):
+                hint = f"did you mean --{close.replace('_', '-')}{unit_note(name)}?"
             raise MygptError(f"unknown flag {flag}; {hint}")
 
 

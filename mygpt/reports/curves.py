@@ -105,7 +105,7 @@ def _find_runs(paths: Sequence[Path], warn: Warn) -> Iterator[Path]:
         found = list(_runs_in(path, DEEPEST)) if path.is_dir() else []
         if not found:
             problem = "no run in it" if path.is_dir() else "no such run"
-            if not path.is_dir() and os.path.lexists(path.parent / RUN_FILE):
+            if os.path.lexists(path.parent / RUN_FILE):
                 problem = f"not a run, but in one; expected the run, {path.parent}"
             warn(f"{path}: {problem}")
         for run in found:

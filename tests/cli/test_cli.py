@@ -200,6 +200,30 @@ def test_bad_flags_are_named(call, text_file, flags, message):
     assert not os.listdir()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "study quickstart --steps 20",
+            "unknown flag --steps; a key of the recipe has its value with --set steps=VALUE",
+        ),
+        ("study quickstart --seed 3", "unknown flag --seed; did you mean --seeds?"),
+        ("init text.txt --output x", "unknown flag --output; did you mean --out?"),
+        ("plot run --ymin 3", "unknown flag --ymin; did you mean --y-min?"),
+        ("eval run --zzz", "unknown flag --zzz; `mygpt eval --help` lists all"),
+        ("data info text.txt", "text.txt: a file; expected a folder that `mygpt data prepare` made"),
+    ],
+)
+def test_other_commands_name_what_was_meant(call, text_file, monkeypatch, arguments, message):
+    """Flags of other commands, and what is no folder."""
+    monkeypatch.chdir(text_file.parent)
+    assert call(*arguments.replace("text.txt", text_file.name).split()) == (
+        2,
+        "",
+        f"mygpt: {message.replace('text.txt', text_file.name)}\n",
+    )
+
+
 @pytest.mark.fault(24, 25)
 def test_impossible_outputs_are_found_before_the_first_step(call, text_file, tmp_path):
     """A file where the run directory, or a folder above it, should be; names that no disk takes."""

@@ -53,6 +53,10 @@ def test_checkpoints_have_names(tiny, call, tmp_path, monkeypatch):
         assert (code, err.count("\n")) == (2, 1)
         assert f"{run}/{name}: a checkpoint, not a recipe; `mygpt train {run}/recipe.toml` continues the run" in err
     assert f"a run, not a recipe; `mygpt train {run}/recipe.toml` continues it" in call("train", run)[2]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "one").symlink_to(run)
+    message = "runs: a folder of runs, not a recipe; `mygpt train runs/one/recipe.toml` continues one of them"
+    assert call("train", "runs") == (2, "", f"mygpt: {message}\n")
     (run / "best").unlink()
     code, _, err = call("generate", "--checkpoint", run / "best")
     assert (code, err) == (
