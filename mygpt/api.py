@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mygpt.errors import CheckpointError, MygptError, RecipeError
+from mygpt.processes.environment import is_main_process
 from mygpt.recipe import files
 from mygpt.recipe.tables import Recipe, check_recipe, lay_over
 from mygpt.runs import run as runs
@@ -37,7 +38,8 @@ class Run(runs.Run):
 
     def __init__(self, path: str | PathLike[str]):
         super().__init__(Path(path))
-        self.check_exists()
+        if is_main_process():  # other machines of a launch need not have its directory
+            self.check_exists()
 
     def to_pandas(self) -> "DataFrame":
         """The records as a pandas DataFrame, a row for each and a column for each of their values, by step.
@@ -108,7 +110,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
     from mygpt.training.train import train
 
     if not isinstance(recipe, Recipe):
-        raise RecipeError(f"train: got {recipe!r}, expected a recipe, such as load_recipe({str(recipe)!r})")
+        example = f"load_recipe({fspath(recipe)!r})" if isinstance(recipe, (str, PathLike)) else "Recipe.of(steps=100)"
+        raise RecipeError(f"train: got {recipe!r}, expected a recipe, such as {example}")
     return Run(train(recipe, overwrite=overwrite, allow_changes=allow_changes))
 
 

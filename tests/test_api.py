@@ -89,8 +89,15 @@ def test_what_is_no_run_or_recipe_is_named(run, tmp_path):
         Run("nope")
     with pytest.raises(CheckpointError, match="not a run, but in one; expected the run"):
         Run(run.latest)
-    with pytest.raises(MygptError, match=r"train: got 'quickstart', expected a recipe, such as load_recipe"):
-        train("quickstart")
+    for given, example in (("quickstart", r"load_recipe\('quickstart'\)"), ({"steps": 3}, r"Recipe\.of\(steps=100\)")):
+        with pytest.raises(MygptError, match=rf"train: got .*, expected a recipe, such as {example}$"):
+            train(given)
+
+
+def test_other_machines_of_a_launch_have_no_directory(tmp_path, monkeypatch):
+    """Only the main process writes it, and `train` returns a run on each."""
+    monkeypatch.setenv("RANK", "1")
+    assert Run(tmp_path / "elsewhere").path == tmp_path / "elsewhere"
 
 
 def test_a_checkpoint_that_is_not_there_is_named(run):

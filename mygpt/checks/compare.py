@@ -22,11 +22,6 @@ from mygpt.runs.run import Run, find_model_file
 from mygpt.runs.schemas import Manifest, ModelMetadata
 from mygpt.runs.steps import read_manifest, read_metadata, verify_file
 
-OTHER_TEXT = "corpus: another text"
-"""The line for two recipes that were trained on different texts."""
-OTHER_HELD_OUT_TEXT = "val_corpus: another text"
-"""The line for two recipes of which one has another text to hold out than the other, or none."""
-
 
 class TensorDifference(NamedTuple):
     """One tensor of two files that is not the same in both."""
@@ -126,7 +121,9 @@ class Comparison(NamedTuple):
     environment: Sequence[str] = ()
     """A line for each difference of processor, versions and other things on which the last bits depend."""
     held_out: HeldOutComparison | None = None
-    """None where one was not evaluated, or on another text."""
+    """None where their losses cannot be compared."""
+    no_verdict: str | None = None
+    """Why not, for a reader; None: there is one, or a file has no manifest beside it."""
 
     @property
     def identical(self) -> bool:
@@ -151,10 +148,13 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     if all((file.parent / MANIFEST_FILE).is_file() for file in (file_a, file_b)):
         manifest_a, manifest_b = (read_manifest(file.parent, prefix=None) for file in (file_a, file_b))
         comparison = comparison._replace(recipe=list(_compare_recipes(manifest_a, manifest_b)))
+        histories = [load_history(file.with_name(STATE_FILE)) for file in (file_a, file_b)]
         held_out = held_out_text(manifest_a)
-        is_comparable = held_out is not None and held_out == held_out_text(manifest_b)
-        histories = [load_history(file.with_name(STATE_FILE)) for file in (file_a, file_b)] if is_comparable else [None]
-        if all(histories):
+        if not all(histories):
+            comparison = comparison._replace(no_verdict="not both checkpoints have a held-out loss")
+        elif held_out is None or held_out != held_out_text(manifest_b):
+            comparison = comparison._replace(no_verdict="they were evaluated on different texts")
+        else:
             for file, manifest in ((file_a, manifest_a), (file_b, manifest_b)):
                 verify_file(file.with_name(STATE_FILE), manifest)  # a flipped bit would be a verdict
             same_tokens = metadata_a.tokenizer == metadata_b.tokenizer
@@ -184,9 +184,9 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
 
 def _compare_recipes(a: Manifest, b: Manifest) -> Iterator[str]:
     if None not in (a.corpus_sha256, b.corpus_sha256) and a.corpus_sha256 != b.corpus_sha256:
-        yield OTHER_TEXT
+        yield "corpus: another text"
     if a.held_out_sha256 != b.held_out_sha256 and held_out_text(a) != held_out_text(b):
-        yield OTHER_HELD_OUT_TEXT
+        yield "val_corpus: another text"
     if a.recipe and b.recipe:
         # The model and the environment have lines of their own.
         elsewhere = HARMLESS_KEYS | RESOLVED_KEYS | {*ModelTable.model_fields}

@@ -76,7 +76,7 @@ class CompareOptions:
 @command
 def compare(options: CompareOptions) -> int:
     """Whether two models are the same bit for bit; and if not, what differs, and which has the lower held-out loss."""
-    from mygpt.checks.compare import OTHER_HELD_OUT_TEXT, OTHER_TEXT, compare, describe_held_out, table
+    from mygpt.checks.compare import compare, describe_held_out, table
 
     result = compare(options.a, options.b)
     if options.json:
@@ -108,10 +108,8 @@ def compare(options: CompareOptions) -> int:
         print("verdict: none: these are the same weights")
     elif result.held_out:
         print("\n".join(result.held_out.lines()))
-    elif {OTHER_TEXT, OTHER_HELD_OUT_TEXT} & {*result.recipe}:
-        never = result.records is not None and result.records.held_out is None
-        reason = "not both were evaluated" if never else "they were evaluated on different texts"
-        print(f"verdict: none, since {reason}")
+    elif result.no_verdict:
+        print(f"verdict: none, since {result.no_verdict}")
     return 1
 
 
@@ -129,6 +127,7 @@ def _comparison(result: "Comparison") -> dict[str, Any]:
         "differences": {name: list(getattr(result, name)) for name in ("settings", "recipe", "environment")},
         "last_evaluations": evaluated and [record.model_dump() for record in evaluated],
         "held_out": None,
+        "no_verdict": result.no_verdict,
     }
     if held_out and held_out.difference:
         nats, bits, manner = held_out.difference

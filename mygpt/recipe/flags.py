@@ -9,14 +9,23 @@ import re
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
 from mygpt.errors import MygptError, RecipeError
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE, load_recipe, shipped_recipes
-from mygpt.recipe.names import closest, unit_note
-from mygpt.recipe.tables import SEED_KEYS, TABLE_OF_KEY, Recipe, build_recipe, check_recipe, lay_over
+from mygpt.recipe.names import KEY_OF_FOREIGN_NAME, closest, unit_note
+from mygpt.recipe.tables import (
+    NAMED_CORPORA,
+    SEED_KEYS,
+    STUDY_KEYS,
+    TABLE_OF_KEY,
+    Recipe,
+    build_recipe,
+    check_recipe,
+    lay_over,
+)
 
 TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
 SEED_HELP = "Sets init_seed and data_seed, for a run that differs only by chance."
@@ -78,7 +87,8 @@ def load_target(target: str) -> Recipe:
     close = difflib.get_close_matches(target, recipes, n=1) if is_bare_name else []
     if close and not os.path.exists(target):
         raise RecipeError(f"{target}: no such recipe or text; did you mean '{close[0]}'?")
-    _check_is_no_run(Path(target))
+    if target not in NAMED_CORPORA:
+        _check_is_no_run(Path(target))
     return build_recipe({"data": {"corpus": target}, "checkpoint": {"output": f"checkpoints/{Path(target).stem}"}})
 
 
@@ -91,7 +101,9 @@ def _check_is_no_run(target: Path) -> None:
     folders = (target, target.parent, target.parent.parent)
     run = next((folder for folder in folders if os.path.lexists(folder / RUN_FILE)), None)
     is_named = target.name in ("best", "latest") or target.suffix in (".safetensors", ".json", ".jsonl")
-    if run is None and os.path.isdir(target) and (of_many := next(target.glob(f"*/{RUN_FILE}"), None)):
+    is_prepared = os.path.lexists(target / "manifest.json")
+    of_many = next(target.glob(f"*/{RUN_FILE}"), None) if os.path.isdir(target) and not is_prepared else None
+    if run is None and of_many:
         way = f"`mygpt train {of_many.with_name(RECIPE_FILE)}` continues one of them"
         raise RecipeError(f"{target}: a folder of runs, not a recipe; {way}")
     if run is None or not (os.path.isdir(target) or is_named):
@@ -106,7 +118,7 @@ def _check_is_no_run(target: Path) -> None:
 
 def parse_command(kind: type, arguments: list[str], prog: str, description: str) -> Any:
     """As `parse_options`, for a command whose flags are not those of a recipe."""
-    _check_names(arguments, prog, {option.name for option in dataclasses.fields(kind)})
+    _check_names(arguments, prog, _names_of(kind))
     return parse_options(kind, arguments, prog, description)
 
 
@@ -138,8 +150,7 @@ def _parse_flags(
     The result has an attribute for each table, which holds the table's keys. Flags have the plain types of the keys:
     the recipe checks the values, so that files and flags get the same messages.
     """
-    further_names = {option.name for option in dataclasses.fields(options)} if options else set()
-    _check_names(arguments, prog, {*TABLE_OF_KEY, "seed", *further_names})
+    _check_names(arguments, prog, {*TABLE_OF_KEY, "seed", *(_names_of(options) if options else ())})
     target = ("target", _explained(tyro.conf.Positional[str], TARGET_HELP, metavar="RECIPE|TEXT"), field())
     further = field(default_factory=options) if options and has_target else field()
     fields: list[tuple[str, Any, Any]] = [
@@ -163,16 +174,26 @@ def _check_names(arguments: list[str], prog: str, names: set[str]) -> None:
     Raises:
         MygptError: one is not; with what may have been meant.
     """
-    flags = [argument.split("=")[0] for argument in arguments if re.match("--(?!tyro-)[a-z]", argument)]
-    for flag in flags:
+    flags = [argument.split("=")[0] for argument in arguments]
+    for flag in (flag for flag in flags if re.fullmatch(r"--(?!tyro-)[a-z][\w-]*", flag)):
         name = flag.removeprefix("--").replace("-", "_")
         if not {name, name.removeprefix("no_")} & {*names, "help"}:
             hint = f"`{prog} --help` lists all"
-            if name in TABLE_OF_KEY and "set" in names:
-                hint = f"a key of the recipe has its value with --set {name}=VALUE"
+            key = KEY_OF_FOREIGN_NAME.get(name, name)
+            if "set" in names and key in TABLE_OF_KEY.keys() - STUDY_KEYS:
+                hint = f"a key of the recipe has its values with --set {key}=VALUE,VALUE"
             elif close := closest(name, names):
                 hint = f"did you mean --{close.replace('_', '-')}{unit_note(name)}?"
             raise MygptError(f"unknown flag {flag}; {hint}")
+
+
+def _names_of(options: type) -> set[str]:
+    """The names of the flags that a dataclass stands for."""
+    names = {option.name for option in dataclasses.fields(options)}
+    for hint in get_type_hints(options, include_extras=True).values():
+        for settings in getattr(hint, "__metadata__", ()):
+            names |= {alias.removeprefix("--") for alias in getattr(settings, "aliases", None) or ()}
+    return names
 
 
 def _explained(kind: Any, text: str, **settings: Any) -> Any:

@@ -333,6 +333,9 @@ HARMLESS_KEYS = {
 SEED_KEYS = {"init_seed", "data_seed"}
 """Keys in which runs of a recipe differ that differ only by chance."""
 
+STUDY_KEYS = {"output", "resume", "threads", *ExpectedTable.model_fields, *SEED_KEYS}
+"""Keys that a study sets itself, or that say nothing of its recipes."""
+
 SPEED_KEYS = {*RuntimeTable.model_fields, "micro_batch_size"}
 """Keys that change how long training takes, and losses hardly at all."""
 

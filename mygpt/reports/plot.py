@@ -84,9 +84,10 @@ def plot(
         _set_log_scale(loss_axes)
     bottom, top = _frame(curves, log=log)
     low, high = (bottom if y_min is None else y_min), (top if y_max is None else y_max)
+    if low >= high and y_max is not None:
+        raise MygptError(f"y_max: got {y_max:g}, expected more than {low:g}, where the picture begins")
     if low >= high:
-        names = "y_min" if y_max is None else "y_max" if y_min is None else "y_min and y_max"
-        raise MygptError(f"{names}: got a picture from {low:g} to {high:g}, expected the lower end below the upper")
+        raise MygptError(f"y_min: got {y_min:g}, expected less than {high:g}, where the picture ends")
     for curve in curves:
         lowest = min([*curve.training.y, *curve.held_out.y][1:], default=bottom)  # the first is a fresh model's
         if y_max is None and lowest > top:
@@ -115,6 +116,8 @@ def _check_options(unit: str, axis: str, y_min: float | None, y_max: float | Non
     for name, value in (("y_min", y_min), ("y_max", y_max)):
         if value is not None and not (math.isfinite(value) and (value > 0 or not log)):
             raise MygptError(f"{name}: got {value}, expected a number{' above 0 on a logarithmic scale' * log}")
+    if y_min is not None and y_max is not None and y_min >= y_max:
+        raise MygptError(f"y_min: got {y_min:g}, expected less than y_max = {y_max:g}")
     if smooth < 0:
         raise MygptError(f"smooth: got {smooth}, expected 0 or more steps")
 

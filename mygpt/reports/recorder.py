@@ -27,7 +27,8 @@ class Recorder:
     """Makes the records of a run, and gives each to all sinks: metrics.jsonl, timing.jsonl, stdout, the progress bar.
 
     The bar is on `talk`, which is stderr, if that is a terminal; else a thread prints a line there every
-    `PROGRESS_SECONDS`. They are about the steps up to `last_step`, which is the recipe's unless it is given. A run
+    `PROGRESS_SECONDS`. They are about the steps up to `last_step`, which is the recipe's unless it is given; with a
+    `talk` of its own the run is part of other work, and its bar goes when it is done. A run
     that continues after `step` drops the later records, and prints the lines up to `step` again, so that its output is
     that of a run never interrupted. The records of a run that `is_complete` are left as they are.
     `peak_tokens_per_second` is what the devices could do at most, if it is known.
@@ -75,8 +76,8 @@ class Recorder:
             self._files = [(path, path.open("a", encoding="utf-8")) for path in (run / METRICS_FILE, run / TIMING_FILE)]
             self._sinks = [self._append, self._show]
         disable = None if is_main else True  # None: unless `talk` is a terminal
-        total = self._last_step
-        self._bar = tqdm(total=total, initial=step, unit="step", disable=disable, dynamic_ncols=True, file=self._talk)
+        options = {"unit": "step", "dynamic_ncols": True, "leave": talk is None, "file": self._talk}
+        self._bar = tqdm(total=self._last_step, initial=step, disable=disable, **options)
         self._elapsed_before, self._started_at = elapsed, time.perf_counter()
         self._interval = (step, self._started_at)
         self._paused_seconds = 0.0

@@ -12,7 +12,7 @@ from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import BEST_FILE, LATEST_FILE, MANIFEST_FILE, MODEL_FILE, file_sha256
 from mygpt.runs.run import Run, find_model_file, named_checkpoint
-from mygpt.runs.schemas import ModelMetadata
+from mygpt.runs.schemas import Manifest, ModelMetadata
 from mygpt.runs.steps import TEMPORARY_REASONS, read_manifest, read_metadata, verify_file
 
 FREE_MODEL_KEYS = {"dropout", "init"}
@@ -29,8 +29,8 @@ class Initial(NamedTuple):
     metadata: ModelMetadata
     sha256: str
     """Of the weights that the run began with."""
-    is_temporary: bool = False
-    """Whether the checkpoint is removed when its run saves the next."""
+    is_removable: bool = False
+    """Whether the run that has the checkpoint may remove it when it goes on."""
     note: str = ""
     """What the user should know of it."""
 
@@ -50,12 +50,8 @@ def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
     if init_from is None:
         return None
     begun = _begun_with(recipe) if continues else None
-    if begun and is_same_source(init_from, begun.path):
-        return begun
-    if begun and not os.path.lexists(init_from):
-        return begun._replace(
-            note=f"init_from: {init_from} is not there; the run goes on as it began, with {begun.path}"
-        )
+    if begun and (is_same_source(init_from, begun.path) or not os.path.lexists(init_from)):
+        return begun._replace(note=note_on_source(init_from, begun.path))
     try:
         file = find_model_file(Path(init_from))
     except CheckpointError as error:
@@ -72,10 +68,20 @@ def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
     if other:
         raise RecipeError(f"init_from: {init_from} has another architecture; set {' '.join(other)}")
     path = os.path.realpath(file if file == Path(init_from) else file.parent)
-    is_in_run = (file.parent.parent / RUN_FILE).exists()
-    is_temporary = manifest is not None and manifest.reason in TEMPORARY_REASONS and is_in_run
-    note = f"init_from: {path} is removed when its run saves the next checkpoint: `verify` needs it"
-    return Initial(path, file, metadata, file_sha256(file), is_temporary, note * is_temporary)
+    is_removable = manifest is not None and _is_removable(file.parent, manifest)
+    note = f"init_from: {path} may be removed when its run goes on, and `verify` needs it; a copy of it stays"
+    return Initial(path, file, metadata, file_sha256(file), is_removable, note * is_removable)
+
+
+def _is_removable(directory: Path, manifest: Manifest) -> bool:
+    """Whether a step directory is in a run that has not ended, and that may remove it."""
+    if not (directory.parent / RUN_FILE).exists():
+        return False
+    run = Run(directory.parent)
+    with suppress(CheckpointError):
+        if run.ended_with(run.checkpoints[max(run.checkpoints)]):
+            return False
+    return manifest.reason in (*TEMPORARY_REASONS, "best") or run.recipe.checkpoint.keep_last > 0
 
 
 def _begun_with(recipe: Recipe) -> Initial | None:
@@ -104,6 +110,17 @@ def is_same_source(given: str, recorded: str) -> bool:
     real = os.path.realpath(given)
     run = os.path.dirname(recorded)
     return real in (recorded, run, *(os.path.join(run, name) for name in (BEST_FILE, LATEST_FILE)))
+
+
+def note_on_source(given: str, recorded: str) -> str:
+    """A line for the user if a name does not stand for the recorded model any more; "": it does."""
+    try:
+        file = find_model_file(Path(given))
+    except CheckpointError:
+        return f"init_from: {given} is not there; what began with {recorded} goes on"
+    if recorded in (names := (os.path.realpath(file.parent), os.path.realpath(file))):
+        return ""
+    return f"init_from: {given} is {names[0]} by now; what began with {recorded} goes on"
 
 
 def open_dataset(recipe: Recipe, initial: Initial | None = None, *, verify: bool = True) -> Dataset:

@@ -107,8 +107,8 @@ class Saver:
             except DamagedCheckpointError as error:
                 if self._reason != "timed":
                     raise
-                again = f"it is tried again {self.recipe.checkpoint.save_seconds:g} seconds later"
-                print(f"{str(error).removesuffix(files.MEND_DISK)}; {again}", file=sys.stderr, flush=True)
+                problem = str(error).removesuffix(files.MEND_DISK)
+                print(f"{problem}; the run goes on, and the next one is tried when due", file=sys.stderr, flush=True)
 
     def _copy(self, prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
         for name, tensor in tensors.items():

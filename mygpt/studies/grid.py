@@ -9,14 +9,12 @@ from typing import Any, NamedTuple
 
 from mygpt.errors import MygptError, RecipeError
 from mygpt.recipe.flags import load_target
-from mygpt.recipe.tables import SEED_KEYS, ExpectedTable, Recipe, check_recipe
+from mygpt.recipe.tables import SEED_KEYS, STUDY_KEYS, ExpectedTable, Recipe, check_recipe
 from mygpt.runs.start import self_contained
 
 STUDY_FILE = "study.json"
 PLAN_FILE = "plan.json"
 PICTURE_FILE = "study.png"
-FIXED_KEYS = {"output", "resume", "threads", "seed", *ExpectedTable.model_fields, *SEED_KEYS}
-"""Keys that the study sets itself."""
 OWN_FILES = (STUDY_FILE, PLAN_FILE, PICTURE_FILE)
 """Beside which each recipe has a folder."""
 HELD_OUT_KEYS = ("val_corpus", "corpus", "val_split", "hold_out")
@@ -45,7 +43,7 @@ def read_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
             raise MygptError(f"--set: got {text!r}, expected KEY=VALUE,VALUE such as lr=3e-4,1e-3")
         if key in settings:
             raise MygptError(f"--set: {key} is given twice; give all its values together: {key}=VALUE,VALUE")
-        if key in FIXED_KEYS:
+        if key in {"seed", *STUDY_KEYS}:
             remedy = "--seeds says how many" if key in ("seed", *SEED_KEYS) else "give another key"
             raise MygptError(f"--set: {key} is set by the study; {remedy}")
         settings[key] = [_value(value.strip()) for value in values.split(",")]

@@ -97,7 +97,7 @@ def run_grid(
         MygptError: a recipe cannot be trained, or the folder holds something else or a run of another recipe.
         InterruptedRunError: a signal asked to stop; all runs are saved.
     """
-    cells = _with_models_found(cells, folder)
+    cells = _with_models_found(cells, folder, report)
     jobs = [Job(cell, seed, folder / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
     _check(jobs, folder, side_by_side)
     hashes = _hashes_of_inputs(cells)
@@ -149,16 +149,16 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
                 )
 
 
-def _with_models_found(cells: Sequence[Cell], folder: Path) -> list[Cell]:
+def _with_models_found(cells: Sequence[Cell], folder: Path, report: Report) -> list[Cell]:
     """The cells with the checkpoint that `init_from` stands for: the same for all runs, whenever each of them begins.
 
     It is the one with which runs that are there began, even if the run that it names has newer checkpoints by now.
 
     Raises:
-        CheckpointError: there is none, or its run will remove it.
+        CheckpointError: there is none, or its run may remove it.
         RecipeError: it has another architecture than the recipe.
     """
-    from mygpt.runs.initial import find_initial, is_same_source  # imports torch
+    from mygpt.runs.initial import find_initial, is_same_source, note_on_source  # imports torch
 
     chosen: dict[str | None, str | None] = {None: None}
     for cell in cells:
@@ -166,16 +166,18 @@ def _with_models_found(cells: Sequence[Cell], folder: Path) -> list[Cell]:
         for path in (folder / cell.name).glob(f"seed-*/{RUN_FILE}") if given else ():
             with explain_damage(path.parent):
                 recorded = Run(path.parent).recipe.train.init_from
-            if given and recorded and is_same_source(given, recorded):
+            if given and recorded and given not in chosen and is_same_source(given, recorded):
                 chosen[given] = recorded
+                if note := note_on_source(given, recorded):
+                    report(f"{note}; choose another --out to begin anew")
     for cell in cells:
         if cell.recipe.train.init_from in chosen:
             continue
         initial = find_initial(cell.recipe, continues=False)
-        if initial and initial.is_temporary:
+        if initial and initial.is_removable:
             raise CheckpointError(
-                f"init_from: {initial.path} is removed when its run saves the next checkpoint; copy it to another "
-                "folder, and give the copy"
+                f"init_from: {initial.path} may be removed when its run goes on; copy it to another folder, and give "
+                "the copy"
             )
         chosen[cell.recipe.train.init_from] = initial and initial.path
     return [cell._replace(recipe=cell.recipe.replace(init_from=chosen[cell.recipe.train.init_from])) for cell in cells]

@@ -159,7 +159,8 @@ def build_parts(
             file = find_model_file(Path(recipe.train.init_from))
             gpt.load_state_dict(read_weights(file, gpt.config, gpt.vocab_size))
             if init_sha256 not in (None, file_sha256(file)):
-                raise MismatchError(f"init_from: {file} is another model by now; put back the one with {init_sha256}")
+                sha256 = f"its sha256 was {str(init_sha256)[:12]}"
+                raise MismatchError(f"init_from: {file} is not what the run began with: {sha256}; put it back")
         # Only dropout draws from the global generator, and the windows of each process need different masks.
         torch.manual_seed(process_dropout_seed(table.data_seed, accelerator.process_index))
     scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, table.steps, steps_done=progress.step)

@@ -34,7 +34,7 @@ from mygpt.training.loop import train_loop
 from mygpt.training.parts import Parts, build_parts, open_accelerator
 
 MOST_CHARACTERS = 20
-"""Of those that occur only in the held-out text, shown in the note on them."""
+"""That the note on characters which occur only in the held-out text shows."""
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = False) -> Path:

@@ -130,9 +130,10 @@ def test_machine_that_does_not_repeat_the_run_is_an_error(place, tmp_path, call,
 def test_progress_is_told_while_steps_are_made_again(place, tmp_path, capsys, monkeypatch):
     """In each part of the work, up to its end; nothing else is."""
     monkeypatch.setattr(recorder, "PROGRESS_SECONDS", 0.001)
-    recreate(place / "run", 4, tmp_path / "four", from_beginning=True)
+    recreate(place / "run", 11, tmp_path / "eleven", from_beginning=True)
     lines = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("at step 0 of 4: ") for line in lines)
+    for first, last in ((0, 10), (10, 11)):
+        assert any(line.startswith(f"at step {first} of {last}: ") for line in lines)
     assert all(line.startswith("at step ") for line in lines)
 
 

@@ -162,7 +162,7 @@ def test_other_texts_are_not_compared(tiny, tmp_path, text, call):
     assert out.endswith("verdict: none, since they were evaluated on different texts\n")
     train(tiny(corpus=str(tmp_path / "other.txt"), output=str(tmp_path / "never")))
     out = call("compare", tmp_path / "a", tmp_path / "never")[1]
-    assert out.endswith("verdict: none, since not both were evaluated\n")
+    assert out.endswith("verdict: none, since not both checkpoints have a held-out loss\n")
 
 
 def test_one_window_has_no_verdict(tiny, tmp_path):

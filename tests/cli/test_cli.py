@@ -17,6 +17,7 @@ from support.runs import FLAGS
 
 from mygpt import __version__
 from mygpt.cli.main import COMMANDS
+from mygpt.data.prepare import TokenizerChoice, prepare
 from mygpt.recipe.tables import Recipe
 
 
@@ -205,8 +206,15 @@ def test_bad_flags_are_named(call, text_file, flags, message):
     [
         (
             "study quickstart --steps 20",
-            "unknown flag --steps; a key of the recipe has its value with --set steps=VALUE",
+            "unknown flag --steps; a key of the recipe has its values with --set steps=VALUE,VALUE",
         ),
+        (
+            "study quickstart --learning-rate 1",
+            "unknown flag --learning-rate; a key of the recipe has its values with --set lr=VALUE,VALUE",
+        ),
+        ("study quickstart --output x", "unknown flag --output; did you mean --out?"),
+        ("study quickstart --threads 1", "unknown flag --threads; `mygpt study --help` lists all"),
+        ("at nothing 3 --output x", "nothing: no such run; expected a directory that `mygpt train` has written"),
         ("study quickstart --seed 3", "unknown flag --seed; did you mean --seeds?"),
         ("init text.txt --output x", "unknown flag --output; did you mean --out?"),
         ("plot run --ymin 3", "unknown flag --ymin; did you mean --y-min?"),
@@ -222,6 +230,16 @@ def test_other_commands_name_what_was_meant(call, text_file, monkeypatch, argume
         "",
         f"mygpt: {message.replace('text.txt', text_file.name)}\n",
     )
+
+
+def test_a_text_may_hold_runs(call, text_file, tmp_path, monkeypatch):
+    """A named or prepared corpus, given again, is a corpus though there are runs in a folder of its name."""
+    monkeypatch.chdir(tmp_path)
+    prepare([text_file], Path("tokens"), TokenizerChoice("byte", 0, None))
+    for corpus in ("python-docs", "tokens"):
+        for _ in range(2):
+            code, _, err = call("train", corpus, *FLAGS, "--output", f"{corpus}/run")
+            assert code == 0, err
 
 
 @pytest.mark.fault(24, 25)

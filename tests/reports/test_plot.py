@@ -203,9 +203,10 @@ def test_mistakes_are_named(runs, tmp_path, call):
     for flags, message in (
         (
             ("--y-min", 3, "--y-max", 2),
-            "y_min and y_max: got a picture from 3 to 2, expected the lower end below the upper",
+            "y_min: got 3, expected less than y_max = 2",
         ),
-        (("--y-max", -1), r"y_max: got a picture from .* to -1, expected the lower end below the upper"),
+        (("--y-max", -1), r"y_max: got -1, expected more than .*, where the picture begins"),
+        (("--y-min", 1e9), r"y_min: got 1e\+09, expected less than .*, where the picture ends"),
         (("--y-min", 0, "--log"), "y_min: got 0.0, expected a number above 0 on a logarithmic scale"),
         (("--smooth", -1), "smooth: got -1, expected 0 or more steps"),
     ):

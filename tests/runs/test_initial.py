@@ -157,7 +157,18 @@ def test_beginning_with_a_checkpoint_that_will_go_says_so(tiny, source, other_te
     """One that was made by the clock, or for a signal, is removed at the next save of its run."""
     stopped = train_until(tiny(output=str(tmp_path / "stopped")), 3)
     train(tiny(corpus=str(other_text), init_from=str(stopped), steps=2))
-    assert f"init_from: {stopped}/step-000003 is removed when its run saves the next" in capsys.readouterr().err
+    assert f"init_from: {stopped}/step-000003 may be removed when its run goes on, and" in capsys.readouterr().err
+    shutil.copytree(stopped / "step-000003", tmp_path / "copy")
+    train(tiny(corpus=str(other_text), init_from=str(tmp_path / "copy"), steps=2), overwrite=True)
+    assert "may be removed" not in capsys.readouterr().err
+    keys = {"output": str(tmp_path / "best"), "save_every": 2, "val_split": 0.2, "val_every": 1, "save_best": True}
+    going_on = train_until(tiny(**keys, lr=1e-5), 5)  # the best is none of those that are saved by the step
+    for name, is_removable in (("best", True), ("step-000002", False)):
+        assert find_initial(tiny(init_from=str(going_on / name))).is_removable == is_removable
+    going_on = train_until(tiny(**keys, lr=1e-5, keep_last=2), 5)
+    assert find_initial(tiny(init_from=str(going_on / "step-000002"))).is_removable
+    train(tiny(**keys, lr=1e-5, keep_last=2))
+    assert not find_initial(tiny(init_from=str(going_on / "best"))).is_removable
     train(tiny(output=str(tmp_path / "branch"), resume=str(stopped)))
     assert f"resume: {stopped}/step-000003 is removed when its run saves the next" in capsys.readouterr().err
 
@@ -167,12 +178,15 @@ def test_a_beginning_that_is_not_there_is_named(tiny, source, other_text, capsys
     recipe = tiny(corpus=str(other_text), init_from=str(source), save_every=2)
     run = train_until(recipe, 3)
     train_until(recipe.replace(init_from="mistyped"), 4)
-    note = f"init_from: mistyped is not there; the run goes on as it began, with {source}/step-000006\n"
+    note = f"init_from: mistyped is not there; what began with {source}/step-000006 goes on\n"
     assert note in capsys.readouterr().err
     (run / "step-000004" / "model.safetensors").write_bytes(b"")
     train(recipe)
     assert Run(run).recipe.train.init_from == f"{source}/step-000006"
-    assert note not in capsys.readouterr().err
+    assert "init_from" not in capsys.readouterr().err
+    train(recipe.replace(init_from=str(source / "best"), steps=7))
+    note = f"init_from: {source}/best is {source}/step-000004 by now; what began with {source}/step-000006 goes on\n"
+    assert note in capsys.readouterr().err
 
 
 def test_weights_that_change_while_a_run_begins_are_noticed(tiny, source, other_text, tmp_path, monkeypatch):
@@ -185,7 +199,9 @@ def test_weights_that_change_while_a_run_begins_are_noticed(tiny, source, other_
         return read_weights(*arguments)
 
     monkeypatch.setattr(parts, "read_weights", replace_weights)
-    with pytest.raises(MismatchError, match=f"init_from: {copy}/model.safetensors is another model by now; put back"):
+    with pytest.raises(
+        MismatchError, match=f"init_from: {copy}/model.safetensors is not what the run began with: its sha256 was"
+    ):
         train(tiny(corpus=str(other_text), init_from=str(copy)))
     assert not (tmp_path / "run").exists()
 

@@ -66,7 +66,7 @@ def test_a_checkpoint_by_the_clock_that_fails_costs_a_warning(tiny, tmp_path, mo
     run = train(tiny(save_seconds=7))
     assert refused == [1, 2]
     warnings = capsys.readouterr().err.splitlines()
-    again = "cannot be saved: No space left on device; it is tried again 7 seconds later"
+    again = "cannot be saved: No space left on device; the run goes on, and the next one is tried when due"
     assert [line for line in warnings if "cannot" in line] == [f"{run}/step-00000{step}: {again}" for step in refused]
     assert_same_run(run, whole)
     refused.clear()

@@ -88,13 +88,15 @@ def test_all_runs_begin_with_the_same_weights(place, tmp_path, text):
     train_until(recipe, 3)
     refused = run(place, *given)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert f"init_from: {source}/step-000003 is removed when its run saves the next checkpoint; copy" in refused.stderr
+    assert f"init_from: {source}/step-000003 may be removed when its run goes on; copy it to another" in refused.stderr
     train(recipe)
     assert run(place, *given, "--seeds", "2").returncode == 0
     train(recipe.replace(steps=14))
     more = run(place, *given, "--seeds", "3")
     assert more.returncode == 0, more.stderr
     assert "4 of 6 runs are complete" in more.stderr
+    goes_on = f"init_from: source is {source}/step-000014 by now; what began with {source}/step-000012 goes on"
+    assert f"{goes_on}; choose another --out to begin anew" in more.stderr
     begun_with = {(Run(path).recipe.train.init_from, Run(path).info.init_sha256) for path in runs_of(place)}
     assert begun_with == {(f"{source}/step-000012", file_sha256(source / "step-000012" / "model.safetensors"))}
     other = run(place, "--set", "init_from=source/step-000002")
