@@ -1,4 +1,6 @@
-"""The errors that a user can act on: the command prints their message alone, without a traceback."""
+"""The errors that a user can act on: the command prints their message alone, without a traceback. And notes."""
+
+import sys
 
 
 class MygptError(Exception):
@@ -99,3 +101,8 @@ class InterruptedRunError(MygptError):
 def printable(line: str) -> str:
     """A text on one line: control characters, as a file's name may have them, are escaped."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
+
+
+def print_note(text: str) -> None:
+    """Tell the user on stderr, beside what a command answers on stdout."""
+    print(text, file=sys.stderr, flush=True)

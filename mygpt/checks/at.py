@@ -18,7 +18,7 @@ from mygpt.checks.rerun import (
     pinned_recipe,
     train_parts,
 )
-from mygpt.errors import CheckpointError, DamagedCheckpointError, LaunchError, MismatchError, RecipeError
+from mygpt.errors import CheckpointError, DamagedCheckpointError, LaunchError, MismatchError, RecipeError, print_note
 from mygpt.processes.channel import connect
 from mygpt.processes.environment import is_main_process, launched_processes
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
@@ -33,7 +33,7 @@ from mygpt.runs.run import Run, Warn, check_output, named_checkpoint
 from mygpt.runs.schemas import HASH_OF_PATH, Manifest, ModelMetadata, Recreated
 from mygpt.runs.start import recipe_text
 from mygpt.runs.steps import read_manifest, read_metadata, step_directory, verify_checkpoint
-from mygpt.training.train import print_note, train
+from mygpt.training.train import train
 
 
 class Recreation(NamedTuple):

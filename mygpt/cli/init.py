@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from tyro.conf import Positional
 
 from mygpt.cli.command import command
 from mygpt.cli.train import announce_threads
-from mygpt.errors import CorpusError, MygptError, TokenizerError
+from mygpt.errors import CorpusError, MygptError, TokenizerError, print_note
 from mygpt.recipe.tables import NAMED_CORPORA, Recipe
 
 LARGE = 256_000_000
@@ -48,18 +47,14 @@ def init(options: InitOptions) -> None:
     from mygpt.planning.write import recipe_text, summary
 
     if not has_tokenizers():
-        _note("note: byte pairs as tokens reach a lower loss on all but short texts: pip install 'mygpt[text]'")
+        print_note("note: byte pairs as tokens reach a lower loss on all but short texts: pip install 'mygpt[text]'")
     corpus, is_prepared = _find_corpus(options, out)
-    plan = choose(look_at(corpus, is_prepared=is_prepared), options.minutes, _note)
+    plan = choose(look_at(corpus, is_prepared=is_prepared), options.minutes, print_note)
     text = recipe_text(plan, _made_by(options), out.parent)
     with out.open("x", encoding="utf-8") as file:
         file.write(text)
     print("\n".join(summary(plan)))
-    _note(f"wrote {out}; train it with: {shlex.join(['mygpt', 'train', str(out)])}")
-
-
-def _note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print_note(f"wrote {out}; train it with: {shlex.join(['mygpt', 'train', str(out)])}")
 
 
 def _default_out(texts: Sequence[str]) -> Path:
@@ -135,7 +130,7 @@ def _prepare(sources: Sequence[Path], folder: Path, field: str) -> None:
         known = [(source.path, source.sha256) for source in manifest.sources]
         if manifest.field != field or known != [(name_in_manifest(file), file_sha256(file)) for file in sources]:
             raise CorpusError(f"{folder}: was prepared from other texts; remove it, or choose another --out")
-        return _note(f"{folder} is prepared already")
+        return print_note(f"{folder} is prepared already")
     size = 0
     for piece in read_all(sources, field, []):
         size += len(piece.text.encode())

@@ -1,6 +1,5 @@
 """The commands that use a finished run: `mygpt generate`, `compare`, `verify`, `replay` and `plot`."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from mygpt.cli.command import command, errors_reach_all_processes, print_json
-from mygpt.errors import MygptError
+from mygpt.errors import MygptError, print_note
 from mygpt.processes.environment import is_main_process
 
 if TYPE_CHECKING:
@@ -247,9 +246,5 @@ def plot(options: PlotOptions) -> None:
     from mygpt.reports.plot import plot
 
     keys = {name: getattr(options, name) for name in ("y_min", "y_max", "log", "smooth", "grad_norm", "merge_seeds")}
-    plot(options.runs, options.out, options.unit, axis=options.x, warn=_note, **keys)
-    _note(f"wrote {options.out}")
-
-
-def _note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    plot(options.runs, options.out, options.unit, axis=options.x, warn=print_note, **keys)
+    print_note(f"wrote {options.out}")

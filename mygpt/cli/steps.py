@@ -1,6 +1,5 @@
 """The commands that make any step of a run again: `mygpt at`, `fork` and `bisect`."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ from tyro.conf import Positional
 
 from mygpt.cli.command import command, errors_reach_all_processes, print_json
 from mygpt.cli.train import announce_threads
-from mygpt.errors import MygptError
+from mygpt.errors import MygptError, print_note
 from mygpt.processes.environment import is_main_process
 from mygpt.recipe.flags import parse_changes
 from mygpt.recipe.tables import Recipe
@@ -116,10 +115,7 @@ def bisect(options: BisectOptions) -> int:
     """Find the first step, and in it the first value, at which two runs differ."""
     from mygpt.checks.bisect import bisect
 
-    def note(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    found = bisect(options.a, options.b, options.python_a, options.python_b, note)
+    found = bisect(options.a, options.b, options.python_a, options.python_b, print_note)
     if options.json:
         difference = found.difference and found.difference._asdict()
         print_json({"identical": found.step is None, **found._asdict(), "difference": difference})

@@ -1,6 +1,5 @@
 """The command that compares recipes over several seeds: `mygpt study`."""
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +8,7 @@ import tyro
 from tyro.conf import Positional
 
 from mygpt.cli.command import command
-from mygpt.errors import MygptError
+from mygpt.errors import MygptError, print_note
 
 MOST_SEEDS = 1000
 
@@ -55,7 +54,7 @@ def study(options: StudyOptions) -> None:
     settings = read_settings(options.set)
     cells = cells_of(options.recipes, settings)
     folder = options.out or _default_out(options.recipes, settings)
-    result = run_study(cells, options.seeds, folder, options.effect, _note, options.side_by_side)
+    result = run_study(cells, options.seeds, folder, options.effect, print_note, options.side_by_side)
     verdicts = verdict_lines(result.cells, result.comparisons, options.effect)
     if options.json:
         print(result.file.read_text(encoding="utf-8"), end="")
@@ -69,15 +68,11 @@ def study(options: StudyOptions) -> None:
             draw(result, folder / PICTURE_FILE)
             written.append(str(folder / PICTURE_FILE))
         except MygptError as error:
-            _note(str(error))
-    _note(f"wrote {' and '.join(written)}")
+            print_note(str(error))
+    print_note(f"wrote {' and '.join(written)}")
 
 
 def _default_out(recipes: tuple[str, ...], settings: dict[str, list[object]]) -> Path:
     from mygpt.studies.grid import stem_of
 
     return Path("checkpoints", "-".join(["study", *map(stem_of, recipes), *settings]))
-
-
-def _note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

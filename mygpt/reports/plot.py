@@ -2,14 +2,13 @@
 
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from mygpt.errors import MygptError
+from mygpt.errors import MygptError, print_note
 from mygpt.reports.curves import Axis, Curve, Points, Unit, Warn, read_curves
 
 if TYPE_CHECKING:
@@ -33,10 +32,6 @@ SETTLED = 0.05
 FAR = 4
 """A curve that reaches so many times higher than the median one, as one that diverges does, does not set the frame."""
 ENDINGS = (".png", ".svg", ".pdf")
-
-
-def print_note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def plot(

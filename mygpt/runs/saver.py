@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from mygpt.data.tokenizer import Tokenizer
-from mygpt.errors import DamagedCheckpointError, NonFiniteError
+from mygpt.errors import DamagedCheckpointError, NonFiniteError, print_note
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import ModelTable, Recipe
 from mygpt.runs import files
@@ -108,7 +108,7 @@ class Saver:
                 if self._reason != "timed":
                     raise
                 problem = str(error).removesuffix(files.MEND_DISK)
-                print(f"{problem}; the run goes on, and the next one is tried when due", file=sys.stderr, flush=True)
+                print_note(f"{problem}; the run goes on, and the next one is tried when due")
 
     def _copy(self, prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
         for name, tensor in tensors.items():

@@ -2,7 +2,6 @@
 
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import TextIO
 from accelerate import Accelerator
 
 from mygpt.data.dataset import Dataset, is_prepared
-from mygpt.errors import InterruptedRunError, OutOfMemoryError
+from mygpt.errors import InterruptedRunError, OutOfMemoryError, print_note
 from mygpt.processes.channel import Channel, connect
 from mygpt.processes.environment import check_joined, choose_workers, is_restart, launched_processes
 from mygpt.processes.machine import peak_flops
@@ -251,8 +250,3 @@ def print_header(start: Start, parts: Parts, dataset: Dataset) -> None:
         print_note(f"{len(unseen)} characters occur only in the held-out text, and not in the training text: {shown}")
     if not recipe.validation.val_every:
         print_note(f"no held-out loss: overfitting will not show; {recipe.data.flags_that_evaluate} shows it")
-
-
-def print_note(text: str) -> None:
-    """Print for the user, beside the run's own lines, which go to stdout."""
-    print(text, file=sys.stderr, flush=True)

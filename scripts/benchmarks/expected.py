@@ -7,10 +7,10 @@ prints the table, to be put into the recipe. A run is a study's: the same comman
 
 import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mygpt.errors import print_note
 from mygpt.recipe.flags import load_target
 from mygpt.recipe.tables import ExpectedTable
 from mygpt.reports.outcome import training_loss
@@ -32,7 +32,7 @@ def main() -> None:
     for name in options.recipes:
         recipe = load_target(name).replace(**dict.fromkeys(ExpectedTable.model_fields))
         cells = [Cell(Path(name).stem, recipe)]
-        for cell, paths in run_grid(cells, options.seeds, options.out / Path(name).stem, note):
+        for cell, paths in run_grid(cells, options.seeds, options.out / Path(name).stem, print_note):
             runs = [Run(path) for path in paths.values()]
             print("\n".join([f"# {cell.name}", *table([run.records for run in runs], runs[0].info.corpus_sha256)]))
 
@@ -62,10 +62,6 @@ def rows(steps: Sequence[int], runs: Sequence[dict[int, float]]) -> str:
         for step, losses in zip(steps, values, strict=True)
     ]
     return f"[{', '.join(shown)}]"
-
-
-def note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
