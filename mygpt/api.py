@@ -6,16 +6,19 @@
 The names are those of `mygpt` itself, which imports them on first use.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from numbers import Integral
 from os import PathLike, fspath
 from pathlib import Path
+from signal import SIGINT
 from typing import TYPE_CHECKING, Any
 
-from mygpt.errors import CheckpointError, MygptError, RecipeError
+from mygpt.errors import CheckpointError, InterruptedRunError, MygptError, RecipeError
 from mygpt.processes.environment import is_main_process
 from mygpt.recipe import files
-from mygpt.recipe.tables import Recipe, check_recipe, lay_over
+from mygpt.recipe.tables import SEED_KEYS, Recipe, check_recipe, lay_over
 from mygpt.runs import run as runs
+from mygpt.runs.files import BEST_FILE, LATEST_FILE
 from mygpt.runs.run import named_checkpoint
 from mygpt.runs.steps import step_directory
 
@@ -62,11 +65,12 @@ class Run(runs.Run):
         """
         from mygpt.runs.loading import load_checkpoint
 
-        if isinstance(checkpoint, str):
-            path = named_checkpoint(self.path / checkpoint)
-        else:
-            path = step_directory(self.path, checkpoint)
-        if not path.is_dir():
+        path = None
+        if checkpoint in (BEST_FILE, LATEST_FILE):
+            path = named_checkpoint(self.path / str(checkpoint))
+        elif isinstance(checkpoint, Integral):
+            path = step_directory(self.path, int(checkpoint))
+        if path is None or not path.is_dir():
             raise CheckpointError(f"{self.path}: has no checkpoint {checkpoint!r}; expected a step, 'best' or 'latest'")
         return load_checkpoint(path)
 
@@ -83,13 +87,15 @@ class Run(runs.Run):
 def load_recipe(path: str | PathLike[str], **keys: Any) -> Recipe:
     """A recipe file, or a shipped recipe by its name, with other values for these keys, as flags of `mygpt train` give.
 
-    As with flags, expectations of the recipe that no longer hold are dropped, and so are keys that only refine
-    evaluations, if `val_every=0`.
+    As with flags, `seed` sets both seeds, expectations of the recipe that no longer hold are dropped, and so are keys
+    that only refine evaluations, if `val_every=0`.
 
     Raises:
         RecipeError: with one line for each mistake, in the file or in the keys.
     """
     recipe = files.load_recipe(fspath(path))
+    if "seed" in keys:
+        keys |= dict.fromkeys(SEED_KEYS - keys.keys(), keys.pop("seed"))
     if keys:
         recipe = lay_over(recipe, keys, source="recipe")
     check_recipe(recipe, source=str(path))
@@ -100,29 +106,36 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
     """Train as `recipe` says, or continue its run if there is one; returns the run.
 
     It prints what `mygpt train` prints. With `overwrite` a run that is already in `recipe.checkpoint.output` is
-    replaced; with `allow_changes` one is continued though its recipe or text has changed. An interrupt, as by a
-    notebook's stop button, saves the run first, and the same call continues it. torch's threads and global seeds are
-    set, and stay so.
+    replaced; with `allow_changes` one is continued though its recipe or text has changed. torch's threads and global
+    seeds are set, and stay so.
 
     Raises:
+        KeyboardInterrupt: of an interrupt, as by a notebook's stop button; the run is saved, and the same call goes on.
         MygptError: anything that the user can act on, with the message that the command prints.
     """
     from mygpt.training.train import train
 
     if not isinstance(recipe, Recipe):
         example = f"load_recipe({fspath(recipe)!r})" if isinstance(recipe, (str, PathLike)) else "Recipe.of(steps=100)"
+        example = "the .recipe of the run" if isinstance(recipe, Run) else example
         raise RecipeError(f"train: got {recipe!r}, expected a recipe, such as {example}")
-    return Run(train(recipe, overwrite=overwrite, allow_changes=allow_changes))
+    try:
+        return Run(train(recipe, overwrite=overwrite, allow_changes=allow_changes))
+    except InterruptedRunError as stopped:
+        if stopped.exit_code != 128 + SIGINT:
+            raise
+        # Which ends a loop over recipes, too, though that may go on after an error of one of them.
+        raise KeyboardInterrupt(str(stopped)) from None
 
 
 def plot(
-    runs: str | PathLike[str] | Sequence[str | PathLike[str]],
+    runs: str | PathLike[str] | Iterable[str | PathLike[str]],
     out: str | PathLike[str] | None = None,
     **keys: Any,
 ) -> "Figure":
     """A picture of one or several runs, or of a folder of runs, which a notebook shows; and the file `out`, if given.
 
-    The keys are those of `mygpt.reports.plot.plot`: `unit`, `axis`, `y_min`, `y_max`, `log`, `smooth`, `grad_norm`,
+    The keys are those of `mygpt.reports.plot.plot`: `unit`, `x`, `y_min`, `y_max`, `log`, `smooth`, `grad_norm`,
     `merge_seeds`.
 
     Raises:
@@ -130,5 +143,5 @@ def plot(
     """
     from mygpt.reports.plot import plot
 
-    paths = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
+    paths = [runs] if isinstance(runs, (str, PathLike)) else runs
     return plot([Path(run) for run in paths], None if out is None else Path(out), **keys)

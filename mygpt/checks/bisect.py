@@ -369,7 +369,7 @@ def call(side: Side, module: str, arguments: list[str], *, makes: Path) -> None:
         if not makes.exists():
             raise MygptError(f"--python-{side.name}: {side.python}: expected a Python; it does not run mygpt")
         return
-    lines = done.stderr.splitlines() or ["it says nothing"]
+    lines = done.stderr.splitlines() or [f"--python-{side.name}: ended with {done.returncode}, without a message"]
     problem = next((line.removeprefix("mygpt: ") for line in lines if line.startswith("mygpt: ")), lines[-1])
     with_python = f" (from {side.python})" if side.python else ""
     hint = f"; {advice(side)}" if done.returncode == 1 and side.is_recorded else ""

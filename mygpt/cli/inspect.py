@@ -246,5 +246,5 @@ def plot(options: PlotOptions) -> None:
     from mygpt.reports.plot import plot
 
     keys = {name: getattr(options, name) for name in ("y_min", "y_max", "log", "smooth", "grad_norm", "merge_seeds")}
-    plot(options.runs, options.out, options.unit, axis=options.x, warn=print_note, **keys)
+    plot(options.runs, options.out, options.unit, x=options.x, warn=print_note, **keys)
     print_note(f"wrote {options.out}")

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -89,8 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         code = 1
         print_error(f"{error.filename or 'output'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        code = 130
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Help has been printed; or a signal came while there was nothing to save.
+        code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
+        if code > 128 and is_main_process():
+            print_error(f"stopped by {signal.Signals(code - 128).name}")
     sys.exit(code)
 
 

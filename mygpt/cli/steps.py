@@ -91,7 +91,7 @@ def fork(arguments: list[str]) -> None:
         from mygpt.checks.at import fork_name
 
         output = Path(recipe.checkpoint.output)
-        if recipe.checkpoint.output == base.checkpoint.output:
+        if not any(argument.split("=")[0] == "--output" for argument in arguments):
             output = run.parent / fork_name(run, step, base, recipe)
         train_fork(run, step, recipe, output)
 

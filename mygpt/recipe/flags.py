@@ -85,8 +85,9 @@ def load_target(target: str) -> Recipe:
         return load_recipe(target)
     is_bare_name = os.path.splitext(os.path.basename(target))[0] == target
     close = difflib.get_close_matches(target, recipes, n=1) if is_bare_name else []
-    if close and not os.path.exists(target):
-        raise RecipeError(f"{target}: no such recipe or text; did you mean '{close[0]}'?")
+    if is_bare_name and target not in NAMED_CORPORA and not os.path.lexists(target):
+        known = f"expected a recipe (one of {', '.join(recipes)}), a text or one of {', '.join(NAMED_CORPORA)}"
+        raise RecipeError(f"{target}: no such recipe or text; {f'did you mean {close[0]!r}?' if close else known}")
     if target not in NAMED_CORPORA:
         _check_is_no_run(Path(target))
     return build_recipe({"data": {"corpus": target}, "checkpoint": {"output": f"checkpoints/{Path(target).stem}"}})

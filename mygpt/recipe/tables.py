@@ -6,12 +6,13 @@ run: constant learning rate, no held-out text, no clipping.
 """
 
 import json
+import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from mygpt.errors import RecipeError
 from mygpt.recipe.names import KEY_OF_FOREIGN_NAME, suggest
@@ -284,6 +285,16 @@ class Recipe(Table):
     checkpoint: CheckpointTable = CheckpointTable()
     expected: ExpectedTable = ExpectedTable()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expect_tables(cls, tables: Any, info: ValidationInfo) -> Any:
+        """Say how keys are given without their tables, which a file and flags have."""
+        is_own_call = info.context is None and info.mode == "python" and isinstance(tables, dict)
+        if is_own_call and (keys := sorted(tables.keys() & TABLE_OF_KEY)):
+            keys_given = ", ".join(f"{key}={show_value(tables[key])}" for key in keys)
+            raise RecipeError(f"Recipe: expected tables; Recipe.of takes keys: Recipe.of({keys_given})")
+        return tables
+
     @property
     def keeps_best(self) -> bool:
         """Whether the checkpoint with the lowest held-out loss is kept."""
@@ -347,7 +358,7 @@ def build_recipe(tables: Mapping[str, Any], source: str | None = None) -> Recipe
         RecipeError: with one line for each key that is unknown, of the wrong type or out of range.
     """
     try:
-        return Recipe.model_validate(tables)
+        return Recipe.model_validate(tables, context={"source": source})
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(problem, source) for problem in error.errors())) from None
 
@@ -359,8 +370,15 @@ def _with_keys(recipe: Recipe, keys: Mapping[str, Any], source: str | None) -> d
         raise RecipeError("\n".join(lines))
     tables = recipe.model_dump()
     for key, value in keys.items():
-        tables[TABLE_OF_KEY[key]][key] = value
+        tables[TABLE_OF_KEY[key]][key] = _plain(value)
     return tables
+
+
+def _plain(value: Any) -> Any:
+    """A path as text, and a number of numpy or torch as Python's own."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
 
 def check_recipe(recipe: Recipe, source: str = "recipe") -> None:

@@ -39,7 +39,7 @@ def plot(
     out: Path | None = None,
     unit: Unit = "nats-per-token",
     *,
-    axis: Axis = "step",
+    x: Axis = "step",
     y_min: float | None = None,
     y_max: float | None = None,
     log: bool = False,
@@ -51,7 +51,7 @@ def plot(
     """Draw training and held-out loss and the learning rate of `runs`, which are run directories or folders of them.
 
     The bars of a held-out loss are its 95% interval. Runs that differ by their seeds alone are drawn as their mean,
-    with a band of their standard deviation, unless `merge_seeds` is false. Losses are against `axis`, from `y_min` to
+    with a band of their standard deviation, unless `merge_seeds` is false. Losses are against `x`, from `y_min` to
     `y_max` or over what matters, on a logarithmic scale if `log`; `smooth` averages training losses over so many steps;
     `grad_norm` adds the gradient's norm before clipping. `out`, if there is one, is the file to write: .png, .svg or
     .pdf. In bits per byte there is the held-out loss alone: of training batches the bytes are not counted. What cannot
@@ -63,10 +63,10 @@ def plot(
     """
     if not runs:
         raise MygptError("plot: expected at least one run directory")
-    _check_options(unit, axis, y_min, y_max, log=log, smooth=smooth)
+    _check_options(unit, x, y_min, y_max, log=log, smooth=smooth)
     if out is not None and out.suffix not in ENDINGS:
         raise MygptError(f"{out}: got the ending {out.suffix!r}, expected {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
-    curves = read_curves(runs, unit, axis, smooth=smooth, merge_seeds=merge_seeds, warn=warn)
+    curves = read_curves(runs, unit, x, smooth=smooth, merge_seeds=merge_seeds, warn=warn)
     figure = new_figure(figsize=(8, 5.5 + 1.5 * grad_norm), layout="constrained")
     count = 2 + grad_norm
     loss_axes, *rest = figure.subplots(count, sharex=True, height_ratios=(3, *[1] * (count - 1)))
@@ -88,7 +88,7 @@ def plot(
         if y_max is None and lowest > top:
             warn(f"{curve.name}: its losses are above the picture, from {lowest:.3g} on; --y-max shows them")
     loss_axes.set(ylim=(low, high), ylabel=LABELS[unit])
-    rest[-1].set(ylabel="learning rate", xlabel=axis, ylim=(0, None))
+    rest[-1].set(ylabel="learning rate", xlabel=x, ylim=(0, None))
     if grad_norm:
         rest[0].set(ylabel="gradient norm", yscale="log")
     for axes in (loss_axes, *rest):
@@ -99,13 +99,13 @@ def plot(
     return figure
 
 
-def _check_options(unit: str, axis: str, y_min: float | None, y_max: float | None, *, log: bool, smooth: int) -> None:
+def _check_options(unit: str, x: str, y_min: float | None, y_max: float | None, *, log: bool, smooth: int) -> None:
     """Check what a user gave.
 
     Raises:
         MygptError: a value cannot be used.
     """
-    for name, choice, known in (("unit", unit, LABELS), ("axis", axis, get_args(Axis))):
+    for name, choice, known in (("unit", unit, LABELS), ("x", x, get_args(Axis))):
         if choice not in known:
             raise MygptError(f"{name}: got {choice!r}, expected one of {', '.join(known)}")
     for name, value in (("y_min", y_min), ("y_max", y_max)):

@@ -29,8 +29,6 @@ class Initial(NamedTuple):
     metadata: ModelMetadata
     sha256: str
     """Of the weights that the run began with."""
-    is_removable: bool = False
-    """Whether the run that has the checkpoint may remove it when it goes on."""
     note: str = ""
     """What the user should know of it."""
 
@@ -50,8 +48,8 @@ def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
     if init_from is None:
         return None
     begun = _begun_with(recipe) if continues else None
-    if begun and (is_same_source(init_from, begun.path) or not os.path.lexists(init_from)):
-        return begun._replace(note=note_on_source(init_from, begun.path))
+    if begun and (_is_same_source(init_from, begun.path) or not os.path.lexists(init_from)):
+        return begun._replace(note=_note_on_source(init_from, begun.path))
     try:
         file = find_model_file(Path(init_from))
     except CheckpointError as error:
@@ -68,9 +66,10 @@ def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
     if other:
         raise RecipeError(f"init_from: {init_from} has another architecture; set {' '.join(other)}")
     path = os.path.realpath(file if file == Path(init_from) else file.parent)
-    is_removable = manifest is not None and _is_removable(file.parent, manifest)
-    note = f"init_from: {path} may be removed when its run goes on, and `verify` needs it; a copy of it stays"
-    return Initial(path, file, metadata, file_sha256(file), is_removable, note * is_removable)
+    note = ""
+    if manifest and _is_removable(file.parent, manifest):
+        note = f"init_from: {path} may be removed when its run goes on, and `verify` needs it; a copy of it stays"
+    return Initial(path, file, metadata, file_sha256(file), note)
 
 
 def _is_removable(directory: Path, manifest: Manifest) -> bool:
@@ -105,14 +104,14 @@ def _begun_with(recipe: Recipe) -> Initial | None:
     return None
 
 
-def is_same_source(given: str, recorded: str) -> bool:
+def _is_same_source(given: str, recorded: str) -> bool:
     """Whether a path names the recorded checkpoint, or the newest or best one of its run, which may be another now."""
     real = os.path.realpath(given)
     run = os.path.dirname(recorded)
     return real in (recorded, run, *(os.path.join(run, name) for name in (BEST_FILE, LATEST_FILE)))
 
 
-def note_on_source(given: str, recorded: str) -> str:
+def _note_on_source(given: str, recorded: str) -> str:
     """A line for the user if a name does not stand for the recorded model any more; "": it does."""
     try:
         file = find_model_file(Path(given))

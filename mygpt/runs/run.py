@@ -82,6 +82,7 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether the run ended with its newest whole checkpoint, and not by a signal."""
+        self.check_exists()
         newest = self.newest_checkpoint()
         return newest is not None and self.ended_with(newest)
 
@@ -123,7 +124,8 @@ class Run:
             try:
                 verify_checkpoint(directory)
             except DamagedCheckpointError as error:
-                warn(f"{error}; falling back to the checkpoint before it")
+                is_first = directory == next(iter(directories))
+                warn(f"{error}{'' if is_first else '; falling back to the checkpoint before it'}")
             else:
                 return directory
         if directories:

@@ -33,6 +33,8 @@ from mygpt.runs.steps import (
     verify_checkpoint,
 )
 
+ANOTHER_OUTPUT = "choose another --output"
+
 
 class Start(NamedTuple):
     """Where a run begins."""
@@ -86,11 +88,16 @@ def find_start(
     overwrite = overwrite and not (is_restart and _was_begun_by(run, recipe, info))
     source = _find_source(run, recipe.checkpoint.resume, overwrite, warn)
     if source is None:
+        init_from = recipe.train.init_from
+        if overwrite and init_from and files.real_path(run.path) in Path(init_from).parents:
+            raise CheckpointError(
+                f"init_from: {init_from} is in the run that --overwrite would remove; {ANOTHER_OUTPUT}"
+            )
         return Start(None, 0, False, overwrite, recipe, info)
     in_place, checkpoint = source.in_place, source.checkpoint
     if not in_place and files.real_path(source.run.path) == files.real_path(run.path):
         raise CheckpointError(
-            f"resume: {recipe.checkpoint.resume} is in the run that --overwrite would remove; choose another --output"
+            f"resume: {recipe.checkpoint.resume} is in the run that --overwrite would remove; {ANOTHER_OUTPUT}"
         )
     if not in_place and checkpoint and read_manifest(checkpoint).reason in TEMPORARY_REASONS:
         warn(f"resume: {checkpoint} is removed when its run saves the next checkpoint: `verify` needs it")

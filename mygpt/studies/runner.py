@@ -1,11 +1,15 @@
 """Runs the grid of a study: each run in a process of its own; continues what was killed, and reads the results."""
 
+import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +20,9 @@ from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, Recipe
 from mygpt.reports.recorder import PROGRESS_SECONDS
 from mygpt.runs.changes import differing_keys
-from mygpt.runs.files import LOCK_FILE, MEND_DISK, explain_disk_error, read_bytes, replace_text
+from mygpt.runs.files import LOCK_FILE, MEND_DISK, explain_disk_error, file_sha256, read_bytes, replace_text, sync
 from mygpt.runs.lock import locked
-from mygpt.runs.run import Run, check_output
+from mygpt.runs.run import Run, check_output, find_model_file
 from mygpt.runs.schemas import HASH_OF_PATH
 from mygpt.runs.start import self_contained
 from mygpt.studies.analysis import CellResult, ComparisonResult, compare_cells
@@ -33,6 +37,8 @@ MOST_RESTARTS = 3
 
 MAY_DIFFER = {"threads", *PATH_KEYS}
 """Keys in which a run of a study may differ from its recipe: threads are the plan's, and files may have been moved."""
+
+MODEL_COPY = re.compile(r"init-.+\.safetensors")
 
 Report = Callable[[str], None]
 
@@ -97,7 +103,7 @@ def run_grid(
         MygptError: a recipe cannot be trained, or the folder holds something else or a run of another recipe.
         InterruptedRunError: a signal asked to stop; all runs are saved.
     """
-    cells = _with_models_found(cells, folder, report)
+    cells = _with_copies(cells, folder, report)
     jobs = [Job(cell, seed, folder / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
     _check(jobs, folder, side_by_side)
     hashes = _hashes_of_inputs(cells)
@@ -108,6 +114,7 @@ def run_grid(
             plan = _make_plan(waiting, folder, side_by_side, report)
             done = len(jobs) - len(waiting)
             report(f"{done} of {len(jobs)} runs are complete; {len(waiting)} to go" if done else f"{len(jobs)} runs")
+            waiting = [_copy_model(job, folder, hashes[job.cell.name]["init_from"]) for job in waiting]
             _run_all(waiting, _room_of(plan), report)
         _check_inputs(jobs, hashes)  # they may have changed while they were trained
     for cell in cells:
@@ -124,6 +131,7 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
         raise CheckpointError(f"--out: {folder} is a file; choose another --out")
     entries = [entry.name for entry in folder.iterdir() if entry.name != LOCK_FILE] if folder.is_dir() else []
     known = {PLAN_FILE, STUDY_FILE, PICTURE_FILE, *(job.cell.name for job in jobs)}
+    known |= {name for name in entries if MODEL_COPY.fullmatch(name)}
     if entries and not {PLAN_FILE, STUDY_FILE} & {*entries} and not known.issuperset(entries):
         raise CheckpointError(f"--out: {folder} is not empty and not a study; choose another --out")
     if PLAN_FILE in entries and side_by_side not in (None, begun_with := _read_plan(folder)["side_by_side"]):
@@ -149,38 +157,53 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
                 )
 
 
-def _with_models_found(cells: Sequence[Cell], folder: Path, report: Report) -> list[Cell]:
-    """The cells with the checkpoint that `init_from` stands for: the same for all runs, whenever each of them begins.
+def _model_copy(folder: Path, init_from: str) -> Path:
+    """Where a study keeps the model that `init_from` named when it began, since its run may go on, or be removed."""
+    path = os.path.abspath(init_from)
+    name = re.sub(r"[^\w.]+", "-", "-".join(Path(path).parts[-2:]))[-60:]
+    return folder / f"init-{name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}.safetensors"
 
-    It is the one with which runs that are there began, even if the run that it names has newer checkpoints by now.
+
+def _with_copies(cells: Sequence[Cell], folder: Path, report: Report) -> list[Cell]:
+    """The cells, with the copy of the model that they begin with where there is one already."""
+    found = []
+    for cell in cells:
+        init_from = cell.recipe.train.init_from
+        if init_from and (copy := _model_copy(folder, init_from)).exists():
+            if _is_another_model(init_from, copy):
+                report(f"init_from: {init_from} is another model by now; the study goes on with {copy}")
+            cell = cell._replace(recipe=cell.recipe.replace(init_from=str(copy)))
+        found.append(cell)
+    return found
+
+
+def _is_another_model(init_from: str, copy: Path) -> bool:
+    """Whether there is a model other than the copy."""
+    with suppress(CheckpointError):
+        return file_sha256(find_model_file(Path(init_from))) != file_sha256(copy)
+    return False
+
+
+def _copy_model(job: Job, folder: Path, sha256: str | None) -> Job:
+    """The job with the study's copy of the model that it begins with, which is made if there is none.
 
     Raises:
-        CheckpointError: there is none, or its run may remove it.
-        RecipeError: it has another architecture than the recipe.
+        MismatchError: the model has changed since its hash was taken.
+        DamagedCheckpointError: the copy cannot be written.
     """
-    from mygpt.runs.initial import find_initial, is_same_source, note_on_source  # imports torch
-
-    chosen: dict[str | None, str | None] = {None: None}
-    for cell in cells:
-        given = cell.recipe.train.init_from
-        for path in (folder / cell.name).glob(f"seed-*/{RUN_FILE}") if given else ():
-            with explain_damage(path.parent):
-                recorded = Run(path.parent).recipe.train.init_from
-            if given and recorded and given not in chosen and is_same_source(given, recorded):
-                chosen[given] = recorded
-                if note := note_on_source(given, recorded):
-                    report(f"{note}; choose another --out to begin anew")
-    for cell in cells:
-        if cell.recipe.train.init_from in chosen:
-            continue
-        initial = find_initial(cell.recipe, continues=False)
-        if initial and initial.is_removable:
-            raise CheckpointError(
-                f"init_from: {initial.path} may be removed when its run goes on; copy it to another folder, and give "
-                "the copy"
-            )
-        chosen[cell.recipe.train.init_from] = initial and initial.path
-    return [cell._replace(recipe=cell.recipe.replace(init_from=chosen[cell.recipe.train.init_from])) for cell in cells]
+    init_from = job.cell.recipe.train.init_from
+    if init_from is None or Path(init_from).parent == folder:
+        return job
+    copy = _model_copy(folder, init_from)
+    if not copy.exists():
+        partial = copy.with_name(f".tmp-{copy.name}")
+        with explain_disk_error("{path}: cannot be written: {reason}", copy):
+            shutil.copyfile(find_model_file(Path(init_from)), partial)
+            if file_sha256(partial) != sha256:
+                raise MismatchError(f"init_from: {init_from} has changed meanwhile; the same command begins again")
+            sync(partial)
+            partial.replace(copy)
+    return job._replace(cell=job.cell._replace(recipe=job.cell.recipe.replace(init_from=str(copy))))
 
 
 def _hashes_of_inputs(cells: Sequence[Cell]) -> dict[str, dict[str, str | None]]:

@@ -236,6 +236,7 @@ def test_mistakes_cost_one_line(place, tmp_path, call, text):
             "--init-from: a fork begins with the weights of its run",
         ),
         (("fork", run, 3, "--output", place / "all"), "is there already, and no fork of"),
+        (("fork", run, 3, "--output", run, "--lr", 0.5), "is there already, and no fork of"),
     ):
         code, _, err = call(*arguments)
         assert (code, err.count("\n")) == (2, 1), err

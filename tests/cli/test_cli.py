@@ -215,6 +215,8 @@ def test_bad_flags_are_named(call, text_file, flags, message):
         ("study quickstart --output x", "unknown flag --output; did you mean --out?"),
         ("study quickstart --threads 1", "unknown flag --threads; `mygpt study --help` lists all"),
         ("at nothing 3 --output x", "nothing: no such run; expected a directory that `mygpt train` has written"),
+        ("recipe show nope", "nope: no such recipe or text; expected a recipe (one of default, gpt2-124m, hardened, "),
+        ("doctor hardend", "hardend: no such recipe or text; did you mean 'hardened'?"),
         ("study quickstart --seed 3", "unknown flag --seed; did you mean --seeds?"),
         ("init text.txt --output x", "unknown flag --output; did you mean --out?"),
         ("plot run --ymin 3", "unknown flag --ymin; did you mean --y-min?"),
@@ -225,11 +227,9 @@ def test_bad_flags_are_named(call, text_file, flags, message):
 def test_other_commands_name_what_was_meant(call, text_file, monkeypatch, arguments, message):
     """Flags of other commands, and what is no folder."""
     monkeypatch.chdir(text_file.parent)
-    assert call(*arguments.replace("text.txt", text_file.name).split()) == (
-        2,
-        "",
-        f"mygpt: {message.replace('text.txt', text_file.name)}\n",
-    )
+    code, out, err = call(*arguments.replace("text.txt", text_file.name).split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"mygpt: {message.replace('text.txt', text_file.name)}")
 
 
 def test_a_text_may_hold_runs(call, text_file, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from support.commands import MYGPT, REPOSITORY
 from support.forked import run as run_forked
 from support.runs import FLAGS, TINY, flags_of
 
+from mygpt.cli import train as train_commands
 from mygpt.cli.main import COMMANDS
 from mygpt.errors import NonFiniteError
 from mygpt.recipe.tables import Recipe
@@ -124,6 +125,19 @@ def test_signal_has_its_code(folder, number, code):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "")
     assert err.splitlines()[-1].startswith("mygpt: stopped by SIG")
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "name"), [(KeyboardInterrupt(), 130, "SIGINT"), (SystemExit(143), 143, "SIGTERM")]
+)
+def test_signal_while_there_is_nothing_to_save_says_so(call, monkeypatch, stop, code, name):
+    """Whatever the command was at."""
+
+    def stopped(_arguments):
+        raise stop
+
+    monkeypatch.setattr(train_commands, "recipe", stopped)
+    assert call("recipe", "list") == (code, "", f"mygpt: stopped by {name}\n")
 
 
 def test_reader_that_has_gone_has_its_code(place):

@@ -128,7 +128,7 @@ def test_axes_are_as_asked_for(tiny, tmp_path):
     """Tokens or minutes, a logarithmic scale, its ends, averages of training losses, the gradient's norm."""
     run = train(tiny(steps=12, log_every=2))
     records = read_records(run)
-    figure = plot([run], axis="tokens", y_min=1.0, y_max=50.0, log=True, smooth=4, grad_norm=True)
+    figure = plot([run], x="tokens", y_min=1.0, y_max=50.0, log=True, smooth=4, grad_norm=True)
     loss_axes, norm_axes, rate_axes = figure.axes
     assert (loss_axes.get_ylim(), loss_axes.get_yscale(), rate_axes.get_xlabel()) == ((1.0, 50.0), "log", "tokens")
     raw, smooth = loss_axes.get_lines()
@@ -137,7 +137,7 @@ def test_axes_are_as_asked_for(tiny, tmp_path):
     means = [statistics.mean(loss for at, loss in by_step.items() if step - 4 < at <= step) for step in by_step]
     assert smooth.get_ydata().tolist() == pytest.approx(means)
     assert norm_axes.get_lines()[0].get_ydata().tolist() == [record.grad_norm for record in records]
-    minutes = plot([run], axis="minutes").axes[0].get_lines()[0].get_xdata()
+    minutes = plot([run], x="minutes").axes[0].get_lines()[0].get_xdata()
     lines = (run / "timing.jsonl").read_text().splitlines()
     assert minutes.tolist() == [json.loads(line)["elapsed_seconds"] / 60 for line in lines]
 
@@ -215,7 +215,7 @@ def test_mistakes_are_named(runs, tmp_path, call):
         assert re.fullmatch(f"mygpt: {message}\n", err)
     for keys, message in (
         ({"unit": "x"}, "unit: got 'x', expected one of nats-per-token, bits-per-byte, perplexity"),
-        ({"axis": "time"}, "axis: got 'time', expected one of step, tokens, minutes"),
+        ({"x": "time"}, "x: got 'time', expected one of step, tokens, minutes"),
     ):
         with pytest.raises(MygptError, match=f"^{message}$"):
             plot(runs, **keys)

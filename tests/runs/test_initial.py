@@ -164,11 +164,11 @@ def test_beginning_with_a_checkpoint_that_will_go_says_so(tiny, source, other_te
     keys = {"output": str(tmp_path / "best"), "save_every": 2, "val_split": 0.2, "val_every": 1, "save_best": True}
     going_on = train_until(tiny(**keys, lr=1e-5), 5)  # the best is none of those that are saved by the step
     for name, is_removable in (("best", True), ("step-000002", False)):
-        assert find_initial(tiny(init_from=str(going_on / name))).is_removable == is_removable
+        assert bool(find_initial(tiny(init_from=str(going_on / name))).note) == is_removable
     going_on = train_until(tiny(**keys, lr=1e-5, keep_last=2), 5)
-    assert find_initial(tiny(init_from=str(going_on / "step-000002"))).is_removable
+    assert find_initial(tiny(init_from=str(going_on / "step-000002"))).note
     train(tiny(**keys, lr=1e-5, keep_last=2))
-    assert not find_initial(tiny(init_from=str(going_on / "best"))).is_removable
+    assert not find_initial(tiny(init_from=str(going_on / "best"))).note
     train(tiny(output=str(tmp_path / "branch"), resume=str(stopped)))
     assert f"resume: {stopped}/step-000003 is removed when its run saves the next" in capsys.readouterr().err
 
@@ -187,6 +187,16 @@ def test_a_beginning_that_is_not_there_is_named(tiny, source, other_text, capsys
     train(recipe.replace(init_from=str(source / "best"), steps=7))
     note = f"init_from: {source}/best is {source}/step-000004 by now; what began with {source}/step-000006 goes on\n"
     assert note in capsys.readouterr().err
+
+
+def test_overwriting_does_not_remove_the_beginning(tiny, source, tmp_path):
+    """A run that would begin with its own weights, and remove them first."""
+    run = tmp_path / "run"
+    shutil.copytree(source, run)
+    with pytest.raises(CheckpointError, match=r"init_from: .* is in the run that --overwrite would remove; choose"):
+        train(tiny(init_from=str(run)), overwrite=True)
+    assert (run / "step-000006" / "model.safetensors").exists()
+    train(tiny(init_from=str(run), output=str(tmp_path / "run2")), overwrite=True)
 
 
 def test_weights_that_change_while_a_run_begins_are_noticed(tiny, source, other_text, tmp_path, monkeypatch):
