@@ -1,15 +1,11 @@
 """Runs the grid of a study: each run in a process of its own; continues what was killed, and reads the results."""
 
-import hashlib
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +16,13 @@ from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, Recipe
 from mygpt.reports.recorder import PROGRESS_SECONDS
 from mygpt.runs.changes import differing_keys
-from mygpt.runs.files import LOCK_FILE, MEND_DISK, explain_disk_error, file_sha256, read_bytes, replace_text, sync
+from mygpt.runs.files import LOCK_FILE, MEND_DISK, explain_disk_error, read_bytes, replace_text
 from mygpt.runs.lock import locked
-from mygpt.runs.run import Run, check_output, find_model_file
+from mygpt.runs.run import Run, check_output
 from mygpt.runs.schemas import HASH_OF_PATH
 from mygpt.runs.start import self_contained
 from mygpt.studies.analysis import CellResult, ComparisonResult, compare_cells
+from mygpt.studies.copies import COPY_NAME, copy_model, with_copies
 from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, Cell
 from mygpt.studies.results import explain_damage, has_failed, is_complete, read_cell, to_json
 from mygpt.studies.room import Room, Slot, available_cores, measure_room, start_worker
@@ -37,8 +34,6 @@ MOST_RESTARTS = 3
 
 MAY_DIFFER = {"threads", *PATH_KEYS}
 """Keys in which a run of a study may differ from its recipe: threads are the plan's, and files may have been moved."""
-
-MODEL_COPY = re.compile(r"init-.+\.safetensors")
 
 Report = Callable[[str], None]
 
@@ -103,7 +98,7 @@ def run_grid(
         MygptError: a recipe cannot be trained, or the folder holds something else or a run of another recipe.
         InterruptedRunError: a signal asked to stop; all runs are saved.
     """
-    cells = _with_copies(cells, folder, report)
+    cells = with_copies(cells, folder, report)
     jobs = [Job(cell, seed, folder / cell.name / f"seed-{seed}") for seed in range(1, seeds + 1) for cell in cells]
     _check(jobs, folder, side_by_side)
     hashes = _hashes_of_inputs(cells)
@@ -114,8 +109,8 @@ def run_grid(
             plan = _make_plan(waiting, folder, side_by_side, report)
             done = len(jobs) - len(waiting)
             report(f"{done} of {len(jobs)} runs are complete; {len(waiting)} to go" if done else f"{len(jobs)} runs")
-            waiting = [_copy_model(job, folder, hashes[job.cell.name]["init_from"]) for job in waiting]
-            _run_all(waiting, _room_of(plan), report)
+            copies = {cell.name: copy_model(cell.recipe, folder, hashes[cell.name]["init_from"]) for cell in cells}
+            _run_all(waiting, _room_of(plan), copies, report)
         _check_inputs(jobs, hashes)  # they may have changed while they were trained
     for cell in cells:
         yield cell, {job.seed: job.path for job in jobs if job.cell is cell}
@@ -131,7 +126,7 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
         raise CheckpointError(f"--out: {folder} is a file; choose another --out")
     entries = [entry.name for entry in folder.iterdir() if entry.name != LOCK_FILE] if folder.is_dir() else []
     known = {PLAN_FILE, STUDY_FILE, PICTURE_FILE, *(job.cell.name for job in jobs)}
-    known |= {name for name in entries if MODEL_COPY.fullmatch(name)}
+    known |= {name for name in entries if COPY_NAME.fullmatch(name)}
     if entries and not {PLAN_FILE, STUDY_FILE} & {*entries} and not known.issuperset(entries):
         raise CheckpointError(f"--out: {folder} is not empty and not a study; choose another --out")
     if PLAN_FILE in entries and side_by_side not in (None, begun_with := _read_plan(folder)["side_by_side"]):
@@ -155,55 +150,6 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
                 raise CheckpointError(
                     f"{job.path}: was trained with {key} = {was}, and the study has {now}; choose another --out"
                 )
-
-
-def _model_copy(folder: Path, init_from: str) -> Path:
-    """Where a study keeps the model that `init_from` named when it began, since its run may go on, or be removed."""
-    path = os.path.abspath(init_from)
-    name = re.sub(r"[^\w.]+", "-", "-".join(Path(path).parts[-2:]))[-60:]
-    return folder / f"init-{name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}.safetensors"
-
-
-def _with_copies(cells: Sequence[Cell], folder: Path, report: Report) -> list[Cell]:
-    """The cells, with the copy of the model that they begin with where there is one already."""
-    found = []
-    for cell in cells:
-        init_from = cell.recipe.train.init_from
-        if init_from and (copy := _model_copy(folder, init_from)).exists():
-            if _is_another_model(init_from, copy):
-                report(f"init_from: {init_from} is another model by now; the study goes on with {copy}")
-            cell = cell._replace(recipe=cell.recipe.replace(init_from=str(copy)))
-        found.append(cell)
-    return found
-
-
-def _is_another_model(init_from: str, copy: Path) -> bool:
-    """Whether there is a model other than the copy."""
-    with suppress(CheckpointError):
-        return file_sha256(find_model_file(Path(init_from))) != file_sha256(copy)
-    return False
-
-
-def _copy_model(job: Job, folder: Path, sha256: str | None) -> Job:
-    """The job with the study's copy of the model that it begins with, which is made if there is none.
-
-    Raises:
-        MismatchError: the model has changed since its hash was taken.
-        DamagedCheckpointError: the copy cannot be written.
-    """
-    init_from = job.cell.recipe.train.init_from
-    if init_from is None or Path(init_from).parent == folder:
-        return job
-    copy = _model_copy(folder, init_from)
-    if not copy.exists():
-        partial = copy.with_name(f".tmp-{copy.name}")
-        with explain_disk_error("{path}: cannot be written: {reason}", copy):
-            shutil.copyfile(find_model_file(Path(init_from)), partial)
-            if file_sha256(partial) != sha256:
-                raise MismatchError(f"init_from: {init_from} has changed meanwhile; the same command begins again")
-            sync(partial)
-            partial.replace(copy)
-    return job._replace(cell=job.cell._replace(recipe=job.cell.recipe.replace(init_from=str(copy))))
 
 
 def _hashes_of_inputs(cells: Sequence[Cell]) -> dict[str, dict[str, str | None]]:
@@ -286,8 +232,8 @@ def _work_of_a_step(recipe: Recipe) -> int:
     return recipe.train.batch_size * recipe.train.seq_len * recipe.model.num_layers * recipe.model.embed_dim**2
 
 
-def _run_all(jobs: Sequence[Job], room: Room, report: Report) -> None:
-    """Run them all, as many side by side as there is room for.
+def _run_all(jobs: Sequence[Job], room: Room, copies: Mapping[str, str | None], report: Report) -> None:
+    """Run them all, as many side by side as there is room for; `copies` are the models to begin with, by cell.
 
     Raises:
         InterruptedRunError: a signal asked to stop.
@@ -310,7 +256,7 @@ def _run_all(jobs: Sequence[Job], room: Room, report: Report) -> None:
                     _end(running)
                 while free and waiting and not problem:
                     job, slot = waiting.pop(0), free.pop(0)
-                    running[_start(job, slot, room.threads)] = job, slot
+                    running[_start(job, slot, room.threads, copies[job.cell.name])] = job, slot
                 for process in [process for process in running if process.poll() is not None]:
                     job, slot = running.pop(process)
                     free.append(slot)
@@ -339,10 +285,10 @@ def _run_all(jobs: Sequence[Job], room: Room, report: Report) -> None:
         raise problem
 
 
-def _start(job: Job, slot: Slot, threads: int) -> "subprocess.Popen[str]":
+def _start(job: Job, slot: Slot, threads: int, init_from: str | None) -> "subprocess.Popen[str]":
     job.path.parent.mkdir(parents=True, exist_ok=True)
     with _log(job).open("a", encoding="utf-8") as log:
-        task = Task("train", _recipe_of(job, threads).model_dump_json(), slot.cpus)
+        task = Task("train", _recipe_of(job, threads).replace(init_from=init_from).model_dump_json(), slot.cpus)
         return start_worker(task, slot, stdout=log.fileno(), stderr=log.fileno())
 
 

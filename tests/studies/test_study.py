@@ -1,6 +1,7 @@
 """`mygpt study`: the grid, its runs, and what it survives."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -103,6 +104,15 @@ def test_all_runs_begin_with_the_same_weights(place, tmp_path, text):
     (place / "study" / "plan.json").unlink()
     again = run(place, *given, "--seeds", "3")
     assert (again.returncode, again.stdout) == (0, more.stdout), again.stderr
+    copy, *_ = (place / "study").glob("init-*")
+    with copy.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\1")
+    damaged = run(place, *given, "--seeds", "3")
+    assert (damaged.returncode, damaged.stderr) == (
+        1,
+        f"mygpt: study/{copy.name}: damaged; put it back, or choose another --out\n",
+    )
 
 
 def test_progress_of_a_run_is_passed_on(tmp_path):
