@@ -110,7 +110,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
     seeds are set, and stay so.
 
     Raises:
-        KeyboardInterrupt: of an interrupt, as by a notebook's stop button; the run is saved, and the same call goes on.
+        KeyboardInterrupt: of an interrupt, as by a notebook's stop button; the run is saved, if it has made a step, and
+            the same call goes on.
         MygptError: anything that the user can act on, with the message that the command prints.
     """
     from mygpt.training.train import train
@@ -126,6 +127,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
             raise
         # Which ends a loop over recipes, too, though that may go on after an error of one of them.
         raise KeyboardInterrupt(str(stopped)) from None
+    except SystemExit as stopped:  # before there was anything to save
+        if stopped.code != 128 + SIGINT:
+            raise
+        raise KeyboardInterrupt from None
 
 
 def plot(

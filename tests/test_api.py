@@ -12,7 +12,9 @@ import mygpt
 from mygpt import MygptError, Recipe, Run, load_checkpoint, load_recipe, plot, train
 from mygpt.errors import CheckpointError
 from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.tables import ScheduleTable
 from mygpt.runs.records import Record
+from mygpt.training import train as trainer
 
 
 @pytest.fixture
@@ -108,6 +110,10 @@ def test_keys_are_what_a_notebook_has(tmp_path):
     assert load_recipe("quickstart", seed=3).train.data_seed == 3
     with pytest.raises(MygptError, match=r"Recipe: expected tables; Recipe.of takes keys: Recipe.of\(steps=3\)$"):
         Recipe(steps=3)
+    with pytest.raises(MygptError, match=r"Recipe.of\(schedule='cosine'\)$"):
+        Recipe(schedule="cosine")
+    tables = Recipe.of(schedule="cosine").model_dump()
+    assert Recipe(**tables) == Recipe.model_validate(tables) == Recipe(schedule=ScheduleTable(schedule="cosine"))
 
 
 def test_a_run_that_has_gone_says_so(run, tmp_path):
@@ -143,6 +149,10 @@ def test_interrupt_saves_and_the_same_call_continues(tiny, monkeypatch):
         with pytest.raises(KeyboardInterrupt, match=r"stopped by SIGINT; saved .*, and the same command continues"):
             train(tiny())
     assert train(tiny()).records == whole.records
+    with monkeypatch.context() as patch:  # while the run is made ready
+        patch.setattr(trainer, "run_preflight", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny())
 
 
 def test_public_names_are_imported_on_first_use(tmp_path):

@@ -16,7 +16,7 @@ from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, ModelTable
 from mygpt.runs.changes import RESOLVED_KEYS, differing_keys
 from mygpt.runs.files import MANIFEST_FILE, STATE_FILE
-from mygpt.runs.held_out import PREFIX, Difference, difference, load_history
+from mygpt.runs.held_out import PREFIX, Difference, History, difference, load_history
 from mygpt.runs.records import Record, read_records
 from mygpt.runs.run import Run, find_model_file
 from mygpt.runs.schemas import Manifest, ModelMetadata
@@ -79,13 +79,13 @@ class HeldOutComparison(NamedTuple):
     def lines(self) -> Iterator[str]:
         """The difference with its paired standard error, and a verdict."""
         if self.difference is None:
-            yield "verdict: none, since they hold out different parts of the text"
+            yield "verdict: none: they hold out different parts of the text"
             return
         nats, bits, manner = self.difference
         named = ((nats, "nats per token"), (bits, "bits per byte"))
         known = [(estimate, unit) for estimate, unit in named if estimate is not None]
         if not known:
-            yield "verdict: none, since tokens and bytes cannot be compared"
+            yield "verdict: none: tokens and bytes cannot be compared"
             return
         shown = (
             f"{estimate.mean:+.4f}{'' if estimate.stderr is None else f' +- {estimate.stderr:.4f}'} {unit}"
@@ -125,6 +125,15 @@ class Comparison(NamedTuple):
     no_verdict: str | None = None
     """Why not, for a reader; None: there is one, or a file has no manifest beside it."""
 
+    def verdict_lines(self) -> Iterator[str]:
+        """The difference of the held-out losses with its error, and which is better; or why that is not known."""
+        if not self.settings and not self.weights.differences:
+            yield "verdict: none: these are the same weights"
+        elif self.held_out:
+            yield from self.held_out.lines()
+        elif self.no_verdict:
+            yield f"verdict: none: {self.no_verdict}"
+
     @property
     def identical(self) -> bool:
         differences = [*self.settings, *self.weights.differences, *(self.state.differences if self.state else [])]
@@ -148,13 +157,15 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     if all((file.parent / MANIFEST_FILE).is_file() for file in (file_a, file_b)):
         manifest_a, manifest_b = (read_manifest(file.parent, prefix=None) for file in (file_a, file_b))
         comparison = comparison._replace(recipe=list(_compare_recipes(manifest_a, manifest_b)))
-        histories = [load_history(file.with_name(STATE_FILE)) for file in (file_a, file_b)]
         held_out = held_out_text(manifest_a)
-        if not all(histories):
-            comparison = comparison._replace(no_verdict="not both checkpoints have a held-out loss")
-        elif held_out is None or held_out != held_out_text(manifest_b):
+        is_evaluated = all(m.recipe is None or m.recipe.validation.val_every for m in (manifest_a, manifest_b))
+        histories: list[History | None] = [None]
+        comparison = comparison._replace(no_verdict="not both checkpoints have a held-out loss")
+        if is_evaluated and (held_out is None or held_out != held_out_text(manifest_b)):
             comparison = comparison._replace(no_verdict="they were evaluated on different texts")
-        else:
+        elif is_evaluated:
+            histories = [load_history(file.with_name(STATE_FILE)) for file in (file_a, file_b)]
+        if all(histories):
             for file, manifest in ((file_a, manifest_a), (file_b, manifest_b)):
                 verify_file(file.with_name(STATE_FILE), manifest)  # a flipped bit would be a verdict
             same_tokens = metadata_a.tokenizer == metadata_b.tokenizer
@@ -162,7 +173,8 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
             last = [history.last for history in histories if history]
             change = difference(*last, same_tokens=same_tokens, same_text=same_text)
             steps, population = (last[0].step, last[1].step), last[0].windows.population
-            comparison = comparison._replace(held_out=HeldOutComparison(steps, change, population))
+            held_out_comparison = HeldOutComparison(steps, change, population)
+            comparison = comparison._replace(held_out=held_out_comparison, no_verdict=None)
     if not ((Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists()):
         return comparison
     infos = [Run(Path(run)).info for run in (a, b)]

@@ -12,6 +12,7 @@ from mygpt.errors import CheckpointError, CorpusError, InterruptedRunError, Mism
 from mygpt.processes.environment import choose_threads, read_launched
 from mygpt.processes.machine import choose_matmul, has_matmul, resolve_device
 from mygpt.recipe.tables import Recipe
+from mygpt.runs.files import COPY_NAME, real_path
 from mygpt.runs.initial import find_initial
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import HASH_OF_PATH
@@ -42,6 +43,9 @@ def pinned_recipe(run: Run, recipe: Recipe, step: int) -> Recipe:
     for key, name in HASH_OF_PATH.items():
         if recorded[name] == now[name]:
             pins[key] = run.recipe.flat()[key]  # it may have been moved since
+    if (init_from := recipe.train.init_from) and not os.path.lexists(init_from):
+        copy = real_path(run.path).parents[1] / os.path.basename(init_from)  # that of a study, which has been moved
+        pins |= {"init_from": str(copy)} if COPY_NAME.fullmatch(copy.name) and copy.exists() else {}
     is_one = runtime.reduction == "exact" and device.type == "cpu"
     if choose_threads(runtime.threads, read_launched().local_processes, pinned=is_one) != recorded["threads"]:
         pins["threads"] = recorded["threads"]

@@ -60,6 +60,10 @@ def generate(options: GenerateOptions) -> None:
     print()
 
 
+NO_VERDICT = "none: "
+"""How a verdict begins that is none; the reason follows."""
+
+
 @dataclass(frozen=True)
 class CompareOptions:
     a: Positional[Path]
@@ -103,12 +107,8 @@ def compare(options: CompareOptions) -> int:
         return 0
     if result.records and result.records.held_out:
         print(describe_held_out(*result.records.held_out))
-    if not result.settings and not result.weights.differences:
-        print("verdict: none: these are the same weights")
-    elif result.held_out:
-        print("\n".join(result.held_out.lines()))
-    elif result.no_verdict:
-        print(f"verdict: none, since {result.no_verdict}")
+    for line in result.verdict_lines():
+        print(line)
     return 1
 
 
@@ -126,8 +126,11 @@ def _comparison(result: "Comparison") -> dict[str, Any]:
         "differences": {name: list(getattr(result, name)) for name in ("settings", "recipe", "environment")},
         "last_evaluations": evaluated and [record.model_dump() for record in evaluated],
         "held_out": None,
-        "no_verdict": result.no_verdict,
+        "no_verdict": None,
     }
+    verdict = next((line.removeprefix("verdict: ") for line in result.verdict_lines() if "verdict" in line), None)
+    if verdict and verdict.startswith(NO_VERDICT):
+        document["no_verdict"], verdict = verdict.removeprefix(NO_VERDICT), None
     if held_out and held_out.difference:
         nats, bits, manner = held_out.difference
         document["held_out"] = {
@@ -135,7 +138,7 @@ def _comparison(result: "Comparison") -> dict[str, Any]:
             "b_minus_a": {"nats_per_token": nats and nats.document(), "bits_per_byte": bits and bits.document()},
             "manner": manner,
             "population": held_out.population,
-            "verdict": list(held_out.lines())[-1].removeprefix("verdict: "),
+            "verdict": verdict,
         }
     return document
 

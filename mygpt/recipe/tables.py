@@ -290,7 +290,10 @@ class Recipe(Table):
     def _expect_tables(cls, tables: Any, info: ValidationInfo) -> Any:
         """Say how keys are given without their tables, which a file and flags have."""
         is_own_call = info.context is None and info.mode == "python" and isinstance(tables, dict)
-        if is_own_call and (keys := sorted(tables.keys() & TABLE_OF_KEY)):
+        keys = sorted(tables.keys() & TABLE_OF_KEY) if is_own_call else []
+        # [schedule] is a table, and has a key of that name.
+        keys = [key for key in keys if key not in cls.model_fields or not isinstance(tables[key], (dict, Table))]
+        if keys:
             keys_given = ", ".join(f"{key}={show_value(tables[key])}" for key in keys)
             raise RecipeError(f"Recipe: expected tables; Recipe.of takes keys: Recipe.of({keys_given})")
         return tables

@@ -10,7 +10,7 @@ from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.errors import CheckpointError, RecipeError, TokenizerError
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.files import BEST_FILE, LATEST_FILE, MANIFEST_FILE, MODEL_FILE, file_sha256
+from mygpt.runs.files import BEST_FILE, LATEST_FILE, MANIFEST_FILE, MODEL_FILE, STEP_NAME, file_sha256
 from mygpt.runs.run import Run, find_model_file, named_checkpoint
 from mygpt.runs.schemas import Manifest, ModelMetadata
 from mygpt.runs.steps import TEMPORARY_REASONS, read_manifest, read_metadata, verify_file
@@ -73,14 +73,15 @@ def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
 
 
 def _is_removable(directory: Path, manifest: Manifest) -> bool:
-    """Whether a step directory is in a run that has not ended, and that may remove it."""
-    if not (directory.parent / RUN_FILE).exists():
-        return False
+    """Whether this is a step directory of a run that has not ended, and that may remove it."""
     run = Run(directory.parent)
+    if not (STEP_NAME.fullmatch(directory.name) and (run.path / RUN_FILE).exists()):
+        return False
     with suppress(CheckpointError):
         if run.ended_with(run.checkpoints[max(run.checkpoints)]):
             return False
-    return manifest.reason in (*TEMPORARY_REASONS, "best") or run.recipe.checkpoint.keep_last > 0
+        return manifest.reason in (*TEMPORARY_REASONS, "best") or run.recipe.checkpoint.keep_last > 0
+    return True  # what it may do is not known
 
 
 def _begun_with(recipe: Recipe) -> Initial | None:

@@ -88,11 +88,13 @@ def find_start(
     overwrite = overwrite and not (is_restart and _was_begun_by(run, recipe, info))
     source = _find_source(run, recipe.checkpoint.resume, overwrite, warn)
     if source is None:
-        init_from = recipe.train.init_from
-        if overwrite and init_from and files.real_path(run.path) in Path(init_from).parents:
-            raise CheckpointError(
-                f"init_from: {init_from} is in the run that --overwrite would remove; {ANOTHER_OUTPUT}"
-            )
+        init_from, place = recipe.train.init_from, files.real_path(run.path)
+        if overwrite and init_from and place in Path(init_from).parents:
+            entry = Path(init_from).relative_to(place).parts[0]
+            if files.RUN_ENTRY.fullmatch(entry):
+                raise CheckpointError(
+                    f"init_from: {init_from} is in the run that --overwrite would remove; {ANOTHER_OUTPUT}"
+                )
         return Start(None, 0, False, overwrite, recipe, info)
     in_place, checkpoint = source.in_place, source.checkpoint
     if not in_place and files.real_path(source.run.path) == files.real_path(run.path):

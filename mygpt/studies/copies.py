@@ -9,13 +9,13 @@ from pathlib import Path
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.files import explain_disk_error, file_sha256, sync
+from mygpt.runs.files import COPY_NAME, MEND_DISK, explain_disk_error, file_sha256, sync
 from mygpt.runs.run import find_model_file
 from mygpt.studies.grid import Cell
 
-COPY_NAME = re.compile(r"init-.+\.safetensors")
+CANNOT_SAVE_COPY = "{path}: cannot be written: {reason}" + MEND_DISK
 HASH_CHARACTERS = 8
-"""Of each hash in such a name."""
+"""Of each hash in the name of a copy."""
 
 
 def with_copies(cells: Sequence[Cell], folder: Path, report: Callable[[str], None]) -> list[Cell]:
@@ -24,19 +24,19 @@ def with_copies(cells: Sequence[Cell], folder: Path, report: Callable[[str], Non
     Raises:
         DamagedCheckpointError: a copy is not what was copied.
     """
-    found = []
-    for cell in cells:
-        init_from = cell.recipe.train.init_from
-        copy = next(folder.glob(f"{_name_of_copy(init_from)}-*.safetensors"), None) if init_from else None
-        if init_from and copy:
+    copies: dict[str | None, str | None] = {None: None}
+    for given in (cell.recipe.train.init_from for cell in cells):
+        if given is None or given in copies:
+            continue
+        copy = next(folder.glob(f"{_name_of_copy(given)}-*.safetensors"), None)
+        copies[given] = str(copy) if copy else given
+        if copy:
             sha256 = file_sha256(copy)
             if not copy.stem.endswith(f"-{sha256[:HASH_CHARACTERS]}"):
                 raise DamagedCheckpointError(f"{copy}: damaged; put it back, or choose another --out")
-            if sha256 != _hash_of_model(init_from, otherwise=sha256):
-                report(f"init_from: {init_from} is another model by now; the study goes on with {copy}")
-            cell = cell._replace(recipe=cell.recipe.replace(init_from=str(copy)))
-        found.append(cell)
-    return found
+            if sha256 != _hash_of_model(given, otherwise=sha256):
+                report(f"init_from: {given} is another model by now; the study goes on with {copy}")
+    return [cell._replace(recipe=cell.recipe.replace(init_from=copies[cell.recipe.train.init_from])) for cell in cells]
 
 
 def copy_model(recipe: Recipe, folder: Path, sha256: str | None) -> str | None:
@@ -47,17 +47,20 @@ def copy_model(recipe: Recipe, folder: Path, sha256: str | None) -> str | None:
         DamagedCheckpointError: the copy cannot be written.
     """
     init_from = recipe.train.init_from
-    if init_from is None or Path(init_from).parent == folder:
+    if init_from is None or (Path(init_from).parent == folder and COPY_NAME.fullmatch(Path(init_from).name)):
         return init_from
     copy = folder / f"{_name_of_copy(init_from)}-{str(sha256)[:HASH_CHARACTERS]}.safetensors"
     if not copy.exists():
         partial = copy.with_name(f".tmp-{copy.name}")
-        with explain_disk_error("{path}: cannot be written: {reason}", copy):
-            shutil.copyfile(find_model_file(Path(init_from)), partial)
-            if file_sha256(partial) != sha256:
-                raise MismatchError(f"init_from: {init_from} has changed meanwhile; the same command begins again")
-            sync(partial)
-            partial.replace(copy)
+        try:
+            with explain_disk_error(CANNOT_SAVE_COPY, copy):
+                shutil.copyfile(find_model_file(Path(init_from)), partial)
+                if file_sha256(partial) != sha256:
+                    raise MismatchError(f"init_from: {init_from} has changed meanwhile; the same command begins again")
+                sync(partial)
+                partial.replace(copy)
+        finally:
+            partial.unlink(missing_ok=True)  # it may have filled the disk
     return str(copy)
 
 

@@ -16,13 +16,13 @@ from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, Recipe
 from mygpt.reports.recorder import PROGRESS_SECONDS
 from mygpt.runs.changes import differing_keys
-from mygpt.runs.files import LOCK_FILE, MEND_DISK, explain_disk_error, read_bytes, replace_text
+from mygpt.runs.files import COPY_NAME, LOCK_FILE, MEND_DISK, explain_disk_error, read_bytes, replace_text
 from mygpt.runs.lock import locked
 from mygpt.runs.run import Run, check_output
 from mygpt.runs.schemas import HASH_OF_PATH
 from mygpt.runs.start import self_contained
 from mygpt.studies.analysis import CellResult, ComparisonResult, compare_cells
-from mygpt.studies.copies import COPY_NAME, copy_model, with_copies
+from mygpt.studies.copies import copy_model, with_copies
 from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, Cell
 from mygpt.studies.results import explain_damage, has_failed, is_complete, read_cell, to_json
 from mygpt.studies.room import Room, Slot, available_cores, measure_room, start_worker

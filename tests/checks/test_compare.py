@@ -1,5 +1,6 @@
 """Comparing two models bit by bit."""
 
+import json
 import re
 import time
 
@@ -159,10 +160,17 @@ def test_other_texts_are_not_compared(tiny, tmp_path, text, call):
     assert "corpus: another text" in result.recipe
     code, out, _ = call("compare", tmp_path / "a", tmp_path / "b")
     assert code == 1
-    assert out.endswith("verdict: none, since they were evaluated on different texts\n")
+    assert out.endswith("verdict: none: they were evaluated on different texts\n")
+    (tmp_path / "b" / "step-000006" / "state.safetensors").unlink()  # which is not needed
+    steps = [tmp_path / name / "step-000006" for name in "ab"]
+    assert call("compare", *steps)[1].endswith("verdict: none: they were evaluated on different texts\n")
+    assert json.loads(call("compare", *steps, "--json")[1])["no_verdict"] == "they were evaluated on different texts"
+    train(tiny(**HELD_OUT | {"val_split": 0.4}, output=str(tmp_path / "more")))
+    answer = json.loads(call("compare", tmp_path / "a", tmp_path / "more", "--json")[1])
+    assert (answer["held_out"], answer["no_verdict"]) == (None, "they hold out different parts of the text")
     train(tiny(corpus=str(tmp_path / "other.txt"), output=str(tmp_path / "never")))
     out = call("compare", tmp_path / "a", tmp_path / "never")[1]
-    assert out.endswith("verdict: none, since not both checkpoints have a held-out loss\n")
+    assert out.endswith("verdict: none: not both checkpoints have a held-out loss\n")
 
 
 def test_one_window_has_no_verdict(tiny, tmp_path):

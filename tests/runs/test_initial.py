@@ -167,8 +167,15 @@ def test_beginning_with_a_checkpoint_that_will_go_says_so(tiny, source, other_te
         assert bool(find_initial(tiny(init_from=str(going_on / name))).note) == is_removable
     going_on = train_until(tiny(**keys, lr=1e-5, keep_last=2), 5)
     assert find_initial(tiny(init_from=str(going_on / "step-000002"))).note
+    shutil.copytree(going_on, tmp_path / "damaged")
+    (tmp_path / "damaged" / "run.json").write_text("{")  # what the run may do is not known
+    assert find_initial(tiny(init_from=str(tmp_path / "damaged" / "step-000002"))).note
     train(tiny(**keys, lr=1e-5, keep_last=2))
     assert not find_initial(tiny(init_from=str(going_on / "best"))).note
+    (tmp_path / "empty").mkdir()
+    shutil.copy(stopped / "run.json", tmp_path / "empty")
+    shutil.copytree(stopped / "step-000003", tmp_path / "empty" / "kept")  # by its user
+    assert not find_initial(tiny(init_from=str(tmp_path / "empty" / "kept"))).note
     train(tiny(output=str(tmp_path / "branch"), resume=str(stopped)))
     assert f"resume: {stopped}/step-000003 is removed when its run saves the next" in capsys.readouterr().err
 
@@ -196,7 +203,9 @@ def test_overwriting_does_not_remove_the_beginning(tiny, source, tmp_path):
     with pytest.raises(CheckpointError, match=r"init_from: .* is in the run that --overwrite would remove; choose"):
         train(tiny(init_from=str(run)), overwrite=True)
     assert (run / "step-000006" / "model.safetensors").exists()
-    train(tiny(init_from=str(run), output=str(tmp_path / "run2")), overwrite=True)
+    shutil.copytree(source, run / "inner")  # which --overwrite leaves where it is
+    train(tiny(init_from=str(run / "inner")), overwrite=True)
+    assert Run(run).recipe.train.init_from == str(run / "inner" / "step-000006")
 
 
 def test_weights_that_change_while_a_run_begins_are_noticed(tiny, source, other_text, tmp_path, monkeypatch):
