@@ -78,8 +78,8 @@ def test_recipe_from_keys_is_that_of_the_command_line():
 def test_plot_returns_a_figure(run, tmp_path):
     """Of a run, of several, of a folder; and writes a file if one is named."""
     pytest.importorskip("matplotlib", reason="needs the report extra")
-    figure = run.plot(y_max=9.0)
-    assert figure.axes[0].get_ylim()[1] == 9.0
+    figure = run.plot(y_max=99.0)
+    assert figure.axes[0].get_ylim()[1] == 99.0
     for runs in (run, [run], {run.path}, (path for path in [run]), str(run.path), tmp_path):
         assert len(plot(runs).axes) == 2
     plot([run, run], tmp_path / "a.png")
