@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from mygpt.data.tokenizer import CharMetadata, describe_tokenizer
 from mygpt.errors import DamagedCheckpointError
+from mygpt.estimates import Estimate
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, ModelTable
 from mygpt.runs.changes import RESOLVED_KEYS, differing_keys
@@ -76,33 +77,42 @@ class HeldOutComparison(NamedTuple):
     population: str
     """Of which the difference has an error."""
 
-    def lines(self) -> Iterator[str]:
-        """The difference with its paired standard error, and a verdict."""
-        if self.difference is None:
-            yield "verdict: none: they hold out different parts of the text"
-            return
-        nats, bits, manner = self.difference
+    @property
+    def known(self) -> list[tuple[Estimate, str]]:
+        """The differences that can be taken, each with its unit."""
+        nats, bits, _ = self.difference or (None, None, "")
         named = ((nats, "nats per token"), (bits, "bits per byte"))
-        known = [(estimate, unit) for estimate, unit in named if estimate is not None]
-        if not known:
-            yield "verdict: none: tokens and bytes cannot be compared"
-            return
-        shown = (
-            f"{estimate.mean:+.4f}{'' if estimate.stderr is None else f' +- {estimate.stderr:.4f}'} {unit}"
-            for estimate, unit in known
-        )
-        steps = " and ".join(map(str, dict.fromkeys(self.steps)))
-        yield f"B - A: {', '.join(shown)} ({manner}; evaluated after step {steps})"
-        estimate, unit = known[0]
-        if estimate.stderr is None:
-            yield "verdict: none: a single window has no error"
-            return
+        return [(estimate, unit) for estimate, unit in named if estimate is not None]
+
+    @property
+    def no_verdict(self) -> str | None:
+        """Why neither model is called better; None: the interval of the difference says whether one is."""
+        if self.difference is None:
+            return "they hold out different parts of the text"
+        if not self.known:
+            return "tokens and bytes cannot be compared"
+        return "a single window has no error" if self.known[0][0].stderr is None else None
+
+    @property
+    def verdict(self) -> str:
+        """Which model is better, where that is known."""
+        estimate, unit = self.known[0]
         low, high = estimate.interval
         better = "B is better" if high < 0 else "A is better" if low > 0 else "no difference is seen"
-        yield (
-            f"verdict: {better} on {self.population}: 95% interval {low:+.4f} to {high:+.4f} {unit}; these are two "
-            "models: whether a recipe is better takes several seeds (mygpt study)"
+        return (
+            f"{better} on {self.population}: 95% interval {low:+.4f} to {high:+.4f} {unit}; these are two models: "
+            "whether a recipe is better takes several seeds (mygpt study)"
         )
+
+    def difference_line(self) -> str:
+        """The differences that can be taken, with their paired standard errors."""
+        shown = (
+            f"{estimate.mean:+.4f}{'' if estimate.stderr is None else f' +- {estimate.stderr:.4f}'} {unit}"
+            for estimate, unit in self.known
+        )
+        manner = self.difference.manner if self.difference else ""
+        steps = " and ".join(map(str, dict.fromkeys(self.steps)))
+        return f"B - A: {', '.join(shown)} ({manner}; evaluated after step {steps})"
 
 
 class Comparison(NamedTuple):
@@ -122,17 +132,25 @@ class Comparison(NamedTuple):
     """A line for each difference of processor, versions and other things on which the last bits depend."""
     held_out: HeldOutComparison | None = None
     """None where their losses cannot be compared."""
-    no_verdict: str | None = None
-    """Why not, for a reader; None: there is one, or a file has no manifest beside it."""
+    not_comparable: str | None = None
+    """Why not, for a reader; None: they can be, or a file has no manifest beside it."""
+
+    @property
+    def no_verdict(self) -> str | None:
+        """Why neither model is called better; None: one may be, or nothing is known of their losses."""
+        if not self.settings and not self.weights.differences:
+            return "these are the same weights"
+        return self.held_out.no_verdict if self.held_out else self.not_comparable
 
     def verdict_lines(self) -> Iterator[str]:
         """The difference of the held-out losses with its error, and which is better; or why that is not known."""
-        if not self.settings and not self.weights.differences:
-            yield "verdict: none: these are the same weights"
-        elif self.held_out:
-            yield from self.held_out.lines()
-        elif self.no_verdict:
+        is_same = not self.settings and not self.weights.differences
+        if self.held_out and self.held_out.known and not is_same:
+            yield self.held_out.difference_line()
+        if self.no_verdict:
             yield f"verdict: none: {self.no_verdict}"
+        elif self.held_out:
+            yield f"verdict: {self.held_out.verdict}"
 
     @property
     def identical(self) -> bool:
@@ -160,9 +178,9 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         held_out = held_out_text(manifest_a)
         is_evaluated = all(m.recipe is None or m.recipe.validation.val_every for m in (manifest_a, manifest_b))
         histories: list[History | None] = [None]
-        comparison = comparison._replace(no_verdict="not both checkpoints have a held-out loss")
+        comparison = comparison._replace(not_comparable="not both checkpoints have a held-out loss")
         if is_evaluated and (held_out is None or held_out != held_out_text(manifest_b)):
-            comparison = comparison._replace(no_verdict="they were evaluated on different texts")
+            comparison = comparison._replace(not_comparable="they were evaluated on different texts")
         elif is_evaluated:
             histories = [load_history(file.with_name(STATE_FILE)) for file in (file_a, file_b)]
         if all(histories):
@@ -174,7 +192,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
             change = difference(*last, same_tokens=same_tokens, same_text=same_text)
             steps, population = (last[0].step, last[1].step), last[0].windows.population
             held_out_comparison = HeldOutComparison(steps, change, population)
-            comparison = comparison._replace(held_out=held_out_comparison, no_verdict=None)
+            comparison = comparison._replace(held_out=held_out_comparison, not_comparable=None)
     if not ((Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists()):
         return comparison
     infos = [Run(Path(run)).info for run in (a, b)]

@@ -60,10 +60,6 @@ def generate(options: GenerateOptions) -> None:
     print()
 
 
-NO_VERDICT = "none: "
-"""How a verdict begins that is none; the reason follows."""
-
-
 @dataclass(frozen=True)
 class CompareOptions:
     a: Positional[Path]
@@ -126,11 +122,8 @@ def _comparison(result: "Comparison") -> dict[str, Any]:
         "differences": {name: list(getattr(result, name)) for name in ("settings", "recipe", "environment")},
         "last_evaluations": evaluated and [record.model_dump() for record in evaluated],
         "held_out": None,
-        "no_verdict": None,
+        "no_verdict": result.no_verdict,
     }
-    verdict = next((line.removeprefix("verdict: ") for line in result.verdict_lines() if "verdict" in line), None)
-    if verdict and verdict.startswith(NO_VERDICT):
-        document["no_verdict"], verdict = verdict.removeprefix(NO_VERDICT), None
     if held_out and held_out.difference:
         nats, bits, manner = held_out.difference
         document["held_out"] = {
@@ -138,7 +131,7 @@ def _comparison(result: "Comparison") -> dict[str, Any]:
             "b_minus_a": {"nats_per_token": nats and nats.document(), "bits_per_byte": bits and bits.document()},
             "manner": manner,
             "population": held_out.population,
-            "verdict": verdict,
+            "verdict": None if result.no_verdict else held_out.verdict,
         }
     return document
 

@@ -28,9 +28,10 @@ class Recorder:
 
     The bar is on `talk`, which is stderr, if that is a terminal; else a thread prints a line there every
     `PROGRESS_SECONDS`. They are about the steps up to `last_step`, which is the recipe's unless it is given; with a
-    `talk` of its own the run is part of other work, and its bar goes when it is done. A run
-    that continues after `step` drops the later records, and prints the lines up to `step` again, so that its output is
-    that of a run never interrupted. The records of a run that `is_complete` are left as they are.
+    `talk` of its own the run is part of other work, and its bar goes when it is done.
+
+    A run that continues after `step` drops the later records, and prints the lines up to `step` again, so that its
+    output is that of a run never interrupted. The records of a run that `is_complete` are left as they are.
     `peak_tokens_per_second` is what the devices could do at most, if it is known.
 
     Raises:

@@ -33,7 +33,7 @@ from mygpt.training.loop import train_loop
 from mygpt.training.parts import Parts, build_parts, open_accelerator
 
 MOST_CHARACTERS = 20
-"""That the note on characters which occur only in the held-out text shows."""
+"""How many of the characters that only the held-out text has are shown."""
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = False) -> Path:

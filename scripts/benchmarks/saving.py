@@ -1,13 +1,12 @@
-"""What a checkpoint costs: mygpt's, torch.save's and Accelerate's save_state, in turns in one process.
+"""What a checkpoint costs: mygpt's and Accelerate's save_state, in turns in one process.
 
     python scripts/benchmarks/saving.py recipes/default.toml --rounds 5
     python scripts/benchmarks/saving.py recipes/default.toml --embed-dim 768 --num-heads 12 --num-layers 12 \
         --max-seq-len 1024 --seq-len 64 --batch-size 1 --vocab 50257 --rounds 3   # 124 million weights
 
-All save the weights and AdamW's moments of a model that has made a step. "stall" is how long training waits. After each
-save the loop trains for a few steps, whose time tells what writing beside it costs. "whole" is when the save is done:
-mygpt's is then hashed and synced to the disk, the others' is with the system. They pickle, which mygpt never does:
-what this writes is deleted unread.
+Both save the weights and AdamW's moments of a model that has made a step. "stall" is how long training waits. After
+each save the loop trains for a few steps, whose time tells what writing beside it costs. "whole" is when the save is
+done: mygpt's is then hashed and synced to the disk, the other's is with the system.
 """
 
 import shutil
@@ -74,16 +73,11 @@ def measure(recipe: Recipe, options: Options, accelerator: Accelerator, device: 
         saver.save(*parts.capture(progress))
         return saver.wait
 
-    def save_torch() -> Callable[[], None]:
-        state = {"model": parts.gpt.state_dict(), "optimizer": parts.optimizer.state_dict()}
-        torch.save(state, root / "torch.pt")  # noqa: TID251 - it is what is measured
-        return lambda: None
-
     def save_accelerate() -> Callable[[], None]:
         accelerator.save_state(str(root / "accelerate"))
         return lambda: None
 
-    contenders = {"mygpt": save_mygpt, "torch.save": save_torch, "save_state": save_accelerate}
+    contenders = {"mygpt": save_mygpt, "save_state": save_accelerate}
     figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contenders}
     alone = []
     try:

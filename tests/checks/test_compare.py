@@ -178,7 +178,7 @@ def test_one_window_has_no_verdict(tiny, tmp_path):
     keys = {**HELD_OUT, "eval_batches": 1, "batch_size": 1}
     for name, lr in (("a", 1e-4), ("b", 1e-2)):
         train(tiny(**keys, lr=lr, output=str(tmp_path / name)))
-    *_, verdict = compare(tmp_path / "a", tmp_path / "b").held_out.lines()
+    *_, verdict = compare(tmp_path / "a", tmp_path / "b").verdict_lines()
     assert verdict == "verdict: none: a single window has no error"
 
 
