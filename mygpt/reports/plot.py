@@ -126,7 +126,7 @@ def new_figure(**keys: Any) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MygptError(f"a picture needs {error.name}: pip install 'mygpt[report]'") from None
+        raise MygptError(f"a picture needs {error.name}: pip install matplotlib") from None
 
     class Picture(Figure):
         def _repr_png_(self) -> bytes:

@@ -19,6 +19,8 @@ BLOCKS = [
     for page, text in TEXTS.items()
     for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 ]
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "checkpoints" / "README.md"])
+PROGRAM = [path for path in REPOSITORY.glob("[mrs]*/**/*") if path.suffix in (".py", ".toml")]
 COMMANDS = [line for _, language, block in BLOCKS if language == "sh" for line in block.splitlines()]
 SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt "
 
@@ -92,9 +94,18 @@ def test_readme_names_every_page():
 def test_fresh_machine_commands_are_the_ones_that_ci_runs():
     """The two commands for a fresh machine: set-up, then a whole first run or the tests. CI starts from the second."""
     first, second = COMMANDS[:2]
-    assert first.startswith(SETUP + "-e . && mygpt train quickstart && mygpt generate ")
+    assert first.startswith(SETUP + "-e '.[report]' && mygpt train quickstart && mygpt generate ")
     assert second == SETUP + "-e '.[dev]' && pytest -n 2 --dist worksteal"
     assert "README.md" in (REPOSITORY / ".ci" / "run").read_text()
+
+
+def test_nothing_says_to_install_mygpt_from_a_registry():
+    """Messages and pages name the package that is missing: the mygpt of PyPI is another project."""
+    texts = {path: path.read_text(encoding="utf-8") for path in [*DOCUMENTS, *PROGRAM]}
+    assert not [
+        (path, line) for path, text in texts.items() for line in re.findall(r"pip install [^&`\n]*mygpt.*", text)
+    ]
+    assert sum("pip install " in text for text in texts.values()) > 5
 
 
 @pytest.mark.slow
@@ -143,9 +154,6 @@ def test_guide_names_what_python_can_import():
     import mygpt.course
 
     assert not [name for name in mygpt.__all__ + mygpt.course.__all__ if f"`{name}`" not in TEXTS["docs/guide.md"]]
-
-
-DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "checkpoints" / "README.md"])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
