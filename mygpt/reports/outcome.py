@@ -170,7 +170,8 @@ def place_lines(expected: ExpectedTable, records: Sequence[Record], corpus_sha25
             yield f"expected: {name}: not measured at a step for which it is known", True
             continue
         last, outside = found[-1], [place for place in found if not place.is_within]
-        range_ = f"99% of runs with another seed are within {last.mean:.4f} +- {last.margin:.4f}"
+        low, high = last.mean - last.margin, last.mean + last.margin
+        range_ = f"99% of runs with another seed are between {low:.4f} and {high:.4f}"
         shown = f"{last.value:.4f} at step {last.step}; {range_}"
         if not outside:
             yield f"expected: {name} is normal: {shown}", True
