@@ -180,7 +180,7 @@ def nearest_checkpoint(run: Run, begun_after: int, step: int, warn: Warn) -> Pat
             try:
                 verify_checkpoint(directory)
             except DamagedCheckpointError as error:
-                warn(f"{error}; starting from what is before it")
+                warn(f"{error}; an earlier checkpoint is used")
             else:
                 return directory
     return None

@@ -54,10 +54,11 @@ KEYS_BY_FOREIGN_NAME = {
 """For each key, names of nearly the same thing in the programs and courses that users come from."""
 
 NAMES_IN_OTHER_UNIT = {
-    *("epochs", "num_train_epochs", "max_tokens", "gradient_accumulation_steps", "accumulation_steps"),
-    *("warmup_ratio", "decay_ratio", "warmdown_ratio"),
+    **dict.fromkeys(("epochs", "num_train_epochs", "max_tokens"), "of batch_size * seq_len tokens each"),
+    **dict.fromkeys(("gradient_accumulation_steps", "accumulation_steps"), "the windows of one forward pass"),
+    **dict.fromkeys(("warmup_ratio", "decay_ratio", "warmdown_ratio"), "a number of steps"),
 }
-"""Names of a quantity for which the key has another unit."""
+"""Names of a quantity for which the key has another unit, with that of the key."""
 
 KEY_OF_FOREIGN_NAME = {name: key for key, names in KEYS_BY_FOREIGN_NAME.items() for name in names}
 
@@ -70,7 +71,7 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 def unit_note(word: str) -> str:
     """What follows the key in a suggestion for `word`; "": the key has the unit that the word has elsewhere."""
-    return ", which has another unit" if word in NAMES_IN_OTHER_UNIT else ""
+    return f" ({unit})" if (unit := NAMES_IN_OTHER_UNIT.get(word)) else ""
 
 
 def suggest(word: str, known: Iterable[str], or_else: str = "") -> str:

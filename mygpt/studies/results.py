@@ -79,7 +79,7 @@ def table_lines(cells: Sequence[CellResult]) -> Iterator[str]:
     on = " and ".join(sorted(populations))
     yield f"(held-out loss at the last step, {unit}; deviation between seeds; interval of the mean over all seeds)"
     if on:
-        yield f"(errors of differences are for other seeds, and {on})"
+        yield f"(+- is the standard error of a difference, for other seeds and {on})"
 
 
 def verdict_lines(cells: Sequence[CellResult], comparisons: Sequence[ComparisonResult], effect: float) -> Iterator[str]:
@@ -90,9 +90,9 @@ def verdict_lines(cells: Sequence[CellResult], comparisons: Sequence[ComparisonR
     surest_first = sorted(comparisons, key=lambda result: (result.corrected_p is None, result.corrected_p, result.p))
     yield from (result.verdict(effect) for result in surest_first)
     if any(result.text_stderr is None and result.change for result in comparisons):
-        yield 'note: each run has held-out windows of its own; sampling = "full" pairs them, which sees more'
+        yield 'note: each run has its own held-out windows; sampling = "full" makes them the same, and errors smaller'
     elif any("not paired" in result.manner for result in comparisons):
-        yield 'note: some recipes have other held-out windows than others; sampling = "full" pairs them'
+        yield 'note: recipes have other held-out windows; sampling = "full" makes them the same, and errors smaller'
 
 
 def to_json(

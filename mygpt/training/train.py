@@ -249,4 +249,4 @@ def print_header(start: Start, parts: Parts, dataset: Dataset) -> None:
         shown = f"{unseen[:MOST_CHARACTERS]!r}{' and others' * (len(unseen) > MOST_CHARACTERS)}"
         print_note(f"{len(unseen)} characters occur only in the held-out text, and not in the training text: {shown}")
     if not recipe.validation.val_every:
-        print_note(f"no held-out loss: overfitting will not show; {recipe.data.flags_that_evaluate} shows it")
+        print_note(f"without a held-out loss overfitting does not show; {recipe.data.flags_that_evaluate} measures one")

@@ -185,7 +185,10 @@ def test_unreadable_text_costs_one_line(call, tmp_path):
         (["--warmup", "7"], "text.txt [schedule] warmup: got 7, expected at most steps = 6"),
         (["--step", "3"], "unknown flag --step; did you mean --steps?"),
         (["--learning-rate", "3"], "unknown flag --learning-rate; did you mean --lr?"),
-        (["--max-tokens", "3"], "unknown flag --max-tokens; did you mean --steps, which has another unit?"),
+        (
+            ["--max-tokens", "3"],
+            "unknown flag --max-tokens; did you mean --steps (of batch_size * seq_len tokens each)?",
+        ),
         (["--seed", "1", "--output", "data_seed", "--lr", "-1"], "--lr: got -1.0"),
         (["--zzz=3"], "unknown flag --zzz; `mygpt train --help` lists all"),
         (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),

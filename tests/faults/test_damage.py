@@ -195,7 +195,7 @@ def test_changed_corpus_is_refused_unless_allowed(interrupted, tiny, tmp_path, t
 @pytest.mark.parametrize(
     ("keys", "answer"),
     [
-        ({"lr": 3e-4}, r"\[optimizer\] lr: got 0\.0003, expected 0\.001, as .* was trained; .*--allow-changes"),
+        ({"lr": 3e-4}, r"\[optimizer\] lr: .* was trained with lr = 0\.001, you gave 0\.0003; .*--allow-changes"),
         ({"batch_size": 8, "data_seed": 1}, r"batch_size: got 8, expected 4.*\n.*data_seed: got 1, expected 42"),
         ({"val_split": 0.1, "val_every": 2}, r"val_split: got 0\.1, expected 0\.0.*\n.*val_every: got 2, expected 0"),
         ({"precision": "bf16"}, "precision: got bf16, expected fp32"),
