@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mygpt.reports.plot import COLORS, new_figure, save_figure
 from mygpt.studies.analysis import mean_curve, unit_of
-from mygpt.studies.runner import Study
+from mygpt.studies.results import Study
 
 
 def draw(study: Study, out: Path) -> None:

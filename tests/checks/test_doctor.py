@@ -51,8 +51,8 @@ def test_doctor_says_what_would_be_faster(text_file, monkeypatch):
 
     monkeypatch.setattr(speed, "time_step", time_step)
     _, _, *rest = speed.measure_speed(recipe, torch.device("cpu"), dataset)
-    assert rest == [("not possible", "precision = bf16: no compiler"), *rest[1:]]
-    assert all(topic == "faster" and text.startswith("batch_size = 128: 0.25") for topic, text in rest[1:])
+    assert rest == [("not possible", 'precision = "bf16": no compiler'), *rest[1:]]
+    assert all(topic == "faster" and text.startswith("batch_size = 128: 4 times as fast; ") for topic, text in rest[1:])
 
 
 def test_doctor_proposes_what_the_recipe_does_not_have():
