@@ -32,13 +32,16 @@ class StudyOptions:
     """Runs at a time; absent: as many as are fastest in all and fit into memory, which is measured."""
     json: bool = False
     """Print study.json, and not the table."""
-    picture: bool = True
-    """Draw study.png; needs matplotlib."""
+    picture: Path | None = None
+    """The picture to draw (.png, .svg or .pdf), which needs matplotlib; absent: study.png in the study's folder."""
+    no_picture: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Draw none."""
 
 
 @command
 def study(options: StudyOptions) -> None:
     """Run recipes with several seeds, and say which is better, by how much, and how sure that is."""
+    from mygpt.reports.plot import check_out
     from mygpt.studies.grid import PICTURE_FILE, cells_of, read_settings
     from mygpt.studies.results import table_lines, verdict_lines
     from mygpt.studies.runner import run_study
@@ -51,6 +54,8 @@ def study(options: StudyOptions) -> None:
         raise MygptError(f"--effect: got {options.effect:g}, expected a number above 0")
     if options.side_by_side is not None and options.side_by_side < 1:
         raise MygptError(f"--side-by-side: got {options.side_by_side}, expected at least 1")
+    if options.picture is not None:
+        check_out(options.picture)
     settings = read_settings(options.set)
     cells = cells_of(options.recipes, settings)
     folder = options.out or _default_out(options.recipes, settings)
@@ -61,12 +66,13 @@ def study(options: StudyOptions) -> None:
     else:
         print("\n".join([*table_lines(result.cells), *verdicts]))
     written = [str(result.file)]
-    if options.picture:
+    if not options.no_picture:
         from mygpt.studies.picture import draw
 
+        picture = options.picture or folder / PICTURE_FILE
         try:
-            draw(result, folder / PICTURE_FILE)
-            written.append(str(folder / PICTURE_FILE))
+            draw(result, picture)
+            written.append(str(picture))
         except MygptError as error:
             print_note(str(error))
     print_note(f"wrote {' and '.join(written)}")
