@@ -14,7 +14,7 @@ from signal import SIGINT
 from typing import TYPE_CHECKING, Any
 
 from mygpt.errors import CheckpointError, InterruptedRunError, MygptError, RecipeError
-from mygpt.processes.environment import is_main_process
+from mygpt.processes.environment import is_main_process, shorten_waits
 from mygpt.recipe import files
 from mygpt.recipe.tables import SEED_KEYS, Recipe, check_recipe, lay_over
 from mygpt.runs import run as runs
@@ -114,6 +114,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
             the same call goes on.
         MygptError: anything that the user can act on, with the message that the command prints.
     """
+    shorten_waits()
     from mygpt.training.train import train
 
     if not isinstance(recipe, Recipe):

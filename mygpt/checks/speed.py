@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from mygpt.data.dataset import Dataset
@@ -19,6 +20,10 @@ from mygpt.training.train import explain_out_of_memory
 
 WORTH_NAMING = 0.95
 """A setting is named if a step takes at most this share of the time."""
+
+
+BUSY_SECONDS, BUSY_CORES = 0.5, 0.3
+"""For how long to watch what other programs use, and from how many cores on it is named."""
 
 
 class Alternative(NamedTuple):
@@ -65,13 +70,22 @@ def measure_speed(
         OutOfMemoryError: the recipe as it is does not fit into memory.
     """
     table = recipe.train
+    # Before this process computes anything itself.
+    if (busy := psutil.cpu_percent(BUSY_SECONDS) / 100 * psutil.cpu_count()) > BUSY_CORES:
+        yield (
+            "busy",
+            f"other programs use {busy:.1f} of {psutil.cpu_count()} cores: end them, or the times are too long",
+        )
     with explain_out_of_memory(table):
         base = time_step(recipe, device, dataset, seconds)
     tokens = table.batch_size * table.seq_len
     yield "speed", f"{base.seconds * 1e3:.3g} ms a step, {tokens / base.seconds:,.0f} tokens/s"
-    if peak := peak_flops(device):
+    if peak := peak_flops(device, recipe.runtime.precision):
         share = base.flops / base.seconds / peak
-        yield "peak", f"{peak / 1e9:,.0f} GFLOP/s in large matrix products; a step reaches {share:.0%} of that"
+        yield (
+            "peak",
+            f"a step reaches {share:.0%} of this GPU's {peak / 1e12:,.0f} TFLOP/s in {recipe.runtime.precision}",
+        )
     for keys, effect in alternatives(recipe, device):
         name = ", ".join(
             f"{key} left out" if value is None else f"{key} = {json.dumps(value)}" for key, value in keys.items()

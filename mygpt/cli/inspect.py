@@ -223,7 +223,7 @@ class PlotOptions:
     runs: Positional[tuple[Path, ...]]
     """Run directories, or folders of them."""
     out: Path = Path("loss.png")
-    """The picture to write; its ending (.png, .svg, .pdf) chooses the format."""
+    """The picture to write, over a picture of mygpt at most; its ending (.png, .svg, .pdf) chooses the format."""
     unit: Literal["nats-per-token", "bits-per-byte", "perplexity"] = "nats-per-token"
     """Of the loss. Bits per byte can be compared between tokenizers; they are known of the held-out loss alone."""
     x: Literal["step", "tokens", "minutes"] = "step"
@@ -235,7 +235,7 @@ class PlotOptions:
     log: bool = False
     """Draw the loss on a logarithmic scale."""
     smooth: int = 0
-    """Average training losses over so many steps; 0: not."""
+    """Average training losses over so many steps, at most over a quarter of the steps so far; 0: not."""
     grad_norm: bool = False
     """Draw the gradient's norm before clipping, too."""
     merge_seeds: bool = True

@@ -36,47 +36,53 @@ class StudyOptions:
     """Runs at a time; absent: as many as are fastest in all and fit into memory, which is measured."""
     json: bool = False
     """Print study.json, and not the table."""
-    picture: bool = True
-    """Draw study.png; needs matplotlib."""
+    picture: Path | None = None
+    """The picture to draw (.png, .svg or .pdf), which needs matplotlib; absent: study.png in the study's folder."""
+    no_picture: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Draw none."""
 
 
 @command
 def study(options: StudyOptions) -> None:
     """Run recipes with several seeds, and say which is better, by how much, and how sure that is."""
+    from mygpt.reports.plot import check_out
     from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, cells_of, read_settings
     from mygpt.studies.runner import run_study
 
     if not options.recipes:
         raise MygptError("expected a recipe: mygpt study RECIPE --set lr=3e-4,1e-3")
-    folder = Path(options.recipes[0])
-    if str(folder) not in shipped_recipes() and any((folder / name).is_file() for name in (STUDY_FILE, PLAN_FILE)):
-        _show(folder, options)
-        return
     if not 2 <= options.seeds <= MOST_SEEDS:
         raise MygptError(f"--seeds: got {options.seeds}, expected 2 to {MOST_SEEDS}: one seed is not a result")
     if not 0 < options.effect < float("inf"):
         raise MygptError(f"--effect: got {options.effect:g}, expected a number above 0")
     if options.side_by_side is not None and options.side_by_side < 1:
         raise MygptError(f"--side-by-side: got {options.side_by_side}, expected at least 1")
+    if options.picture is not None:
+        check_out(options.picture)
+    folder = Path(options.recipes[0])
+    if str(folder) not in shipped_recipes() and any((folder / name).is_file() for name in (STUDY_FILE, PLAN_FILE)):
+        _show(folder, options)
+        return
     settings = read_settings(options.set)
     cells = cells_of(options.recipes, settings)
     folder = options.out or _default_out(options.recipes, settings)
     result = run_study(cells, options.seeds, folder, options.effect, print_note, options.side_by_side)
     _print(result, as_json=options.json)
     written = [str(result.file)]
-    if options.picture:
+    if not options.no_picture:
         from mygpt.studies.picture import draw
 
+        picture = options.picture or folder / PICTURE_FILE
         try:
-            draw(result, folder / PICTURE_FILE)
-            written.append(str(folder / PICTURE_FILE))
+            draw(result, picture)
+            written.append(str(picture))
         except MygptError as error:
             print_note(str(error))
     print_note(f"wrote {' and '.join(written)}")
 
 
 def _show(folder: Path, options: StudyOptions) -> None:
-    """Print what the study in a folder has found; trains and writes nothing."""
+    """Print what the study in a folder has found, and draw a picture if one is named; trains nothing."""
     from mygpt.studies.results import read_study
 
     default = StudyOptions(options.recipes)
@@ -86,7 +92,13 @@ def _show(folder: Path, options: StudyOptions) -> None:
             raise MygptError(f"{folder}: is shown as it is; leave {flag} out, or give the recipes of the study")
     if options.recipes[1:]:
         raise MygptError(f"{folder}: a study, and one is shown at a time; leave {options.recipes[1]} out")
-    _print(read_study(folder, options.effect), as_json=options.json)
+    study = read_study(folder, options.effect)
+    _print(study, as_json=options.json)
+    if options.picture:
+        from mygpt.studies.picture import draw
+
+        draw(study, options.picture)
+        print_note(f"wrote {options.picture}")
 
 
 def _print(study: "Study", *, as_json: bool) -> None:

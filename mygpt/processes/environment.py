@@ -1,7 +1,7 @@
 """Read from the environment variables of a launcher what it started and asked for. Imports no torch."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -99,6 +99,18 @@ def launched_processes(environ: Mapping[str, str] = os.environ) -> Launched:
             "torchrun, or unset WORLD_SIZE"
         )
     return launched
+
+
+SHORT_WAITS = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+"""How long a waiting thread of OpenMP spins before it sleeps: rounds with GNU's library, milliseconds with Intel's and
+LLVM's. By default it spins for so long that on a busy machine it takes the core from the thread that it waits for.
+Source: the libraries' manuals; chosen by scripts/benchmarks/busy.py."""
+
+
+def shorten_waits(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set `SHORT_WAITS` where OpenMP finds it when torch is imported, unless the user has said how threads wait."""
+    if not {"OMP_WAIT_POLICY", *SHORT_WAITS} & environ.keys():
+        environ.update(SHORT_WAITS)
 
 
 def choose_threads(threads: int | None, local_processes: int, *, pinned: bool = False) -> int:

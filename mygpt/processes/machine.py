@@ -3,12 +3,10 @@
 import ctypes
 import functools
 import importlib.metadata
-import math
 import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -159,26 +157,39 @@ def make_deterministic(device: torch.device, *, deterministic: bool = True) -> b
     return deterministic or device.type != "cuda"
 
 
-PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
-"""Dense bf16 products on the tensor cores, per second, from Nvidia's data sheets."""
+PEAK_TFLOPS: Mapping[str, Mapping[str, float]] = {
+    "NVIDIA B200": {"fp32": 75, "bf16": 2250},
+    "NVIDIA H200": {"fp32": 67, "bf16": 989},
+    "NVIDIA H100 80GB HBM3": {"fp32": 67, "bf16": 989},
+    "NVIDIA H100 PCIe": {"fp32": 51, "bf16": 756},
+    "NVIDIA A100-SXM4-40GB": {"fp32": 19.5, "bf16": 312},
+    "NVIDIA A100-SXM4-80GB": {"fp32": 19.5, "bf16": 312},
+    "NVIDIA A100-PCIE-40GB": {"fp32": 19.5, "bf16": 312},
+    "NVIDIA A100 80GB PCIe": {"fp32": 19.5, "bf16": 312},
+    "NVIDIA L40S": {"fp32": 91.6, "bf16": 362},
+    "NVIDIA L40": {"fp32": 90.5, "bf16": 181},
+    "NVIDIA L4": {"fp32": 30.3, "bf16": 121},
+    "NVIDIA A10": {"fp32": 31.2, "bf16": 125},
+    "Tesla T4": {"fp32": 8.1},
+    "Tesla V100-SXM2-16GB": {"fp32": 15.7},
+    "Tesla V100-SXM2-32GB": {"fp32": 15.7},
+    "NVIDIA GeForce RTX 3090": {"fp32": 35.6, "bf16": 71},
+    "NVIDIA GeForce RTX 4090": {"fp32": 82.6, "bf16": 165},
+    "NVIDIA GeForce RTX 5090": {"fp32": 104.8, "bf16": 209.5},
+}
+"""Peak rates of products in 10^12 floating-point operations per second, dense and added in fp32, by the name that torch
+gives a GPU and a recipe's `precision`. From Nvidia's data sheets and, for GeForce, its architecture whitepapers."""
 
 
-def peak_flops(device: torch.device, size: int = 512, rounds: int = 8) -> float | None:
-    """Floating-point operations per second of this process's products at their best; None where it is not known.
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Floating-point operations per second of a GPU's products at their best; None where it is not known.
 
-    A GPU's is from its data sheet. A processor's is measured, in some 20 ms, with the threads that are set.
+    A processor's rate is not known: it has no data sheet, and a measurement shows whatever else the machine does.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(local_rank())
-        return next((flops for model, flops in PEAK_BF16_FLOPS.items() if model in name), None)
-    if device.type != "cpu":
+    if device.type != "cuda":
         return None
-    ones, best = torch.ones(size, size), math.inf
-    for _ in range(rounds):
-        started_at = time.perf_counter()
-        torch.mm(ones, ones)
-        best = min(best, time.perf_counter() - started_at)
-    return 2 * size**3 / best
+    rates = PEAK_TFLOPS.get(torch.cuda.get_device_name(local_rank()), {})
+    return 1e12 * rates[precision] if precision in rates else None
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

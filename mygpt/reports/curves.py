@@ -58,6 +58,7 @@ class _Loaded(NamedTuple):
     path: Path
     recipe: str
     """Equal for equal recipes on equal texts."""
+    seeds: tuple[int, ...]
     records: list[Record]
     x_of: Mapping[int, float]
     """By step."""
@@ -68,9 +69,10 @@ def read_curves(
 ) -> list[Curve]:
     """The curves of the runs at `paths`, which are run directories or folders of them, one for each recipe.
 
-    With `smooth`, training losses are means over so many steps up to each. With `merge_seeds`, runs whose recipes
-    differ by their seeds alone make one curve; else each run makes one. A path without a run, and a run that cannot be
-    drawn, are left out, and `warn` gets a line on each.
+    With `smooth`, training losses are means over so many steps up to each, at most over a quarter of the steps so far.
+    With `merge_seeds`, runs whose recipes differ by their seeds alone make one curve, in which each seed counts once;
+    else each run makes one. A path without a run, and a run that cannot be drawn, are left out, and `warn` gets a line
+    on each.
 
     Raises:
         CheckpointError: nothing is left.
@@ -87,7 +89,7 @@ def read_curves(
     for problem in problems:
         warn(f"{problem}; left out")
     groups: dict[str, list[_Loaded]] = {}
-    for run in loaded:
+    for run in _one_of_each_seed(loaded, warn):
         groups.setdefault(run.recipe, []).append(run)
     for group in groups.values():
         first, last = (end(group, key=lambda run: run.records[-1].step) for end in (min, max))
@@ -96,6 +98,22 @@ def read_curves(
             warn(f"{ends}; --no-merge-seeds draws all steps")
     names = _names([[run.path for run in group] for group in groups.values()])
     return [_curve(name, group, unit, smooth) for name, group in zip(names, groups.values(), strict=True)]
+
+
+def _one_of_each_seed(runs: Sequence[_Loaded], warn: Warn) -> list[_Loaded]:
+    """The longest run of each recipe and seed: a copy of a run is no other seed."""
+    of_seed: dict[tuple[str, tuple[int, ...]], list[_Loaded]] = {}
+    for run in runs:
+        of_seed.setdefault((run.recipe, run.seeds), []).append(run)
+    longest = [max(same, key=lambda run: run.records[-1].step) for same in of_seed.values()]
+    copies = [
+        f"{' and '.join(str(run.path) for run in same if run is not kept)} of {kept.path}"
+        for kept, same in zip(longest, of_seed.values(), strict=True)
+        if len(same) > 1
+    ]
+    if copies:
+        warn(f"recipe and seeds are the same: left out {', '.join(copies)}; --no-merge-seeds draws each run")
+    return longest
 
 
 def _find_runs(paths: Sequence[Path], warn: Warn) -> Iterator[Path]:
@@ -139,17 +157,18 @@ def _load(path: Path, unit: Unit, axis: Axis, *, alone: bool) -> _Loaded:
         if not x_of:
             raise CheckpointError(f"{path}: has no {TIMING_FILE}, which says how long its steps took")
     records = [record for record in records if record.step in x_of]
-    return _Loaded(path, str(path) if alone else _recipe_of(path), records, x_of)
+    return _Loaded(path, *((str(path), ()) if alone else _recipe_of(path)), records, x_of)
 
 
-def _recipe_of(path: Path) -> str:
-    """A text that is equal for runs whose recipes differ by their seeds alone."""
+def _recipe_of(path: Path) -> tuple[str, tuple[int, ...]]:
+    """A text that is equal for runs whose recipes differ by their seeds alone, and these seeds."""
     try:
-        info, recipe = Run(path).info, Run(path).recipe
+        info, flat = Run(path).info, Run(path).recipe.flat()
     except CheckpointError:  # its records can be drawn all the same
-        return str(path)
-    keys = {key: value for key, value in recipe.flat().items() if key not in IGNORED_KEYS}
-    return json.dumps([keys, info.corpus_sha256, info.held_out_sha256, info.init_sha256], sort_keys=True)
+        return str(path), ()
+    keys = {key: value for key, value in flat.items() if key not in IGNORED_KEYS}
+    text = json.dumps([keys, info.corpus_sha256, info.held_out_sha256, info.init_sha256], sort_keys=True)
+    return text, tuple(flat[key] for key in sorted(SEED_KEYS))
 
 
 def _names(groups: Sequence[Sequence[Path]]) -> list[str]:
@@ -215,10 +234,11 @@ def _training(run: _Loaded, unit: Unit) -> dict[int, float]:
 
 
 def _smoothed(losses: Mapping[int, float], steps: int) -> dict[int, float]:
-    """The mean of the losses of the last `steps` steps, up to each."""
+    """The mean of the losses of the last `steps` steps up to each, at most of the last quarter of the steps so far."""
     at, values = np.array(list(losses)), np.array(list(losses.values()))
     before = np.concatenate([[0.0], np.cumsum(values)])
-    first = np.searchsorted(at, at - steps, side="right")
+    # The losses of a fresh model, far above all that follow, would stay in the mean for as many steps.
+    first = np.searchsorted(at, np.maximum(at - steps, at * 3 // 4), side="right")
     last = np.arange(1, len(at) + 1)
     return dict(zip(losses, ((before[last] - before[first]) / (last - first)).tolist(), strict=True))
 

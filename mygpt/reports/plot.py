@@ -1,15 +1,21 @@
 """Pictures of runs, drawn from their directories."""
 
 import math
+import os
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from mygpt.disk import replace_bytes
 from mygpt.errors import MygptError, print_note
-from mygpt.reports.curves import Axis, Curve, Points, Unit, Warn, read_curves
+from mygpt.reports.curves import Axis, Curve, Floats, Points, Unit, Warn, read_curves
+from mygpt.runs.files import real_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,10 +36,49 @@ STROKES = ("-", "--", ":", "-.")
 SETTLED = 0.05
 """The share of a run after which its training loss counts for the frame: a fresh model's is far above what follows."""
 FAR = 4
-"""A curve that reaches so many times higher than the median one, as one that diverges does, does not set the frame."""
-ENDINGS = (".png", ".svg", ".pdf")
+"""What reaches so many times higher does not set the frame: than the median curve, one that diverges; than the later
+half of a run, the losses of its fresh model."""
+ROOM = 2.0
+"""Above its lowest loss, what a run's frame may always hold."""
+MARK = "drawn by mygpt"
+"""In every picture: a file without it is somebody else's."""
+METADATA: dict[str, dict[str, str | None]] = {
+    ".png": {"Software": MARK},
+    ".svg": {"Creator": MARK, "Date": None},
+    ".pdf": {"Creator": MARK, "CreationDate": None},
+}
+"""By the ending of a picture's file, which chooses the format."""
 
 
+@contextmanager
+def default_style() -> Iterator[None]:
+    """Draw with matplotlib's own settings: those of the user may name fonts, programs or backends that are not there.
+
+    Raises:
+        MygptError: matplotlib is not installed, or cannot be imported.
+    """
+    is_new = "matplotlib" not in sys.modules
+    # As a notebook sets it, it may name a module that this environment lacks; then matplotlib cannot be imported.
+    backend = os.environ.pop("MPLBACKEND", None) if is_new else None
+    try:
+        import matplotlib
+        from matplotlib import style
+    except ImportError as error:
+        raise MygptError(f"a picture needs {error.name}: pip install matplotlib") from None
+    except (OSError, ValueError) as error:
+        reason = f"cannot be imported: {error}; see your matplotlibrc"
+        raise MygptError(f"a picture needs matplotlib, which {reason}") from None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    with style.context(["default", {"svg.hashsalt": "mygpt"}]):  # no random ids
+        yield
+
+
+@default_style()
 def plot(
     runs: Sequence[Path],
     out: Path | None = None,
@@ -52,10 +97,11 @@ def plot(
 
     The bars of a held-out loss are its 95% interval. Runs that differ by their seeds alone are drawn as their mean,
     with a band of their standard deviation, unless `merge_seeds` is false. Losses are against `x`, from `y_min` to
-    `y_max` or over what matters, on a logarithmic scale if `log`; `smooth` averages training losses over so many steps;
-    `grad_norm` adds the gradient's norm before clipping. `out`, if there is one, is the file to write: .png, .svg or
-    .pdf. In bits per byte there is the held-out loss alone: of training batches the bytes are not counted. What cannot
-    be drawn is left out, and `warn` gets a line on it.
+    `y_max` or over what matters, on a logarithmic scale if `log`; `smooth` averages training losses over so many steps,
+    at most over a quarter of the steps so far; `grad_norm` adds the gradient's norm before clipping. `out`, if there is
+    one, is the file to write: .png, .svg or .pdf; only a picture of mygpt is overwritten. In bits per byte there is the
+    held-out loss alone: of training batches the bytes are not counted. What cannot be drawn is left out, and `warn`
+    gets a line on it.
 
     Raises:
         MygptError: a value cannot be used, nothing can be drawn, matplotlib is not installed, or `out` cannot be
@@ -64,10 +110,11 @@ def plot(
     if not runs:
         raise MygptError("plot: expected at least one run directory")
     _check_options(unit, x, y_min, y_max, log=log, smooth=smooth)
-    if out is not None and out.suffix not in ENDINGS:
-        raise MygptError(f"{out}: got the ending {out.suffix!r}, expected {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+    if out is not None:
+        check_out(out)
     curves = read_curves(runs, unit, x, smooth=smooth, merge_seeds=merge_seeds, warn=warn)
-    figure = new_figure(figsize=(8, 5.5 + 1.5 * grad_norm), layout="constrained")
+    longest = max(len(curve.name) for curve in curves)
+    figure = new_figure(figsize=(8 + 0.08 * max(0, longest - 20), 5.5 + 1.5 * grad_norm), layout="constrained")
     count = 2 + grad_norm
     loss_axes, *rest = figure.subplots(count, sharex=True, height_ratios=(3, *[1] * (count - 1)))
     for index, curve in enumerate(curves):
@@ -117,26 +164,50 @@ def _check_options(unit: str, x: str, y_min: float | None, y_max: float | None, 
         raise MygptError(f"smooth: got {smooth}, expected 0 or more steps")
 
 
-def new_figure(**keys: Any) -> "Figure":
-    """A figure that a notebook shows, without the global state of pyplot.
+def check_out(out: Path) -> None:
+    """Check that a picture may be written there: in a known format, and over nothing but a picture of mygpt.
 
     Raises:
-        MygptError: matplotlib is not installed.
+        MygptError: it may not.
     """
+    if out.suffix not in METADATA:
+        *others, last = METADATA
+        raise MygptError(f"{out}: got the ending {out.suffix!r}, expected {', '.join(others)} or {last}")
     try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MygptError(f"a picture needs {error.name}: pip install matplotlib") from None
+        is_ours = not out.exists() or MARK.encode() in out.read_bytes()
+    except OSError as error:
+        raise MygptError(f"{out}: cannot be written: {error.strerror}") from None
+    if not is_ours:
+        raise MygptError(f"{out}: exists, and mygpt has not drawn it; choose another name, or remove it")
+
+
+def new_figure(**keys: Any) -> "Figure":
+    """A figure that a notebook shows, without the global state of pyplot."""
+    from matplotlib.backend_bases import RendererBase
+    from matplotlib.figure import Figure
 
     class Picture(Figure):
-        def _repr_png_(self) -> bytes:
-            from io import BytesIO
+        @default_style()
+        def draw(self, renderer: RendererBase) -> None:
+            super().draw(renderer)  # which makes the texts of the ticks
 
-            buffer = BytesIO()
-            self.savefig(buffer, format="png", dpi=100)
-            return buffer.getvalue()
+        def _repr_png_(self) -> bytes:
+            return _rendered(self, dpi=100)
 
     return Picture(**keys)
+
+
+def drawable(name: str) -> str:
+    """A name with escapes for what cannot be drawn: control characters, and characters that the font lacks."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    return "".join(
+        letter
+        if letter.isprintable() and font.get_char_index(ord(letter))
+        else letter.encode("unicode_escape").decode()
+        for letter in name
+    )
 
 
 def save_figure(figure: "Figure", out: Path) -> None:
@@ -145,15 +216,19 @@ def save_figure(figure: "Figure", out: Path) -> None:
     Raises:
         MygptError: it cannot be written.
     """
-    import matplotlib
-
+    picture = _rendered(figure, format=out.suffix[1:], dpi=150, metadata=METADATA[out.suffix])
     try:
-        # No random ids and no date.
-        with matplotlib.rc_context({"svg.hashsalt": "mygpt"}):
-            date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(out.suffix)
-            figure.savefig(out, dpi=150, metadata=date)
+        replace_bytes(real_path(out), picture)
     except OSError as error:
         raise MygptError(f"{out}: cannot be written: {error.strerror}") from None
+
+
+@default_style()
+def _rendered(figure: "Figure", **keys: Any) -> bytes:
+    """The bytes of a picture's file."""
+    buffer = BytesIO()
+    figure.savefig(buffer, **keys)
+    return buffer.getvalue()
 
 
 def _set_log_scale(axes: "Axes") -> None:
@@ -196,7 +271,8 @@ def _draw_legend(figure: "Figure", curves: Sequence[Curve]) -> None:
     from matplotlib.patches import Patch
 
     handles: list[Any] = [Line2D([], [], lw=2.5, **_style(index)) for index in range(len(curves))]
-    labels = [f"{curve.name} ({curve.seeds} seeds)" if curve.seeds > 1 else curve.name for curve in curves]
+    names = [f"{curve.name} ({curve.seeds} seeds)" if curve.seeds > 1 else curve.name for curve in curves]
+    labels = [drawable(name) for name in names]
     kinds = {
         "training": (any(len(curve.training.x) for curve in curves), Line2D([], [], color="gray", alpha=0.6, lw=1)),
         "held-out, 95% interval": (
@@ -215,16 +291,9 @@ def _draw_legend(figure: "Figure", curves: Sequence[Curve]) -> None:
 
 
 def _frame(curves: Sequence[Curve], *, log: bool) -> tuple[float, float]:
-    """From the lowest loss to the highest that matters: of held-out text, or of training once a run has settled."""
-    lowest, highest = [], []
-    for _, _, training, _, held_out, *_ in curves:
-        settled = training.y[training.x > SETTLED * training.x[-1]] if len(training.x) else training.y
-        if not len(settled):
-            settled = training.y
-        lowest.append(float(np.concatenate([training.y, held_out.y]).min()))
-        # The highest of a hundred noisy losses says more about the noise.
-        tops = [*held_out.y, *([np.quantile(settled, 0.99)] if len(settled) else [])]
-        highest.append(float(max(tops)))
+    """From the lowest loss to the highest that matters."""
+    lowest = [float(min([*curve.training.y, *curve.held_out.y])) for curve in curves]
+    highest = [highest_that_matters(curve.training, curve.held_out) for curve in curves]
     bottom = min(lowest)
     span = statistics.median(top - bottom for top in highest)
     top = max(top for top in highest if top - bottom <= FAR * span)
@@ -233,3 +302,18 @@ def _frame(curves: Sequence[Curve], *, log: bool) -> tuple[float, float]:
         return bottom / margin, top * margin
     margin = 0.05 * (top - bottom) or 0.1
     return bottom - margin, top + margin
+
+
+def highest_that_matters(training: Points, held_out: Points) -> float:
+    """The highest held-out loss, or training loss once a run has settled, without those of a fresh model."""
+    losses, later = (np.concatenate([_from(points, share) for points in (training, held_out)]) for share in (0, 0.5))
+    bottom = losses.min()
+    limit = bottom + max(FAR * (np.quantile(later, 0.99) - bottom), ROOM)
+    # The highest of a hundred noisy losses says more about the noise.
+    tops = [*held_out.y, *([np.quantile(_from(training, SETTLED), 0.99)] if len(training.y) else [])]
+    return float(min(max(tops), limit))
+
+
+def _from(points: Points, share: float) -> Floats:
+    """Its values from this share of a run on."""
+    return points.y[points.x >= share * points.x[-1]] if len(points.x) else points.y

@@ -1,46 +1,88 @@
 """The picture of a study."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mygpt.reports.plot import COLORS, new_figure, save_figure
-from mygpt.studies.analysis import mean_curve, unit_of
+import numpy as np
+
+from mygpt.estimates import Estimate
+from mygpt.reports.curves import Points
+from mygpt.reports.plot import COLORS, default_style, drawable, highest_that_matters, new_figure, save_figure
+from mygpt.studies.analysis import CellResult, mean_curve, unit_of
 from mygpt.studies.results import Study
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def draw(study: Study, out: Path) -> None:
-    """Draw the mean held-out loss of each recipe with its deviation over seeds, and the last losses of all runs.
 
-    `out` ends in .png, .svg or .pdf.
+@default_style()
+def draw(study: Study, out: Path) -> "Figure":
+    """Draw the mean held-out loss of each recipe, the last losses of its runs, and how far it is from the best.
+
+    The recipes are sorted by their loss, as in the table. `out` ends in .png, .svg or .pdf.
 
     Raises:
         MygptError: matplotlib is not installed, or `out` cannot be written.
     """
     unit = unit_of(study.cells)
-    cells = [cell for cell in study.cells if cell.runs]
-    figure = new_figure(figsize=(9, 2.6 + 0.35 * len(cells)), layout="constrained")
-    curves, ends = figure.subplots(1, 2, width_ratios=(3, 2))
-    lowest, settled = [], []
-    for index, cell in enumerate(cells):
-        color = COLORS[index % len(COLORS)]
-        steps, means, deviations = (list(column) for column in zip(*mean_curve(cell), strict=True))
-        curves.plot(steps, means, color=color, label=cell.name)
-        low, high = ([mean + sign * d for mean, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
-        curves.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
-        lowest.append(min(low))
-        settled += high[len(high) // 4 :]
-        losses, mean = list(cell.losses(unit).values()), cell.mean(unit)
-        ends.plot(losses, [index] * len(losses), "|", color=color, ms=10)
-        margin = mean.margin if mean.stderr is not None else 0.0
-        ends.errorbar([mean.mean], [index], xerr=[margin], color=color, marker="o", ms=4, capsize=3)
-    if cells:
-        space = 0.05 * (max(settled) - min(lowest)) or 0.1
-        # A fresh model's loss is far above all that follows.
-        curves.set_ylim(min(lowest) - space, max(settled) + space)
-    curves.set(xlabel="step", ylabel="held-out loss (nats per token)")
-    curves.grid(alpha=0.3)
-    ends.set(xlabel=f"at the last step ({unit})", yticks=range(len(cells)), ylim=(len(cells) - 0.5, -0.5))
-    ends.set_yticklabels([cell.name for cell in cells], parse_math=False)
-    ends.grid(alpha=0.3, axis="x")
-    ends.set_title("runs, and the mean with its 95% interval", fontsize="small")
-    curves.set_title("mean of the seeds, and their deviation", fontsize="small")
+    cells = sorted((cell for cell in study.cells if cell.runs), key=lambda cell: cell.mean(unit).mean)
+    width = 11 + 0.08 * max([0, *(len(cell.name) - 12 for cell in cells)])
+    figure = new_figure(figsize=(width, 2.8 + 0.4 * len(cells)), layout="constrained")
+    count = 3 if len(cells) > 1 else 2
+    curves, ends, *others = figure.subplots(1, count, width_ratios=(4, 3, 3)[:count])
+    _draw_curves(curves, cells)
+    for row, cell in enumerate(cells):
+        color, losses = _color(row), list(cell.losses(unit).values())
+        ends.plot(losses, [row + 0.16] * len(losses), "o", color=color, ms=5, alpha=0.4, mew=0)
+        _draw_estimate(ends, row - 0.16, cell.mean(unit), color)
+        if row and (change := _change(study, cells[0].name, cell.name)):
+            _draw_estimate(others[0], row, change, color)
+    for axes in (ends, *others):
+        axes.set(yticks=range(len(cells)), ylim=(max(1, len(cells)) - 0.5, -0.5))
+        axes.grid(alpha=0.3, axis="x")
+    ends.set(xlabel=f"held-out loss ({unit})")
+    ends.set_yticklabels([drawable(cell.name) for cell in cells], parse_math=False)
+    ends.set_title("each run at its last step,\nand their mean with its 95% interval", fontsize="small")
+    for differences in others:
+        differences.axvline(0, color="gray", lw=0.8)
+        differences.set(xlabel=f"difference ({unit})", yticklabels=[])
+        differences.set_title(
+            "difference from the best recipe,\npaired by seed, with its 95% interval", fontsize="small"
+        )
     save_figure(figure, out)
+    return figure
+
+
+def _draw_curves(axes: "Axes", cells: list[CellResult]) -> None:
+    lowest, highest = [], []
+    for index, cell in enumerate(cells):
+        x, mean, deviation = np.array(mean_curve(cell)).T
+        axes.plot(x, mean, color=_color(index), marker="o", ms=2.5)
+        axes.fill_between(x, mean - deviation, mean + deviation, color=_color(index), alpha=0.2, lw=0)
+        lowest.append(min(mean - deviation))
+        empty = np.array([])
+        highest.append(highest_that_matters(Points(empty, empty, empty), Points(x, mean + deviation, deviation)))
+    if cells:
+        space = 0.05 * (max(highest) - min(lowest)) or 0.1
+        axes.set_ylim(min(lowest) - space, max(highest) + space)
+    axes.set(xlabel="step", ylabel="held-out loss (nats per token)")
+    axes.set_title("mean of the seeds,\nand their deviation", fontsize="small")
+    axes.grid(alpha=0.3)
+
+
+def _draw_estimate(axes: "Axes", y: float, estimate: Estimate, color: str) -> None:
+    margin = [] if estimate.stderr is None else [estimate.margin]
+    axes.errorbar([estimate.mean], [y], xerr=margin or None, color=color, marker="D", ms=4, capsize=3)
+
+
+def _color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
+
+
+def _change(study: Study, best: str, other: str) -> Estimate | None:
+    """The mean loss of another recipe less that of the best, paired; None: they are not compared."""
+    for result in study.comparisons:
+        if {result.a, result.b} == {best, other} and result.change:
+            return result.change if result.b == other else result.change._replace(mean=-result.change.mean)
+    return None

@@ -2,11 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from typing import NamedTuple
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, NamedTuple
 
 import psutil
 
@@ -27,11 +30,18 @@ PROBE_SECONDS = 3.0
 RUNS_PER_GPU = 4
 """Most runs that share a GPU."""
 
+CORE_MARK = "\0mygpt-core-{}"
+"""The address of a socket that a study binds for a core that it takes; Linux frees it when the study ends."""
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+"""Where Linux keeps the limits of containers, and which of them hold for this process."""
+
 
 class Slot(NamedTuple):
     """The place of a run beside others."""
 
     cpus: tuple[int, ...]
+    """None: any."""
     gpu: str | None
     """As CUDA_VISIBLE_DEVICES names it; None: there is none."""
 
@@ -42,15 +52,32 @@ class Room(NamedTuple):
     side_by_side: int
     threads: int
 
-    def slots(self) -> list[Slot]:
-        """Their places: cores and GPUs in turn."""
-        cores, gpus = available_cores(), visible_gpus()
-        return [
+
+@contextmanager
+def take_slots(room: Room) -> Iterator[list[Slot]]:
+    """Places for the runs: GPUs in turn, and cores, at first those that no other study on this machine has taken."""
+    cores, gpus = available_cores(), visible_gpus()
+    if core_count() < len(cores):
+        cores = []  # a share of the time of all of them, which may be that of other containers, too
+    with ExitStack() as held:
+        taken: list[int] = []
+        for core in cores:
+            if len(taken) < room.side_by_side * room.threads:
+                mark = socket.socket(socket.AF_UNIX)
+                try:
+                    mark.bind(CORE_MARK.format(core))
+                except OSError:  # another study has bound it
+                    mark.close()
+                else:
+                    held.callback(mark.close)
+                    taken.append(core)
+        cores = [*taken, *(core for core in cores if core not in taken)]
+        yield [
             Slot(
-                tuple(cores[index * self.threads : (index + 1) * self.threads]),
+                tuple(cores[index * room.threads : (index + 1) * room.threads]),
                 gpus[index % len(gpus)] if gpus else None,
             )
-            for index in range(self.side_by_side)
+            for index in range(room.side_by_side)
         ]
 
 
@@ -59,6 +86,45 @@ def available_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def core_count() -> int:
+    """How many cores this process may use at a time, as a container may have fewer than it sees."""
+    quotas = [float(len(available_cores()))]
+    for folder in _cgroups("cpu"):
+        with suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()
+            quotas.append(int(quota) / int(period))
+        with suppress(OSError, ValueError):
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quotas += [int(quota) / int(period)] * (int(quota) > 0)
+    return max(1, int(min(quotas)))
+
+
+def free_memory() -> int:
+    """Bytes that runs may still take: of the machine, and of the containers in which they are."""
+    free = [int(psutil.virtual_memory().available)]
+    for folder in _cgroups("memory"):
+        for limit, used, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            with suppress(OSError, ValueError):  # "max": no limit
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free.append(left + int(counters.get(cache, 0)))
+    return min(free)
+
+
+def _cgroups(controller: str) -> Iterator[Path]:
+    """The folders of this process's control groups, of version 1 and 2, from its own to the outermost."""
+    with suppress(OSError):
+        for line in OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root = CGROUPS / controller if controllers else CGROUPS
+            if not controllers or controller in controllers.split(","):
+                own = root / path.strip("/")  # in a container it may be the host's path, which is not there
+                yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
 
 
 def visible_gpus() -> list[str]:
@@ -79,7 +145,7 @@ def measure_room(recipe: Recipe, most: int, report: Callable[[str], None]) -> Ro
     Raises:
         MygptError: the recipe cannot be trained here.
     """
-    best, best_rate = Room(1, recipe.runtime.threads or len(available_cores())), 0.0
+    best, best_rate = Room(1, recipe.runtime.threads or core_count()), 0.0
     for room in candidates(recipe.runtime.threads, most, on_gpus=recipe.runtime.device in ("auto", "cuda")):
         measured = time_side_by_side(recipe.replace(threads=room.threads), room)
         if measured is None:
@@ -94,14 +160,14 @@ def measure_room(recipe: Recipe, most: int, report: Callable[[str], None]) -> Ro
             break
         best, best_rate = room, rate
         needed = memory / room.side_by_side
-        if 2 * share > MEMORY_SHARE or 2 * memory > MEMORY_SHARE * (psutil.virtual_memory().available + needed):
+        if 2 * share > MEMORY_SHARE or 2 * memory > MEMORY_SHARE * (free_memory() + needed):
             break
     return best
 
 
 def candidates(threads: int | None, most: int, *, on_gpus: bool = True) -> Iterator[Room]:
     """1, 2, 4, ... runs, which share the cores or, if there are any, the GPUs."""
-    cores, gpus = len(available_cores()), len(visible_gpus()) if on_gpus else 0
+    cores, gpus = core_count(), len(visible_gpus()) if on_gpus else 0
     largest = max(1, min(most, RUNS_PER_GPU * gpus if gpus else cores // (threads or 1)))
     counts = [2**power for power in range(largest.bit_length()) if 2**power < largest]
     for count in (*counts, largest):
@@ -110,44 +176,81 @@ def candidates(threads: int | None, most: int, *, on_gpus: bool = True) -> Itera
 
 def time_side_by_side(recipe: Recipe, room: Room) -> list[Measured] | None:
     """What each run measures while all of them train; None: some did not fit beside the others."""
-    probes = [
-        start_worker(Task("probe", recipe.model_dump_json(), slot.cpus, PROBE_SECONDS), slot) for slot in room.slots()
-    ]
-    try:
-        for process in probes:
-            assert process.stdout is not None
-            if process.stdout.readline() != "ready\n":
-                if room.side_by_side > 1:
-                    return None
-                raise MygptError(_complaint(process))
-        _tell(probes)
-        lines = [process.stdout.readline() for process in probes if process.stdout]
-        if not all(lines):
-            if room.side_by_side > 1:
-                return None
-            raise MygptError(_complaint(probes[0]))
-        return [Measured(*json.loads(line)) for line in lines]
-    finally:
-        for process in probes:
+    with take_slots(room) as slots, ExitStack() as running:
+        probes = [running.enter_context(_probe(recipe, slot)) for slot in slots]
+        if _next_reports(probes) is None:
+            return None
+        for probe in probes:
+            assert probe.process.stdin is not None
+            with suppress(BrokenPipeError):  # it has ended, which the next report shows
+                probe.process.stdin.write("go\n")
+                probe.process.stdin.flush()
+        lines = _next_reports(probes)
+        return None if lines is None else [Measured(*json.loads(line)) for line in lines]
+
+
+class _Probe(NamedTuple):
+    """A process that times a recipe."""
+
+    process: "subprocess.Popen[str]"
+    reports: IO[str]
+    """What it reports: not on stdout, where a library of the user's environment may print, too."""
+    output: IO[bytes]
+    """What is printed."""
+
+
+@contextmanager
+def _probe(recipe: Recipe, slot: Slot) -> Iterator[_Probe]:
+    read, write = os.pipe()
+    with os.fdopen(read, encoding="utf-8") as reports, TemporaryFile() as output:
+        try:
+            task = Task(recipe.model_dump_json(), slot.cpus, PROBE_SECONDS, write)
+            process = start_worker(task, slot, output.fileno())
+        finally:
+            os.close(write)
+        try:
+            yield _Probe(process, reports, output)
+        finally:
             process.kill()
-            with process:  # closes the pipes, and waits
+            with process:  # closes the pipe, and waits
                 pass
 
 
-def start_worker(
-    task: Task, slot: Slot, stderr: int = subprocess.PIPE, stdout: int = subprocess.PIPE
-) -> "subprocess.Popen[str]":
-    """Start a process with this task; its stdin stays open, and its closing tells it that the study has ended."""
+def _next_reports(probes: Sequence[_Probe]) -> list[str] | None:
+    """The next line of each; None: one of several has ended.
+
+    Raises:
+        MygptError: the only one has ended.
+    """
+    lines = []
+    for process, reports, output in probes:
+        lines.append(reports.readline())
+        if not lines[-1]:
+            if len(probes) > 1:
+                return None
+            process.wait()
+            output.seek(0)
+            printed = output.read().decode("utf-8", "replace")
+            raise MygptError(complaint(printed) or f"a process of the study ended with {process.returncode}")
+    return lines
+
+
+def start_worker(task: Task, slot: Slot, output: int) -> "subprocess.Popen[str]":
+    """Start a process with this task; its stdin stays open, and its closing tells it that the study has ended.
+
+    `output` is the descriptor of the file in which all goes that is printed.
+    """
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": slot.gpu} if slot.gpu is not None else {})
     process = subprocess.Popen(
         [sys.executable, "-m", "mygpt.studies.worker"],
         stdin=subprocess.PIPE,
-        stdout=stdout,
-        stderr=stderr,
+        stdout=output,
+        stderr=output,
         text=True,
         encoding="utf-8",
         env=environment,
         start_new_session=True,  # Ctrl-C reaches the study alone, which passes it on
+        pass_fds=[] if task.reports is None else [task.reports],
     )
     assert process.stdin is not None
     process.stdin.write(json.dumps(task) + "\n")
@@ -155,16 +258,12 @@ def start_worker(
     return process
 
 
-def _tell(probes: "Sequence[subprocess.Popen[str]]") -> None:
-    for process in probes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-
-
-def _complaint(process: "subprocess.Popen[str]") -> str:
-    """The last line of what a process that has failed says."""
-    errors = process.stderr.read() if process.stderr else ""
-    process.wait()
-    lines = errors.strip().splitlines() or [f"a process of the study ended with {process.returncode}"]
-    return lines[-1].removeprefix("mygpt: ")
+def complaint(printed: str) -> str:
+    """Why a process has failed: the last line that mygpt printed, or that of a traceback; "": there is none."""
+    lines = printed.strip().splitlines() or [""]
+    for line in reversed(lines):
+        if line.startswith("mygpt: "):
+            return line.removeprefix("mygpt: ")
+        if line.startswith("Traceback "):
+            break
+    return lines[-1]

@@ -25,7 +25,7 @@ from mygpt.studies.analysis import compare_cells
 from mygpt.studies.copies import copy_model, with_copies
 from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, Cell
 from mygpt.studies.results import Study, explain_damage, has_failed, is_complete, read_cell, to_json
-from mygpt.studies.room import Room, Slot, available_cores, measure_room, start_worker
+from mygpt.studies.room import Room, Slot, complaint, core_count, measure_room, start_worker, take_slots
 from mygpt.studies.worker import Task
 
 POLL_SECONDS = 0.1
@@ -209,7 +209,7 @@ def _make_plan(jobs: Sequence[Job], folder: Path, side_by_side: int | None, repo
     if side_by_side is None:
         room = measure_room(largest, len(jobs), report)
     else:
-        room = Room(side_by_side, largest.runtime.threads or max(1, len(available_cores()) // side_by_side))
+        room = Room(side_by_side, largest.runtime.threads or max(1, core_count() // side_by_side))
     plan = {"mygpt": __version__, **room._asdict()}
     with explain_disk_error("{path}: cannot be written: {reason}", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -229,13 +229,13 @@ def _run_all(jobs: Sequence[Job], room: Room, copies: Mapping[str, str | None], 
         InterruptedRunError: a signal asked to stop.
         MygptError: a run ended in an error that is not its recipe's.
     """
-    waiting, free = list(jobs), room.slots()
+    waiting = list(jobs)
     running: dict[subprocess.Popen[str], tuple[Job, Slot]] = {}
     restarts: dict[Path, int] = {}
     started_at, over = time.monotonic(), 0
     reported_at = started_at
     problem: MygptError | None = None
-    with stop_on_signal() as stop:
+    with take_slots(room) as free, stop_on_signal() as stop:
         stop.graceful = True
         try:
             while running or (waiting and not problem):
@@ -278,8 +278,8 @@ def _run_all(jobs: Sequence[Job], room: Room, copies: Mapping[str, str | None], 
 def _start(job: Job, slot: Slot, threads: int, init_from: str | None) -> "subprocess.Popen[str]":
     job.path.parent.mkdir(parents=True, exist_ok=True)
     with _log(job).open("a", encoding="utf-8") as log:
-        task = Task("train", _recipe_of(job, threads).replace(init_from=init_from).model_dump_json(), slot.cpus)
-        return start_worker(task, slot, stdout=log.fileno(), stderr=log.fileno())
+        task = Task(_recipe_of(job, threads).replace(init_from=init_from).model_dump_json(), slot.cpus)
+        return start_worker(task, slot, log.fileno())
 
 
 def _progress(job: Job) -> str:
@@ -304,8 +304,7 @@ def _error_of(process: "subprocess.Popen[str]", job: Job, restarts: dict[Path, i
     if process.returncode < 0 and restarts.get(job.path, 0) < MOST_RESTARTS:
         restarts[job.path] = restarts.get(job.path, 0) + 1
         return None
-    lines = _log(job).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    reason = lines[-1].removeprefix("mygpt: ") if lines else "no message"
+    reason = complaint(_log(job).read_text(encoding="utf-8", errors="replace")) or "no message"
     if process.returncode > 1:  # a mistake, which would be found again; or a signal, whose message says the way on
         return MygptError(f"{job.name}: {reason}", process.returncode)
     way_on = "the same command continues the study"

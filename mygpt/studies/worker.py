@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from mygpt.errors import CheckpointError, MygptError, printable
 from mygpt.posix import resource
@@ -25,13 +25,14 @@ LOCK_SECONDS = 60
 class Task(NamedTuple):
     """What to do."""
 
-    mode: Literal["train", "probe"]
     recipe: str
     """As JSON."""
     cpus: tuple[int, ...] = ()
     """The cores to run on; none: any."""
     seconds: float = 0.0
     """For which a probe times steps."""
+    reports: int | None = None
+    """The descriptor to which a probe reports."""
 
 
 class Measured(NamedTuple):
@@ -53,7 +54,7 @@ def main() -> None:
         os.sched_setaffinity(0, task.cpus)
     os.environ["OMP_NUM_THREADS"] = str(recipe.runtime.threads or 1)  # before torch is imported
     try:
-        probe(recipe, task.seconds) if task.mode == "probe" else train_run(recipe)
+        train_run(recipe) if task.reports is None else probe(recipe, task.seconds, task.reports)
     except MygptError as error:
         for line in str(error).splitlines():
             print(f"mygpt: {printable(line)}", file=sys.stderr)
@@ -81,8 +82,8 @@ def _stop_without_study() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def probe(recipe: Recipe, seconds: float) -> None:
-    """Print "ready", wait for a line on stdin, time steps for a while, and print what was measured."""
+def probe(recipe: Recipe, seconds: float, reports: int) -> None:
+    """Report "ready", wait for a line on stdin, time steps for a while, and report what was measured."""
     import torch
 
     from mygpt.checks.speed import time_step
@@ -92,7 +93,7 @@ def probe(recipe: Recipe, seconds: float) -> None:
 
     device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
     dataset = open_dataset(recipe)
-    print("ready", flush=True)
+    os.write(reports, b"ready\n")
     if not sys.stdin.readline():
         return
     with explain_out_of_memory(recipe.train):
@@ -100,7 +101,7 @@ def probe(recipe: Recipe, seconds: float) -> None:
     unit = 1 if sys.platform == "darwin" else 1024
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     share = torch.cuda.max_memory_reserved() / torch.cuda.mem_get_info()[1] if device.type == "cuda" else 0.0
-    print(json.dumps(Measured(step_seconds, memory, share)), flush=True)
+    os.write(reports, json.dumps(Measured(step_seconds, memory, share)).encode() + b"\n")
 
 
 if __name__ == "__main__":

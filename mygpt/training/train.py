@@ -202,7 +202,7 @@ def run_steps(
 
 def peak_tokens_per_second(parts: Parts) -> float | None:
     """Tokens per second of all processes if they did nothing but the model's products at their devices' peak rate."""
-    peak = peak_flops(parts.accelerator.device)
+    peak = peak_flops(parts.accelerator.device, parts.recipe.runtime.precision)
     per_token = parts.gpt.flops_per_token(parts.recipe.train.seq_len)
     return peak and peak * parts.accelerator.num_processes / per_token
 

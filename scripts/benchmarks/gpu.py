@@ -110,7 +110,7 @@ def measure(recipe: Recipe, device: torch.device, dataset: Dataset) -> float:
 def report(name: str, recipe: Recipe, seconds: float, base: float, device: torch.device) -> None:
     with torch.device("meta"):
         flops = GPT(recipe.model, VOCABULARY).flops_per_token(recipe.train.seq_len)
-    peak = peak_flops(device)
+    peak = peak_flops(device, recipe.runtime.precision)
     mfu = f"   MFU {flops / seconds / peak:.3f}" if peak else ""
     print(f"{name:<40} {1 / seconds:>12,.0f} tokens/s   ratio {seconds / base:.3f}{mfu}", flush=True)
 

@@ -57,7 +57,7 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, {recipe.runtime.precision}, compile={recipe.runtime.compile}")
     tokens = recipe.train.batch_size * recipe.train.seq_len
     flops_per_token = GPT(recipe.model, dataset.tokenizer.vocab_size).flops_per_token(recipe.train.seq_len)
-    peak = peak_flops(device)
+    peak = peak_flops(device, recipe.runtime.precision)
     for contender in contenders:
         seconds = statistics.median(r[contender] for r in rounds)
         ratio = statistics.median(r["mygpt"] / r[contender] for r in rounds)

@@ -1,15 +1,26 @@
 """What a launcher started, by the environment that it sets."""
 
+import re
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.commands import BIN, run_process
 from torch.distributed import HashStore
 
 from mygpt.errors import LaunchError
 from mygpt.processes import machine, preflight
 from mygpt.processes.channel import Channel
-from mygpt.processes.environment import Launched, check_joined, choose_workers, ignored_settings, launched_processes
+from mygpt.processes.environment import (
+    SHORT_WAITS,
+    Launched,
+    check_joined,
+    choose_workers,
+    ignored_settings,
+    launched_processes,
+    shorten_waits,
+)
 from mygpt.processes.machine import choose_matmul, set_threads
 from mygpt.recipe.tables import RuntimeTable
 
@@ -89,6 +100,27 @@ def test_threads_that_are_right_are_not_set(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("set"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert set_threads(torch.get_num_threads(), 1) == torch.get_num_threads()
+
+
+def test_waiting_threads_sleep_soon():
+    """Unless the user has said how OpenMP's threads wait, in any of the three variables."""
+    environ = {"PATH": "/bin"}
+    shorten_waits(environ)
+    assert environ == {"PATH": "/bin", **SHORT_WAITS}
+    for own in ({"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}, {"KMP_BLOCKTIME": "200"}):
+        environ = dict(own)
+        shorten_waits(environ)
+        assert environ == own
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a torch with GNU's OpenMP, as on Linux")
+def test_every_command_shortens_waits(tmp_path, monkeypatch):
+    """Before torch is imported, when OpenMP's library reads its variables: the library says what it has read."""
+    for name in ("OMP_WAIT_POLICY", *SHORT_WAITS):
+        monkeypatch.delenv(name, raising=False)
+    result = run_process([BIN / "mygpt", "doctor"], tmp_path, environment={"OMP_DISPLAY_ENV": "verbose"})
+    shown = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr)
+    assert shown == [SHORT_WAITS["GOMP_SPINCOUNT"]], result.stderr
 
 
 def test_workers_fill_the_cores(monkeypatch):

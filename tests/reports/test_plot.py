@@ -1,14 +1,21 @@
 """Pictures of runs."""
 
+import errno
 import itertools
 import json
+import math
+import os
 import re
+import shutil
 import statistics
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
+from mygpt import disk
 from mygpt.errors import MygptError
 from mygpt.reports.plot import COLORS, plot
 from mygpt.runs.records import read_records
@@ -112,6 +119,25 @@ def test_seeds_are_drawn_as_mean_and_band(tiny, tmp_path):
     assert len(texts_of_labels(apart)) == 6 + 2
 
 
+def test_copy_of_a_run_is_no_other_seed(tiny, tmp_path):
+    """One run of each recipe and seed counts, the longest; a note names the others, which can be drawn apart."""
+    for seed in (1, 2, 3):
+        train(tiny(init_seed=seed, output=str(tmp_path / "seeds" / f"{seed}")))
+    alone, copies = plot([tmp_path / "seeds"]), tmp_path / "copies"
+    shutil.copytree(tmp_path / "seeds" / "2", copies / "2")
+    train_until(tiny(init_seed=1, output=str(copies / "1")), 3)
+    warnings = []
+    figure = plot([copies, tmp_path / "seeds"], warn=warnings.append)
+    assert "other seeds (3 seeds)" in texts_of_labels(figure)[0]
+    for line, other in zip(figure.axes[0].get_lines(), alone.axes[0].get_lines(), strict=True):
+        assert line.get_ydata().tolist() == pytest.approx(other.get_ydata().tolist())
+    assert warnings == [
+        f"recipe and seeds are the same: left out {copies}/1 of {tmp_path}/seeds/1, {tmp_path}/seeds/2 of "
+        f"{copies}/2; --no-merge-seeds draws each run"
+    ]
+    assert len(texts_of_labels(plot([copies, tmp_path / "seeds"], merge_seeds=False))) == 5 + 1
+
+
 def test_mean_over_seeds_ends_where_the_first_ends(tiny, tmp_path):
     """Beyond that it would be over fewer; it is said."""
     warnings = []
@@ -134,7 +160,8 @@ def test_axes_are_as_asked_for(tiny, tmp_path):
     raw, smooth = loss_axes.get_lines()
     assert raw.get_xdata().tolist() == [record.tokens for record in records]
     by_step = {record.step: record.loss for record in records}
-    means = [statistics.mean(loss for at, loss in by_step.items() if step - 4 < at <= step) for step in by_step]
+    first = {step: max(step - 4, step * 3 // 4) for step in by_step}
+    means = [statistics.mean(loss for at, loss in by_step.items() if first[step] < at <= step) for step in by_step]
     assert smooth.get_ydata().tolist() == pytest.approx(means)
     assert norm_axes.get_lines()[0].get_ydata().tolist() == [record.grad_norm for record in records]
     minutes = plot([run], x="minutes").axes[0].get_lines()[0].get_xdata()
@@ -155,6 +182,20 @@ def test_frame_is_that_of_the_runs_that_matter(tiny, tmp_path):
     assert 5 < top < 15
     assert len(warnings) == 1
     assert warnings[0].startswith("c: its losses are above the picture, from 340 on")
+
+
+def test_short_run_is_drawn_over_what_follows_its_first_losses(tmp_path):
+    """A fresh model's losses set neither the frame, nor the averages of later steps."""
+    losses = {step: 2.5 + 38 * math.exp(-step / 12) for step in range(10, 151, 10)}
+    run = write_records(tmp_path / "run", {1: 40.0, **losses}, val=3.0)
+    assert plot([run]).axes[0].get_ylim()[1] < 5
+    _, smooth = plot([run], smooth=100).axes[0].get_lines()[:2]
+    assert smooth.get_ydata()[-1] < 2.6
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    vals = [30.0, 8.0, 3.0, *(3.0 + 0.1 * number for number in range(13))]
+    lines = [json.dumps(record | {"val": val}) for record, val in zip(records, vals, strict=True)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert vals[-1] < plot([run]).axes[0].get_ylim()[1] < 12
 
 
 def test_twenty_colours_are_distinct():
@@ -190,6 +231,80 @@ def test_missing_run_does_not_keep_others_from_being_drawn(runs, tmp_path, call)
 def test_figure_is_shown_by_a_notebook(runs):
     """It brings its picture along, without pyplot."""
     assert plot(runs)._repr_png_()[:4] == b"\x89PNG"
+
+
+@pytest.mark.fault(110)
+def test_settings_of_the_user_change_no_picture(command, tmp_path):
+    """A backend, fonts and a LaTeX that are not there: the bytes are those that are drawn without these settings."""
+    write_records(tmp_path / "run", {1: 3.0, 2: 2.0})
+    (tmp_path / "rc").write_text("text.usetex: True\nfont.family: NoSuchFont\nfigure.dpi: 50\nsvg.fonttype: none\n")
+    (tmp_path / "binary").write_bytes(b"\xff")
+    for ending in ("png", "svg", "pdf"):
+        assert command("plot", "run", "--out", f"plain.{ending}").returncode == 0
+        for settings in ({"MPLBACKEND": "module://nonsense"}, {"MPLBACKEND": "x"}, {"MATPLOTLIBRC": "rc"}):
+            done = command("plot", "run", "--out", f"other.{ending}", **settings)
+            assert (done.returncode, done.stderr) == (0, f"wrote other.{ending}\n")
+            assert (tmp_path / f"other.{ending}").read_bytes() == (tmp_path / f"plain.{ending}").read_bytes()
+    done = command("plot", "run", "--out", "other.png", MATPLOTLIBRC="binary")
+    assert done.returncode == 2
+    assert re.match("mygpt: a picture needs matplotlib, which cannot be imported: .*", done.stderr.splitlines()[-1])
+
+
+def write_records(run: Path, losses, **more) -> Path:
+    """A directory with the records of a run alone, by their losses."""
+    run.mkdir(parents=True)
+    records = [{"step": step, "loss": loss, "lr": 1e-3, "tokens": step, **more} for step, loss in losses.items()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run
+
+
+def test_backend_of_a_notebook_stays(tmp_path):
+    """What the user imports afterwards has the backend that the environment names."""
+    run = write_records(tmp_path / "run", {1: 3.0})
+    lines = f"import mygpt; mygpt.plot({str(run)!r}); import matplotlib; print(matplotlib.get_backend())"
+    environment = os.environ | {"MPLBACKEND": "svg"}
+    done = subprocess.run([sys.executable, "-c", lines], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "svg\n"
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    """No formula is made of a name; what the font lacks is escaped, and a long name does not squeeze the axes."""
+    names = ["a$b$c", "x_{", "\u540d", "a\nb\x1b", os.fsdecode(b"\xff"), "<--x>", "l" * 150]
+    runs = [write_records(tmp_path / name, {1: 3.0, 2: 2.0}) for name in names]
+    figure = plot(runs, tmp_path / "a.svg")
+    ElementTree.fromstring((tmp_path / "a.svg").read_text())
+    shown = ["a$b$c", "x_{", r"\u540d", r"a\nb\x1b", r"\udcff", "<--x>", "l" * 150]
+    assert texts_of_labels(figure)[:-1] == shown
+    assert figure.axes[0].get_position().width * figure.get_figwidth() > 4
+
+
+@pytest.mark.fault(111)
+def test_only_a_picture_of_mygpt_is_overwritten(tmp_path, call, monkeypatch):
+    """Another file of the same name is refused before anything is read; a write that fails leaves the old picture."""
+    run = write_records(tmp_path / "run", {1: 3.0, 2: 2.0})
+    for ending in ("png", "svg", "pdf"):
+        out = tmp_path / f"a.{ending}"
+        plot([run], out)
+        assert call("plot", run, "--out", out) == (0, "", f"wrote {out}\n")
+        out.write_bytes(b"mine")
+        code, _, err = call("plot", tmp_path / "nothing", "--out", out)
+        assert (code, err) == (
+            2,
+            f"mygpt: {out}: exists, and mygpt has not drawn it; choose another name, or remove it\n",
+        )
+        assert out.read_bytes() == b"mine"
+        out.unlink()
+    plot([run], out := tmp_path / "a.png")
+    before = out.read_bytes()
+    monkeypatch.setattr(disk, "sync", lambda _: fail_with(errno.ENOSPC))
+    with pytest.raises(MygptError, match=r"a\.png: cannot be written: No space left on device"):
+        plot([run, write_records(tmp_path / "other", {1: 4.0})], out)
+    assert out.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "other", "run"]
+
+
+def fail_with(number: int):
+    raise OSError(number, os.strerror(number))
 
 
 def test_mistakes_are_named(runs, tmp_path, call):

@@ -1,19 +1,25 @@
 """How many runs go side by side."""
 
+import os
+
 import pytest
+from support.runs import TINY
 
 from mygpt.errors import MygptError
 from mygpt.recipe.tables import Recipe
 from mygpt.studies import room
-from mygpt.studies.room import Room, candidates, measure_room
+from mygpt.studies.room import Room, candidates, core_count, free_memory, measure_room, take_slots, time_side_by_side
 from mygpt.studies.worker import Measured
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def machine(monkeypatch, tmp_path):
     """A function that makes this a machine with so many cores, GPUs and free memory (GB)."""
 
     def make(cores, gpus=0, free=100):
+        monkeypatch.setattr(room, "OWN_CGROUPS", tmp_path / "cgroup")
+        monkeypatch.setattr(room, "CGROUPS", tmp_path / "fs")
+        monkeypatch.setattr(room, "CORE_MARK", f"\0mygpt-test-{os.getpid()}-{{}}")
         monkeypatch.setattr(room, "available_cores", lambda: list(range(cores)))
         monkeypatch.setattr(room, "visible_gpus", lambda: [str(number) for number in range(gpus)])
         monkeypatch.setattr(room.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free * 2**30}))
@@ -29,11 +35,87 @@ def test_candidates_share_the_cores_and_take_turns_on_the_gpus(machine):
     assert list(candidates(None, 2)) == [Room(1, 6), Room(2, 3)]
     assert list(candidates(8, 100)) == [Room(1, 8)]
     machine(cores=16, gpus=2)
-    assert [slot.gpu for slot in Room(4, 4).slots()] == ["0", "1", "0", "1"]
+    with take_slots(Room(4, 4)) as slots:
+        assert [slot.gpu for slot in slots] == ["0", "1", "0", "1"]
     assert list(candidates(16, 100))[-1] == Room(8, 16)
     assert list(candidates(None, 100))[-1] == Room(8, 2)
     assert list(candidates(None, 100, on_gpus=False))[-1] == Room(16, 1)
-    assert [slot.cpus for slot in Room(2, 3).slots()] == [(0, 1, 2), (3, 4, 5)]
+
+
+def cpus(slots):
+    return [slot.cpus for slot in slots]
+
+
+def test_two_studies_on_one_machine_take_different_cores(machine):
+    """As long as there are any; a study that is over gives its own back."""
+    machine(cores=10)
+    with take_slots(Room(2, 2)) as first, take_slots(Room(2, 2)) as second, take_slots(Room(2, 2)) as third:
+        assert cpus(first) == [(0, 1), (2, 3)]
+        assert cpus(second) == [(4, 5), (6, 7)]
+        assert cpus(third) == [(8, 9), (0, 1)]
+    with take_slots(Room(2, 3)) as slots:
+        assert cpus(slots) == [(0, 1, 2), (3, 4, 5)]
+
+
+GIB = 2**30
+CGROUP_FILES = {
+    "version 2": {
+        "cgroup": "0::/pod/run\n",
+        "fs/pod/cpu.max": "250000 100000\n",
+        "fs/pod/run/cpu.max": "max 100000\n",
+        "fs/pod/memory.max": f"{4 * GIB}\n",
+        "fs/pod/memory.current": f"{3 * GIB}\n",
+        "fs/pod/memory.stat": f"anon {GIB}\ninactive_file {GIB}\n",
+        "fs/pod/run/memory.max": "max\n",
+    },
+    "version 1, whose paths are those of the host": {
+        "cgroup": "12:cpu,cpuacct:/docker/x\n3:memory:/docker/x\n1:name=systemd:/\n",
+        "fs/cpu/cpu.cfs_quota_us": "250000\n",
+        "fs/cpu/cpu.cfs_period_us": "100000\n",
+        "fs/memory/memory.limit_in_bytes": f"{4 * GIB}\n",
+        "fs/memory/memory.usage_in_bytes": f"{3 * GIB}\n",
+        "fs/memory/memory.stat": f"cache 0\ntotal_inactive_file {GIB}\n",
+    },
+    "no limits": {
+        "cgroup": "3:memory:/\n2:cpu:/\n0::/\n",
+        "fs/cpu/cpu.cfs_quota_us": "-1\n",
+        "fs/cpu/cpu.cfs_period_us": "100000\n",
+        "fs/memory/memory.limit_in_bytes": f"{2**63 - 4096}\n",
+        "fs/memory/memory.usage_in_bytes": "0\n",
+        "fs/memory/memory.stat": "",
+    },
+    "no Linux": {},
+}
+
+
+@pytest.mark.fault(113)
+@pytest.mark.parametrize("name", CGROUP_FILES)
+def test_limits_of_containers_count(machine, tmp_path, name):
+    """Memory and cores: a container may use less than it sees. Its cores are then not chosen, but shared."""
+    machine(cores=8, free=100)
+    for file, content in CGROUP_FILES[name].items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(content)
+    is_limited = name.startswith("version")
+    assert free_memory() == (2 if is_limited else 100) * GIB
+    assert core_count() == (2 if is_limited else 8)
+    assert list(candidates(None, 100))[-1] == (Room(2, 1) if is_limited else Room(8, 1))
+    with take_slots(Room(2, 1)) as slots:
+        assert cpus(slots) == ([(), ()] if is_limited else [(0,), (1,)])
+
+
+@pytest.mark.fault(112)
+def test_what_a_library_prints_is_no_answer(monkeypatch, tmp_path, text_file):
+    """More of it than a pipe holds, before and after what a probe reports; an error of mygpt stays the message."""
+    lines = 'import atexit, os\ndef speak(): os.write(1, b"noise\\n" * 20000); os.write(2, b"noise\\n" * 20000)\n'
+    (tmp_path / "sitecustomize.py").write_text(f"{lines}speak()\natexit.register(speak)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("ONEDNN_VERBOSE", "1")
+    monkeypatch.setattr(room, "PROBE_SECONDS", 0.1)
+    recipe = Recipe.of(**TINY | {"threads": 1}, corpus=str(text_file))
+    assert [run.seconds > 0 for run in time_side_by_side(recipe, Room(2, 1))] == [True, True]
+    with pytest.raises(MygptError, match=r"^\[data\] corpus: |nothing"):
+        time_side_by_side(recipe.replace(corpus=str(tmp_path / "nothing")), Room(1, 1))
 
 
 def measured(seconds, memory=1, share=0.0):

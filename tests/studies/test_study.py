@@ -148,7 +148,8 @@ def test_progress_of_a_run_is_passed_on(tmp_path):
     assert runner._progress(job) == ""
 
 
-def test_study_runs_the_grid_and_is_extended(place, tmp_path):
+@pytest.mark.fault(110, 111)
+def test_study_runs_the_grid_and_is_extended(place, monkeypatch):
     """Ordinary runs, with the bytes of `mygpt train`; the same command trains nothing, more seeds only the new ones."""
     result = run(place)
     assert result.returncode == 0, result.stderr
@@ -164,6 +165,14 @@ def test_study_runs_the_grid_and_is_extended(place, tmp_path):
     alone = ["train", "text.txt", *flags_of(keys), "--output", "alone"]
     subprocess.run([*MYGPT, *alone], cwd=place, check=True, capture_output=True)
     assert_same_run(place / "study" / "small,lr=0.01" / "seed-2", place / "alone")
+
+    monkeypatch.setenv("MPLBACKEND", "module://nonsense")
+    drawn = run(place, "--picture", "a.svg")
+    assert drawn.stderr.endswith("wrote study/study.json and a.svg\n")
+    assert "<svg" in (place / "a.svg").read_text()
+    (place / "a.svg").write_text("mine")
+    refused = run(place, "--picture", "a.svg")
+    assert (refused.returncode, (place / "a.svg").read_text()) == (2, "mine")
 
     before = contents(place / "study", without=["study.json", "study.png"])
     again = run(place)
@@ -324,6 +333,7 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
         (["small.toml", "--set", "corpus=short.txt"], "the training part has 4 of the corpus's 5 characters"),
         (["small.toml", "--set", "val_split=0.1,0.2"], "[data] val_split: got 0.2, and small,val_split=0.1 has 0.1"),
         (["small.toml", "--set", "corpus=text.txt,python-docs"], "expected the same in all recipes of a study"),
+        (["small.toml", "--picture", "text.txt"], "text.txt: got the ending '.txt', expected .png, .svg or .pdf"),
         (["small.toml", "--side-by-side", "0"], "--side-by-side: got 0, expected at least 1"),
         (
             ["small.toml", "--out", "study", "--side-by-side", "3"],
