@@ -250,5 +250,8 @@ def print_header(start: Start, parts: Parts, dataset: Dataset) -> None:
     if not start.step and (unseen := dataset.unseen_characters()):
         shown = f"{unseen[:MOST_CHARACTERS]!r}{' and others' * (len(unseen) > MOST_CHARACTERS)}"
         print_note(f"{len(unseen)} characters occur only in the held-out text, and not in the training text: {shown}")
+    if not start.step and (copies := dataset.count_copies())[0]:
+        text = "{:,} of the {:,} held-out documents are in the training part, too, word for word".format(*copies)
+        print_note(f"{text}: the held-out loss is lower than that of unseen text")
     if not recipe.validation.val_every:
         print_note(f"no held-out loss: overfitting will not show; {recipe.data.flags_that_evaluate} shows it")
