@@ -3,14 +3,19 @@
 tests/test_compat.py has a canary test for each: if one fails after an update, its docstring says what to do here.
 """
 
+import importlib.util
 import inspect
 import itertools
 import os
 import re
+import shutil
 import sys
+import sysconfig
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +93,13 @@ def forget_accelerator() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def explicit_timeout(timeout: timedelta) -> timedelta:
+    """A second longer if it is Accelerate's default, ten minutes, which it does not pass on: gloo would wait thirty."""
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return timeout + timedelta(seconds=timeout == InitProcessGroupKwargs().timeout)
+
+
 def autocast_forward(model: torch.nn.Module, device: torch.device) -> None:
     """Have the model compute in bfloat16, as Accelerate does it for everything but FSDP2.
 
@@ -129,6 +141,36 @@ def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     # Every process has all of it, so that none has to send anything.
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
     return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+# ---- Precision, and the compiler
+
+
+def compute_fp32_in_fp32() -> None:
+    """Have products of fp32 tensors computed in fp32, whatever the caller or the environment has set.
+
+    Otherwise a GPU may compute them in TF32, and oneDNN on a CPU in bf16. Of torch's ways to say so, this one alone
+    sets the older and the newer flags alike; torch raises an error where they differ, and some versions warn.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        torch.set_float32_matmul_precision("highest")
+
+
+def missing_for_compiler(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine, and how to get it; None: nothing that is known."""
+    if device.type not in ("cpu", "cuda"):
+        return None
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton is missing; install it (pip install triton)"
+    on_cpu = "clang++" if sys.platform == "darwin" else "g++"
+    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", (on_cpu,))
+    names = (os.environ[variable],) if variable in os.environ else names
+    if not any(map(shutil.which, names)):
+        return f"there is no compiler {' or '.join(names)}; install one (such as {on_cpu}), or name it in {variable}"
+    folders = {sysconfig.get_path("include"), sysconfig.get_path("include", scheme="posix_prefix")}
+    if sys.platform == "linux" and not any((Path(folder) / "Python.h").exists() for folder in folders):
+        return f"{min(folders)} has no Python.h; install Python's headers (such as the package python3-dev)"
+    return None
 
 
 # ---- Products by oneDNN

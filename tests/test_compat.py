@@ -14,13 +14,16 @@ from support.commands import free_port, needs_onednn, run_process
 from torch.distributed import TCPStore
 
 from mygpt import compat
+from mygpt.processes.channel import PROCESS_TIMEOUT
 from mygpt.recipe.tables import OptimizerTable, Recipe
 from mygpt.training.optim import build_optimizer
 from mygpt.training.parts import open_accelerator
 
 
+@pytest.mark.fault(104)
 def test_accelerate_meets_where_mygpt_says(monkeypatch):
-    """If Accelerate no longer passes INIT_METHOD on, each group needs keys of its own in the store in another way."""
+    """If Accelerate no longer passes INIT_METHOD on, each group needs keys of its own in the store in another way; and
+    if not the timeout, processes wait for thirty minutes, and not ten."""
     environment = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
     environment |= {"OMP_NUM_THREADS": "1"}  # or Accelerate would say that it sets it
@@ -32,6 +35,8 @@ def test_accelerate_meets_where_mygpt_says(monkeypatch):
         with open_accelerator(Recipe().runtime, torch.device("cpu"), 1) as accelerator:
             assert accelerator.num_processes == 1
             assert torch.distributed.is_initialized()
+            timeout = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+            assert PROCESS_TIMEOUT <= timeout <= PROCESS_TIMEOUT + timedelta(seconds=1)
         assert not torch.distributed.is_initialized()
     assert len(set(prefixes)) == 2
     assert all(re.fullmatch(r"mygpt/2/\d+", prefix) for prefix in prefixes)
@@ -126,6 +131,24 @@ def test_onednn_computes_what_blas_computes(compiled):
             results.append([y, *(value.grad for value in own)])
         for theirs, ours in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+CXX = """
+from torch._inductor import config
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+assert config.cpp.cxx[1] == "/nonexistent", config.cpp.cxx
+try:
+    get_cpp_compiler()
+except InvalidCxxCompiler:
+    print("none")
+"""
+
+
+def test_compiler_takes_the_compiler_in_cxx(tmp_path):
+    """And has no other; if it has, missing_for_compiler refuses what works. Its Python.h is that of sysconfig."""
+    result = run_process([sys.executable, "-c", CXX], tmp_path, 60, {"CXX": "/nonexistent"})
+    assert result.stdout == "none\n", result.stderr
 
 
 def test_fused_adamw_withholds_an_update_on_the_device():

@@ -32,8 +32,8 @@ data_command = partial(command, group="mygpt data")
 @dataclass(frozen=True)
 class PrepareOptions:
     sources: Positional[tuple[str, ...]]
-    """Files, patterns and folders: .txt, .md (one document each), .jsonl (one a line), .parquet (one a row); the first
-    two also as .gz and .zst."""
+    """Files, patterns and folders: .txt, .md (one document each), .jsonl (one a line), .json (lines or an array), .csv
+    and .parquet (one a row); all but the last also as .gz and .zst."""
     out: Path
     """The folder to make."""
     tokenizer: Literal["char", "byte", "bpe", "gpt2"] = "bpe"
@@ -44,7 +44,7 @@ class PrepareOptions:
     tokenizer_file: Path | None = None
     """The tokenizer.json of a byte-level "bpe"."""
     field: str = "text"
-    """The field of JSON Lines, or the column of Parquet, that has the text."""
+    """The field of JSON, or the column of CSV and Parquet, that has the text."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def prepare(options: PrepareOptions) -> None:
         raise MygptError('--vocab-size: only with --tokenizer "bpe" without --tokenizer-file')
     vocab_size = DEFAULT_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
     choice = TokenizerChoice(options.tokenizer, vocab_size, options.tokenizer_file)
-    corpus = prepare_with_bar(find_sources(options.sources), options.out, choice, options.field)
+    corpus = prepare_with_bar(find_sources(options.sources, options.field), options.out, choice, options.field)
     print("\n".join(_description(corpus)))
 
 

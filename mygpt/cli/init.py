@@ -29,7 +29,7 @@ class InitOptions:
     out: Path | None = None
     """The recipe to write; absent: the text's name with .toml, in this directory."""
     field: str = "text"
-    """The field of JSON Lines, or the column of Parquet, that has the text."""
+    """The field of JSON, or the column of CSV and Parquet, that has the text."""
 
 
 @command
@@ -96,12 +96,12 @@ def _find_corpus(options: InitOptions, out: Path) -> tuple[str, bool]:
     from mygpt.data.sources import find_sources, is_plain, name_in_manifest
 
     name = options.texts[0]
-    if len(options.texts) == 1:
-        if is_prepared(name) and os.path.lexists(Path(name, MANIFEST_FILE)):
-            return name, True
-        if name in NAMED_CORPORA:
-            return name, False
-    sources = find_sources(options.texts)
+    has_tokens = is_prepared(name) and os.path.lexists(Path(name, MANIFEST_FILE))
+    if len(options.texts) == 1 and (has_tokens or name in NAMED_CORPORA):
+        if options.field != InitOptions(()).field:
+            raise MygptError(f"--field {options.field}: {name} has no fields; leave it out")
+        return name, has_tokens
+    sources = find_sources(options.texts, options.field)
     if len(sources) == 1 and is_plain(sources[0]) and sources[0].stat().st_size < LARGE:
         path = str(sources[0])
         if name_in_manifest(sources[0]) != path:

@@ -63,17 +63,21 @@ def draw_starts(
 
 def windows(data: torch.Tensor, starts: torch.Tensor, seq_len: int, device: torch.device | None = None) -> Batch:
     """The windows of `data` (n,) that begin at `starts` (batch,), on `device`, or where the data is."""
-    # A blocking copy would make the host wait for the steps that the device has yet to compute; one from memory that is
-    # not pinned may block.
-    if data.is_cuda:
-        starts = starts.pin_memory()
-    positions = starts.to(data.device, non_blocking=True)[:, None] + torch.arange(seq_len + 1, device=data.device)
+    positions = _copy(starts, data.device)[:, None] + torch.arange(seq_len + 1, device=data.device)
     tokens_BT1 = data[positions].long()
     if device is not None and device.type != data.device.type:
-        if device.type == "cuda":
-            tokens_BT1 = tokens_BT1.pin_memory()
-        tokens_BT1 = tokens_BT1.to(device, non_blocking=device.type == "cuda")
+        tokens_BT1 = _copy(tokens_BT1, device)
     return Batch(tokens_BT1[:, :-1], tokens_BT1[:, 1:])
+
+
+def _copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The CPU's `tensor` on a device. On CUDA the host does not wait for the steps that the device has yet to compute.
+
+    Elsewhere it waits: nothing but CUDA keeps the memory that it copies from until the copy is done.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 EPOCH_BYTES = 24

@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from mygpt.data.sources import decode_text
 from mygpt.errors import CorpusError, DownloadError
-from mygpt.recipe.reading import decode_utf8, read_file
+from mygpt.recipe.reading import read_file
 from mygpt.recipe.tables import NAMED_CORPORA
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -28,8 +29,8 @@ def load_corpus(name: str) -> Corpus:
     """Load a named corpus or a text file; a name wins over a file of the same name.
 
     Raises:
-        CorpusError: the file is missing, not a regular file, unreadable, empty, or not UTF-8; or a named corpus is not
-            the published one.
+        CorpusError: the file is missing, not a regular file, unreadable, empty, or not UTF-8, or holds documents that
+            have to be prepared; or a named corpus is not the published one.
         DownloadError: a named corpus could not be fetched, or has the wrong hash.
     """
     if name == "tinyshakespeare":
@@ -90,7 +91,7 @@ def _read_text(path: Path) -> Corpus:
     names = ", ".join(NAMED_CORPORA)
     missing = f"no such text file; expected the path of a text, or one of: {names}"
     raw = read_file(path, CorpusError, expected="a text file", missing=missing)
-    text = decode_utf8(raw, path, CorpusError, remedy="; convert it to UTF-8")
+    text = decode_text(path, raw)
     if not text:
         raise CorpusError(f"{path}: empty; expected a text to train on")
     return Corpus(text, hashlib.sha256(raw).hexdigest())

@@ -42,7 +42,7 @@ from mygpt.data.tokenizer import (
     distinct_code_points,
     fingerprint,
 )
-from mygpt.disk import file_sha256, replace_bytes, sync
+from mygpt.disk import file_sha256, flush, replace_bytes, sync
 from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError
 from mygpt.posix import fcntl
 from mygpt.recipe.reading import read_file
@@ -385,7 +385,7 @@ def _write_tokens(
         file.seek(0)
         file.write(header(name, tokens))
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
     return Manifest(
         tokenizer=tokenizer.metadata.type,
         tokenizer_sha256=fingerprint(tokenizer.metadata),
@@ -434,7 +434,7 @@ class _Journal:
             for file, end in ((self._lines, self._ends[number]), (self._tokens, HEADER_BYTES + offset)):
                 file.truncate(end)
                 file.seek(end)
-                os.fsync(file.fileno())
+                flush(file.fileno())
             self._is_appending = True
         self._tokens.write(encoded.ids.tobytes())
         entry = {name: value for name, value in encoded._asdict().items() if name != "ids"}
@@ -446,7 +446,7 @@ class _Journal:
         for file, data in ((self._tokens, []), (self._lines, self._unwritten)):
             file.write(b"".join(data))
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
         self._unwritten.clear()
         self._synced_at = time.monotonic()
 

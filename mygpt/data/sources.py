@@ -1,28 +1,55 @@
-"""Reads documents from files: plain text, JSON Lines and Parquet, also compressed, piece by piece.
+"""Finds files and reads documents from them: text, JSON, CSV and Parquet, also compressed, piece by piece.
 
 Memory holds one piece of a text at a time, or one document of the other formats.
 """
 
+import csv
 import glob
 import gzip
 import hashlib
 import io
 import json
 import os
+import re
+import shlex
+import sys
 import zlib
 from codecs import getincrementaldecoder
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from mygpt.errors import CorpusError
+from mygpt.data.formats import (
+    COMPRESSED,
+    FORMS,
+    HEAD,
+    PARQUET,
+    Form,
+    ending_of,
+    find_compression,
+    find_form,
+    prepare_command,
+)
+from mygpt.errors import CorpusError, print_note, printable
 
 BLOCK = 1 << 20
 """Bytes read at a time."""
 ZSTD_BLOCK = 1 << 9
 """Compressed bytes at a time: what they stand for is in memory at once, and can be thirty thousand times as much."""
-ENDINGS = (".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet")
-COMPRESSED = (".gz", ".zst")
+MAX_RECORD = 1 << 26
+"""Characters of a record of a JSON array: it is read until it is whole, and one that is damaged never is."""
+BEFORE_FIRST, BEFORE_RECORD = re.compile(r"\ufeff?\s*\[\s*(?=\{)"), re.compile(r"\s*,\s*(?=\{)")
+"""What stands before the first record of a JSON array, and before the others."""
+OWN_FOLDERS = {
+    "run directory": {"run.json", "recipe.toml"},
+    "prepared corpus": {"manifest.json", "tokens.safetensors"},
+}
+"""What mygpt makes, and the files by which it is known: what these hold is no text."""
+MAX_COPIES, MAX_KINDS = 5, 8
+"""Copies that are named, and kinds of files left out; the rest is counted."""
 
 
 class Piece(NamedTuple):
@@ -40,14 +67,28 @@ class Source(NamedTuple):
     sha256: str
 
 
-def find_sources(names: Sequence[str]) -> list[Path]:
-    """The files that a user names: files, folders and patterns, each file once.
+class NoFieldError(CorpusError):
+    """A record has no such field, or a table no such column."""
 
-    A folder stands for all files of known endings in it but hidden ones. Those of a folder or a pattern come in the
-    order of their paths.
+
+class Content(NamedTuple):
+    """What a file holds."""
+
+    form: Form
+    compression: str
+    """Its ending; "": none."""
+    head: bytes
+    """The beginning of what it holds, decompressed."""
+
+
+def find_sources(names: Sequence[str], field: str = "text") -> list[Path]:
+    """The files that a user names: files, folders and patterns, each file and each content once.
+
+    A folder stands for all files of known endings in it but hidden ones, and those of mygpt's own folders. Those of a
+    folder or a pattern come in the order of their paths. Notes say what is left out.
 
     Raises:
-        CorpusError: a name stands for no file.
+        CorpusError: a name stands for no file, or no file has fields, and `field` is not the default.
     """
     if not names:
         raise CorpusError("expected a source: a file, a folder or a pattern")
@@ -55,61 +96,189 @@ def find_sources(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            files = sorted(_files_in(path))
+            files = _files_in(path, field)
         elif path.exists():
             files = [path]
         else:
             files = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
         if not files:
-            expected = f"a file, a pattern, or a folder with files that end in {', '.join(ENDINGS)}"
+            expected = f"a file, a pattern, or a folder with files that end in {', '.join(FORMS)}"
             raise CorpusError(f"{name}: no such source; expected {expected}, also compressed ({', '.join(COMPRESSED)})")
         for file in files:
             if not file.is_file():
                 raise CorpusError(f"{file}: not a regular file")
             found.setdefault(os.path.realpath(file), file)
-    return list(found.values())
+    return _each_content_once([*found.values()], field)
 
 
 def is_plain(file: Path) -> bool:
-    """Whether a file is read as one document, byte by byte as it is."""
-    return file.suffix.lower() not in COMPRESSED and _kind(file) in (None, ".txt", ".text", ".md")
+    """Whether a file is one document, byte by byte as it is.
+
+    Raises:
+        CorpusError: see `read_pieces`.
+    """
+    content = identify(file)
+    return content.form == "text" and not content.compression
 
 
-def _files_in(folder: Path) -> Iterator[Path]:
+def decode_text(file: Path, raw: bytes) -> str:
+    """The text of a file with these bytes, if it is one document, as `read_pieces` reads it.
+
+    Raises:
+        CorpusError: see `read_pieces`; or it has to be prepared.
+    """
+    content = _identify(file, io.BytesIO(raw))
+    if content.compression or content.form != "text":
+        name = COMPRESSED[content.compression][1] if content.compression else content.form
+        raise CorpusError(f"{file}: {name}; prepare it, and give the folder: {prepare_command(file)}")
+    return "".join(piece.text for piece in _text(file, [raw]))
+
+
+def identify(file: Path) -> Content:
+    """What a file holds.
+
+    Raises:
+        CorpusError: it cannot be read, or is no text.
+    """
+    try:
+        with file.open("rb") as raw:
+            return _identify(file, raw)
+    except OSError as error:
+        raise CorpusError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def _identify(file: Path, raw: IO[bytes]) -> Content:
+    compression = find_compression(file, raw.read(HEAD))
+    raw.seek(0)
+    head, _ = _peek(_decompressed(file, _Hashing(raw)))
+    return Content(find_form(file, head), compression, head)
+
+
+def _files_in(folder: Path, field: str) -> list[Path]:
     """The files of known endings in a folder and those in it, but for hidden ones, as what mygpt is still writing.
 
-    Links to folders are not followed: they may lead in a circle.
+    Links to folders are not followed: they may lead in a circle. A note counts what is left out.
+
+    Raises:
+        CorpusError: a folder cannot be read, or there are no such files.
     """
 
     def refuse(error: OSError) -> None:
         raise CorpusError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
+    files: list[Path] = []
+    left_out: Counter[str] = Counter()
     for parent, folders, names in os.walk(folder, onerror=refuse):
+        if own := next((kind for kind, known in OWN_FOLDERS.items() if known <= {*names}), None):
+            left_out[own] += 1
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files = (Path(parent, name) for name in names if not name.startswith("."))
-        yield from (file for file in files if _kind(file) and file.is_file())
+        left_out["link to a folder"] += sum(Path(parent, name).is_symlink() for name in folders)
+        for file in (Path(parent, name) for name in names if not name.startswith(".")):
+            ending = ending_of(file)
+            if not file.is_file() or ending not in FORMS:
+                left_out[ending + file.suffix.lower() * (file.suffix.lower() != ending) or "no ending"] += 1
+            elif ending in (".json", ".csv") and not _has_field(file, field):
+                left_out[f"{ending} without {field!r}"] += 1
+            else:
+                files.append(file)
+    if left_out := +left_out:
+        kinds = sorted(left_out, key=lambda kind: (-left_out[kind], kind))
+        shown = [f"{kind} ({left_out[kind]:,})" for kind in kinds[:MAX_KINDS]]
+        if others := sum(left_out[kind] for kind in kinds[MAX_KINDS:]):
+            shown.append(f"others ({others:,})")
+        if not files:
+            named = next((kind for kind in kinds if kind.startswith(".") and " " not in kind), None)
+            pattern = shlex.quote(f"{glob.escape(str(folder))}/**/*{named}")
+            way = f"; to read all {named} as texts: {pattern}" if named else ""
+            raise CorpusError(f"{folder}: no texts in it, only: {', '.join(shown)}{way}")
+        print_note(printable(f"note: {folder}: left out: {', '.join(shown)}"))
+    return sorted(files)
+
+
+def _has_field(file: Path, field: str) -> bool:
+    """Whether a file has records with this field. One that cannot be read counts: reading it says why."""
+    try:
+        if identify(file).form == "text":
+            return False
+        next(read_pieces(file, field, []), None)
+    except NoFieldError:
+        return False
+    except CorpusError:
+        pass
+    return True
+
+
+def _each_content_once(files: Sequence[Path], field: str) -> list[Path]:
+    """The files without those that hold, decompressed, the same bytes as one before; notes name these.
+
+    Raises:
+        CorpusError: see `find_sources`.
+    """
+    kept: list[Path] = []
+    copies: list[str] = []
+    alike: dict[tuple[Form, bytes], list[Path]] = {}
+    sha256, has_fields = cache(_content_sha256), False
+    for file in files:
+        try:
+            form, _, head = identify(file)
+            others = alike.setdefault((form, hashlib.sha256(head).digest()), [])
+            # Only of files that begin alike is all compared.
+            same = next((other for other in others if head and sha256(other) == sha256(file)), None)
+        except (CorpusError, OSError):  # reading it says why
+            kept.append(file)
+            has_fields = True
+            continue
+        has_fields |= form != "text"
+        if same:
+            copies.append(f"note: {file}: passed over: it holds the same as {same}")
+        else:
+            others.append(file)
+            kept.append(file)
+    if field != "text" and not has_fields:
+        raise CorpusError(f"--field {field}: the sources are plain texts, which have no fields; leave it out")
+    for copy in copies[:MAX_COPIES]:
+        print_note(printable(copy))
+    if len(copies) > MAX_COPIES:
+        print_note(f"note: {len(copies) - MAX_COPIES:,} more files passed over that hold the same as another")
+    return kept
+
+
+def _content_sha256(file: Path) -> bytes:
+    """The hash of what a file holds, decompressed."""
+    digest = hashlib.sha256()
+    with file.open("rb") as raw:
+        for block in _decompressed(file, _Hashing(raw)):
+            digest.update(block)
+    return digest.digest()
 
 
 def read_pieces(file: Path, field: str, done: list[Source]) -> Iterator[Piece]:
     """The documents of a file in pieces; at its end its hash is added to `done`.
 
-    A text file is one document. In the other formats each line or row is one: the text in `field`.
+    A text file is one document. In the other formats each line, record or row is one: the text in `field`.
 
     Raises:
         CorpusError: it cannot be read, is not of the format that its ending says, or is not UTF-8; or a package that
             its format needs is not installed.
     """
-    kind = _kind(file) or ".txt"
     try:
         with file.open("rb") as raw:
             hashing = _Hashing(raw)
-            if kind == ".parquet":
-                yield from _parquet(file, raw, field)
+            head, blocks = _peek(_decompressed(file, hashing))
+            form = find_form(file, head)
+            if form == "Parquet":
+                yield from _parquet(file, raw, head, field)
                 raw.seek(0)
-            elif kind in (".jsonl", ".ndjson"):
-                yield from _json_lines(file, _decompressed(file, hashing), field)
+                hashing = _Hashing(raw)
+            elif form == "JSON Lines":
+                yield from _json_lines(file, blocks, field)
+            elif form == "text":
+                yield from _text(file, blocks)
             else:
-                yield from _text(file, _decompressed(file, hashing))
+                texts = (piece.text for piece in _text(file, blocks))
+                yield from (_csv if form == "CSV" else _json_array)(file, texts, field)
             while hashing.read(BLOCK):  # what a decompressor leaves unread
                 pass
     except OSError as error:
@@ -120,14 +289,6 @@ def read_pieces(file: Path, field: str, done: list[Source]) -> Iterator[Piece]:
 def name_in_manifest(file: Path) -> str:
     """The file's path in UTF-8, with other bytes escaped."""
     return os.fsencode(file).decode("utf-8", "backslashreplace")
-
-
-def _kind(file: Path) -> str | None:
-    """The ending that says what a file holds, without that of a compression; None: another one."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in ENDINGS else None
 
 
 class _Hashing(io.RawIOBase):
@@ -153,8 +314,8 @@ def _decompressed(file: Path, raw: _Hashing) -> Iterator[bytes]:
     Raises:
         CorpusError: it is not what its ending says, or is cut short.
     """
-    ending = file.suffix.lower()
     stream: Any = io.BufferedReader(raw, BLOCK)
+    ending = find_compression(file, stream.peek(4))
     try:
         if ending == ".gz":
             stream = gzip.GzipFile(fileobj=stream)
@@ -169,6 +330,17 @@ def _decompressed(file: Path, raw: _Hashing) -> Iterator[bytes]:
             raise CorpusError(f"{file}: damaged gzip: the file is empty")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CorpusError(f"{file}: damaged gzip: {error}") from None
+
+
+def _peek(blocks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """The first bytes of some blocks, and all of the blocks."""
+    first, size = list[bytes](), 0
+    for block in blocks:
+        first.append(block)
+        size += len(block)
+        if size >= HEAD:
+            break
+    return b"".join(first)[:HEAD], chain(first, blocks)
 
 
 def _zstd(file: Path, stream: IO[bytes]) -> Iterator[bytes]:
@@ -205,12 +377,13 @@ def _text(file: Path, blocks: Iterable[bytes]) -> Iterator[Piece]:
         pending = len(decoder.getstate()[0])
         if b"\0" in block:
             at = offset + block.index(b"\0")
-            raise CorpusError(f"{file}: not a text: byte 0x00 at offset {at}; convert it to UTF-8")
+            raise CorpusError(f"{file}: not a text: byte 0x00 at offset {at}; remove such bytes, if the rest is text")
         try:
             return decoder.decode(block, final)
         except UnicodeDecodeError as error:
             at, byte = offset - pending + error.start, error.object[error.start]
-            raise CorpusError(f"{file}: not UTF-8: byte {byte:#04x} at offset {at}; convert it to UTF-8") from None
+            way = "convert it to UTF-8, such as with iconv -f cp1252 -t utf-8 if it is Windows-1252"
+            raise CorpusError(f"{file}: not UTF-8: byte {byte:#04x} at offset {at}; {way}") from None
 
     for block in blocks:
         yield Piece(decode(block), is_last=False)
@@ -229,7 +402,7 @@ def _json_lines(file: Path, blocks: Iterable[bytes], field: str) -> Iterator[Pie
         except (ValueError, RecursionError) as error:
             raise CorpusError(f"{file}: line {number}: not JSON: {error}") from None
         except (TypeError, KeyError):
-            raise CorpusError(f"{file}: line {number}: no JSON object with a field {field!r}; see --field") from None
+            raise NoFieldError(f"{file}: line {number}: no JSON object with a field {field!r}; see --field") from None
         return Piece(_checked(text, f"{file}: line {number}", field), is_last=True)
 
     for block in blocks:
@@ -245,7 +418,62 @@ def _json_lines(file: Path, blocks: Iterable[bytes], field: str) -> Iterator[Pie
         yield document(whole)
 
 
-def _parquet(file: Path, raw: IO[bytes], field: str) -> Iterator[Piece]:
+def _json_array(file: Path, texts: Iterable[str], field: str) -> Iterator[Piece]:
+    text, number, scan = "", 0, json.JSONDecoder().raw_decode
+    for part in chain(texts, [""]):  # the last text is empty, too: the file's end
+        text, at = text + part, 0
+        while before := (BEFORE_RECORD if number else BEFORE_FIRST).match(text, at):
+            try:
+                record, end = scan(text, before.end())
+            except (ValueError, RecursionError) as error:
+                if part and len(text) - at < MAX_RECORD:
+                    break  # the rest of the record may follow
+                reason = str(error).partition(":")[0]  # a position follows, of what has been read
+                raise CorpusError(f"{file}: record {number + 1}: not JSON: {reason}") from None
+            number, at = number + 1, end
+            where = f"{file}: record {number}"
+            if field not in record:
+                raise NoFieldError(f"{where}: no field {field!r} but {', '.join(record)}; see --field")
+            yield Piece(_checked(record[field], where, field), is_last=True)
+        text = text[at:]
+    if not re.fullmatch(r"\s*\]\s*" if number else r"\ufeff?\s*\[\s*\]\s*", text):
+        raise CorpusError(f"{file}: after record {number}: expected , and an object, or ] at the end")
+
+
+def _csv(file: Path, texts: Iterable[str], field: str) -> Iterator[Piece]:
+    csv.field_size_limit(sys.maxsize)  # of all readers: a document may be longer than the default
+    rows = csv.reader(_lines(texts), strict=True)
+    try:
+        columns = next(rows, [])
+        if field not in columns:
+            raise NoFieldError(f"{file}: has no column {field!r} but {', '.join(columns)}; see --field")
+        for row in filter(None, rows):
+            if len(row) != len(columns):
+                raise CorpusError(f"{file}: line {rows.line_num}: {len(row)} columns, expected {len(columns)}")
+            yield Piece(row[columns.index(field)], is_last=True)
+    except csv.Error as error:
+        raise CorpusError(f"{file}: line {rows.line_num}: not CSV: {error}") from None
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of a text with their ends, without a byte order mark."""
+    rest = [""]
+    is_first = True
+    for text in texts:
+        head, *lines = text.removeprefix("\ufeff" if is_first else "").split("\n")
+        is_first = False
+        rest.append(head)
+        for line in lines:
+            yield "".join(rest) + "\n"
+            rest = [line]
+    if last := "".join(rest):
+        yield last
+
+
+def _parquet(file: Path, raw: IO[bytes], head: bytes, field: str) -> Iterator[Piece]:
+    raw.seek(0)
+    if head.startswith(PARQUET) and raw.read(len(PARQUET)) != PARQUET:
+        raise CorpusError(f"{file}: Parquet in a compressed file; decompress it")
     try:
         import pyarrow.parquet
     except ImportError:
@@ -255,7 +483,7 @@ def _parquet(file: Path, raw: IO[bytes], field: str) -> Iterator[Piece]:
         with pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as table:
             columns = table.schema_arrow.names
             if field not in columns:
-                raise CorpusError(f"{file}: has no column {field!r} but {', '.join(columns)}; see --field")
+                raise NoFieldError(f"{file}: has no column {field!r} but {', '.join(columns)}; see --field")
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(0):
                     row += 1

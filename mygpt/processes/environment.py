@@ -141,6 +141,11 @@ def is_sharded(environ: Mapping[str, str] = os.environ) -> bool:
     return _is_true(environ, "ACCELERATE_USE_FSDP")
 
 
+def asks_for_cpu(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launch configuration asks for the CPU, in the words that Accelerate knows."""
+    return environ.get("ACCELERATE_USE_CPU", "").lower() in ("y", "yes", "t", "true", "on", "1")
+
+
 def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun (--max_restarts) or Slurm (requeue) has started this command before."""
     return any(environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
@@ -170,7 +175,7 @@ def check_joined(launched: int, joined: int) -> None:
     if launched != joined:
         raise LaunchError(
             f"the launcher started {launched} processes but {joined} joined this run; on CPUs use --config_file "
-            "recipes/launch/cpu2.yaml, on GPUs recipes/launch/ddp.yaml"
+            "recipes/launch/cpu2.yaml and --device cpu, on GPUs recipes/launch/ddp.yaml"
         )
 
 

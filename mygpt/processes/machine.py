@@ -16,22 +16,23 @@ import torch
 from mygpt import __version__
 from mygpt.compat import has_onednn_linear
 from mygpt.errors import LaunchError
-from mygpt.processes.environment import choose_threads, local_rank
+from mygpt.processes.environment import asks_for_cpu, choose_threads, local_rank
 from mygpt.recipe.tables import RuntimeTable
 
 RECORDED_PACKAGES = ("torch", "accelerate", "safetensors", "numpy")
 
 
 def resolve_device(name: str, precision: str, local_processes: int = 1) -> torch.device:
-    """The torch device for a recipe's `device`; "auto" takes the first of cuda, mps and cpu that this machine has.
+    """The torch device for a recipe's `device`; "auto" takes the first of cuda, mps and cpu that this machine has, or
+    the CPU if the launch asks for it.
 
     Raises:
-        LaunchError: it does not exist, cannot compute in `precision`, or there are fewer GPUs than `local_processes`.
+        LaunchError: it does not exist, cannot compute in `precision`, or is too little for `local_processes`.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kinds = [kind for kind, is_there in available.items() if is_there]
     if name == "auto":
-        name = kinds[0]
+        name = "cpu" if asks_for_cpu() else kinds[0]
     if name not in kinds:
         raise LaunchError(
             f"device: got {name}, which this machine (or this build of torch) does not have; use {' or '.join(kinds)}"
@@ -40,6 +41,11 @@ def resolve_device(name: str, precision: str, local_processes: int = 1) -> torch
         raise LaunchError("precision: got bf16, which this GPU does not support; use fp32")
     if precision == "bf16" and name == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
         raise LaunchError("precision: got bf16, which mps has from macOS 14 on; use fp32")
+    if name == "mps" and local_processes > 1:
+        raise LaunchError(
+            f"device: got mps, which computes for one process, and the launcher started {local_processes} on this "
+            "machine; add --device cpu, or start one process"
+        )
     if name == "cuda" and local_processes > torch.cuda.device_count():
         raise LaunchError(
             f"the launcher started {local_processes} processes on this machine, which has "

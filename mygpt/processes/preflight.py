@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mygpt.compat import missing_for_compiler
 from mygpt.data.dataset import Dataset
 from mygpt.errors import LaunchError
 from mygpt.processes.channel import Channel
@@ -56,12 +57,14 @@ def run_preflight(
 
     Raises:
         CorpusError: the corpus cannot be used.
-        LaunchError: the device does not exist, or the processes do not fit together.
+        LaunchError: the device or the compiler does not exist, or the processes do not fit together.
         PeerError: another process has ended with an error.
     """
     runtime, exact = recipe.runtime, recipe.runtime.reduction == "exact"
     device = resolve_device(runtime.device, runtime.precision, launched.local_processes)
     check_sharding(recipe, device)
+    if runtime.compile and (missing := missing_for_compiler(device)):
+        raise LaunchError(f"compile: got true, and {missing}; or use compile = false")
     # One process of a machine hashes what all of them map.
     initial = find_initial(recipe, continues=continues)
     dataset = open_dataset(recipe, initial, verify=not local_rank())

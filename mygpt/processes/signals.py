@@ -1,12 +1,13 @@
-"""Turn SIGTERM and SIGINT into a request to save and stop."""
+"""Turn signals that ask a process to end into a request to save and stop."""
 
 import os
 import re
 import signal
+import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mygpt.processes.environment import is_launched
@@ -14,9 +15,13 @@ from mygpt.processes.environment import is_launched
 ECHO_SECONDS = 2.0
 """A terminal sends Ctrl-C to every process, and torchrun passes its own on: within this time both are one request."""
 
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+"""By name, as not every system has all. A terminal that closes sends SIGHUP, which torchrun passes on; Slurm's --signal
+and other schedulers announce the end of a job by SIGUSR1 or SIGUSR2."""
+
 
 class StopRequest:
-    """Whether SIGTERM or SIGINT has asked this process to stop; a second signal ends it at once."""
+    """Whether a signal has asked this process to stop; a second one ends it at once."""
 
     def __init__(self) -> None:
         self.graceful = False
@@ -33,13 +38,26 @@ class StopRequest:
 
     def receive(self, number: int, _frame: object) -> None:
         """The signal handler."""
+        if number == signal.SIGHUP:
+            leave_closed_terminal()
         if not self.graceful:
             raise SystemExit(128 + number)
+        # The kernel and the shell both send SIGHUP, and systemd sends it after SIGTERM.
+        may_repeat = is_launched() or signal.SIGHUP in (number, self.signal)
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._received_at = number, now
-        elif not is_launched() or now - self._received_at >= ECHO_SECONDS:
+        elif not may_repeat or now - self._received_at >= ECHO_SECONDS:
             os._exit(128 + number)
+
+
+def leave_closed_terminal() -> None:
+    """Print nowhere what would go to a terminal that has closed: it would be an error, and the run not saved."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            # Of character devices, one that has closed is no terminal; nor is /dev/null, which replaces it.
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def launcher_pid() -> int | None:
@@ -56,14 +74,15 @@ def launcher_pid() -> int | None:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """While inside, SIGTERM and SIGINT set the request instead of ending the process."""
+    """While inside, `SIGNALS` set the request instead of ending the process."""
     request = StopRequest()
     # Only the main thread may set handlers.
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    # A script's background job ignores SIGINT, and continues to.
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    previous = {number: signal.getsignal(number) for number in numbers}
+    # A script's background job ignores SIGINT, and what nohup starts SIGHUP; they continue to.
     previous = {number: handler for number, handler in previous.items() if handler is not signal.SIG_IGN}
     try:
         for number in previous:

@@ -198,7 +198,7 @@ class RuntimeTable(Table):
     """Device, precision, threads and other settings of the computation."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """"auto": cuda if the machine has it, else mps, else cpu."""
+    """"auto": cuda if the machine has it, else mps, else cpu; or cpu if the launch asks for it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16": matrix products in bfloat16 (autocast); weights and optimizer stay fp32."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None

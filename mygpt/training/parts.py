@@ -21,6 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mygpt.compat import (
     INIT_METHOD,
+    compute_fp32_in_fp32,
+    explicit_timeout,
     forget_accelerator,
     gloo_kept_off_stdout,
     has_accelerator,
@@ -184,10 +186,12 @@ def open_accelerator(table: RuntimeTable, device: torch.device, accumulation_ste
     precision, accumulation or compilation would otherwise change the numbers.
 
     Raises:
-        LaunchError: the process has an Accelerator already, whose settings would win over the recipe's.
+        LaunchError: the process has an Accelerator already, whose settings would win over the recipe's; or the launch
+            asks for another device.
     """
     if has_accelerator():
         raise LaunchError("this process already has an Accelerator, whose settings would win; train in another process")
+    compute_fp32_in_fp32()
     with gloo_kept_off_stdout():
         accelerator = Accelerator(
             fsdp_plugin=sharding_plugin() if is_sharded() else None,
@@ -199,12 +203,19 @@ def open_accelerator(table: RuntimeTable, device: torch.device, accumulation_ste
                 num_steps=accumulation_steps, sync_with_dataloader=False
             ),
             dynamo_plugin=TorchDynamoPlugin(backend="no"),
-            kwargs_handlers=[InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=PROCESS_TIMEOUT)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=explicit_timeout(PROCESS_TIMEOUT))
+            ],
             # A prepared scheduler would else step once per process; the loop steps it once per optimizer step.
             step_scheduler_with_optimizer=False,
         )
     orderly = accelerator.num_processes == 1
     try:
+        if accelerator.device.type != device.type:
+            raise LaunchError(
+                f"device: got {device.type}, and the launch asks for {accelerator.device.type}; use device = "
+                '"auto", or unset ACCELERATE_USE_CPU (use_cpu in the launch configuration)'
+            )
         if is_sharded() and not accelerator.is_fsdp2:
             raise LaunchError("the launch configuration asks for FSDP, and Accelerate did not take it up")
         yield accelerator

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from accelerate import Accelerator
+from pydantic import TypeAdapter
 
 from mygpt.data.dataset import Dataset, is_prepared
 from mygpt.errors import InterruptedRunError, OutOfMemoryError, print_note
@@ -18,7 +19,7 @@ from mygpt.processes.machine import peak_flops
 from mygpt.processes.preflight import Preflight, run_preflight
 from mygpt.processes.signals import StopRequest, stop_on_signal
 from mygpt.recipe.files import METRICS_FILE
-from mygpt.recipe.tables import Recipe, TrainTable, check_recipe
+from mygpt.recipe.tables import PATH_KEYS, Recipe, TrainTable, check_recipe
 from mygpt.reports.outcome import early_end_line, outcome_lines, place_lines, verdict_line
 from mygpt.reports.recorder import Recorder, header_lines
 from mygpt.runs.lock import locked
@@ -43,9 +44,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
     output is found before anything is written. With `overwrite` a run that is already there is replaced; with
     `allow_changes` one is continued though its recipe or corpus has changed.
 
-    It is meant to have its process to itself: it sets torch's threads, how memory is freed, global seeds and, on CUDA,
-    deterministic algorithms, and leaves them set. In the main thread it takes SIGTERM and SIGINT as requests to save
-    and stop.
+    It is meant to have its process to itself: it sets torch's threads, how memory is freed, the precision of fp32
+    products, global seeds and, on CUDA, deterministic algorithms, and leaves them set. In the main thread it takes
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 as requests to save and stop.
 
     Raises:
         MygptError: anything that the user can act on.
@@ -88,7 +89,7 @@ def train_until(
         )
         check_joined(launched.processes, accelerator.num_processes)
 
-        start = Start(None, 0, False, overwrite, recipe, preflight.info)
+        start = None
         if accelerator.is_main_process:
             for text in preflight.notes:
                 print_note(text)
@@ -104,21 +105,22 @@ def train_until(
                 allow_changes=allow_changes,
                 warn=print_note,
             )
-        start = share_start(start, channel)
+        start = share_start(start, recipe, channel)
         return run_steps(accelerator, start, preflight, gradient_sum, last_step, stop, talk)
 
 
-def share_start(start: Start, channel: Channel) -> Start:
-    """Give all processes the checkpoint that the main process has found.
+def share_start(start: Start | None, recipe: Recipe, channel: Channel) -> Start:
+    """Give all processes the start that the main process has found; the others pass None, and keep their own paths.
 
     Through the store: if the main process fails before this, a broadcast would leave the others waiting.
     """
-    names = ("keeps_best", "keeps_history", "waits_anew")
-    kept = {name: getattr(start, name) for name in names}
-    own = {"checkpoint": str(start.checkpoint or ""), **kept}
-    shared = channel.exchange(own, "start")[0]
-    checkpoint = Path(shared["checkpoint"]) if shared["checkpoint"] else None
-    return start._replace(checkpoint=checkpoint, **{name: shared[name] for name in kept})
+    whole = TypeAdapter(Start)
+    shared = channel.exchange({"start": start and whole.dump_json(start).decode()}, "start")[0]["start"]
+    if start:
+        return start
+    start = whole.validate_json(shared)
+    paths = {key: value for key, value in recipe.flat().items() if key in PATH_KEYS}
+    return start._replace(recipe=start.recipe.replace(**paths))
 
 
 def run_steps(
@@ -248,5 +250,8 @@ def print_header(start: Start, parts: Parts, dataset: Dataset) -> None:
     if not start.step and (unseen := dataset.unseen_characters()):
         shown = f"{unseen[:MOST_CHARACTERS]!r}{' and others' * (len(unseen) > MOST_CHARACTERS)}"
         print_note(f"{len(unseen)} characters occur only in the held-out text, and not in the training text: {shown}")
+    if not start.step and (copies := dataset.count_copies())[0]:
+        text = "{:,} of the {:,} held-out documents are in the training part, too, word for word".format(*copies)
+        print_note(f"{text}: the held-out loss is lower than that of unseen text")
     if not recipe.validation.val_every:
         print_note(f"without a held-out loss overfitting does not show; {recipe.data.flags_that_evaluate} measures one")

@@ -66,12 +66,37 @@ def test_any_text_can_be_evaluated(tiny, call, other, tmp_path):
     assert "1,499 tokens in 94 windows" in out
 
 
-def test_random_windows_of_a_prepared_text(tiny, call, other, text_file, tmp_path):
-    """A prepared corpus with the model's tokenizer; `own-stream` takes as many batches as are asked for."""
+@pytest.mark.parametrize("kind", ["byte", "char"])
+def test_prepared_corpus_is_evaluated_with_the_tokenizer_of_the_model(tiny, call, text, tmp_path, kind, monkeypatch):
+    """Its documents are encoded as the model needs them, without a token between them if its tokenizer has none."""
+    monkeypatch.chdir(tmp_path)
+    documents = [text[start : start + 700] for start in range(0, 7000, 700)]
+    (tmp_path / "held.txt").write_text("".join(documents), newline="")
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
+    run = train(tiny(tokenizer=kind, steps=2))
+    code, _, err = call("eval", run, "--corpus", tmp_path / "held.jsonl")
+    assert code == 2
+    command = err.partition("give the folder: ")[2]
+    assert command == f"mygpt data prepare {tmp_path / 'held.jsonl'} --out data/held\n"
+    assert call(*command.split()[1:], "--tokenizer", "char" if kind == "byte" else "byte")[0] == 0
+    found, expected = (answer(call, run, "--corpus", name) for name in ("data/held", tmp_path / "held.txt"))
+    assert found == expected | {"text": "data/held"}
+
+
+def test_prepared_documents_end_as_the_tokenizer_of_the_model_has_it(tiny, call, text, tmp_path):
+    """A token ends each of them, as when they are prepared with that tokenizer."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text[n : n + 99]}) + "\n" for n in range(50)))
+    for kind in ("byte", "char"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / kind, TokenizerChoice(kind, 0, None))
+    run = train(tiny(corpus=str(tmp_path / "byte"), steps=2))
+    found, expected = (answer(call, run, "--corpus", tmp_path / kind) for kind in ("char", "byte"))
+    assert found == expected | {"text": found["text"]}
+    assert found["tokens"] == 50 * 100 - 1
+
+
+def test_random_windows_of_a_text(tiny, call, other):
+    """`own-stream` takes as many batches as are asked for."""
     run = train(tiny(tokenizer="byte", steps=2))
-    prepare([other], tmp_path / "tokens", TokenizerChoice("byte", 0, None))
-    err = call("eval", run, "--corpus", tmp_path / "tokens")[2]
-    assert "is prepared with the tokenizer byte" in err  # the prepared one has a token for the end of a document
     found = answer(call, run, "--corpus", other, "--sampling", "own-stream", "--eval-batches", 3)
     assert (found["windows"], found["tokens"], found["population"]) == (12, 12 * 16, "this text")
     assert answer(call, run, "--corpus", other)["population"] == "text like this one"

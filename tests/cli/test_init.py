@@ -67,7 +67,7 @@ def test_named_corpus(call, here):
 def test_several_texts_are_prepared_first(call, here):
     """Beside the recipe, once: the message names the command that uses them."""
     with gzip.open("more.txt.gz", "wb") as file:
-        file.write((here / "text.txt").read_bytes())
+        file.write((here / "text.txt").read_bytes().lower())
     arguments = ("init", "text.txt", "more.txt.gz", "--out", "both.toml")
     code, _, err = call(*arguments)
     assert code == 0, err
@@ -133,7 +133,7 @@ def test_file_with_the_name_of_a_corpus(call, here):
 def test_texts_that_repeat_themselves_are_prepared_as_bytes(call, here):
     """Their pairs run out."""
     for name in ("a.txt", "b.txt"):
-        (here / name).write_text("three different lines\nof a log\nagain and again\n" * 3000)
+        (here / name).write_text(f"log {name}\n" + "three different lines\nof a log\nagain and again\n" * 3000)
     code, _, err = call("init", "a.txt", "b.txt", "--out", "log.toml")
     assert code == 0, err
     assert call("data", "info", "log-tokens")[1].count("byte ") == 1

@@ -45,6 +45,25 @@ def test_get_batch_is_the_course_batch():
     assert get_batch(DATA.to(torch.uint8), 4, 8).inputs.dtype == torch.int64
 
 
+def test_only_pinned_memory_is_copied_without_waiting(monkeypatch):
+    """From other memory mps copies what the host has put there since; and only CUDA pins memory."""
+    original, calls = torch.Tensor.to, []
+
+    def to(tensor, device, non_blocking=False):
+        calls.append((device.type, non_blocking))
+        return original(tensor, device) if device.type == "meta" else tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append("pinned") or tensor)
+    for kind in ("cpu", "mps"):
+        windows(DATA, torch.tensor([1, 5]), 4, torch.device(kind))
+    windows(DATA.new_empty(1000, device="meta"), torch.tensor([1, 5]), 4)
+    assert calls == [("cpu", False), ("cpu", False), ("mps", False), ("meta", False)]
+    calls.clear()
+    windows(DATA, torch.tensor([1, 5]), 4, torch.device("cuda"))
+    assert calls == [("cpu", False), "pinned", ("cuda", True)]
+
+
 @given(
     world=st.sampled_from([1, 2, 3, 4]),
     micro_batch=st.integers(1, 3),

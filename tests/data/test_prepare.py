@@ -1,7 +1,9 @@
 """Prepared corpora: sources of every format, kills, damage, and training on them."""
 
+import csv
 import errno
 import gzip
+import io
 import json
 import os
 import random
@@ -56,7 +58,10 @@ def write(folder, documents=DOCUMENTS):
     import pyarrow.parquet
     import zstandard
 
-    lines = "".join(json.dumps({"text": text, "other": 1}) + "\n" for text in documents).encode()
+    records = [{"text": text, "other": 1} for text in documents]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    rows = io.StringIO(newline="")
+    csv.writer(rows).writerows([("n", "text"), *enumerate(documents)])
     texts = {f"t/{number}.txt": text.encode() for number, text in enumerate(documents)}
     frames = [zstandard.ZstdCompressor().compress(part) for part in (lines[:50], lines[50:])]
     files = {
@@ -64,6 +69,11 @@ def write(folder, documents=DOCUMENTS):
         "j/a.jsonl": lines,
         "g/a.jsonl.gz": gzip.compress(lines[:70]) + gzip.compress(lines[70:]),
         "z/a.jsonl.zst": b"".join(frames),
+        "jl/a.json": lines,
+        "ja/a.json": b"\xef\xbb\xbf" + json.dumps(records, indent=1).encode(),
+        "jg/a.json.gz": gzip.compress(json.dumps(records, ensure_ascii=False).encode()),
+        "c/a.csv": b"\xef\xbb\xbf" + rows.getvalue().encode(),
+        "cg/a.csv.gz": gzip.compress(rows.getvalue().encode()),
         **{f"tg/{name[2:]}.gz": gzip.compress(text) for name, text in texts.items()},
     }
     for name, content in files.items():
@@ -71,7 +81,7 @@ def write(folder, documents=DOCUMENTS):
         (folder / name).write_bytes(content)
     (folder / "p").mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"text": documents}), folder / "p" / "a.parquet", row_group_size=2)
-    return ["t", "j", "g", "z", "tg", "p"]
+    return ["t", "j", "g", "z", "tg", "p", "jl", "ja", "jg", "c", "cg"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,6 +221,16 @@ def test_source_that_changes_in_between_is_read_anew(tmp_path, small):
         ("a.jsonl", b'{"text": "a"\n', r"a\.jsonl: line 1: not JSON: Expecting"),
         ("a.jsonl", b'{"text": "a\xff"}\n', r"a\.jsonl: line 1: not UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl: line 1: 'text' has half of a surrogate pair"),
+        ("a.json", b'{"body": "a"}\n' * 9, r"a\.json: line 1: no JSON object with a field 'text'"),
+        ("a.json", b'[{"text": "a"}, {"body": "a"}]', r"a\.json: record 2: no field 'text' but body; see --field"),
+        ("a.json", b'[{"text": "a"}, {"text": 3}]', r"a\.json: record 2: 'text' is int, expected text"),
+        ("a.json", b'[{"text": "a"}, {"text" "a"}]' * 99, r"a\.json: record 2: not JSON: Expecting"),
+        ("a.json", b'[{"text": "a"}, {"text": "a', r"a\.json: record 2: not JSON: Unterminated string"),
+        ("a.json", b'[{"text": "a"} {"text": "a"}]', r"a\.json: after record 1: expected , and an object, or \] at"),
+        ("a.csv", b"n,body\n1,a\n", r"a\.csv: has no column 'text' but n, body; see --field"),
+        ("a.csv", b"n,text\n1,a,b\n", r"a\.csv: line 2: 3 columns, expected 2"),
+        ("a.csv", b'n,text\n1,"a\n2,b\n', r"a\.csv: line 3: not CSV: unexpected end of data"),
+        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), r"a\.parquet\.gz: Parquet in a compressed file; decompress"),
     ],
 )
 @pytest.mark.fault(75)
@@ -675,3 +695,23 @@ def test_run_in_epochs_by_documents_continues_to_the_same_bytes(tiny, tmp_path, 
     failed = json.loads((tmp_path / "failed" / "failed-step-000004" / "batch.json").read_text())
     assert all(start % 16 == 0 for start in failed["starts"])
     assert "norm" in replay(tmp_path / "failed", torch.device("cpu")).non_finite
+
+
+@pytest.mark.fault(90)
+@pytest.mark.parametrize("hold_out", ["documents", "tokens"])
+def test_held_out_documents_that_are_trained_on_are_counted(tiny, tmp_path, capsys, monkeypatch, hold_out):
+    """Exact copies on both sides of the split; empty documents are none, and neither is a part of one."""
+    monkeypatch.setattr("mygpt.data.dataset.BLOCK", 64)
+    texts = [f"Document {number} of some, with its words." for number in range(40)] + ["", ""]
+    texts += ["Document 3 of some, with its words.", "its words.", "", *(f"Held out {number}." for number in range(30))]
+    texts += ["Document 7 of some, with its words.", "Document 7 of some, with its words."]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare([tmp_path / "a.jsonl"], tmp_path / "docs", KINDS["byte"])
+    keys = {"corpus": str(tmp_path / "docs"), "hold_out": hold_out, "val_every": 6, "val_split": 0.2}
+    dataset = load_dataset(DataTable(corpus=keys["corpus"], hold_out=hold_out, val_split=0.2), 16)
+    copies, documents = dataset.count_copies()
+    assert copies == 2
+    assert documents == sum(map(bool, dataset.tokenizer.decode(dataset.val.tolist()).split("<|endoftext|>")))
+    train(tiny(**keys))
+    assert f"2 of the {documents} held-out documents are in the training part, too" in capsys.readouterr().err
+    assert dataset._replace(train=dataset.val[:0]).count_copies() == (0, documents)

@@ -2,12 +2,18 @@
 
 import platform
 import re
+import subprocess
 import time
 
 import pytest
-from support.commands import MYGPT, run_process, torchrun, wait_for
+from support.commands import BIN, MYGPT, free_port, patched, run_process, torchrun, wait_for
 from support.forked import EVERYTHING, LONG, start
 from support.runs import FLAGS, contents
+from support.threads import together
+
+from mygpt.runs.run import Run
+from mygpt.runs.start import Start
+from mygpt.training.train import share_start
 
 
 @pytest.mark.fault(20)
@@ -118,6 +124,70 @@ parts.build_optimizer = build
         assert result.returncode == 0, result.stderr
         runs.append(contents(place / "run", without=["run.json"]))
     assert runs[0] == runs[1]
+
+
+@pytest.mark.fault(104)
+@pytest.mark.slow
+def test_processes_that_wait_for_each_other_without_a_launcher_end(folder):
+    """In different collectives, each would wait for the other; ten minutes by default, here five seconds."""
+    patch = """
+import torch
+wait_at_most(5)
+def wait(*_):
+    open("waits", "x").close()
+    torch.distributed.barrier()
+disturb("before-step", wait, when=rank_1_after_a_save)
+"""
+    place = folder("orphans")
+    arguments = ("text.txt", *FLAGS, "--steps", 100_000, "--save-every", 20, "--output", "run")
+    command = [BIN / "torchrun", "--nproc-per-node", 2, "--master-port", free_port(), patched(place, patch), *arguments]
+    process = subprocess.Popen([*map(str, command)], cwd=place, stderr=subprocess.PIPE, text=True)
+    wait_for((place / "waits").exists, process)
+    process.kill()
+    _, messages = process.communicate(timeout=60)  # the other processes hold stderr: they have ended, too
+    assert re.search(r"^mygpt: .* has ended, or has not answered for too long: .*Timed out", messages, re.MULTILINE)
+
+
+@pytest.mark.fault(103)
+@pytest.mark.slow
+def test_run_that_patience_ended_is_over_for_all_processes(folder):
+    """Given again, the command ends at once and changes nothing; also with less patience."""
+    place, ended = folder("patience"), []
+    patience = ("--val-split", 0.2, "--val-every", 2, "--sampling", "full", "--lr", 1e-9, "--patience")
+    for evaluations in (2, 2, 1):
+        arguments = ("text.txt", *FLAGS, "--steps", 100, "--output", "run", *patience, evaluations)
+        result = torchrun(2, place, *arguments, patch="wait_at_most(10)", timeout=90)
+        assert result.returncode == 0, result.stderr
+        ended.append(contents(place / "run"))
+    assert ended == ended[:1] * 3
+    assert "run is complete; raise --patience to train on" in result.stderr
+
+
+def test_all_processes_get_the_whole_start(exact_run, tiny, monkeypatch):
+    """Every field; of the recipe all but the paths of what a process reads, which may differ between machines."""
+    own, info = tiny(steps=9), Run(exact_run).info
+    values = {
+        "checkpoint": exact_run / "step-000006",
+        "step": 6,
+        "in_place": True,
+        "overwrite": True,
+        "recipe": tiny(corpus="/elsewhere.txt", lr=0.25, output="/a/run", tokenizer="byte"),
+        "info": info,
+        "keeps_best": True,
+        "keeps_history": True,
+        "is_complete": True,
+        "waits_anew": True,
+    }
+    assert values.keys() == {*Start._fields}, "a new field needs a value here that is not its default"
+    start = Start(**values)
+    assert all(value != Start._field_defaults.get(name) for name, value in values.items())
+    main, other = together(
+        monkeypatch,
+        lambda channel: share_start(start, start.recipe, channel),
+        lambda channel: share_start(None, own, channel),
+    )
+    assert main is start
+    assert other == start._replace(recipe=start.recipe.replace(corpus=own.data.corpus))
 
 
 WITH_DDP = """from mygpt.training.gradient_sum import FastSum

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the step is finished and saved, and the same command continues."""
+"""SIGTERM, SIGINT and others that ask a run to end: the step is finished and saved, and the same command continues."""
 
 import json
 import os
@@ -16,14 +16,21 @@ from support.forked import LONG, run, start
 from support.runs import FLAGS, contents, latest_step
 
 from mygpt.errors import InterruptedRunError
-from mygpt.processes.signals import StopRequest
+from mygpt.processes.signals import ECHO_SECONDS, StopRequest, stop_on_signal
 from mygpt.runs.steps import read_manifest
 from mygpt.training.pending import PendingSteps
 from mygpt.training.train import train
 
 
-@pytest.mark.fault(13, 14)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.fault(13, 14, 105)
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        *((number, 128 + number) for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)),
+    ],
+)
 def test_signal_saves_and_stops(folder, undisturbed, number, code):
     """The step is finished and saved; the same command continues from it, to the bytes of a run never stopped."""
     place = folder("signal")
@@ -57,6 +64,62 @@ def test_echo_of_a_signal_is_not_a_second_one(monkeypatch):
             request.receive(signal.SIGINT, None)
         assert request.pending()
         assert ended == code
+
+
+@pytest.mark.fault(105)
+def test_hangup_that_is_sent_twice_is_one_request(monkeypatch):
+    """By the kernel and the shell; or, by systemd, with SIGTERM. Later a second signal ends the process."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for first, second in ((signal.SIGHUP, signal.SIGHUP), (signal.SIGTERM, signal.SIGHUP)):
+        request = StopRequest()
+        request.graceful = True
+        request.receive(first, None)
+        request.receive(second, None)
+        assert (request.pending(), ended) == (first, [])
+    later = time.monotonic() + ECHO_SECONDS
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    request.receive(signal.SIGHUP, None)
+    assert ended == [129]
+
+
+@pytest.mark.fault(105)
+def test_ignored_hangup_stays_ignored():
+    """As nohup starts a run; the other signals are taken."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signal() as stop:
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGUSR1) == stop.receive
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+ON_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+@pytest.mark.fault(105)
+@pytest.mark.slow
+def test_closed_terminal_saves_and_stops(folder):
+    """Nothing can be printed there any more, neither the step nor the end."""
+    place = folder("terminal")
+    ours, theirs = os.openpty()
+    mygpt = [sys.executable, "-m", "mygpt", "train", *LONG, "--print-every", 1]
+    command = [sys.executable, "-c", ON_TERMINAL, *map(str, mygpt)]
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = subprocess.Popen(command, cwd=place, start_new_session=True, **streams)
+    os.close(theirs)
+    while not (place / "run" / "latest").exists():
+        os.read(ours, 2**16)
+    os.close(ours)
+    assert process.wait(60) == 129
+    step = latest_step(place / "run")
+    assert read_manifest(place / "run" / f"step-{step:06d}").reason == ("interrupted" if step % 50 else "scheduled")
 
 
 @pytest.mark.slow
@@ -107,9 +170,9 @@ def test_all_processes_name_the_same_signal(own, others, told):
     assert reading.save  # since it is time for the other one
 
 
-@pytest.mark.fault(13, 14)
+@pytest.mark.fault(13, 14, 105)
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGKILL])
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_signal_to_a_launcher_saves_and_stops(folder, launcher, number):
     """One process or several: they stop at the same step, save and exit; also when the launcher is killed."""
@@ -123,14 +186,16 @@ def test_signal_to_a_launcher_saves_and_stops(folder, launcher, number):
         [*map(str, command), *map(str, arguments)], cwd=place, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     wait_for((place / "run" / "latest").exists)
-    if number == signal.SIGINT:  # a terminal sends it to all processes
+    if number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # a terminal, or Slurm, sends it to all processes
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
     _, messages = process.communicate(timeout=60)
     assert process.returncode != 0
     # stderr has ended, and all processes hold it: so all have ended. A launcher that was killed passed on no signal.
-    assert f"stopped by {'SIGTERM' if number == signal.SIGKILL else number.name}; saved run/step-" in messages
+    # Nor does torchrun pass on SIGUSR1, which ends it; and its processes are not of its group.
+    is_lost = number == signal.SIGKILL or (number == signal.SIGUSR1 and launcher == "torchrun")
+    assert f"stopped by {'SIGTERM' if is_lost else number.name}; saved run/step-" in messages
     saved = max(int(path.name.removeprefix("step-")) for path in (place / "run").glob("step-*"))
     manifest = json.loads((place / "run" / f"step-{saved:06d}" / "manifest.json").read_text())
     assert manifest["reason"] == ("scheduled" if saved % 20 == 0 else "interrupted")

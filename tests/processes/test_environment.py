@@ -21,7 +21,7 @@ from mygpt.processes.environment import (
     launched_processes,
     shorten_waits,
 )
-from mygpt.processes.machine import choose_matmul, set_threads
+from mygpt.processes.machine import choose_matmul, resolve_device, set_threads
 from mygpt.recipe.tables import RuntimeTable
 
 
@@ -75,10 +75,30 @@ def test_unused_settings_of_the_launch_file_are_named():
     ]
 
 
+@pytest.mark.fault(108)
+def test_auto_is_the_cpu_if_the_launch_asks_for_it(monkeypatch):
+    """In any word that Accelerate knows; else it is the GPU that is there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for value, expected in (("true", "cpu"), ("YES", "cpu"), ("false", "cuda"), ("", "cuda")):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+        assert resolve_device("auto", "fp32").type == expected
+    assert resolve_device("cuda", "fp32").type == "cuda"
+
+
+def test_several_processes_on_mps_are_refused(monkeypatch):
+    """Accelerate would start separate runs; the launch files for several processes are for other devices."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto", "fp32", 1).type == "mps"
+    with pytest.raises(LaunchError, match=r"mps, which computes for one process, .* started 2 .* add --device cpu"):
+        resolve_device("auto", "fp32", 2)
+
+
 def test_processes_that_do_not_meet_are_refused():
     """Two independent runs of one process each would train two models."""
     check_joined(2, 2)
-    with pytest.raises(LaunchError, match="started 2 processes but 1 joined"):
+    with pytest.raises(LaunchError, match=r"started 2 processes but 1 joined .*cpu2\.yaml and --device cpu"):
         check_joined(2, 1)
 
 

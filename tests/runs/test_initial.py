@@ -290,7 +290,7 @@ def test_models_of_different_texts_are_compared_on_one(tiny, tmp_path, other_tex
 
 
 def test_prepared_text_can_be_held_out(tiny, tmp_path, text, other_text, text_file):
-    """It needs the tokenizer of the corpus, which may be prepared, too, or not."""
+    """It gets the tokenizer of the corpus, which may be prepared, too, or not."""
     tokens, other = tmp_path / "tokens", tmp_path / "other"
     prepare([text_file], tokens, TokenizerChoice("byte", 0, None))
     prepare([other_text], other, TokenizerChoice("byte", 0, None))
@@ -299,8 +299,9 @@ def test_prepared_text_can_be_held_out(tiny, tmp_path, text, other_text, text_fi
         assert dataset.check_unchanged is not None
         assert dataset.tokenizer.decode(dataset.val.tolist()[:50]) == other_text.read_text()[:50]
         assert np.array_equal(dataset.tokenizer.encode(text), dataset.train[: len(text.encode())])
-    with pytest.raises(CorpusError, match=r"is prepared with the tokenizer byte .*, expected char"):
-        load_dataset(tiny(val_corpus=str(other)).data, 16)
+    dataset = load_dataset(tiny(val_corpus=str(other)).data, 16)
+    assert dataset.tokenizer.metadata.type == "char"
+    assert dataset.tokenizer.decode(dataset.val.tolist()) == other_text.read_text()
     dataset = load_dataset(tiny(corpus=str(tokens), val_corpus=str(other)).data, 16)
     with (other / "tokens.safetensors").open("ab") as file:
         file.write(b"x")

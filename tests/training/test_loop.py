@@ -1,6 +1,7 @@
 """Training runs: the same numbers as the plainest implementation, the same bits every time."""
 
 import json
+import sys
 from importlib import metadata
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from accelerate import Accelerator
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.commands import run_process
 from support.runs import TINY, assert_close_records, contents, model_bytes, steps_of
 
 from mygpt.checks.compare import compare
-from mygpt.compat import forget_accelerator, has_onednn_linear
+from mygpt.compat import forget_accelerator, has_accelerator, has_onednn_linear
 from mygpt.data.dataset import Dataset
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import CheckpointError, LaunchError, NonFiniteError, RecipeError
@@ -188,6 +190,61 @@ def test_bf16_stays_near_fp32(tiny, tmp_path):
     worst = max(abs(a - b) for a, b in zip(*losses, strict=True))
     assert worst < 0.02
     assert all(p.dtype == torch.float32 for p in load_checkpoint(runs["bf16"]).model.parameters())
+
+
+@pytest.mark.fault(107)
+@pytest.mark.parametrize("matmul", ["blas", "onednn"])
+@pytest.mark.parametrize("setting", ["medium", "high", "of one backend", "of all backends"])
+def test_fp32_products_stay_fp32(tiny, tmp_path, setting, matmul):
+    """Whatever the caller has set, before and after: the bits are those of a run without it."""
+    if matmul == "onednn" and not has_onednn_linear():
+        pytest.skip("needs a torch with oneDNN")
+    keys = {"embed_dim": 64, "seq_len": 16, "batch_size": 16, "matmul": matmul}
+    expected = model_bytes(train(tiny(**keys, output=str(tmp_path / "expected"))))
+    try:
+        if setting == "of one backend":
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        elif setting == "of all backends":
+            torch.backends.mkldnn.matmul.fp32_precision = "none"
+            torch.backends.fp32_precision = "bf16"
+        else:
+            torch.set_float32_matmul_precision(setting)
+        assert model_bytes(train(tiny(**keys))) == expected
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.fault(107)
+def test_environment_does_not_lower_the_precision(tmp_path, text_file):
+    """TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which torch reads when it is imported."""
+    code = f"""
+import sys, torch
+from mygpt.recipe.tables import Recipe
+from mygpt.training.train import train
+assert torch.get_float32_matmul_precision() == "high"
+train(Recipe.of(**{TINY | {"corpus": str(text_file), "output": "run"}}))
+sys.exit(torch.get_float32_matmul_precision() != "highest")
+"""
+    result = run_process([sys.executable, "-c", code], tmp_path, 60, {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"})
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.fault(108)
+@pytest.mark.parametrize("value", ["true", "Yes"])
+def test_device_of_the_launch_that_is_not_the_recipes_is_refused(tiny, monkeypatch, value):
+    """Accelerate would compute on the CPU, and the run would say that it was another device."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+    message = 'device: got meta, and the launch asks for cpu; use device = "auto", or unset ACCELERATE_USE_CPU'
+    with (
+        pytest.raises(LaunchError, match=message),
+        open_accelerator(tiny().runtime, torch.device("meta"), 1),
+    ):
+        pass
+    assert not has_accelerator()
+    with open_accelerator(tiny().runtime, torch.device("cpu"), 1) as accelerator:
+        assert accelerator.device.type == "cpu"
 
 
 # Inductor itself uses parts of torch that torch has deprecated.
