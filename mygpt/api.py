@@ -93,11 +93,11 @@ def load_recipe(path: str | PathLike[str], **keys: Any) -> Recipe:
     Raises:
         RecipeError: with one line for each mistake, in the file or in the keys.
     """
-    recipe = files.load_recipe(fspath(path))
+    recipe = loaded = files.load_recipe(fspath(path))
     if "seed" in keys:
         keys |= dict.fromkeys(SEED_KEYS - keys.keys(), keys.pop("seed"))
     if keys:
-        recipe = lay_over(recipe, keys, source="recipe")
+        recipe = files.with_own_output(fspath(path), loaded, lay_over(loaded, keys, source="recipe"), keys.keys())
     check_recipe(recipe, source=str(path))
     return recipe
 

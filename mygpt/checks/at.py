@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from mygpt.errors import CheckpointError, DamagedCheckpointError, LaunchError, M
 from mygpt.processes.channel import connect
 from mygpt.processes.environment import is_main_process, launched_processes
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
+from mygpt.recipe.names import named_after
 from mygpt.recipe.tables import HARMLESS_KEYS, TABLE_OF_KEY, Recipe
 from mygpt.runs import files
 from mygpt.runs.changes import Source, changed_keys, check_checkpoint
@@ -180,7 +181,7 @@ def nearest_checkpoint(run: Run, begun_after: int, step: int, warn: Warn) -> Pat
             try:
                 verify_checkpoint(directory)
             except DamagedCheckpointError as error:
-                warn(f"{error}; starting from what is before it")
+                warn(f"{error}; an earlier checkpoint is used")
             else:
                 return directory
     return None
@@ -377,10 +378,7 @@ def check_model(run: Run, recipe: Recipe, plan: Plan) -> None:
     check_checkpoint(Source(run, checkpoint, in_place=False), long_enough, tokenizer, may_end=True)
 
 
-def fork_name(run: Path, step: int, base: Recipe, recipe: Recipe) -> str:
-    """The name of a fork's directory: the run's, the step, and the keys in which the recipes differ."""
-    was = base.flat()
-    changed = {key: value for key, value in recipe.flat().items() if value != was[key]}
-    left_out = ("output", "resume", "init_seed")  # the weights are there already
-    keys = (f"{key}={value}" for key, value in changed.items() if key not in left_out)
-    return "-".join([f"{files.real_path(run).name}-at-{step}", *keys]).replace(os.sep, "_")
+def fork_name(run: Path, step: int, base: Recipe, recipe: Recipe, given: Set[str]) -> str:
+    """The name of a fork's directory: the run's, the step, and those of the `given` keys that change numbers."""
+    keys = given - HARMLESS_KEYS - {"init_seed"}  # the weights are there already
+    return named_after(f"{files.real_path(run).name}-at-{step}", base.flat(), recipe.flat(), keys)

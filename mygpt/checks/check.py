@@ -49,10 +49,10 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
     guess = ""
     if checkpoint is not None:
         vocab_size = tokenizer_from(read_metadata(checkpoint / MODEL_FILE, ModelMetadata).tokenizer).vocab_size
-        guess = f"; guessing among {vocab_size:,} tokens has {math.log(vocab_size):.4f}"
+        guess = f"; guessing at random among {vocab_size:,} tokens gives {math.log(vocab_size):.4f}"
     yield f"loss: {kind} {loss:.4f} at step {last.step}{guess}", True
     if history is None and recipe.validation.val_every:
-        yield "verdict: none before the first checkpoint that follows an evaluation", True
+        yield "verdict: none, because no checkpoint has a held-out loss yet", True
     else:
         yield verdict_line(history, records, recipe.data, ended_early=ended_early), True
     judged = list(place_lines(recipe.expected, records, run.info.corpus_sha256))
@@ -61,7 +61,7 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
         judged += [(line, True) for line in outcome_lines(recipe.expected, last, timings[-1], run.info.processes)]
     yield from judged
     if not judged:
-        yield "expected: nothing is known of this recipe; `mygpt study` on it measures what other seeds come to", True
+        yield "expected: the recipe has no expected losses; `mygpt study` measures those of other seeds", True
 
 
 def has_records(path: Path) -> bool:

@@ -90,8 +90,8 @@ class HeldOutComparison(NamedTuple):
         if self.difference is None:
             return "they hold out different parts of the text"
         if not self.known:
-            return "tokens and bytes cannot be compared"
-        return "a single window has no error" if self.known[0][0].stderr is None else None
+            return "their tokens differ, and the bytes that they stand for are not known"
+        return "a single held-out window has no standard error" if self.known[0][0].stderr is None else None
 
     @property
     def verdict(self) -> str:
@@ -100,8 +100,8 @@ class HeldOutComparison(NamedTuple):
         low, high = estimate.interval
         better = "B is better" if high < 0 else "A is better" if low > 0 else "no difference is seen"
         return (
-            f"{better} on {self.population}: 95% interval {low:+.4f} to {high:+.4f} {unit}; these are two models: "
-            "whether a recipe is better takes several seeds (mygpt study)"
+            f"{better} on {self.population}: 95% interval {low:+.4f} to {high:+.4f} {unit}; this compares two "
+            "models; `mygpt study` compares recipes, over several seeds"
         )
 
     def difference_line(self) -> str:
@@ -148,7 +148,7 @@ class Comparison(NamedTuple):
         if self.held_out and self.held_out.known and not is_same:
             yield self.held_out.difference_line()
         if self.no_verdict:
-            yield f"verdict: none: {self.no_verdict}"
+            yield f"verdict: none, because {self.no_verdict}"
         elif self.held_out:
             yield f"verdict: {self.held_out.verdict}"
 
@@ -178,7 +178,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         held_out = held_out_text(manifest_a)
         is_evaluated = all(m.recipe is None or m.recipe.validation.val_every for m in (manifest_a, manifest_b))
         histories: list[History | None] = [None]
-        comparison = comparison._replace(not_comparable="not both checkpoints have a held-out loss")
+        comparison = comparison._replace(not_comparable="a checkpoint has no held-out loss")
         if is_evaluated and (held_out is None or held_out != held_out_text(manifest_b)):
             comparison = comparison._replace(not_comparable="they were evaluated on different texts")
         elif is_evaluated:

@@ -97,7 +97,7 @@ def check_text(dataset: Dataset, manifest: Manifest, recipe: Recipe) -> None:
         key, found, wanted = "val_corpus", dataset.held_out_sha256 or "", manifest.held_out_sha256
     if wanted is not None and found != wanted:
         path = recipe.flat()[key]
-        raise MismatchError(f"{path}: is another text than when the model was trained; put it back, or give --corpus")
+        raise MismatchError(f"{path}: has changed since the model was trained; put it back, or give --corpus")
 
 
 def describe_text(recipe: Recipe) -> str:

@@ -82,9 +82,7 @@ def check_inputs(run: Run, parts: Sequence[Part], *, from_beginning: bool = Fals
             weights = f"the weights that it began with (sha256 {str(recorded['init_sha256'])[:12]})"
             raise CheckpointError(f"{run.path}: {weights} cannot be read, and step 1 needs them: {error}") from None
         if initial and initial.sha256 != recorded["init_sha256"]:
-            raise MismatchError(
-                f"{run.path}: began with other weights than those of {initial.file} are now; put them back"
-            )
+            raise MismatchError(f"{initial.file}: has changed since {run.path} began with its weights; put it back")
 
 
 def train_parts(parts: Sequence[Part], output: Path, resume: str, *, is_quiet: bool = False) -> Iterator[int]:
@@ -113,7 +111,7 @@ def explain_rerun(run: Path, when_stopped: str) -> Iterator[None]:
     except InterruptedRunError as stopped:
         raise InterruptedRunError(when_stopped, stopped.exit_code) from None
     except NonFiniteError as error:
-        raise NonFiniteError(f"running {run} again broke: {str(error).split(';')[0]}") from None
+        raise NonFiniteError(f"running {run} again failed: {str(error).split(';')[0]}") from None
 
 
 def describe_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Try out which settings would make a recipe faster on this machine."""
 
+import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ class Alternative(NamedTuple):
 def alternatives(recipe: Recipe, device: torch.device) -> Iterator[Alternative]:
     """Settings that differ from the recipe's and may be faster."""
     runtime, table = recipe.runtime, recipe.train
-    last_bits, more_memory = "other last bits", "needs more memory"
+    last_bits, more_memory = "the last bits differ", "needs more memory"
     if runtime.precision == "fp32":
         yield Alternative({"precision": "bf16"}, "products are less precise")
     if not runtime.compile:
@@ -48,7 +49,7 @@ def alternatives(recipe: Recipe, device: torch.device) -> Iterator[Alternative]:
         yield Alternative({"micro_batch_size": None}, f"{last_bits}; {more_memory}")
     if device.type == "cuda" and runtime.deterministic:
         yield Alternative({"deterministic": False}, "no two runs have the same last bits")
-    yield Alternative({"batch_size": 4 * table.batch_size}, "another training: four times the tokens a step")
+    yield Alternative({"batch_size": 4 * table.batch_size}, "changes the training: each step has four times the tokens")
     if has_matmul("onednn", device) and runtime.precision == "fp32":
         yield Alternative({"matmul": "blas" if choose_matmul(runtime, device) == "onednn" else "onednn"}, last_bits)
     # Last, since setting other threads slows down what is timed after it: see `set_threads`.
@@ -86,7 +87,9 @@ def measure_speed(
             f"a step reaches {share:.0%} of this GPU's {peak / 1e12:,.0f} TFLOP/s in {recipe.runtime.precision}",
         )
     for keys, effect in alternatives(recipe, device):
-        name = ", ".join(f"{key} left out" if value is None else f"{key} = {value}" for key, value in keys.items())
+        name = ", ".join(
+            f"{key} left out" if value is None else f"{key} = {json.dumps(value)}" for key, value in keys.items()
+        )
         try:
             other = time_step(recipe.replace(**keys), device, dataset, seconds)
         except RuntimeError as error:  # it does not fit into memory, or there is no compiler
@@ -97,7 +100,7 @@ def measure_speed(
         ratio = other.seconds / of_tokens / statistics.mean((base.seconds, again.seconds))
         base = again
         if ratio <= WORTH_NAMING:
-            yield "faster", f"{name}: {ratio:.2f} of the time per token; {effect}"
+            yield "faster", f"{name}: {1 / ratio:.3g} times as fast; {effect}"
 
 
 class Timed(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 from mygpt import __version__
 from mygpt.errors import MygptError
 from mygpt.processes.environment import launched_processes, read_launched
+from mygpt.recipe.names import CLOSE
 
 Command = Callable[[list[str]], int | None]
 """Takes the arguments after the command's name, and returns the exit code; None: 0."""
@@ -46,8 +47,12 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def dispatch(arguments: list[str], prog: str, commands: Mapping[str, Command], usage: str) -> int | None:
+def dispatch(
+    arguments: list[str], prog: str, commands: Mapping[str, Command], usage: str, other_names: Mapping[str, str] = {}
+) -> int | None:
     """Run the command that the first argument names, or print `usage`.
+
+    `other_names` says what to do instead of a command that other programs have.
 
     Raises:
         MygptError: there is no such command.
@@ -58,8 +63,9 @@ def dispatch(arguments: list[str], prog: str, commands: Mapping[str, Command], u
     if name == "--version":
         return print(f"mygpt {__version__}")
     if name not in commands:
-        close = difflib.get_close_matches(name, commands, n=1)
+        close = difflib.get_close_matches(name, commands, n=1, cutoff=CLOSE)
         hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(commands)}"
+        hint = other_names.get(name.replace("-", "").lower(), hint)
         raise MygptError(f"unknown command '{prog} {name}'; {hint}")
     return commands[name](rest)
 

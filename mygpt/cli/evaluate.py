@@ -64,7 +64,7 @@ def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
             print(f"{name.replace('_', ' ')}: {_shown(estimate)}{' nats per token' * (name == 'loss')}")
     if found.perplexity is not None:
         print(f"perplexity: {found.perplexity:.2f}")
-    print(f"errors: for {found.population}")
+    print(f"errors: they say how well this estimates the loss on {found.population}")
 
 
 def _recipe_for(path: Path, corpus: str | None, **keys: Any) -> Recipe:
@@ -83,7 +83,7 @@ def _recipe_for(path: Path, corpus: str | None, **keys: Any) -> Recipe:
         run = Run(file.parent.parent)
         recipe = run.recipe_of(file.parent).replace(threads=run.info.recorded_at(metadata.step)["threads"])
     elif corpus is None:
-        raise CheckpointError(f"{path}: is in no run, whose held-out text could be evaluated; give one with --corpus")
+        raise CheckpointError(f"{path}: belongs to no run, so no text is held out; give a text with --corpus")
     if corpus is not None:
         recipe = recipe.replace(corpus=corpus, val_corpus=corpus, val_split=0.0, hold_out="tokens")
     elif recipe.data.val_corpus:

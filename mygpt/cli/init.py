@@ -47,7 +47,7 @@ def init(options: InitOptions) -> None:
     from mygpt.planning.write import recipe_text, summary
 
     if not has_tokenizers():
-        print_note("note: byte pairs as tokens reach a lower loss on all but short texts: pip install 'mygpt[text]'")
+        print_note("note: byte pairs as tokens reach a lower loss on all but short texts: pip install tokenizers")
     corpus, is_prepared = _find_corpus(options, out)
     plan = choose(look_at(corpus, is_prepared=is_prepared), options.minutes, print_note)
     text = recipe_text(plan, _made_by(options), out.parent)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from mygpt.cli.command import command, errors_reach_all_processes, print_json
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    checkpoint: Path
+    run: Annotated[Positional[Path | None], tyro.conf.arg(metavar="RUN|CHECKPOINT")] = None
     """A run directory (its newest step), a step directory or a model.safetensors."""
+    checkpoint: Path | None = None
+    """Another way to name it."""
     prompt: str = "\n"
     """The text to continue."""
     max_new_tokens: int = 200
@@ -37,6 +40,9 @@ class GenerateOptions:
 @command
 def generate(options: GenerateOptions) -> None:
     """Continue a prompt."""
+    if (options.run is None) == (options.checkpoint is None):
+        got = "nothing" if options.run is None else f"both {options.run} and --checkpoint {options.checkpoint}"
+        raise MygptError(f"generate: got {got}, expected one run or checkpoint: mygpt generate RUN")
     for name in ("max_new_tokens", "top_k", "seed"):
         if not 0 <= (value := getattr(options, name)) < 2**31:
             raise MygptError(f"--{name.replace('_', '-')}: got {value}, expected an integer from 0 to {2**31 - 1}")
@@ -48,7 +54,7 @@ def generate(options: GenerateOptions) -> None:
     from mygpt.processes.machine import resolve_device
     from mygpt.runs.loading import load_checkpoint
 
-    model, tokenizer, _ = load_checkpoint(options.checkpoint)
+    model, tokenizer, _ = load_checkpoint(options.run or options.checkpoint or Path())
     device = resolve_device(options.device, options.precision)
     generator = torch.Generator().manual_seed(options.seed)
     choice = options.max_new_tokens, options.temperature, options.top_k, generator

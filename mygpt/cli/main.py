@@ -27,8 +27,9 @@ Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
 
   init TEXT... [--minutes 30]   look at a text, time this machine, and write a recipe that fits the time
   train RECIPE.toml|TEXT_FILE   train, with any recipe key as a flag (--steps 500)
-  study RECIPE... --seeds 5     run recipes with several seeds: which is better, by how much, how sure that is
-  generate --checkpoint RUN     continue a prompt with a trained model
+  study RECIPE... --seeds 5     run recipes with several seeds: which is better, by how much, how sure that is;
+                                with the folder of a study: show it again
+  generate RUN                  continue a prompt with a trained model
   eval RUN [--corpus TEXT]      the loss of a model on held-out text, and its error
   compare A B                   whether two models or runs are the same, bit for bit; and which has the lower loss
   check RUN                     whether its losses are normal, and whether it was still improving
@@ -65,6 +66,24 @@ COMMANDS = {
 }
 """The module of mygpt.cli that has the function of a command."""
 
+OTHER_NAMES = {
+    "chat": "`mygpt generate RUN --prompt TEXT` continues a text",
+    "continue": "the `mygpt train` command of a run continues it, and so does `mygpt train RUN/recipe.toml`",
+    "export": "RUN/step-NNNNNN/model.safetensors has the weights, and its metadata the architecture and the vocabulary",
+    "finetune": "`mygpt train TEXT --init-from RUN` begins with the weights of a run",
+    "help": "`mygpt --help` lists the commands",
+    "list": "`mygpt recipe list` lists the recipes, and `ls checkpoints` the runs",
+    "predict": "`mygpt generate RUN --prompt TEXT` continues a text",
+    "prepare": "`mygpt data prepare TEXT... --out FOLDER` does this",
+    "resume": "the `mygpt train` command of a run continues it, and so does `mygpt train RUN/recipe.toml`",
+    "run": "`mygpt train RECIPE` trains",
+    "sample": "`mygpt generate RUN --prompt TEXT` continues a text",
+    "show": "`mygpt recipe show RECIPE` prints a recipe, and `mygpt check RUN` says what a run came to",
+    "sweep": "`mygpt study RECIPE --set lr=3e-4,1e-3` runs a recipe with each value",
+    "test": "`mygpt eval RUN` prints the held-out loss",
+}
+"""What to do instead, for commands of other programs."""
+
 MAX_LINES = 20
 """Mistakes of one recipe that are printed."""
 
@@ -77,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shorten_waits()
     _make_streams_safe()
     try:
-        code = dispatch(arguments, "mygpt", {name: partial(_run, name) for name in COMMANDS}, USAGE) or 0
+        code = dispatch(arguments, "mygpt", {name: partial(_run, name) for name in COMMANDS}, USAGE, OTHER_NAMES) or 0
         sys.stdout.flush()
     except MygptError as error:
         code = error.exit_code

@@ -11,8 +11,8 @@ from mygpt.cli.command import command, errors_reach_all_processes, print_json
 from mygpt.cli.train import announce_threads
 from mygpt.errors import MygptError, print_note
 from mygpt.processes.environment import is_main_process
-from mygpt.recipe.flags import parse_changes
-from mygpt.recipe.tables import Recipe
+from mygpt.recipe.flags import keys_given, parse_changes
+from mygpt.recipe.tables import SEED_KEYS, Recipe
 from mygpt.runs.run import Run, step_named
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class AtOptions:
     """A run directory."""
     step: Annotated[Positional[str], tyro.conf.arg(metavar="STEP")]
     """Any step that the run has trained, counted from 1, or "best" or "latest", its best or newest checkpoint."""
-    out: Annotated[Path, tyro.conf.arg(aliases=("--output",))]
+    out: Path
     """The run directory to make; there must be nothing yet."""
     start: Path | None = None
     """The step directory to begin with, of this run or of what `mygpt at` made of it; absent: the nearest whole one."""
@@ -90,9 +90,9 @@ def fork(arguments: list[str]) -> None:
         from mygpt.checks.at import fork as train_fork
         from mygpt.checks.at import fork_name
 
-        output = Path(recipe.checkpoint.output)
-        if not any(argument.split("=")[0] == "--output" for argument in arguments):
-            output = run.parent / fork_name(run, step, base, recipe)
+        output, given = Path(recipe.checkpoint.output), keys_given(arguments)
+        if "output" not in given:
+            output = run.parent / fork_name(run, step, base, recipe, given | SEED_KEYS)
         train_fork(run, step, recipe, output)
 
 

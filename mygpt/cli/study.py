@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional
 
 from mygpt.cli.command import command
 from mygpt.errors import MygptError, print_note
+from mygpt.recipe.files import shipped_recipes
+
+if TYPE_CHECKING:
+    from mygpt.studies.results import Study
 
 MOST_SEEDS = 1000
 
@@ -16,7 +20,7 @@ MOST_SEEDS = 1000
 @dataclass(frozen=True)
 class StudyOptions:
     recipes: Positional[tuple[str, ...]]
-    """Recipes, or names of shipped ones."""
+    """Recipes, or names of shipped ones; or the folder of one study, which is shown again."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE,VALUE")] = field(
         default=()
     )
@@ -42,8 +46,7 @@ class StudyOptions:
 def study(options: StudyOptions) -> None:
     """Run recipes with several seeds, and say which is better, by how much, and how sure that is."""
     from mygpt.reports.plot import check_out
-    from mygpt.studies.grid import PICTURE_FILE, cells_of, read_settings
-    from mygpt.studies.results import table_lines, verdict_lines
+    from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, cells_of, read_settings
     from mygpt.studies.runner import run_study
 
     if not options.recipes:
@@ -56,15 +59,15 @@ def study(options: StudyOptions) -> None:
         raise MygptError(f"--side-by-side: got {options.side_by_side}, expected at least 1")
     if options.picture is not None:
         check_out(options.picture)
+    folder = Path(options.recipes[0])
+    if str(folder) not in shipped_recipes() and any((folder / name).is_file() for name in (STUDY_FILE, PLAN_FILE)):
+        _show(folder, options)
+        return
     settings = read_settings(options.set)
     cells = cells_of(options.recipes, settings)
     folder = options.out or _default_out(options.recipes, settings)
     result = run_study(cells, options.seeds, folder, options.effect, print_note, options.side_by_side)
-    verdicts = verdict_lines(result.cells, result.comparisons, options.effect)
-    if options.json:
-        print(result.file.read_text(encoding="utf-8"), end="")
-    else:
-        print("\n".join([*table_lines(result.cells), *verdicts]))
+    _print(result, as_json=options.json)
     written = [str(result.file)]
     if not options.no_picture:
         from mygpt.studies.picture import draw
@@ -76,6 +79,36 @@ def study(options: StudyOptions) -> None:
         except MygptError as error:
             print_note(str(error))
     print_note(f"wrote {' and '.join(written)}")
+
+
+def _show(folder: Path, options: StudyOptions) -> None:
+    """Print what the study in a folder has found, and draw a picture if one is named; trains nothing."""
+    from mygpt.studies.results import read_study
+
+    default = StudyOptions(options.recipes)
+    for name in ("set", "seeds", "out", "side_by_side"):
+        if getattr(options, name) != getattr(default, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise MygptError(f"{folder}: is shown as it is; leave {flag} out, or give the recipes of the study")
+    if options.recipes[1:]:
+        raise MygptError(f"{folder}: a study, and one is shown at a time; leave {options.recipes[1]} out")
+    study = read_study(folder, options.effect)
+    _print(study, as_json=options.json)
+    if options.picture:
+        from mygpt.studies.picture import draw
+
+        draw(study, options.picture)
+        print_note(f"wrote {options.picture}")
+
+
+def _print(study: "Study", *, as_json: bool) -> None:
+    from mygpt.studies.results import table_lines, verdict_lines
+
+    if as_json:
+        print(study.file.read_text(encoding="utf-8"), end="")
+    else:
+        lines = [*table_lines(study.cells), *verdict_lines(study.cells, study.comparisons, study.effect)]
+        print("\n".join(lines))
 
 
 def _default_out(recipes: tuple[str, ...], settings: dict[str, list[object]]) -> Path:

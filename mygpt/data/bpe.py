@@ -328,5 +328,5 @@ def _library() -> ModuleType:
     try:
         import tokenizers
     except ImportError:
-        raise TokenizerError("byte-pair encodings need tokenizers: pip install 'mygpt[text]'") from None
+        raise TokenizerError("byte-pair encodings need tokenizers: pip install tokenizers") from None
     return tokenizers

@@ -347,7 +347,7 @@ def _zstd(file: Path, stream: IO[bytes]) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
-        raise CorpusError(f"{file}: .zst needs zstandard: pip install 'mygpt[text]'") from None
+        raise CorpusError(f"{file}: .zst needs zstandard: pip install zstandard") from None
     # Not the library's reader, which does not tell a frame that is cut short from one that ends.
     decompressor, frames = None, 0
     try:
@@ -477,7 +477,7 @@ def _parquet(file: Path, raw: IO[bytes], head: bytes, field: str) -> Iterator[Pi
     try:
         import pyarrow.parquet
     except ImportError:
-        raise CorpusError(f"{file}: .parquet needs pyarrow: pip install 'mygpt[text]'") from None
+        raise CorpusError(f"{file}: .parquet needs pyarrow: pip install pyarrow") from None
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as table:

@@ -3,15 +3,18 @@
 import json
 import os
 import tomllib
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 from mygpt.errors import RecipeError
+from mygpt.recipe.names import named_after
 from mygpt.recipe.reading import decode_utf8, read_file
 from mygpt.recipe.tables import (
     NAMED_CORPORA,
     PATH_KEYS,
     TABLE_OF_KEY,
+    UNNAMED_KEYS,
     Recipe,
     build_recipe,
     refinements_to_drop,
@@ -50,6 +53,19 @@ def shipped_recipes() -> dict[str, Path]:
     package = Path(__file__).parents[1]
     folder = next((path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()), None)
     return {path.stem: path for path in sorted(folder.glob("*.toml"))} if folder else {}
+
+
+def with_own_output(target: str, loaded: Recipe, recipe: Recipe, given: Set[str]) -> Recipe:
+    """The recipe with an output named after its changes, if it is a shipped one in which `given` keys change numbers.
+
+    So it does not collide with the run of the recipe as it is. `loaded` is that recipe.
+    """
+    shipped = shipped_recipes()
+    real = os.path.realpath(shipped.get(target, target))
+    if "output" in given or real not in map(os.path.realpath, shipped.values()):
+        return recipe
+    output = loaded.checkpoint.output
+    return recipe.replace(output=named_after(output, loaded.flat(), recipe.flat(), given - UNNAMED_KEYS))
 
 
 def recipe_schema() -> str:

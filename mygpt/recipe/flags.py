@@ -6,16 +6,16 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import tyro
 
 from mygpt.errors import MygptError, RecipeError
-from mygpt.recipe.files import RECIPE_FILE, RUN_FILE, load_recipe, shipped_recipes
-from mygpt.recipe.names import KEY_OF_FOREIGN_NAME, closest, unit_note
+from mygpt.recipe.files import RECIPE_FILE, RUN_FILE, load_recipe, shipped_recipes, with_own_output
+from mygpt.recipe.names import KEY_OF_FOREIGN_NAME, NOTES, closest, unit_note
 from mygpt.recipe.tables import (
     NAMED_CORPORA,
     SEED_KEYS,
@@ -40,12 +40,16 @@ def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -
         MygptError: the recipe or a flag cannot be used.
         SystemExit: help was asked for, and has been printed.
     """
+    arguments = _spell_output(arguments, TABLE_OF_KEY)
     # The recipe's values are the defaults of the flags, so it must be loaded before the flags are parsed.
     has_target_first = bool(arguments) and not arguments[0].startswith("-")
     target = arguments[0] if has_target_first else _parse_flags(arguments, prog, Recipe(), options).target
     loaded = load_target(target)
     flags = _parse_flags(arguments, prog, loaded, options)
-    return _lay_over(loaded, flags, arguments, source=target), getattr(flags, "run", None)
+    recipe, others = _lay_over(loaded, flags, arguments, source=target), getattr(flags, "run", None)
+    if not getattr(others, "allow_changes", False):  # which is for the run that is there
+        recipe = with_own_output(target, loaded, recipe, keys_given(arguments) | SEED_KEYS)
+    return recipe, others
 
 
 def parse_changes(arguments: list[str], prog: str, options: type, load: Callable[[Any], Recipe]) -> tuple[Recipe, Any]:
@@ -53,6 +57,7 @@ def parse_changes(arguments: list[str], prog: str, options: type, load: Callable
 
     The fields of `options` are what else is on the command line. Raises as `parse_recipe` does.
     """
+    arguments = _spell_output(arguments, TABLE_OF_KEY)
     loaded = load(_parse_flags(arguments, prog, Recipe(), options, has_target=False).run)
     flags = _parse_flags(arguments, prog, loaded, options, has_target=False)
     return _lay_over(loaded, flags, arguments, source="recipe"), flags.run
@@ -60,9 +65,7 @@ def parse_changes(arguments: list[str], prog: str, options: type, load: Callable
 
 def _lay_over(loaded: Recipe, flags: Any, arguments: list[str], source: str) -> Recipe:
     """The loaded recipe with the values of the parsed flags, checked."""
-    flags_given = (argument.split("=")[0] for argument in arguments if argument.startswith("--"))
-    names = {flag.removeprefix("--").replace("-", "_") for flag in flags_given}
-    given = {name.removeprefix("no_") if name not in TABLE_OF_KEY else name for name in names} & TABLE_OF_KEY.keys()
+    given = keys_given(arguments)
     keys = {key: vars(getattr(flags, TABLE_OF_KEY[key]))[key] for key in given}
     if flags.seed is not None:
         for key in SEED_KEYS:
@@ -72,6 +75,13 @@ def _lay_over(loaded: Recipe, flags: Any, arguments: list[str], source: str) -> 
     recipe = lay_over(loaded, keys)
     check_recipe(recipe, source=source)
     return recipe
+
+
+def keys_given(arguments: list[str]) -> set[str]:
+    """The recipe keys for which there is a flag of their own among the arguments."""
+    flags = (argument.split("=")[0] for argument in _spell_output(arguments, TABLE_OF_KEY))
+    names = {flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+    return {name.removeprefix("no_") if name not in TABLE_OF_KEY else name for name in names} & TABLE_OF_KEY.keys()
 
 
 def load_target(target: str) -> Recipe:
@@ -119,7 +129,9 @@ def _check_is_no_run(target: Path) -> None:
 
 def parse_command(kind: type, arguments: list[str], prog: str, description: str) -> Any:
     """As `parse_options`, for a command whose flags are not those of a recipe."""
-    _check_names(arguments, prog, _names_of(kind))
+    names = _names_of(kind)
+    arguments = _spell_output(arguments, names)
+    _check_names(arguments, prog, names)
     return parse_options(kind, arguments, prog, description)
 
 
@@ -182,7 +194,9 @@ def _check_names(arguments: list[str], prog: str, names: set[str]) -> None:
             hint = f"`{prog} --help` lists all"
             key = KEY_OF_FOREIGN_NAME.get(name, name)
             if "set" in names and key in TABLE_OF_KEY.keys() - STUDY_KEYS:
-                hint = f"a key of the recipe has its values with --set {key}=VALUE,VALUE"
+                hint = f"give the values of a recipe's key with --set {key}=VALUE,VALUE{unit_note(name)}"
+            elif name in NOTES:
+                hint = NOTES[name]
             elif close := closest(name, names):
                 hint = f"did you mean --{close.replace('_', '-')}{unit_note(name)}?"
             raise MygptError(f"unknown flag {flag}; {hint}")
@@ -190,11 +204,15 @@ def _check_names(arguments: list[str], prog: str, names: set[str]) -> None:
 
 def _names_of(options: type) -> set[str]:
     """The names of the flags that a dataclass stands for."""
-    names = {option.name for option in dataclasses.fields(options)}
-    for hint in get_type_hints(options, include_extras=True).values():
-        for settings in getattr(hint, "__metadata__", ()):
-            names |= {alias.removeprefix("--") for alias in getattr(settings, "aliases", None) or ()}
-    return names
+    return {option.name for option in dataclasses.fields(options)}
+
+
+def _spell_output(arguments: list[str], names: Container[str]) -> list[str]:
+    """The arguments with --out and --output, which mean one thing, spelled as in `names`."""
+    for own, other in (("out", "output"), ("output", "out")):
+        if own in names and other not in names:
+            return [re.sub(rf"^--{other}(?==|$)", f"--{own}", argument) for argument in arguments]
+    return arguments
 
 
 def _explained(kind: Any, text: str, **settings: Any) -> Any:

@@ -32,11 +32,11 @@ def verdict_line(
     came after its last improvement.
     """
     if history is None:
-        return f"verdict: none without a held-out loss; {data.flags_that_evaluate} measures it"
+        return f"verdict: none, because no held-out loss was measured; {data.flags_that_evaluate} measures it"
     last, lowest = history.last.step, history.lowest
     first = max(history.marks[0], history.reference) if ended_early else history.marks[0]
     if first == last:
-        return f"verdict: none from a single evaluation, after step {last}; lower val_every"
+        return f"verdict: none, because the held-out loss was measured only once, after step {last}; lower val_every"
     evaluated = [(record.step, record.val) for record in records if record.val is not None]
     losses = {step: val for step, val in evaluated if history.first <= step <= last}
     if not {lowest, first, last} <= losses.keys():  # records were lost
@@ -53,7 +53,7 @@ def verdict_line(
         rate = change.scaled(100 / (last - first))
         return f"verdict: still improving: held-out loss {rate.text()} per 100 steps from step {first} to {last}"
     if change.is_beyond_doubt:
-        return f"verdict: rising from step {first} to {last}: held-out loss {change.text()}; since when is not sure"
+        return f"verdict: rising from step {first} to {last}: held-out loss {change.text()}; it is not known since when"
     return f"verdict: flat from step {first} to {last}: held-out loss {change.text()}"
 
 
@@ -102,11 +102,11 @@ def _second_differences(values: Floats) -> Floats:
 
 def early_end_line(history: History, patience: int, best: Best | None) -> str:
     """Why early stopping ended a run, and which checkpoint is the best."""
-    evaluations = f"the last {patience} evaluations were" if patience > 1 else "the last evaluation was"
+    evaluations = f"the last {patience} held-out losses are" if patience > 1 else "the last held-out loss is"
     rest = f"; `best` is step {best.step}, with a held-out loss of {best.val:.4f}" if best else ""
     return (
-        f"ended early, after step {history.last.step}: {evaluations} no improvement beyond doubt over "
-        f"step {history.reference}{rest}"
+        f"ended early, after step {history.last.step}: {evaluations} not lower beyond doubt than "
+        f"that of step {history.reference}{rest}"
     )
 
 
@@ -163,14 +163,18 @@ def place_lines(expected: ExpectedTable, records: Sequence[Record], corpus_sha25
     if not (expected.expected_val or expected.expected_loss):
         return
     if expected.expected_text and not corpus_sha256.startswith(expected.expected_text):
-        yield "expected: losses of another text than this run's; they say nothing about it", True
+        yield "expected: not compared, because the losses that the recipe expects are those of another text", True
         return
     for name, found in places(expected, records):
         if not found:
-            yield f"expected: {name}: not measured at a step for which it is known", True
+            yield (
+                f"expected: {name}: not compared, because it was measured at none of the recipe's steps",
+                True,
+            )
             continue
         last, outside = found[-1], [place for place in found if not place.is_within]
-        range_ = f"99% of runs with another seed are within {last.mean:.4f} +- {last.margin:.4f}"
+        low, high = last.mean - last.margin, last.mean + last.margin
+        range_ = f"99% of runs with another seed are between {low:.4f} and {high:.4f}"
         shown = f"{last.value:.4f} at step {last.step}; {range_}"
         if not outside:
             yield f"expected: {name} is normal: {shown}", True
@@ -186,14 +190,14 @@ def outcome_lines(expected: ExpectedTable, record: Record, timing: Timing, proce
     """A line for each expectation, given the run's last record and timing. The time is that of a single process."""
     if expected.expected_minutes is not None and processes == 1:
         minutes = timing.elapsed_seconds / 60
-        share = minutes / expected.expected_minutes
-        yield f"time: {minutes:.2g} minutes, {share:.2f} of the {expected.expected_minutes:g} that the recipe expects"
+        shown, ratio = (float(f"{number:.2g}") for number in (minutes, minutes / expected.expected_minutes))
+        wanted = f"the {expected.expected_minutes:g} minutes that the recipe expects"
+        yield f"time: {shown:g} minutes, {ratio:g} times {wanted}"
     if expected.expected_bits_per_byte is not None:
         low, high = expected.expected_bits_per_byte
-        value, name = record.val_bits_per_byte, "held-out loss"
+        value, range_ = record.val_bits_per_byte, f"the recipe expects between {low:.2f} and {high:.2f} bits per byte"
         if value is None:
-            yield f"{name}: not measured; the recipe expects {low:.2f} to {high:.2f} bits per byte"
+            yield f"held-out loss: not measured; {range_}"
             return
-        distance = max(low - value, value - high)
-        where = f"{distance:.2f} {'below' if value < low else 'above'}" if distance > 0 else "within"
-        yield f"{name}: {value:.2f} bits per byte, {where} the {low:.2f} to {high:.2f} that the recipe expects"
+        where = "lower than expected" if value < low else "higher than expected" if value > high else "as expected"
+        yield f"held-out loss: {value:.2f}, {where}; {range_}"

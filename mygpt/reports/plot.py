@@ -64,7 +64,7 @@ def default_style() -> Iterator[None]:
         import matplotlib
         from matplotlib import style
     except ImportError as error:
-        raise MygptError(f"a picture needs {error.name}: pip install 'mygpt[report]'") from None
+        raise MygptError(f"a picture needs {error.name}: pip install matplotlib") from None
     except (OSError, ValueError) as error:
         reason = f"cannot be imported: {error}; see your matplotlibrc"
         raise MygptError(f"a picture needs matplotlib, which {reason}") from None

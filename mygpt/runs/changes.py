@@ -1,5 +1,6 @@
 """What has changed since a checkpoint, in recipe, text and machine: refused, warned of, recorded."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,13 +67,13 @@ def check_checkpoint(source: Source, recipe: Recipe, tokenizer: TokenizerMetadat
     way_out = "choose another --output" if source.in_place else "a branch goes on with what its checkpoint has"
     metadata = read_metadata(source.checkpoint / MODEL_FILE, ModelMetadata)
     problems = [
-        f"[model] {key}: got {value}, expected {saved}, as in {source.checkpoint}; {way_out}"
+        f"[model] {key}: {source.checkpoint} has {key} = {_shown(saved)}, you gave {_shown(value)}; {way_out}"
         for (key, value), (_, saved) in zip(recipe.model, metadata.model, strict=True)
         if key != "dropout" and value != saved
     ]
     if tokenizer != metadata.tokenizer:
         here, there = describe_tokenizer(tokenizer), describe_tokenizer(metadata.tokenizer)
-        problem = f"tokenizer: got {here}, expected {there}, as in {source.checkpoint}"
+        problem = f"tokenizer: {source.checkpoint} has the tokenizer {there}, you gave {here}"
         if tokenizer.type == metadata.tokenizer.type == "char":
             problem = f"corpus: its characters are not the vocabulary of {source.checkpoint}"
         problems.append(f"[data] {problem}; {way_out}")
@@ -99,7 +100,7 @@ def check_changes(
     recorded = {name: (before[name], now) for name, now in info.recorded().items() if before.get(name, now) != now}
     where = source.checkpoint or source.run.path
     problems = [
-        f"[{TABLE_OF_KEY[key]}] {key}: got {new}, expected {was}, as {where} was trained"
+        f"[{TABLE_OF_KEY[key]}] {key}: {where} was trained with {key} = {_shown(was)}, you gave {_shown(new)}"
         for key, (was, new) in keys.items()
     ]
     other_inputs = [key for key, name in HASH_OF_PATH.items() if name in recorded]
@@ -121,6 +122,11 @@ def check_changes(
     _warn_of_last_bits({name: recorded[name] for name in recorded if name not in follows}, recipe, info, warn)
     evaluation = {key: values for key, values in differing_keys(old, recipe) if key in EVALUATION_KEYS}
     return keys | evaluation | recorded
+
+
+def _shown(value: Any) -> str:
+    """A recipe's value as a message shows it: as TOML writes it, but for no value."""
+    return "nothing" if value is None else json.dumps(value)
 
 
 def _warn_of_last_bits(recorded: Changes, recipe: Recipe, info: RunInfo, warn: Warn) -> None:

@@ -108,12 +108,12 @@ class ComparisonResult(NamedTuple):
             return (
                 f"{self.better} is better than {self.worse} by {size}{worth} (corrected p {_shown(self.corrected_p)})"
             )
-        rest = f"more seeds would not reveal one of {effect:g}; more held-out windows might"
+        rest = f"more seeds would not reveal a difference of {effect:g}; more held-out windows might"
         if self.seeds_needed == 0:
-            rest = f"one of {effect:g} would probably have been seen"
+            rest = f"a difference of {effect:g} would probably have been seen"
         elif self.seeds_needed is not None:
             more = f"{self.seeds_needed} more seed{'s' * (self.seeds_needed > 1)}"
-            rest = f"{more} would probably reveal one of {effect:g}"
+            rest = f"{more} would probably reveal a difference of {effect:g}"
         return f"no difference seen between {self.a} and {self.b}: {self.change.text()}; {rest}"
 
 

@@ -9,7 +9,7 @@ from mygpt.estimates import Estimate
 from mygpt.reports.curves import Points
 from mygpt.reports.plot import COLORS, default_style, drawable, highest_that_matters, new_figure, save_figure
 from mygpt.studies.analysis import CellResult, mean_curve, unit_of
-from mygpt.studies.runner import Study
+from mygpt.studies.results import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,17 +4,48 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError
-from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE
+from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, read_bytes
 from mygpt.runs.held_out import load_history
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import ModelMetadata
 from mygpt.runs.steps import read_metadata
-from mygpt.studies.analysis import CellResult, ComparisonResult, RunResult, mean_curve, unit_of
+from mygpt.studies.analysis import CellResult, ComparisonResult, RunResult, compare_cells, mean_curve, unit_of
+from mygpt.studies.grid import STUDY_FILE
 
 FORMAT = 1
+
+
+class Study(NamedTuple):
+    """A study whose runs are all over."""
+
+    cells: list[CellResult]
+    comparisons: list[ComparisonResult]
+    effect: float
+    file: Path
+    """study.json, which has all of it."""
+
+
+def read_study(folder: Path, effect: float) -> Study:
+    """What the study in a folder has found, read from its runs again.
+
+    Raises:
+        CheckpointError: it is not complete, or study.json or a run cannot be read.
+    """
+    file = folder / STUDY_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: a study that is not complete; the command that began it continues it")
+    try:
+        found = [
+            (cell["name"], {int(seed): folder / path for seed, path in cell["runs"].items()}, cell["failures"])
+            for cell in json.loads(read_bytes(file))["recipes"]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{file}: damaged; the command that made the study writes it again") from None
+    cells = [read_cell(name, folder, runs, failures) for name, runs, failures in found]
+    return Study(cells, compare_cells(cells, effect), effect, file)
 
 
 def is_complete(path: Path) -> bool:
@@ -79,7 +110,7 @@ def table_lines(cells: Sequence[CellResult]) -> Iterator[str]:
     on = " and ".join(sorted(populations))
     yield f"(held-out loss at the last step, {unit}; deviation between seeds; interval of the mean over all seeds)"
     if on:
-        yield f"(errors of differences are for other seeds, and {on})"
+        yield f"(+- is the standard error of a difference, for other seeds and {on})"
 
 
 def verdict_lines(cells: Sequence[CellResult], comparisons: Sequence[ComparisonResult], effect: float) -> Iterator[str]:
@@ -90,9 +121,9 @@ def verdict_lines(cells: Sequence[CellResult], comparisons: Sequence[ComparisonR
     surest_first = sorted(comparisons, key=lambda result: (result.corrected_p is None, result.corrected_p, result.p))
     yield from (result.verdict(effect) for result in surest_first)
     if any(result.text_stderr is None and result.change for result in comparisons):
-        yield 'note: each run has held-out windows of its own; sampling = "full" pairs them, which sees more'
+        yield 'note: each run has its own held-out windows; sampling = "full" makes them the same, and errors smaller'
     elif any("not paired" in result.manner for result in comparisons):
-        yield 'note: some recipes have other held-out windows than others; sampling = "full" pairs them'
+        yield 'note: recipes have other held-out windows; sampling = "full" makes them the same, and errors smaller'
 
 
 def to_json(

@@ -21,10 +21,10 @@ from mygpt.runs.lock import locked
 from mygpt.runs.run import Run, check_output
 from mygpt.runs.schemas import HASH_OF_PATH
 from mygpt.runs.start import self_contained
-from mygpt.studies.analysis import CellResult, ComparisonResult, compare_cells
+from mygpt.studies.analysis import compare_cells
 from mygpt.studies.copies import copy_model, with_copies
 from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, Cell
-from mygpt.studies.results import explain_damage, has_failed, is_complete, read_cell, to_json
+from mygpt.studies.results import Study, explain_damage, has_failed, is_complete, read_cell, to_json
 from mygpt.studies.room import Room, Slot, complaint, core_count, measure_room, start_worker, take_slots
 from mygpt.studies.worker import Task
 
@@ -49,16 +49,6 @@ class Job(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.cell.name}, seed {self.seed}"
-
-
-class Study(NamedTuple):
-    """A study whose runs are all over."""
-
-    cells: list[CellResult]
-    comparisons: list[ComparisonResult]
-    effect: float
-    file: Path
-    """study.json, which has all of it."""
 
 
 def run_study(

@@ -254,4 +254,4 @@ def print_header(start: Start, parts: Parts, dataset: Dataset) -> None:
         text = "{:,} of the {:,} held-out documents are in the training part, too, word for word".format(*copies)
         print_note(f"{text}: the held-out loss is lower than that of unseen text")
     if not recipe.validation.val_every:
-        print_note(f"no held-out loss: overfitting will not show; {recipe.data.flags_that_evaluate} shows it")
+        print_note(f"without a held-out loss overfitting does not show; {recipe.data.flags_that_evaluate} measures one")

@@ -5,7 +5,7 @@
 The text is Python's documentation over and over. Each command runs in a process of its own, whose memory is looked at
 50 times a second: "own" is what it has allocated, "resident" also counts the pages of mapped files, which the system
 takes back when it needs them. At last it compares the ids of 10 MB with those of the tokenizers library for the text as
-one string and, if it is installed, with those of tiktoken. Needs Linux, and pip install 'mygpt[text]'.
+one string and, if it is installed, with those of tiktoken. Needs Linux, and pip install tokenizers.
 """
 
 import json

@@ -5,7 +5,7 @@
 
 The first trains on each text with the recipes that `mygpt init` writes (sizes count from 0), and adds a line for each
 run to outlook.csv. The second prints the constants for mygpt/planning/outlook.py, and how far predictions are off for a
-text that the formula was not fitted to. Needs pip install 'mygpt[text]'.
+text that the formula was not fitted to. Needs pip install tokenizers.
 """
 
 import csv

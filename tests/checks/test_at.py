@@ -245,7 +245,7 @@ def test_mistakes_cost_one_line(place, tmp_path, call, text):
     # As where a branch has another architecture.
     code, _, err = call("fork", run, 3, "--num-layers", 3, "--output", out)
     assert (code, err.count("\n")) == (2, 1)
-    assert "[model] num_layers: got 3, expected 2, as in" in err
+    assert "has num_layers = 2, you gave 3; a branch goes on with what its checkpoint has" in err
     assert not out.exists()
 
 
@@ -305,6 +305,15 @@ def test_fork_differs_in_its_keys_alone(place, tmp_path, call):
     code, _, err = call("fork", run, 7, "--lr", 1e-4, "--output", made)
     assert code == 2
     assert "is a fork with lr = 0.0005, and this one has 0.0001; choose another --output" in err
+
+
+def test_fork_is_named_after_the_keys_that_were_given(tiny, tmp_path, call):
+    """Not after what goes with them: expectations that no longer hold, and keys that refine evaluations."""
+    keys = {"val_split": 0.2, "val_every": 2, "log_val_stderr": True}
+    run = train(tiny(**keys, expected_val=[[6, 3.0, 0.1]], expected_seeds=5))
+    code, _, err = call("fork", run, 3, "--lr", 1e-2, "--val-every", 0, "--print-every", 2)
+    assert code == 0, err
+    assert (tmp_path / "run-at-3-lr=0.01-val_every=0" / "latest").is_file()
 
 
 def test_fork_where_early_stopping_ended_the_run_needs_more_patience(tiny, tmp_path, call):

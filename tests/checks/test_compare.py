@@ -160,17 +160,17 @@ def test_other_texts_are_not_compared(tiny, tmp_path, text, call):
     assert "corpus: another text" in result.recipe
     code, out, _ = call("compare", tmp_path / "a", tmp_path / "b")
     assert code == 1
-    assert out.endswith("verdict: none: they were evaluated on different texts\n")
+    assert out.endswith("verdict: none, because they were evaluated on different texts\n")
     (tmp_path / "b" / "step-000006" / "state.safetensors").unlink()  # which is not needed
     steps = [tmp_path / name / "step-000006" for name in "ab"]
-    assert call("compare", *steps)[1].endswith("verdict: none: they were evaluated on different texts\n")
+    assert call("compare", *steps)[1].endswith("verdict: none, because they were evaluated on different texts\n")
     assert json.loads(call("compare", *steps, "--json")[1])["no_verdict"] == "they were evaluated on different texts"
     train(tiny(**HELD_OUT | {"val_split": 0.4}, output=str(tmp_path / "more")))
     answer = json.loads(call("compare", tmp_path / "a", tmp_path / "more", "--json")[1])
     assert (answer["held_out"], answer["no_verdict"]) == (None, "they hold out different parts of the text")
     train(tiny(corpus=str(tmp_path / "other.txt"), output=str(tmp_path / "never")))
     out = call("compare", tmp_path / "a", tmp_path / "never")[1]
-    assert out.endswith("verdict: none: not both checkpoints have a held-out loss\n")
+    assert out.endswith("verdict: none, because a checkpoint has no held-out loss\n")
 
 
 def test_one_window_has_no_verdict(tiny, tmp_path):
@@ -179,7 +179,7 @@ def test_one_window_has_no_verdict(tiny, tmp_path):
     for name, lr in (("a", 1e-4), ("b", 1e-2)):
         train(tiny(**keys, lr=lr, output=str(tmp_path / name)))
     *_, verdict = compare(tmp_path / "a", tmp_path / "b").verdict_lines()
-    assert verdict == "verdict: none: a single window has no error"
+    assert verdict == "verdict: none, because a single held-out window has no standard error"
 
 
 def test_records_after_the_compared_checkpoint_are_left_out(tiny, tmp_path):
@@ -212,4 +212,4 @@ def test_same_weights_have_no_verdict(tiny, tmp_path, call):
     code, out, _ = call("compare", tmp_path / "own-stream", tmp_path / "full")
     assert code == 1
     assert out.startswith("identical: ")
-    assert out.endswith("verdict: none: these are the same weights\n")
+    assert out.endswith("verdict: none, because these are the same weights\n")

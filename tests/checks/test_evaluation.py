@@ -110,7 +110,7 @@ def test_held_out_text_needs_no_training_text(tiny, call, other, tmp_path, text_
     gone.unlink()
     assert answer(call, run)["loss"]["mean"] == read_records(run)[-1].val
     other.write_text(other.read_text()[::-1], newline="")
-    assert "is another text than when the model was trained" in call("eval", run)[2]
+    assert "has changed since the model was trained" in call("eval", run)[2]
 
 
 def test_characters_begin_with_one_byte():
@@ -140,8 +140,8 @@ def test_mistakes_cost_one_line(tiny, call, other, tmp_path):
     (tmp_path / "short.txt").write_text("the the t")
     for arguments, message in (
         ((run,), "its recipe holds no text out; give a text that it was not trained on with --corpus"),
-        ((alone,), "is in no run, whose held-out text could be evaluated; give one with --corpus"),
-        ((held_out,), "is another text than when the model was trained; put it back, or give --corpus"),
+        ((alone,), "belongs to no run, so no text is held out; give a text with --corpus"),
+        ((held_out,), "has changed since the model was trained; put it back, or give --corpus"),
         ((run, "--corpus", tmp_path / "new.txt"), "is not among the 86 characters of the vocabulary of"),
         ((run, "--corpus", tmp_path / "nothing.txt"), "no such text file"),
         ((run, "--corpus", tmp_path / "short.txt"), "short.txt: has 9 characters, expected more than seq_len + 1 = "),

@@ -16,8 +16,14 @@ from support.commands import MYGPT
 from support.runs import FLAGS
 
 from mygpt import __version__
+from mygpt.cli.data import PrepareOptions
+from mygpt.cli.init import InitOptions
+from mygpt.cli.inspect import PlotOptions
 from mygpt.cli.main import COMMANDS
+from mygpt.cli.steps import AtOptions
+from mygpt.cli.study import StudyOptions
 from mygpt.data.prepare import TokenizerChoice, prepare
+from mygpt.recipe.flags import parse_command, parse_recipe
 from mygpt.recipe.tables import Recipe
 
 
@@ -185,7 +191,10 @@ def test_unreadable_text_costs_one_line(call, tmp_path):
         (["--warmup", "7"], "text.txt [schedule] warmup: got 7, expected at most steps = 6"),
         (["--step", "3"], "unknown flag --step; did you mean --steps?"),
         (["--learning-rate", "3"], "unknown flag --learning-rate; did you mean --lr?"),
-        (["--max-tokens", "3"], "unknown flag --max-tokens; did you mean --steps, which has another unit?"),
+        (
+            ["--max-tokens", "3"],
+            "unknown flag --max-tokens; did you mean --steps (of batch_size * seq_len tokens each)?",
+        ),
         (["--seed", "1", "--output", "data_seed", "--lr", "-1"], "--lr: got -1.0"),
         (["--zzz=3"], "unknown flag --zzz; `mygpt train --help` lists all"),
         (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
@@ -202,23 +211,53 @@ def test_bad_flags_are_named(call, text_file, flags, message):
 
 
 @pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (AtOptions, ["run", "3"]),
+        (InitOptions, ["text.txt"]),
+        (PlotOptions, ["run"]),
+        (PrepareOptions, ["text.txt"]),
+        (StudyOptions, ["quickstart"]),
+    ],
+)
+def test_out_and_output_are_one_flag(kind, arguments):
+    """Of the commands with --out; those with --output, a recipe's key, take --out."""
+    for given in (["--out", "x.toml"], ["--output", "x.toml"], ["--out=x.toml"], ["--output=x.toml"]):
+        assert parse_command(kind, [*arguments, *given], "mygpt", "").out == Path("x.toml")
+        assert parse_recipe(["quickstart", *given], "mygpt train")[0].checkpoint.output == "x.toml"
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
             "study quickstart --steps 20",
-            "unknown flag --steps; a key of the recipe has its values with --set steps=VALUE,VALUE",
+            "unknown flag --steps; give the values of a recipe's key with --set steps=VALUE,VALUE",
         ),
         (
             "study quickstart --learning-rate 1",
-            "unknown flag --learning-rate; a key of the recipe has its values with --set lr=VALUE,VALUE",
+            "unknown flag --learning-rate; give the values of a recipe's key with --set lr=VALUE,VALUE",
         ),
-        ("study quickstart --output x", "unknown flag --output; did you mean --out?"),
+        ("study quickstart --epochs 3", "unknown flag --epochs; give the values of a recipe's key with --set steps="),
         ("study quickstart --threads 1", "unknown flag --threads; `mygpt study --help` lists all"),
         ("at nothing 3 --output x", "nothing: no such run; expected a directory that `mygpt train` has written"),
         ("recipe show nope", "nope: no such recipe or text; expected a recipe (one of default, gpt2-124m, hardened, "),
         ("doctor hardend", "hardend: no such recipe or text; did you mean 'hardened'?"),
         ("study quickstart --seed 3", "unknown flag --seed; did you mean --seeds?"),
-        ("init text.txt --output x", "unknown flag --output; did you mean --out?"),
+        ("train quickstart --wandb", "unknown flag --wandb; metrics.jsonl in the run directory has the numbers; "),
+        ("train quickstart --gpus 8", "unknown flag --gpus; the launcher starts the processes: "),
+        ("generate run --steps 3", "unknown flag --steps; `mygpt generate --help` lists all"),
+        ("generate", "generate: got nothing, expected one run or checkpoint: mygpt generate RUN"),
+        ("generate a --checkpoint b", "generate: got both a and --checkpoint b, expected one run or checkpoint"),
+        ("export run", "unknown command 'mygpt export'; RUN/step-NNNNNN/model.safetensors has the weights"),
+        ("chat", "unknown command 'mygpt chat'; `mygpt generate RUN --prompt TEXT` continues a text"),
+        ("list", "unknown command 'mygpt list'; `mygpt recipe list` lists the recipes"),
+        ("sample run", "unknown command 'mygpt sample'; `mygpt generate RUN"),
+        ("run quickstart", "unknown command 'mygpt run'; `mygpt train RECIPE` trains"),
+        ("resume run", "unknown command 'mygpt resume'; the `mygpt train` command of a run continues it"),
+        ("fine-tune run", "unknown command 'mygpt fine-tune'; `mygpt train TEXT --init-from RUN`"),
+        ("trian run", "unknown command 'mygpt trian'; did you mean 'train'?"),
+        ("xyz", "unknown command 'mygpt xyz'; expected one of init, train, study, "),
         ("plot run --ymin 3", "unknown flag --ymin; did you mean --y-min?"),
         ("eval run --zzz", "unknown flag --zzz; `mygpt eval --help` lists all"),
         ("data info text.txt", "text.txt: a file; expected a folder that `mygpt data prepare` made"),
@@ -326,6 +365,7 @@ def test_generate_continues_the_prompt(call, text_file):
     assert all(text.startswith("The ") and len(text) == 35 for text in texts)
     assert texts[0] == texts[1] != texts[2]
     assert call(*arguments, "--temperature", "1e-300")[1] == texts[3]
+    assert call("generate", "run", *arguments[3:])[1] == texts[0]
     for flag, value in (("--temperature", "-1"), ("--temperature", "nan"), ("--top-k", "-1"), ("--seed", "-1")):
         code, _, err = call(*arguments, flag, value)
         assert (code, err.count("\n")) == (2, 1)

@@ -19,6 +19,8 @@ BLOCKS = [
     for page, text in TEXTS.items()
     for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 ]
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "checkpoints" / "README.md"])
+PROGRAM = [path for path in REPOSITORY.glob("[mrs]*/**/*") if path.suffix in (".py", ".toml")]
 COMMANDS = [line for _, language, block in BLOCKS if language == "sh" for line in block.splitlines()]
 SETUP = "python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt "
 
@@ -51,8 +53,9 @@ def shorten(words: list[str]) -> list[str]:
     recipe, _ = parse_recipe(words[target:], "mygpt train")
     values = {key: value for _, table in recipe for key, value in table}
     if words[target].endswith(".toml") or "/" not in words[target]:
-        # Any text does for seeing that a command runs.
+        # Any text does for seeing that a command runs. The output is that of the recipe without these changes.
         words += ["--corpus", "tinyshakespeare.txt"]
+        words += ["--output", recipe.checkpoint.output] * ("--output" not in words)
     for key, value in SHORTER.items():
         flag = f"--{key.replace('_', '-')}"
         if flag in words:
@@ -92,9 +95,18 @@ def test_readme_names_every_page():
 def test_fresh_machine_commands_are_the_ones_that_ci_runs():
     """The two commands for a fresh machine: set-up, then a whole first run or the tests. CI starts from the second."""
     first, second = COMMANDS[:2]
-    assert first.startswith(SETUP + "-e . && mygpt train quickstart && mygpt generate ")
+    assert first.startswith(SETUP + "-e '.[report]' && mygpt train quickstart && mygpt generate ")
     assert second == SETUP + "-e '.[dev]' && pytest -n 2 --dist worksteal"
     assert "README.md" in (REPOSITORY / ".ci" / "run").read_text()
+
+
+def test_nothing_says_to_install_mygpt_from_a_registry():
+    """Messages and pages name the package that is missing: the mygpt of PyPI is another project."""
+    texts = {path: path.read_text(encoding="utf-8") for path in [*DOCUMENTS, *PROGRAM]}
+    assert not [
+        (path, line) for path, text in texts.items() for line in re.findall(r"pip install [^&`\n]*mygpt.*", text)
+    ]
+    assert sum("pip install " in text for text in texts.values()) > 5
 
 
 @pytest.mark.slow
@@ -109,6 +121,7 @@ def test_every_command_and_example_runs(text_file, tmp_path):
             result = run_process([BIN / words[0], *words[1:]], tmp_path, environment={"OMP_NUM_THREADS": "1"})
             # `compare` finds the runs identical that the pages say are: it would exit with 1 otherwise.
             assert result.returncode == 0, f"{page}: {shlex.join(words)}\n{result.stdout}{result.stderr}"
+            assert "no such run" not in result.stderr, f"{page}: {shlex.join(words)}\n{result.stderr}"
             ran += 1
             printed[page, language] = result.stdout
     assert ran >= 30
@@ -143,9 +156,6 @@ def test_guide_names_what_python_can_import():
     import mygpt.course
 
     assert not [name for name in mygpt.__all__ + mygpt.course.__all__ if f"`{name}`" not in TEXTS["docs/guide.md"]]
-
-
-DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "checkpoints" / "README.md"])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))

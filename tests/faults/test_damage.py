@@ -97,7 +97,7 @@ def test_another_architecture_names_the_key(interrupted, tiny, tmp_path):
     ):
         with pytest.raises(
             MismatchError,
-            match=rf"\[model\] num_layers: got 3, expected 2, as in .*step-000004; {way_out}",
+            match=rf"\[model\] num_layers: .*step-000004 has num_layers = 2, you gave 3; {way_out}",
         ) as caught:
             train(tiny(save_every=2, num_layers=3, **keys), allow_changes=True)
         assert caught.value.exit_code == 2
@@ -195,10 +195,13 @@ def test_changed_corpus_is_refused_unless_allowed(interrupted, tiny, tmp_path, t
 @pytest.mark.parametrize(
     ("keys", "answer"),
     [
-        ({"lr": 3e-4}, r"\[optimizer\] lr: got 0\.0003, expected 0\.001, as .* was trained; .*--allow-changes"),
-        ({"batch_size": 8, "data_seed": 1}, r"batch_size: got 8, expected 4.*\n.*data_seed: got 1, expected 42"),
-        ({"val_split": 0.1, "val_every": 2}, r"val_split: got 0\.1, expected 0\.0.*\n.*val_every: got 2, expected 0"),
-        ({"precision": "bf16"}, "precision: got bf16, expected fp32"),
+        ({"lr": 3e-4}, r"\[optimizer\] lr: .* was trained with lr = 0\.001, you gave 0\.0003; .*--allow-changes"),
+        ({"batch_size": 8, "data_seed": 1}, r"with batch_size = 4, you gave 8.*\n.*with data_seed = 42, you gave 1"),
+        (
+            {"val_split": 0.1, "val_every": 2},
+            r"with val_split = 0\.0, you gave 0\.1.*\n.*with val_every = 0, you gave 2",
+        ),
+        ({"precision": "bf16"}, 'with precision = "fp32", you gave "bf16"'),
         ({"steps": 3}, r"steps: got 3, expected more than 4, the step of .*step-000004; raise --steps"),
     ],
 )

@@ -1,6 +1,7 @@
 """Reading, checking and writing recipes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_names_of_other_programs_lead_to_keys():
     for name, key in KEY_OF_FOREIGN_NAME.items():
         assert key in TABLE_OF_KEY
         assert name not in TABLE_OF_KEY
-        unit = ", which has another unit" * (name in NAMES_IN_OTHER_UNIT)
+        unit = re.escape(f" ({NAMES_IN_OTHER_UNIT[name]})") if name in NAMES_IN_OTHER_UNIT else ""
         with pytest.raises(RecipeError, match=f"unknown key '{name}'; did you mean '{key}'{unit}\\?"):
             Recipe.of(**{name: 1})
     with pytest.raises(RecipeError, match=r"'n_embd'; did you mean 'embed_dim' in the table \[model\]"):

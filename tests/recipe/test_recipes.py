@@ -1,5 +1,7 @@
 """The recipes that come with mygpt."""
 
+import re
+import shutil
 import tomllib
 
 import pytest
@@ -7,9 +9,12 @@ from support.commands import REPOSITORY
 from support.runs import TINY
 
 from mygpt import GPT
+from mygpt.cli.train import TrainOptions
 from mygpt.recipe.files import load_recipe, recipe_schema, shipped_recipes
 from mygpt.recipe.flags import parse_recipe
-from mygpt.recipe.tables import ExpectedTable, Recipe, check_recipe
+from mygpt.recipe.names import named_after
+from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, UNNAMED_KEYS, ExpectedTable, Recipe, check_recipe
+from mygpt.runs.changes import ENDING_KEYS, RESOLVED_KEYS
 from mygpt.training.train import train
 
 FOLDER = REPOSITORY / "recipes"
@@ -38,6 +43,45 @@ def test_default_recipe_spells_out_the_defaults():
 
 NOT_MEASURED = {"gpt2-124m", "shakespeare-10m"}
 """They take a GPU, or half a day."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "output"),
+    [
+        ("", "hardened"),
+        ("--warmup 0", "hardened-warmup=0"),
+        ("--lr 3e-4 --steps 3000", "hardened-lr=0.0003"),
+        ("--seed 3", "hardened-seed=3"),
+        ("--init-seed 3 --no-tied-head", "hardened-tied_head=false-init_seed=3"),
+        ("--corpus ../texts/a*b.txt", "hardened-corpus=.._texts_a_b.txt"),
+        ("--warmup 100 --print-every 7 --threads 1 --steps 3000", "hardened"),
+        ("--val-every 0", "hardened-val_every=0"),
+        ("--warmup 0 --allow-changes", "hardened"),
+        ("--warmup 0 --output checkpoints/mine", "mine"),
+        ("--warmup 0 --out checkpoints/mine", "mine"),
+    ],
+)
+def test_output_of_a_changed_shipped_recipe_is_named_after_the_change(arguments, output, tmp_path):
+    """So it does not collide with the run of the recipe itself. A recipe of one's own keeps its output."""
+    for target in ("hardened", FOLDER / "hardened.toml"):
+        recipe = parse_recipe([str(target), *arguments.split()], "mygpt train", TrainOptions)[0]
+        assert recipe.checkpoint.output == f"checkpoints/{output}"
+    shutil.copy(FOLDER / "hardened.toml", tmp_path / "mine.toml")
+    shutil.copy(FOLDER / "default.toml", tmp_path)
+    recipe = parse_recipe([str(tmp_path / "mine.toml"), *arguments.split()], "mygpt train", TrainOptions)[0]
+    assert recipe.checkpoint.output == "checkpoints/mine"
+
+
+def test_names_of_changes_are_short_and_differ():
+    """However long the values are."""
+    long = [named_after("run", {"corpus": "a"}, {"corpus": f"{'ü-x/' * 200}{n}"}, {"corpus"}) for n in range(2)]
+    assert len(set(long)) == 2
+    assert all(re.fullmatch(r"run[\w.=-]{80}", name, re.ASCII) for name in long)
+
+
+def test_keys_that_do_not_name_the_output_can_change_when_a_run_continues():
+    """A run whose other keys change is refused, so its name must say so."""
+    assert not UNNAMED_KEYS - HARMLESS_KEYS - (RESOLVED_KEYS - {*PATH_KEYS}) - ENDING_KEYS
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

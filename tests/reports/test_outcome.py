@@ -27,22 +27,22 @@ def lines(expected, *, bits=None, seconds=60.0):
 
 @pytest.mark.parametrize(
     ("bits", "where"),
-    [(1.9, "within"), (2.2, "within"), (1.85, "0.05 below"), (2.305, "0.10 above")],
+    [(1.9, "as expected"), (2.2, "as expected"), (1.85, "lower than expected"), (2.305, "higher than expected")],
 )
 def test_loss_is_placed_in_the_range(bits, where):
     """Both ends belong to it."""
     assert lines(RANGE, bits=bits) == [
-        f"held-out loss: {bits:.2f} bits per byte, {where} the 1.90 to 2.20 that the recipe expects"
+        f"held-out loss: {bits:.2f}, {where}; the recipe expects between 1.90 and 2.20 bits per byte"
     ]
 
 
 def test_loss_that_was_not_measured():
-    assert lines(RANGE) == ["held-out loss: not measured; the recipe expects 1.90 to 2.20 bits per byte"]
+    assert lines(RANGE) == ["held-out loss: not measured; the recipe expects between 1.90 and 2.20 bits per byte"]
 
 
 def test_time_is_compared():
     assert lines(ExpectedTable(expected_minutes=2.0), seconds=90) == [
-        "time: 1.5 minutes, 0.75 of the 2 that the recipe expects"
+        "time: 1.5 minutes, 0.75 times the 2 minutes that the recipe expects"
     ]
 
 
@@ -114,8 +114,8 @@ def test_complete_run_says_how_close_it_came(call, text_file, tmp_path):
     arguments = ("train", text_file, *FLAGS, *held_out, *expected, "--output", tmp_path / "run")
     code, _, err = call(*arguments)
     assert code == 0
-    assert "of the 5 that the recipe expects\nheld-out loss: " in err
-    assert "within the 1.00 to 99.00 that the recipe expects" in err
+    assert "times the 5 minutes that the recipe expects\nheld-out loss: " in err
+    assert "as expected; the recipe expects between 1.00 and 99.00" in err
     assert "expects" not in call(*arguments)[2]
 
 
@@ -146,8 +146,8 @@ TURNS = [2 + np.exp(-0.8 * number) + 0.05 * number for number in range(1, 11)]
         ([3, 2.4, 2.4], FALLING, r"flat from step 20 to 30: held-out loss [+-]0.000\d \+- 0.0018$"),
         (TURNS, FALLING, r"overfitting since step [34]0: held-out loss \+0.1\d+ \+- 0.0\d+ by step 100$"),
         (TURNS, FALLING[::-1], "getting worse since step [34]0: .*, and the training loss rises, too$"),
-        ([3, 2.5, 2.8], FALLING, r"rising from step 20 to 30: held-out loss \+0.300\d .*; since when is not sure$"),
-        ([3], FALLING, "none from a single evaluation, after step 10; lower val_every$"),
+        ([3, 2.5, 2.8], FALLING, r"rising from step 20 to 30: held-out loss \+0.300\d .*; it is not known since when$"),
+        ([3], FALLING, "none, because .* measured only once, after step 10; lower val_every$"),
     ],
 )
 def test_verdict_names_the_evidence(held_out, training, verdict):
@@ -173,7 +173,7 @@ def test_verdict_without_held_out_text_says_how_to_get_one():
         (DataTable(val_corpus="x.txt"), "--val-every 500"),
         (DataTable(val_split=0.1), "--val-every 500"),
     ):
-        line = f"verdict: none without a held-out loss; {flags} measures it"
+        line = f"verdict: none, because no held-out loss was measured; {flags} measures it"
         assert verdict_line(None, records(FALLING), data) == line
 
 
@@ -201,14 +201,14 @@ def evaluated(*losses):
     [
         (
             (3.05, 2.46, 2.01),
-            r"held-out loss is normal: 2.0100 at step 30; 99% of runs with another seed are within 2.0000 \+- 0.08",
+            r"held-out loss is normal: 2.0100 at step 30; 99% of runs with another seed are between 1.91.* and 2.08",
             True,
         ),
         ((3.05, 2.8, 2.7), "held-out loss is NOT normal since step 20: 2.7000 at step 30", False),
         ((4.0, 2.5, 2.3), "held-out loss is NOT normal since step 30: ", False),
         ((4.0, 2.5, 2.0), "held-out loss is normal at the end: .*; it was outside at step 10", False),
         ((3.0, 2.9), "held-out loss is NOT normal since step 20: 2.9000 at step 20", False),
-        ((), "held-out loss: not measured at a step", True),
+        ((), "held-out loss: not compared, because it was measured at none", True),
     ],
 )
 def test_a_loss_is_placed_among_those_of_other_seeds(losses, line, is_normal):
@@ -221,7 +221,7 @@ def test_a_loss_is_placed_among_those_of_other_seeds(losses, line, is_normal):
 def test_losses_of_another_text_say_nothing():
     """As those of quickstart, whose text comes with Python, under another version of it."""
     ((line, normal),) = place_lines(KNOWN, evaluated(9.0), "1" * 64)
-    assert line == "expected: losses of another text than this run's; they say nothing about it"
+    assert line == "expected: not compared, because the losses that the recipe expects are those of another text"
     assert normal
     assert list(place_lines(ExpectedTable(), evaluated(9.0), "1" * 64)) == []
 
@@ -271,7 +271,7 @@ def test_check_says_whether_a_run_is_normal(tiny, call, tmp_path):
     assert code == 0
     assert [line.split(":")[0] for line in out.splitlines()] == ["run", "loss", "verdict", "expected"]
     assert "complete after 6 steps" in out
-    assert "nothing is known of this recipe" in out
+    assert "the recipe has no expected losses" in out
     first, *_ = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     shutil.copytree(run, tmp_path / "lost")
     (tmp_path / "lost" / "metrics.jsonl").write_text(first)
@@ -295,16 +295,16 @@ def test_check_of_a_run_without_a_checkpoint(tiny, call, tmp_path):
     code, out, _ = call("check", run)
     assert code == 0
     assert re.search(r"^loss: training \d+\.\d{4} at step 5$", out, re.MULTILINE)
-    assert "verdict: none before the first checkpoint that follows an evaluation" in out
+    assert "verdict: none, because no checkpoint has a held-out loss yet" in out
 
 
 def test_check_says_what_the_recipe_expected(tiny, call):
     """The lines with which a complete run ends."""
     run = train(tiny(val_split=0.2, val_every=2, expected_bits_per_byte=(1.0, 2.0), expected_minutes=5.0))
     out = call("check", run)[1]
-    assert "above the 1.00 to 2.00 that the recipe expects" in out
-    assert "of the 5 that the recipe expects" in out
-    assert "nothing is known" not in out
+    assert "higher than expected; the recipe expects between 1.00 and 2.00" in out
+    assert "times the 5 minutes that the recipe expects" in out
+    assert "no expected losses" not in out
 
 
 def test_check_of_a_run_that_diverged(tiny, call, tmp_path):

@@ -129,7 +129,7 @@ def test_patience_that_is_set_later_counts_from_there(tiny, monkeypatch, capsys,
     run = train(tiny(**PATIENT | {"patience": patience, "steps": 28}))
     notes = capsys.readouterr().err
     assert "`best` begins here: of lower held-out losses before there is no checkpoint" in notes
-    assert "no improvement beyond doubt over step 6" in notes
+    assert "not lower beyond doubt than that of step 6" in notes
     assert list(Run(run).checkpoints)[-1] == end
     assert Run(run).best == Run(run).checkpoints[14]
 
@@ -148,7 +148,9 @@ def test_patience_ends_the_run_and_keeps_the_best(tiny, monkeypatch, capsys):
     losses_at(monkeypatch, TURNING)
     run = train(tiny(**PATIENT))
     notes = capsys.readouterr().err
-    assert "ended early, after step 10: the last 2 evaluations were no improvement beyond doubt over step 6" in notes
+    assert (
+        "ended early, after step 10: the last 2 held-out losses are not lower beyond doubt than that of step 6" in notes
+    )
     assert "verdict: overfitting since step 6: held-out loss +0.1996" in notes
     manifest = read_manifest(run / "step-000010")
     assert (manifest.finished, manifest.ended_by, manifest.reason) == (True, "patience", "scheduled")
@@ -238,5 +240,5 @@ def test_early_stopping_is_the_same_on_any_number_of_processes(folder):
     assert read_manifest(run / "step-000004").ended_by == "patience"
     result = torchrun(3, place, "text.txt", *flags_of(keys), "--output", "three")
     assert result.returncode == 0, result.stderr
-    assert "ended early, after step 4: the last evaluation was no improvement" in result.stderr
+    assert "ended early, after step 4: the last held-out loss is not lower" in result.stderr
     assert_same_run(place / "three", run)

@@ -50,7 +50,7 @@ def test_branch_is_judged_by_the_recipe_of_its_step(changed, tiny, tmp_path, cap
     """After step 2 the rate of that step is no change, and the one that the run took later is."""
     run, _ = changed
     branch = {"steps": 6, "save_every": 2, "dropout": 0.1, "resume": str(run / "step-000002")}
-    problem = r"lr: got 0\.0001, expected 0\.001, as .*step-000002 was trained; set it so, or branch off with --allow"
+    problem = r"lr: .*step-000002 was trained with lr = 0\.001, you gave 0\.0001; set it so, or branch off with --allow"
     with pytest.raises(RecipeError, match=problem):
         train(tiny(**branch, lr=1e-4, output=str(tmp_path / "refused")))
     assert not (tmp_path / "refused").exists()
@@ -66,7 +66,7 @@ def test_falling_back_is_judged_by_the_recipe_of_the_step(changed, tiny, capsys)
     for step in (4, 6):
         os.truncate(run / f"step-{step:06d}" / "model.safetensors", 100)
     again = tiny(steps=6, save_every=2, dropout=0.1, lr=1e-4)
-    with pytest.raises(RecipeError, match=r"lr: got 0\.0001, expected 0\.001, as .*step-000002 was trained; choose"):
+    with pytest.raises(RecipeError, match=r"lr: .*step-000002 was trained with lr = 0\.001, you gave 0\.0001; choose"):
         train(again)
     train(again, allow_changes=True)
     assert "from step 3 on: [optimizer] lr = 0.0001, before 0.001" in capsys.readouterr().err
@@ -122,7 +122,7 @@ def test_runs_of_format_1_are_read(format_1, capsys):
     recipe = Run(format_1).recipe
     assert recipe.checkpoint.output == "run"
     branch = {"resume": "run/step-000002", "output": "branch", "steps": 8}
-    with pytest.raises(RecipeError, match=r"lr: got 0\.0001, expected 0\.001, as .*step-000002 was trained"):
+    with pytest.raises(RecipeError, match=r"lr: .*step-000002 was trained with lr = 0\.001, you gave 0\.0001"):
         train(recipe.replace(**branch))
     train(recipe.replace(**branch, lr=1e-3))
     capsys.readouterr()

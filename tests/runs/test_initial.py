@@ -87,7 +87,7 @@ def test_steps_are_made_again_from_the_same_weights(tiny, source, other_text, tm
     shutil.rmtree(copy / "step-000002")
     train(tiny(output=str(tmp_path / "x"), steps=2, data_seed=1))
     shutil.copytree(tmp_path / "x" / "step-000002", copy / "step-000002")
-    with pytest.raises(MismatchError, match=r"began with other weights than those of .* are now; put them back"):
+    with pytest.raises(MismatchError, match=r"has changed since .* began with its weights; put it back"):
         verify(run)
     sha256 = Run(run).info.init_sha256
     train(tiny(corpus=str(other_text), init_from=str(copy / "step-000002"), save_every=3, steps=8))

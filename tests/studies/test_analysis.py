@@ -103,11 +103,11 @@ def test_verdict_says_how_many_seeds_would_reveal_a_difference():
     """None is seen: with the errors at hand, so many more seeds; or none, if the text is the limit."""
     (result,) = compare_cells([cell("a", [2.0, 2.03, 2.02]), cell("b", [2.02, 2.0, 2.03])], 0.02)
     assert result.verdict(0.02).startswith("no difference seen between a and b: +0.000 +- 0.015; ")
-    assert result.verdict(0.02).endswith("more seeds would probably reveal one of 0.02")
+    assert result.verdict(0.02).endswith("more seeds would probably reveal a difference of 0.02")
     assert result.seeds_needed > 3
     assert seeds_for(0.02, CrossedEstimate(Estimate(0.0, 0.03, 2), 0.02, 0.025, 30), 3) is None
     assert result._replace(seeds_needed=None).verdict(0.02).endswith("more held-out windows might")
-    assert result._replace(seeds_needed=0).verdict(0.02).endswith("one of 0.02 would probably have been seen")
+    assert result._replace(seeds_needed=0).verdict(0.02).endswith("a difference of 0.02 would probably have been seen")
 
 
 def test_seeds_that_are_named_have_the_power():

@@ -7,7 +7,7 @@ from support.runs import evaluation_of
 from mygpt.reports.plot import COLORS
 from mygpt.studies.analysis import CellResult, RunResult, compare_cells
 from mygpt.studies.picture import draw
-from mygpt.studies.runner import Study
+from mygpt.studies.results import Study
 
 pytest.importorskip("matplotlib", reason="needs the report extra")
 

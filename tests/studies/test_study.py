@@ -179,6 +179,8 @@ def test_study_runs_the_grid_and_is_extended(place, monkeypatch):
     assert again.stdout == result.stdout
     assert "runs are complete" not in again.stderr
     assert contents(place / "study", without=["study.json", "study.png"]) == before
+    shown = subprocess.run([*MYGPT, "study", "study"], cwd=place, capture_output=True, text=True, check=True)
+    assert (shown.stdout, shown.stderr) == (result.stdout, "")
     more = run(place, "--seeds", "3")
     assert "4 of 6 runs are complete; 2 to go" in more.stderr
     assert len(runs_of(place)) == 6
@@ -322,6 +324,9 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
         (["small.toml", "--set", "val_every=0"], "val_every: got 0, expected evaluations"),
         (["small.toml", "./small.toml"], "two recipes of the study are called 'small'"),
         (["smal.toml"], "no such recipe"),
+        (["study"], "study: a study that is not complete; the command that began it continues it"),
+        (["study", "--seeds", "9"], "study: is shown as it is; leave --seeds out, or give the recipes of the study"),
+        (["study", "small.toml"], "study: a study, and one is shown at a time; leave small.toml out"),
         (["...toml"], "a study needs this name for a file of its own; rename the recipe"),
         (["plan.json.toml"], "a study needs this name for a file of its own; rename the recipe"),
         (["small.toml", "--set", "seed=1,2"], "--set: seed is set by the study; --seeds says how many"),
