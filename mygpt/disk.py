@@ -29,6 +29,14 @@ def replace_bytes(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it; on return they are on the disk. Those that are there stay as they are."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -42,7 +42,7 @@ from mygpt.data.tokenizer import (
     distinct_code_points,
     fingerprint,
 )
-from mygpt.disk import file_sha256, flush, replace_bytes, sync
+from mygpt.disk import file_sha256, flush, make_directory, replace_bytes, sync
 from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError
 from mygpt.posix import fcntl
 from mygpt.recipe.reading import read_file
@@ -125,11 +125,11 @@ def prepare(
     partial = out.with_name(f".tmp-{out.name}")
     missing = [parent for parent in out.parents if not os.path.lexists(parent)]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(out.parent)
         with _locked(out):
             if partial.is_symlink() or (partial.exists() and not _is_own(partial)):
                 raise CorpusError(f"{partial}: in the way of the folder to work in; remove it, or choose another --out")
-            partial.mkdir(exist_ok=True)
+            make_directory(partial)
             try:
                 return _prepare(sources, partial, out, choice, field, workers or _cores(), progress)
             except MygptError:
@@ -168,6 +168,7 @@ def _prepare(
     replace_bytes(partial / MANIFEST_FILE, manifest.to_json().encode())
     for name in (SETTINGS_FILE, JOURNAL_FILE):
         (partial / name).unlink(missing_ok=True)
+    sync(partial)
     partial.rename(out)
     sync(out.parent)
     return manifest
@@ -349,6 +350,7 @@ def _write_tokens(
         _open(partial / JOURNAL_FILE) as lines,
         ThreadPoolExecutor(workers) as pool,
     ):
+        sync(partial)  # or both files may be gone after a power failure, however often they are synced
         journal = _Journal(file, lines, dtype.itemsize)
         pending: deque[tuple[int, Future[Encoded]]] = deque()
 

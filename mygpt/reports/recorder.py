@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mygpt.errors import DamagedCheckpointError
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.files import TIMING_FILE
+from mygpt.runs.files import CANNOT_WRITE, TIMING_FILE, explain_disk_error, sync
 from mygpt.runs.records import Record, Timing, rewind
 
 PROGRESS_SECONDS = 30.0
@@ -74,7 +74,10 @@ class Recorder:
             if last:  # 0 except after a change of the batch size
                 self._tokens_before = last.tokens - last.step * self._tokens_per_step
             elapsed = timings[-1].elapsed_seconds if timings else 0.0
-            self._files = [(path, path.open("a", encoding="utf-8")) for path in (run / METRICS_FILE, run / TIMING_FILE)]
+            with explain_disk_error(CANNOT_WRITE, run):
+                paths = (run / METRICS_FILE, run / TIMING_FILE)
+                self._files = [(path, path.open("a", encoding="utf-8")) for path in paths]
+                sync(run)  # or a power failure may leave a checkpoint without its records
             self._sinks = [self._append, self._show]
         disable = None if is_main else True  # None: unless `talk` is a terminal
         options = {"unit": "step", "dynamic_ncols": True, "leave": talk is None, "file": self._talk}

@@ -109,7 +109,12 @@ def set_aside(path: Path, *, copy: bool = False) -> Path:
     """Rename a damaged entry, or copy it, to a free name that no run uses; returns that path."""
     names = (path.with_name(f"damaged-{path.name}-{number}") for number in itertools.count(1))
     aside = next(name for name in names if not os.path.lexists(name))
-    shutil.copyfile(path, aside) if copy else path.rename(aside)
+    if copy:
+        shutil.copyfile(path, aside)
+        sync(aside)
+    else:
+        path.rename(aside)
+    sync(aside.parent)
     return aside
 
 
@@ -123,4 +128,5 @@ def remove(entry: Path) -> None:
         while os.path.lexists(doomed):
             doomed = doomed.with_name(f"{doomed.name}-again")
         entry = entry.rename(doomed)
+        sync(entry.parent)  # or a power failure may leave the name, and not all files
     shutil.rmtree(entry, ignore_errors=True)  # files that a network disk keeps open are left for the next start

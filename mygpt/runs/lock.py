@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mygpt.disk import make_directory
 from mygpt.errors import CheckpointError
 from mygpt.posix import fcntl
-from mygpt.runs.files import CANNOT_WRITE, LOCK_FILE, explain_disk_error, sync
+from mygpt.runs.files import CANNOT_WRITE, LOCK_FILE, explain_disk_error
 
 
 @contextmanager
@@ -42,8 +43,7 @@ def _lock(run: Path) -> int:
     file = run / LOCK_FILE
     while True:
         if not run.exists():
-            run.mkdir(parents=True, exist_ok=True)
-            sync(run.parent)
+            make_directory(run)
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # a run that ended meanwhile has removed its directory

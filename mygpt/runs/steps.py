@@ -78,10 +78,16 @@ def point_to(run: Path, newest: int, best: int | None) -> None:
 
 
 def prune(run: Path, keep_last: int, newest: int, best: int | None) -> None:
-    """Remove superseded checkpoints, up to step `newest`; entries that are damaged or hold other files stay.
+    """Remove superseded checkpoints."""
+    for directory in superseded(run, keep_last, newest, best):
+        files.remove(directory)
 
-    It keeps the newest, the best, and the `keep_last` newest scheduled ones (0: all). Without a `best` it also keeps
-    those that were the best of an earlier kind of evaluation.
+
+def superseded(run: Path, keep_last: int, newest: int, best: int | None) -> list[Path]:
+    """The checkpoints up to step `newest` that are not to be kept, without those that are damaged or hold other files.
+
+    To be kept are the newest, the best, and the `keep_last` newest scheduled ones (0: all); without a `best` also those
+    that were the best of an earlier kind of evaluation.
     """
     reasons = {}
     for step, directory in step_directories(run).items():
@@ -96,5 +102,4 @@ def prune(run: Path, keep_last: int, newest: int, best: int | None) -> None:
     kept = {newest, best, *scheduled[-keep_last:]}
     if best is None:
         kept |= {step for step, reason in reasons.items() if reason == "best"}
-    for step in reasons.keys() - kept:
-        files.remove(step_directory(run, step))
+    return [step_directory(run, step) for step in reasons.keys() - kept]

@@ -59,6 +59,7 @@ def copy_model(recipe: Recipe, folder: Path, sha256: str | None) -> str | None:
                     raise MismatchError(f"init_from: {init_from} has changed meanwhile; the same command begins again")
                 sync(partial)
                 partial.replace(copy)
+                sync(folder)
         finally:
             partial.unlink(missing_ok=True)  # it may have filled the disk
     return str(copy)

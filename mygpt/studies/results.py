@@ -1,17 +1,18 @@
 """The results of a study: read from its run directories, shown as a table, and written as JSON."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError
-from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, read_bytes
+from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, TEMPORARY_NAME, read_bytes
 from mygpt.runs.held_out import load_history
 from mygpt.runs.run import Run
-from mygpt.runs.schemas import ModelMetadata
-from mygpt.runs.steps import read_metadata
+from mygpt.runs.schemas import ModelMetadata, StateMetadata
+from mygpt.runs.steps import read_metadata, step_directory, superseded
 from mygpt.studies.analysis import CellResult, ComparisonResult, RunResult, compare_cells, mean_curve, unit_of
 from mygpt.studies.grid import STUDY_FILE
 
@@ -70,6 +71,21 @@ def explain_damage(run: Path) -> Iterator[None]:
 def has_failed(path: Path) -> bool:
     """Whether a step of the run was not finite: it would be again."""
     return path.is_dir() and any(FAILED_NAME.fullmatch(entry.name) for entry in path.iterdir())
+
+
+def is_settled(path: Path) -> bool:
+    """Whether the last save of a complete run was finished; if not, continuing the run does it."""
+    run = Run(path)
+    try:
+        newest = run.newest_checkpoint()
+        assert newest is not None
+        state = read_metadata(newest / STATE_FILE, StateMetadata)
+        best = None if state.best_step is None else step_directory(path, state.best_step)
+        is_pointed_to = (run.latest, run.best) == (newest, best)
+    except CheckpointError:
+        return False
+    unneeded = superseded(path, run.recipe.checkpoint.keep_last, state.step, state.best_step)
+    return is_pointed_to and not unneeded and not any(TEMPORARY_NAME.fullmatch(name) for name in os.listdir(path))
 
 
 def read_cell(name: str, folder: Path, paths: Mapping[int, Path], failures: Mapping[int, str]) -> CellResult:

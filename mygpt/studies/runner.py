@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mygpt import __version__
+from mygpt.disk import make_directory
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, MygptError
 from mygpt.processes.signals import stop_on_signal
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, Recipe
 from mygpt.reports.recorder import PROGRESS_SECONDS
 from mygpt.runs.changes import differing_keys
-from mygpt.runs.files import COPY_NAME, LOCK_FILE, MEND_DISK, explain_disk_error, read_bytes, replace_text
+from mygpt.runs.files import (
+    COPY_NAME,
+    LOCK_FILE,
+    MEND_DISK,
+    TEMPORARY_NAME,
+    explain_disk_error,
+    read_bytes,
+    replace_text,
+)
 from mygpt.runs.lock import locked
 from mygpt.runs.run import Run, check_output
 from mygpt.runs.schemas import HASH_OF_PATH
@@ -24,7 +33,7 @@ from mygpt.runs.start import self_contained
 from mygpt.studies.analysis import compare_cells
 from mygpt.studies.copies import copy_model, with_copies
 from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, Cell
-from mygpt.studies.results import Study, explain_damage, has_failed, is_complete, read_cell, to_json
+from mygpt.studies.results import Study, explain_damage, has_failed, is_complete, is_settled, read_cell, to_json
 from mygpt.studies.room import Room, Slot, complaint, core_count, measure_room, start_worker, take_slots
 from mygpt.studies.worker import Task
 
@@ -93,7 +102,8 @@ def run_grid(
     _check(jobs, folder, side_by_side)
     hashes = _hashes_of_inputs(cells)
     _check_inputs(jobs, hashes)
-    waiting = [job for job in jobs if not (is_complete(job.path) or has_failed(job.path))]
+    unfinished = [job for job in jobs if not (is_complete(job.path) and is_settled(job.path))]
+    waiting = [job for job in unfinished if not has_failed(job.path)]
     if waiting:
         with locked(folder):
             plan = _make_plan(waiting, folder, side_by_side, report)
@@ -114,7 +124,8 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--out: {folder} is a file; choose another --out")
-    entries = [entry.name for entry in folder.iterdir() if entry.name != LOCK_FILE] if folder.is_dir() else []
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    entries = [name for name in names if name != LOCK_FILE and not TEMPORARY_NAME.fullmatch(name)]
     known = {PLAN_FILE, STUDY_FILE, PICTURE_FILE, *(job.cell.name for job in jobs)}
     known |= {name for name in entries if COPY_NAME.fullmatch(name)}
     if entries and not {PLAN_FILE, STUDY_FILE} & {*entries} and not known.issuperset(entries):
@@ -212,7 +223,7 @@ def _make_plan(jobs: Sequence[Job], folder: Path, side_by_side: int | None, repo
         room = Room(side_by_side, largest.runtime.threads or max(1, core_count() // side_by_side))
     plan = {"mygpt": __version__, **room._asdict()}
     with explain_disk_error("{path}: cannot be written: {reason}", folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
         replace_text(folder / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
     return plan
 
@@ -276,7 +287,7 @@ def _run_all(jobs: Sequence[Job], room: Room, copies: Mapping[str, str | None], 
 
 
 def _start(job: Job, slot: Slot, threads: int, init_from: str | None) -> "subprocess.Popen[str]":
-    job.path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(job.path.parent)
     with _log(job).open("a", encoding="utf-8") as log:
         task = Task(_recipe_of(job, threads).replace(init_from=init_from).model_dump_json(), slot.cpus)
         return start_worker(task, slot, log.fileno())

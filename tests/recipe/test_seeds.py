@@ -1,5 +1,6 @@
-"""Derived seeds: no two purposes, ranks, steps or recipe seeds have the same one."""
+"""Derived seeds: no two purposes, ranks, steps or recipe seeds have the same one, and their values stay."""
 
+import inspect
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from mygpt.data.batches import BatchStream, Share, held_out_windows
+from mygpt.recipe import seeds as derivations
 from mygpt.recipe.seeds import held_out_seed, micro_batch_dropout_seed, process_dropout_seed
 from mygpt.recipe.tables import ValidationTable
 from mygpt.training.train import train, train_until
@@ -21,6 +23,36 @@ def test_no_two_derived_seeds_are_equal():
     seeds.append(held_out_seed())
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+DERIVED = {
+    ("micro_batch_dropout_seed", 42, 1, 0): 2598386506,
+    ("micro_batch_dropout_seed", 43, 7, 3): 1678816966,
+    ("process_dropout_seed", 42, 0): 2087245904,
+    ("process_dropout_seed", 42, 1, 500): 108552274,
+    ("batch_seed_after", 42, 500): 1970545686,
+    ("epoch_seed", 42, 0): 1069074430,
+    ("epoch_seed", 7, 3): 1555232989,
+    ("held_out_seed",): 3086830640,
+    ("held_out_pieces_seed",): 1802571891,
+}
+"""Seeds by the function that derives them and its arguments, as they have been since mygpt 0.2."""
+
+
+@pytest.mark.parametrize(("key", "seed"), DERIVED.items(), ids=str)
+def test_derived_seeds_stay_as_they_are(key, seed):
+    """Another value would change dropout masks, batches or held-out windows, and with them published numbers."""
+    name, *arguments = key
+    found = getattr(derivations, name)(*arguments)
+    assert found == seed, f"{name}{(*arguments,)} is another seed: published numbers would change"
+
+
+def test_every_derived_seed_is_pinned():
+    """A new function in mygpt/recipe/seeds.py needs a line above."""
+    public = {
+        name for name, value in vars(derivations).items() if inspect.isfunction(value) and not name.startswith("_")
+    }
+    assert public == {name for name, *_ in DERIVED}
 
 
 def held_out_starts(data_seed: int) -> list[int]:
