@@ -132,8 +132,11 @@ def prepare(
             partial.mkdir(exist_ok=True)
             try:
                 return _prepare(sources, partial, out, choice, field, workers or _cores(), progress)
-            except MygptError:
-                _clear(partial)  # a mistake leaves nothing half-made
+            except MygptError as error:
+                if kept := _kept_bytes(partial):
+                    how = f"mend this, and the command continues after the {kept:,} bytes of text that {partial} keeps"
+                    raise type(error)(f"{error}; {how}", error.exit_code) from None
+                _clear(partial)
                 partial.rmdir()
                 raise
     except MygptError:
@@ -212,6 +215,15 @@ def _clear(partial: Path) -> None:
     sync(partial)
 
 
+def _kept_bytes(partial: Path) -> int:
+    """The bytes of text whose tokens are in the folder to work in, by its journal."""
+    kept = 0
+    with suppress(OSError, ValueError, KeyError, TypeError):  # its last line may be cut short
+        for line in (partial / JOURNAL_FILE).read_bytes().splitlines():
+            kept += json.loads(line)["text_bytes"]
+    return kept
+
+
 def _cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -221,15 +233,17 @@ def _tokenizer(
     partial: Path, sources: Sequence[Path], choice: TokenizerChoice, field: str
 ) -> tuple[Tokenizer, dict[str, Any] | None]:
     """The tokenizer, trained if need be, or as the command that was killed had trained it from the same files."""
-    settings = _settings(sources, choice, field)
+    settings, made_tokens = _settings(sources, choice, field), ""
     with suppress(OSError, ValueError, KeyError, TypeError):  # pydantic's errors are ValueErrors
         before = json.loads((partial / SETTINGS_FILE).read_bytes())
+        made_tokens = before["tokenizer_sha256"]
         if before["settings"] == settings:
             kept: Any = TypeAdapter(TokenizerMetadata).validate_json((partial / TOKENIZER_FILE).read_bytes())
-            if fingerprint(kept) == before["tokenizer_sha256"]:
+            if fingerprint(kept) == made_tokens:
                 return tokenizer_from(kept), before["trained_on"]
-    _clear(partial)
     tokenizer, trained_on = _make_tokenizer(sources, choice, field)
+    if tokenizer.fingerprint != made_tokens:
+        _clear(partial)
     metadata = json.dumps(tokenizer.metadata.model_dump(), sort_keys=True)
     replace_bytes(partial / TOKENIZER_FILE, metadata.encode())
     record = {"settings": settings, "tokenizer_sha256": tokenizer.fingerprint, "trained_on": trained_on}
@@ -376,6 +390,11 @@ def _write_tokens(
                     write()
             while pending:
                 write()
+        except CorpusError:  # of a source: the batches before it are whole
+            while pending:
+                write()
+            journal.sync()
+            raise
         finally:
             for _, future in pending:
                 future.cancel()
@@ -440,9 +459,9 @@ class _Journal:
         entry = {name: value for name, value in encoded._asdict().items() if name != "ids"}
         self._unwritten.append(json.dumps(entry).encode() + b"\n")
         if time.monotonic() - self._synced_at >= SYNC_SECONDS:
-            self._sync()
+            self.sync()
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
         for file, data in ((self._tokens, []), (self._lines, self._unwritten)):
             file.write(b"".join(data))
             file.flush()
