@@ -33,7 +33,7 @@ from mygpt.data.prepared import (
     header,
     type_name,
 )
-from mygpt.data.sources import Piece, Source, read_pieces
+from mygpt.data.sources import NULL, Piece, Source, read_pieces
 from mygpt.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -43,7 +43,7 @@ from mygpt.data.tokenizer import (
     fingerprint,
 )
 from mygpt.disk import file_sha256, replace_bytes, sync
-from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError
+from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError, print_note
 from mygpt.posix import fcntl
 from mygpt.recipe.reading import read_file
 
@@ -302,10 +302,23 @@ def take_sample(blocks: Iterable[Sequence[str]], size: int) -> list[str]:
     return [text for block in kept for text in block]
 
 
-def read_all(sources: Sequence[Path], field: str, done: list[Source]) -> Iterator[Piece]:
-    """The documents of all sources in pieces; see `read_pieces`."""
+def read_all(
+    sources: Sequence[Path], field: str, done: list[Source], note: Callable[[str], None] = lambda _: None
+) -> Iterator[Piece]:
+    """The documents of all sources in pieces, without those that are null, which are counted in a note.
+
+    Raises:
+        CorpusError: see `read_pieces`.
+    """
     for source in sources:
-        yield from read_pieces(source, field, done)
+        nulls = 0
+        for piece in read_pieces(source, field, done):
+            if piece is NULL:
+                nulls += 1
+            else:
+                yield piece
+        if nulls:
+            note(f"{source}: {field!r} is null in {nulls:,} documents, which are left out")
 
 
 def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Iterator[TextBatch]:
@@ -377,7 +390,7 @@ def _write_tokens(
             progress(encoded.text_bytes)
 
         try:
-            for number, batch in enumerate(batches(read_all(sources, field, read), tokenizer.cut)):
+            for number, batch in enumerate(batches(read_all(sources, field, read, print_note), tokenizer.cut)):
                 sha256 = batch.sha256()
                 if number < len(journal.entries) and journal.entries[number].sha256 == sha256:
                     future: Future[Encoded] = Future()

@@ -32,6 +32,10 @@ class Piece(NamedTuple):
     is_last: bool
 
 
+NULL = Piece("", is_last=True)
+"""Stands for a document whose text is null: it is no document."""
+
+
 class Source(NamedTuple):
     """A file that was read, as a manifest names it."""
 
@@ -93,7 +97,7 @@ def _files_in(folder: Path) -> Iterator[Path]:
 def read_pieces(file: Path, field: str, done: list[Source]) -> Iterator[Piece]:
     """The documents of a file in pieces; at its end its hash is added to `done`.
 
-    A text file is one document. In the other formats each line or row is one: the text in `field`.
+    A text file is one document. In the other formats each line or row is one: the text in `field`, or `NULL` itself.
 
     Raises:
         CorpusError: it cannot be read, is not of the format that its ending says, or is not UTF-8; or a package that
@@ -230,7 +234,7 @@ def _json_lines(file: Path, blocks: Iterable[bytes], field: str) -> Iterator[Pie
             raise CorpusError(f"{file}: line {number}: not JSON: {error}") from None
         except (TypeError, KeyError):
             raise CorpusError(f"{file}: line {number}: no JSON object with a field {field!r}; see --field") from None
-        return Piece(_checked(text, f"{file}: line {number}", field), is_last=True)
+        return _document(text, f"{file}: line {number}", field)
 
     for block in blocks:
         head, *lines = block.split(b"\n")
@@ -259,18 +263,22 @@ def _parquet(file: Path, raw: IO[bytes], field: str) -> Iterator[Piece]:
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(0):
                     row += 1
-                    yield Piece(_checked(value.as_py(), f"{file}: row {row}", field), is_last=True)
+                    yield _document(value.as_py(), f"{file}: row {row}", field)
     except UnicodeDecodeError:
         raise CorpusError(f"{file}: row {row}: {field!r} is not UTF-8") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise CorpusError(f"{file}: damaged Parquet: {str(error).splitlines()[0]}") from None
 
 
-def _checked(text: Any, where: str, field: str) -> str:
+def _document(text: Any, where: str, field: str) -> Piece:
+    if text is None:
+        return NULL
+    if isinstance(text, bytes):  # of a binary column
+        text = text.decode()
     if not isinstance(text, str):
         raise CorpusError(f"{where}: {field!r} is {type(text).__name__}, expected text; see --field")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise CorpusError(f"{where}: {field!r} has half of a surrogate pair, which is no text") from None
-    return text
+    return Piece(text, is_last=True)

@@ -353,6 +353,41 @@ def test_mistake_makes_no_folder(tmp_path, out):
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt"}
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "binary"])
+@pytest.mark.fault(94)
+def test_document_that_is_null_is_left_out_and_counted(tmp_path, capsys, kind):
+    """In one note per file, with its control characters escaped; a binary column that is UTF-8 is text."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = ["añ", None, "b", None]
+    file = tmp_path / ("a\x1b[1m\n." + ("jsonl" if kind == "jsonl" else "parquet"))
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        column = [text and text.encode() for text in texts] if kind == "binary" else texts
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), file)
+    manifest = prepare([file], tmp_path / "out", KINDS["bpe"]._replace(vocab_size=257))
+    assert manifest.documents == 2
+    corpus = open_prepared(tmp_path / "out")
+    assert corpus.decode(corpus.tokens) == "añ<|endoftext|>b<|endoftext|>"
+    name = str(file).replace("\x1b", "\\x1b").replace("\n", "\\n")
+    assert capsys.readouterr().err == f"{name}: 'text' is null in 2 documents, which are left out\n"
+
+
+@pytest.mark.fault(75)
+def test_binary_column_that_is_no_text_is_a_mistake(tmp_path):
+    """With the row."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"a", b"\xff"]}), tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match=r"a\.parquet: row 2: 'text' is not UTF-8$"):
+        prepare([tmp_path / "a.parquet"], tmp_path / "out", KINDS["byte"])
+
+
 @pytest.mark.fault(75)
 def test_missing_column_is_named_with_those_that_there_are(tmp_path):
     """And so is a package that a format needs."""
