@@ -6,7 +6,9 @@
 The names are those of `mygpt` itself, which imports them on first use.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral
 from os import PathLike, fspath
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mygpt.errors import CheckpointError, InterruptedRunError, MygptError, RecipeError
 from mygpt.processes.environment import is_main_process, shorten_waits
 from mygpt.recipe import files
-from mygpt.recipe.tables import SEED_KEYS, Recipe, check_recipe, lay_over
+from mygpt.recipe.tables import TABLE_OF_KEY, Recipe, check_recipe, lay_over, seed_keys
 from mygpt.runs import run as runs
 from mygpt.runs.files import BEST_FILE, LATEST_FILE
 from mygpt.runs.run import named_checkpoint
@@ -28,6 +30,27 @@ if TYPE_CHECKING:
 
     from mygpt.model.gpt import GPT
     from mygpt.runs.loading import Checkpoint
+
+
+FLAG = re.compile(r'(?<!\S)--([a-z][\w-]*)(?: (\d[\w.]*|"\w+"))?')
+"""A flag in a message, and its value if that is a number or quoted."""
+
+
+@contextmanager
+def _naming_keys() -> Iterator[None]:
+    """Let errors name keys, which a program gives, and not flags: `val_split=0.1`, not `--val-split 0.1`."""
+
+    def as_key(flag: re.Match[str]) -> str:
+        key = flag[1].replace("-", "_")
+        if key not in {*TABLE_OF_KEY, "overwrite", "allow_changes"}:
+            return flag[0]  # of a launcher, say
+        return f"{key}={flag[2]}" if flag[2] else key
+
+    try:
+        yield
+    except MygptError as error:
+        error.args = (FLAG.sub(as_key, str(error)),)
+        raise
 
 
 class Run(runs.Run):
@@ -84,6 +107,7 @@ class Run(runs.Run):
         return plot(self, **keys)
 
 
+@_naming_keys()
 def load_recipe(path: str | PathLike[str], **keys: Any) -> Recipe:
     """A recipe file, or a shipped recipe by its name, with other values for these keys, as flags of `mygpt train` give.
 
@@ -95,13 +119,14 @@ def load_recipe(path: str | PathLike[str], **keys: Any) -> Recipe:
     """
     recipe = loaded = files.load_recipe(fspath(path))
     if "seed" in keys:
-        keys |= dict.fromkeys(SEED_KEYS - keys.keys(), keys.pop("seed"))
+        keys = seed_keys(keys.pop("seed"), "seed") | keys
     if keys:
         recipe = files.with_own_output(fspath(path), loaded, lay_over(loaded, keys, source="recipe"), keys.keys())
     check_recipe(recipe, source=str(path))
     return recipe
 
 
+@_naming_keys()
 def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = False) -> Run:
     """Train as `recipe` says, or continue its run if there is one; returns the run.
 

@@ -104,5 +104,5 @@ def printable(line: str) -> str:
 
 
 def print_note(text: str) -> None:
-    """Tell the user on stderr, beside what a command answers on stdout."""
-    print(text, file=sys.stderr, flush=True)
+    """Tell the user on one line on stderr, beside what a command answers on stdout."""
+    print(printable(text), file=sys.stderr, flush=True)

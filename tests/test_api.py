@@ -68,11 +68,52 @@ def test_recipe_from_keys_is_that_of_the_command_line():
             load_recipe("hardened", **{key: value})
         with pytest.raises(MygptError) as from_flags:
             parse_recipe(["hardened", f"--{key.replace('_', '-')}={value}"], "mygpt train")
-        assert str(from_keys.value) == str(from_flags.value)
+        assert str(from_keys.value) == str(from_flags.value).replace("--warmup 2", "warmup=2")
     with pytest.raises(MygptError, match="unknown key 'learning_rate'; did you mean 'lr'"):
         load_recipe("hardened", learning_rate=1.0)
     with pytest.raises(MygptError, match=r"recipe \[train\] steps: got '7', expected a valid integer"):
         Recipe.of(steps="7")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lr": 0.5}, "choose another output, overwrite the run, or continue it with allow_changes"),
+        ({"steps": 3}, "raise steps, or choose another output"),
+        ({"embed_dim": 32}, "; choose another output"),
+        ({"resume": "never"}, "choose another output, or replace it with overwrite"),
+    ],
+)
+def test_errors_name_keys_and_not_flags(run, keys, message):
+    """As the caller gives them; the command line names flags."""
+    with pytest.raises(MygptError) as caught:
+        train(run.recipe.replace(**keys))
+    assert message in str(caught.value)
+    assert "--" not in str(caught.value)
+
+
+def test_errors_leave_the_flags_of_launchers(run, monkeypatch):
+    """Which are no keys, and neither is the name of a file."""
+
+    def fail(*_args, **_keys):
+        raise MygptError("/data/--output/a: lower --num_processes, or give --val-split 0.1 --val-every 500")
+
+    monkeypatch.setattr(trainer, "train", fail)
+    with pytest.raises(
+        MygptError, match=r"^/data/--output/a: lower --num_processes, or give val_split=0.1 val_every=500$"
+    ):
+        train(run.recipe)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32, 1.5, "1", True, None])
+def test_wrong_seed_costs_one_line(call, text_file, seed):
+    """Which names the seed that was given, and its range; not the two keys that it sets."""
+    expected = f"seed: got {seed!r}, expected an integer from 0 to 4294967295"
+    with pytest.raises(MygptError) as caught:
+        load_recipe("quickstart", seed=seed)
+    assert str(caught.value) == expected
+    if type(seed) is int:
+        assert call("train", text_file, "--seed", seed) == (2, "", f"mygpt: --{expected}\n")
 
 
 def test_plot_returns_a_figure(run, tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from mygpt.checks.hooks import watch
 from mygpt.checks.rerun import pinned_recipe
 from mygpt.data.batches import Batch
-from mygpt.errors import MygptError
+from mygpt.errors import MygptError, print_note
 from mygpt.processes.environment import no_launcher
 from mygpt.processes.machine import choose_matmul, describe_environment, resolve_device, set_up
 from mygpt.recipe.tables import Table
@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> None:
     try:
         trace, kept = trace_step(Run(Path(run)), int(step), Path(checkpoint) if checkpoint else None, wanted)
     except MygptError as error:
-        print(f"mygpt: {error}", file=sys.stderr)
+        print_note(f"mygpt: {error}")
         sys.exit(error.exit_code)
     Path(out).write_text(trace.model_dump_json(), encoding="utf-8")
     if kept is not None:

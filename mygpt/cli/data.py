@@ -1,6 +1,5 @@
 """The commands that make and describe prepared corpora: `mygpt data prepare` and `mygpt data info`."""
 
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from mygpt.cli.command import command, dispatch, print_json
-from mygpt.errors import InterruptedRunError, MygptError
+from mygpt.errors import InterruptedRunError, MygptError, print_note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,8 +88,8 @@ def prepare_with_bar(sources: "Sequence[Path]", out: Path, choice: "TokenizerCho
     rate = f"{manifest.text_bytes / 1e6 / seconds:,.1f} MB/s"
     corpus = open_prepared(out, verify=False)
     if corpus.tokenizer.end_of_text is None:
-        print("note: the tokenizer has no <|endoftext|>: nothing stands between documents", file=sys.stderr)
-    print(f"prepared {out} in {seconds:.1f} s ({rate})", file=sys.stderr)
+        print_note("note: the tokenizer has no <|endoftext|>: nothing stands between documents")
+    print_note(f"prepared {out} in {seconds:.1f} s ({rate})")
     return corpus
 
 

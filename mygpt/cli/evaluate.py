@@ -14,10 +14,9 @@ from mygpt.estimates import Estimate
 from mygpt.processes.environment import is_main_process
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import Recipe, check_recipe
-from mygpt.runs.files import MANIFEST_FILE
 from mygpt.runs.run import Run, find_model_file
 from mygpt.runs.schemas import ModelMetadata
-from mygpt.runs.steps import read_metadata
+from mygpt.runs.steps import has_manifest, read_metadata
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def _recipe_for(path: Path, corpus: str | None, **keys: Any) -> Recipe:
     file = find_model_file(path)
     metadata = read_metadata(file, ModelMetadata)
     recipe = Recipe.of(**metadata.model.model_dump(), seq_len=metadata.model.max_seq_len)
-    if (file.parent.parent / RUN_FILE).exists() and (file.parent / MANIFEST_FILE).exists():
+    if has_manifest(file) and (file.parent.parent / RUN_FILE).exists():
         run = Run(file.parent.parent)
         recipe = run.recipe_of(file.parent).replace(threads=run.info.recorded_at(metadata.step)["threads"])
     elif corpus is None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mygpt.data.tokenizer import END_OF_TEXT, BPEMetadata, Tokenizer, id_type
-from mygpt.errors import TokenizerError
+from mygpt.errors import TokenizerError, printable
 from mygpt.recipe.reading import decode_utf8, read_file
 
 PIECE = 1 << 16
@@ -49,6 +49,8 @@ MAX_WORD = 1 << 10
 LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_WORD + 1},}}|(?<!\s)\s{{{MAX_WORD + 1},}}")
 """Where a longer word may be. It may also have many short ones, as Chinese has between its white space."""
 
+FILE = "the tokenizer.json of the tokenizers library"
+
 MIN_FREQUENCY = 2
 """How often a pair must occur to become a token: a token that occurs once saves nothing."""
 
@@ -71,21 +73,24 @@ class BPETokenizer(Tokenizer):
     metadata: BPEMetadata
 
     def __init__(self, json_text: str, name: str):
-        kind = _library().Tokenizer
+        library, settings = _library(), _parse(json_text, name)
         try:
-            self._settings = json.loads(json_text)
-            _check_settings(self._settings, name)
-            self._tokenizer = kind.from_str(json_text)
-        except TokenizerError:
-            raise
+            self._tokenizer = library.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises no narrower class
-            raise TokenizerError(f"{name}: not a tokenizer.json: {error}") from None
+            reason = f"tokenizers {library.__version__} cannot read it: {printable(str(error))}"
+            raise TokenizerError(f"{name}: not a tokenizer.json: {reason}") from None
+        _check_settings(settings, name)
+        added = settings.get("added_tokens", [])
+        for token in added:
+            if (got := self._tokenizer.token_to_id(token["content"])) != token["id"]:
+                ids = f"the id {token['id']}, and the tokenizers library gives it {'none' if got is None else got}"
+                raise TokenizerError(f"{name}: its token {token['content']!r} has {ids}")
         # What the file adds around and cuts off a text is for other uses; in a text, names of special tokens are text.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
         self.metadata = BPEMetadata(json_text=json_text)
-        self._added = self._settings.get("added_tokens") or []
+        self._added = [token for token in added if token["content"] not in _ordinary_tokens(settings["model"])]
         self._special = {token["content"]: token["id"] for token in self._added if token.get("special")}
         self.end_of_text = self._special.get(END_OF_TEXT)
         self._id_type = id_type(self._vocab_size())
@@ -131,36 +136,74 @@ class BPETokenizer(Tokenizer):
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def _check(self, name: str) -> None:
-        ids = self._tokenizer.encode_batch_fast([PROBE], add_special_tokens=False)[0].ids
+        try:
+            ids = self._tokenizer.encode_batch_fast([PROBE], add_special_tokens=False)[0].ids
+        except Exception as error:  # as above
+            raise TokenizerError(f"{name}: cannot encode texts: {printable(str(error))}") from None
         if b"".join(self.tokens[token] for token in ids) != PROBE.encode():
             raise TokenizerError(f"{name}: changes texts, as by a space that it adds; expected one that does not")
 
 
+def _parse(json_text: str, name: str) -> dict[str, Any]:
+    """The settings in a tokenizer.json, called `name`.
+
+    Raises:
+        TokenizerError: it is something else, or that of another kind of tokenizer, with which the library may panic.
+    """
+    try:
+        settings = json.loads(json_text)
+    except (ValueError, RecursionError):
+        raise TokenizerError(f"{name}: not JSON; expected {FILE}") from None
+    model = settings.get("model") if isinstance(settings, dict) else None
+    if not isinstance(model, dict):
+        is_vocabulary = isinstance(settings, dict) and {*map(type, settings.values())} == {int}
+        kind = "a vocabulary alone" if is_vocabulary else "JSON of another kind"
+        raise TokenizerError(f"{name}: {kind}; expected {FILE}")
+    is_bpe = model.get("type") == "BPE" or (model.get("type") is None and "merges" in model)
+    vocab = model.get("vocab")
+    has_bytes = is_bpe and isinstance(vocab, dict) and set(_byte_characters().values()) <= vocab.keys()
+    if not has_bytes or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        kind = "a byte-level BPE, with all 256 bytes in its vocabulary, as GPT-2's"
+        raise TokenizerError(f"{name}: got a tokenizer of another kind, expected {kind}")
+    return settings
+
+
+def _ordinary_tokens(model: dict[str, Any]) -> set[str]:
+    """The tokens that text can become: all bytes, and what is joined of them."""
+    return {"".join(pair).replace(" ", "") for pair in model["merges"]} | set(_byte_characters().values())
+
+
+def _does_nothing(normalizer: Any) -> bool:
+    if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence":
+        return all(map(_does_nothing, normalizer["normalizers"]))
+    return normalizer is None
+
+
 def _check_settings(settings: Any, name: str) -> None:
-    """Refuse what no byte-level encoding has, or what makes one change texts.
+    """Refuse what makes an encoding change texts; the library has read the settings, so that they have the right types.
 
     Raises:
         TokenizerError: the tokenizer.json, called `name`, has it.
     """
     model = settings["model"]
-    is_bpe = model.get("type") == "BPE" or (model.get("type") is None and "merges" in model)
-    has_bytes = is_bpe and set(_byte_characters().values()) <= model["vocab"].keys()
-    if not has_bytes or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        kind = "a byte-level BPE, with all 256 bytes in its vocabulary, as GPT-2's"
-        raise TokenizerError(f"{name}: got a tokenizer of another kind, expected {kind}")
     if model.get("dropout"):
         raise TokenizerError(f"{name}: its dropout gives other ids each time; remove it")
-    if settings.get("normalizer"):
+    if not _does_nothing(settings.get("normalizer")):
         raise TokenizerError(f"{name}: changes texts by its normalizer; remove it")
-    added = settings.get("added_tokens") or []
+    added = settings.get("added_tokens", [])
+    ordinary = _ordinary_tokens(model)
     for token in added:
-        if not token.get("special") and (token.get("lstrip") or token.get("rstrip")):
-            raise TokenizerError(f"{name}: changes texts: its token {token['content']!r} takes away space beside it")
-    if (largest := max([*model["vocab"].values(), *(token["id"] for token in added)])) > MAX_ID:
-        raise TokenizerError(f"{name}: has a token with the id {largest}, expected at most {MAX_ID}")
-    own = {token["id"]: token["content"] for token in added}
-    if clash := next((text for text, number in model["vocab"].items() if own.get(number, text) != text), None):
-        raise TokenizerError(f"{name}: the id {model['vocab'][clash]} has two tokens: {clash!r} and an added one")
+        content = token["content"]
+        if not token["special"] and (token["lstrip"] or token["rstrip"]):
+            raise TokenizerError(f"{name}: changes texts: its token {content!r} takes away space beside it")
+        if not token["special"] and content in ordinary and not content.isascii():
+            raise TokenizerError(f"{name}: changes texts: its added token {content!r} also stands for other bytes")
+    texts: dict[int, str] = {}
+    for text, number in [*model["vocab"].items(), *((token["content"], token["id"]) for token in added)]:
+        if number > MAX_ID:
+            raise TokenizerError(f"{name}: has a token with the id {number}, expected at most {MAX_ID}")
+        if texts.setdefault(number, text) != text:
+            raise TokenizerError(f"{name}: the id {number} has two tokens: {texts[number]!r} and {text!r}")
 
 
 def read_tokenizer(path: Path) -> BPETokenizer:
@@ -170,7 +213,7 @@ def read_tokenizer(path: Path) -> BPETokenizer:
         TokenizerError: the file cannot be read, or holds another kind of tokenizer.
     """
     raw = read_file(path, TokenizerError, expected="a tokenizer.json", missing="no such tokenizer.json")
-    return BPETokenizer(decode_utf8(raw, path, TokenizerError), name=str(path))
+    return BPETokenizer(decode_utf8(raw, path, TokenizerError, f"; expected {FILE}"), name=str(path))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:

@@ -33,7 +33,7 @@ from mygpt.data.prepared import (
     header,
     type_name,
 )
-from mygpt.data.sources import Piece, Source, read_pieces
+from mygpt.data.sources import NULL, Piece, Source, read_pieces
 from mygpt.data.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
@@ -43,7 +43,7 @@ from mygpt.data.tokenizer import (
     fingerprint,
 )
 from mygpt.disk import file_sha256, flush, make_directory, replace_bytes, sync
-from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError
+from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError, print_note
 from mygpt.posix import fcntl
 from mygpt.recipe.reading import read_file
 
@@ -132,8 +132,11 @@ def prepare(
             make_directory(partial)
             try:
                 return _prepare(sources, partial, out, choice, field, workers or _cores(), progress)
-            except MygptError:
-                _clear(partial)  # a mistake leaves nothing half-made
+            except MygptError as error:
+                if kept := _kept_bytes(partial):
+                    how = f"mend this, and the command continues after the {kept:,} bytes of text that {partial} keeps"
+                    raise type(error)(f"{error}; {how}", error.exit_code) from None
+                _clear(partial)
                 partial.rmdir()
                 raise
     except MygptError:
@@ -213,6 +216,15 @@ def _clear(partial: Path) -> None:
     sync(partial)
 
 
+def _kept_bytes(partial: Path) -> int:
+    """The bytes of text whose tokens are in the folder to work in, by its journal."""
+    kept = 0
+    with suppress(OSError, ValueError, KeyError, TypeError):  # its last line may be cut short
+        for line in (partial / JOURNAL_FILE).read_bytes().splitlines():
+            kept += json.loads(line)["text_bytes"]
+    return kept
+
+
 def _cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -222,15 +234,17 @@ def _tokenizer(
     partial: Path, sources: Sequence[Path], choice: TokenizerChoice, field: str
 ) -> tuple[Tokenizer, dict[str, Any] | None]:
     """The tokenizer, trained if need be, or as the command that was killed had trained it from the same files."""
-    settings = _settings(sources, choice, field)
+    settings, made_tokens = _settings(sources, choice, field), ""
     with suppress(OSError, ValueError, KeyError, TypeError):  # pydantic's errors are ValueErrors
         before = json.loads((partial / SETTINGS_FILE).read_bytes())
+        made_tokens = before["tokenizer_sha256"]
         if before["settings"] == settings:
             kept: Any = TypeAdapter(TokenizerMetadata).validate_json((partial / TOKENIZER_FILE).read_bytes())
-            if fingerprint(kept) == before["tokenizer_sha256"]:
+            if fingerprint(kept) == made_tokens:
                 return tokenizer_from(kept), before["trained_on"]
-    _clear(partial)
     tokenizer, trained_on = _make_tokenizer(sources, choice, field)
+    if tokenizer.fingerprint != made_tokens:
+        _clear(partial)
     metadata = json.dumps(tokenizer.metadata.model_dump(), sort_keys=True)
     replace_bytes(partial / TOKENIZER_FILE, metadata.encode())
     record = {"settings": settings, "tokenizer_sha256": tokenizer.fingerprint, "trained_on": trained_on}
@@ -289,10 +303,23 @@ def take_sample(blocks: Iterable[Sequence[str]], size: int) -> list[str]:
     return [text for block in kept for text in block]
 
 
-def read_all(sources: Sequence[Path], field: str, done: list[Source]) -> Iterator[Piece]:
-    """The documents of all sources in pieces; see `read_pieces`."""
+def read_all(
+    sources: Sequence[Path], field: str, done: list[Source], note: Callable[[str], None] = lambda _: None
+) -> Iterator[Piece]:
+    """The documents of all sources in pieces, without those that are null, which are counted in a note.
+
+    Raises:
+        CorpusError: see `read_pieces`.
+    """
     for source in sources:
-        yield from read_pieces(source, field, done)
+        nulls = 0
+        for piece in read_pieces(source, field, done):
+            if piece is NULL:
+                nulls += 1
+            else:
+                yield piece
+        if nulls:
+            note(f"{source}: {field!r} is null in {nulls:,} documents, which are left out")
 
 
 def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Iterator[TextBatch]:
@@ -365,7 +392,7 @@ def _write_tokens(
             progress(encoded.text_bytes)
 
         try:
-            for number, batch in enumerate(batches(read_all(sources, field, read), tokenizer.cut)):
+            for number, batch in enumerate(batches(read_all(sources, field, read, print_note), tokenizer.cut)):
                 sha256 = batch.sha256()
                 if number < len(journal.entries) and journal.entries[number].sha256 == sha256:
                     future: Future[Encoded] = Future()
@@ -378,6 +405,11 @@ def _write_tokens(
                     write()
             while pending:
                 write()
+        except CorpusError:  # of a source: the batches before it are whole
+            while pending:
+                write()
+            journal.sync()
+            raise
         finally:
             for _, future in pending:
                 future.cancel()
@@ -442,9 +474,9 @@ class _Journal:
         entry = {name: value for name, value in encoded._asdict().items() if name != "ids"}
         self._unwritten.append(json.dumps(entry).encode() + b"\n")
         if time.monotonic() - self._synced_at >= SYNC_SECONDS:
-            self._sync()
+            self.sync()
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
         for file, data in ((self._tokens, []), (self._lines, self._unwritten)):
             file.write(b"".join(data))
             file.flush()

@@ -33,7 +33,7 @@ from mygpt.data.formats import (
     find_form,
     prepare_command,
 )
-from mygpt.errors import CorpusError, print_note, printable
+from mygpt.errors import CorpusError, print_note
 
 BLOCK = 1 << 20
 """Bytes read at a time."""
@@ -57,6 +57,10 @@ class Piece(NamedTuple):
 
     text: str
     is_last: bool
+
+
+NULL = Piece("", is_last=True)
+"""Stands for a document whose text is null: it is no document."""
 
 
 class Source(NamedTuple):
@@ -193,7 +197,7 @@ def _files_in(folder: Path, field: str) -> list[Path]:
             pattern = shlex.quote(f"{glob.escape(str(folder))}/**/*{named}")
             way = f"; to read all {named} as texts: {pattern}" if named else ""
             raise CorpusError(f"{folder}: no texts in it, only: {', '.join(shown)}{way}")
-        print_note(printable(f"note: {folder}: left out: {', '.join(shown)}"))
+        print_note(f"note: {folder}: left out: {', '.join(shown)}")
     return sorted(files)
 
 
@@ -239,7 +243,7 @@ def _each_content_once(files: Sequence[Path], field: str) -> list[Path]:
     if field != "text" and not has_fields:
         raise CorpusError(f"--field {field}: the sources are plain texts, which have no fields; leave it out")
     for copy in copies[:MAX_COPIES]:
-        print_note(printable(copy))
+        print_note(copy)
     if len(copies) > MAX_COPIES:
         print_note(f"note: {len(copies) - MAX_COPIES:,} more files passed over that hold the same as another")
     return kept
@@ -257,7 +261,8 @@ def _content_sha256(file: Path) -> bytes:
 def read_pieces(file: Path, field: str, done: list[Source]) -> Iterator[Piece]:
     """The documents of a file in pieces; at its end its hash is added to `done`.
 
-    A text file is one document. In the other formats each line, record or row is one: the text in `field`.
+    A text file is one document. In the other formats each line, record or row is one: the text in `field`, or `NULL`
+    itself.
 
     Raises:
         CorpusError: it cannot be read, is not of the format that its ending says, or is not UTF-8; or a package that
@@ -403,7 +408,7 @@ def _json_lines(file: Path, blocks: Iterable[bytes], field: str) -> Iterator[Pie
             raise CorpusError(f"{file}: line {number}: not JSON: {error}") from None
         except (TypeError, KeyError):
             raise NoFieldError(f"{file}: line {number}: no JSON object with a field {field!r}; see --field") from None
-        return Piece(_checked(text, f"{file}: line {number}", field), is_last=True)
+        return _document(text, f"{file}: line {number}", field)
 
     for block in blocks:
         head, *lines = block.split(b"\n")
@@ -434,7 +439,7 @@ def _json_array(file: Path, texts: Iterable[str], field: str) -> Iterator[Piece]
             where = f"{file}: record {number}"
             if field not in record:
                 raise NoFieldError(f"{where}: no field {field!r} but {', '.join(record)}; see --field")
-            yield Piece(_checked(record[field], where, field), is_last=True)
+            yield _document(record[field], where, field)
         text = text[at:]
     if not re.fullmatch(r"\s*\]\s*" if number else r"\ufeff?\s*\[\s*\]\s*", text):
         raise CorpusError(f"{file}: after record {number}: expected , and an object, or ] at the end")
@@ -487,18 +492,22 @@ def _parquet(file: Path, raw: IO[bytes], head: bytes, field: str) -> Iterator[Pi
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(0):
                     row += 1
-                    yield Piece(_checked(value.as_py(), f"{file}: row {row}", field), is_last=True)
+                    yield _document(value.as_py(), f"{file}: row {row}", field)
     except UnicodeDecodeError:
         raise CorpusError(f"{file}: row {row}: {field!r} is not UTF-8") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise CorpusError(f"{file}: damaged Parquet: {str(error).splitlines()[0]}") from None
 
 
-def _checked(text: Any, where: str, field: str) -> str:
+def _document(text: Any, where: str, field: str) -> Piece:
+    if text is None:
+        return NULL
+    if isinstance(text, bytes):  # of a binary column
+        text = text.decode()
     if not isinstance(text, str):
         raise CorpusError(f"{where}: {field!r} is {type(text).__name__}, expected text; see --field")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise CorpusError(f"{where}: {field!r} has half of a surrogate pair, which is no text") from None
-    return text
+    return Piece(text, is_last=True)

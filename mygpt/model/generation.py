@@ -1,14 +1,17 @@
 """Samples text from a model, token by token."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from numbers import Integral, Real
 
 import torch
 from torch import nn
 
 from mygpt.data.tokenizer import Tokenizer
-from mygpt.errors import NonFiniteError, TokenizerError
+from mygpt.errors import MygptError, NonFiniteError, TokenizerError
 from mygpt.model.gpt import GPT
+from mygpt.recipe.tables import show_value
 
 Sample = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,9 +45,17 @@ def stream_text(
     It is left in the mode in which it was.
 
     Raises:
-        TokenizerError: the prompt is empty or has a character outside the vocabulary.
+        TokenizerError: the prompt is no text, is empty or has a character outside the vocabulary.
+        MygptError: another argument is no number, or out of range.
         NonFiniteError: on drawing, if the model's logits are not finite.
     """
+    if not isinstance(prompt, str):
+        raise TokenizerError(f"prompt: got {show_value(prompt)}, expected a text")
+    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
+        if not isinstance(value, Integral) or value < 0:
+            raise MygptError(f"{name}: got {show_value(value)}, expected an integer from 0 up")
+    if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
+        raise MygptError(f"temperature: got {show_value(temperature)}, expected a number from 0 up")
     if not prompt:
         raise TokenizerError("prompt: empty; expected at least one character to continue")
     tokens = torch.as_tensor(tokenizer.encode(prompt, name="prompt")).long()

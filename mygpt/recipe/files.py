@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Set
 from pathlib import Path
@@ -25,6 +26,8 @@ RECIPE_FILE = "recipe.toml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 """A recipe.toml beside one of the two other files is the record of the run in its directory."""
+
+WINDOWS_PATH = "; write a Windows path in single quotes, or with /"
 
 MAX_EXTENDS = 20
 """Recipes in one chain of `extends`."""
@@ -92,6 +95,10 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
             document.get("checkpoint", {}).pop(key, None)
     for key in PATH_KEYS:
         table = document.get(TABLE_OF_KEY[key], {})
+        if re.match(r"[A-Za-z]:[\b\f\n\r\t]", table.get(key) or ""):
+            raise RecipeError(
+                f"{path}: {key}: got {show_value(table[key])}, whose backslash is an escape{WINDOWS_PATH}"
+            )
         if key in table and table[key] not in NAMED_CORPORA and os.path.exists(path.parent / table[key]):
             table[key] = str(path.parent / table[key])
     if parent is None:
@@ -129,12 +136,15 @@ def _read_toml(path: Path) -> dict[str, Any]:
     )
     if raw.startswith(b"\xef\xbb\xbf"):
         raise RecipeError(f"{path}: starts with a byte order mark, which TOML does not allow; save it without one")
+    text = decode_utf8(raw, path, RecipeError)
     try:
-        return tomllib.loads(decode_utf8(raw, path, RecipeError))
+        return tomllib.loads(text)
     except RecursionError:
         raise RecipeError(f"{path}: nested too deeply; a recipe has tables of plain values") from None
     except ValueError as error:  # not TOML, or an integer of more digits than Python converts
-        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+        line = re.search(r"at line (\d+)", str(error))
+        has_backslash = line and "\\" in text.split("\n")[int(line[1]) - 1]
+        raise RecipeError(f"{path}: not valid TOML: {error}{WINDOWS_PATH if has_backslash else ''}") from None
 
 
 def _or_shipped() -> str:

@@ -25,6 +25,7 @@ from mygpt.recipe.tables import (
     build_recipe,
     check_recipe,
     lay_over,
+    seed_keys,
 )
 
 TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
@@ -71,7 +72,7 @@ def _lay_over(loaded: Recipe, flags: Any, arguments: list[str], source: str) -> 
         for key in SEED_KEYS:
             if key in given:
                 raise MygptError(f"--seed sets {key}, too; give --seed alone, or --init-seed and --data-seed")
-            keys[key] = flags.seed
+        keys |= seed_keys(flags.seed, "--seed")
     recipe = lay_over(loaded, keys)
     check_recipe(recipe, source=source)
     return recipe

@@ -25,14 +25,14 @@ def read_file(
         raise error_type(f"{str(path)!r}: not a path: {error}") from None
 
 
-def decode_utf8(raw: bytes, path: Path, error_type: type[MygptError]) -> str:
+def decode_utf8(raw: bytes, path: Path, error_type: type[MygptError], remedy: str = "") -> str:
     """The text in the bytes of the file `path`.
 
     Raises:
-        error_type: they are not UTF-8.
+        error_type: they are not UTF-8; the message ends with `remedy`.
     """
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         place = f"byte {raw[error.start]:#04x} at offset {error.start}"
-        raise error_type(f"{path}: not UTF-8: {place}") from None
+        raise error_type(f"{path}: not UTF-8: {place}{remedy}") from None

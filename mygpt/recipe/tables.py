@@ -18,7 +18,8 @@ from mygpt.errors import RecipeError
 from mygpt.recipe.names import KEY_OF_FOREIGN_NAME, suggest
 
 # torch seeds and sizes are 64-bit, and its CPU generator keeps 32 bits of a seed: stay where every value is distinct.
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+MAX_SEED = 2**32
+Seed = Annotated[int, Field(ge=0, lt=MAX_SEED)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountOrOff = Annotated[int, Field(ge=0, lt=2**31)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -425,6 +426,18 @@ def lay_over(recipe: Recipe, keys: Mapping[str, Any], source: str | None = None)
     if changed or laid_over.checkpoint.resume not in ("auto", "never"):
         stale.add("expected_minutes")
     return laid_over.replace(**dict.fromkeys(stale - keys.keys()))
+
+
+def seed_keys(seed: Any, name: str) -> dict[str, Any]:
+    """Both seeds, for a seed that the user gives by this name.
+
+    Raises:
+        RecipeError: it is no seed.
+    """
+    seed = _plain(seed)
+    if type(seed) is not int or not 0 <= seed < MAX_SEED:
+        raise RecipeError(f"{name}: got {show_value(seed)}, expected an integer from 0 to {MAX_SEED - 1}")
+    return dict.fromkeys(SEED_KEYS, seed)
 
 
 MIN_EXACT_EPS = 1e-11

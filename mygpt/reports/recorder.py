@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from mygpt.errors import DamagedCheckpointError
+from mygpt.errors import DamagedCheckpointError, print_note
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import CANNOT_WRITE, TIMING_FILE, explain_disk_error, sync
@@ -70,7 +70,7 @@ class Recorder:
             last = records[-1] if records else None
             if step - (last.step if last else 0) >= recipe.train.log_every:
                 end = f"its last record is of step {last.step}" if last else "it has no record"
-                print(f"{run / METRICS_FILE}: {end}, and the checkpoint is of step {step}", file=sys.stderr)
+                print_note(f"{run / METRICS_FILE}: {end}, and the checkpoint is of step {step}")
             if last:  # 0 except after a change of the batch size
                 self._tokens_before = last.tokens - last.step * self._tokens_per_step
             elapsed = timings[-1].elapsed_seconds if timings else 0.0

@@ -116,7 +116,9 @@ def check_changes(
         kind = MismatchError if other_inputs else RecipeError
         raise kind("\n".join(f"{problem}; {way_out}" for problem in problems))
     for key, (was, new) in keys.items():
-        before_it = "another text" if key in other_inputs else was
+        before_it = was
+        if key in other_inputs:
+            before_it = "other weights" if key == "init_from" else "another text"
         warn(f"from step {step + 1} on: [{TABLE_OF_KEY[key]}] {key} = {new}, before {before_it}")
     follows = {"micro_batch_size"} if "batch_size" in keys else set()
     _warn_of_last_bits({name: recorded[name] for name in recorded if name not in follows}, recipe, info, warn)

@@ -1,13 +1,12 @@
 """The lock of a run directory, which keeps two processes from training into it at once."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mygpt.disk import make_directory
-from mygpt.errors import CheckpointError
+from mygpt.errors import CheckpointError, print_note
 from mygpt.posix import fcntl
 from mygpt.runs.files import CANNOT_WRITE, LOCK_FILE, explain_disk_error
 
@@ -56,7 +55,7 @@ def _lock(run: Path) -> int:
                 f"output: another process is training into {run}; wait for it, or choose another --output"
             ) from None
         except OSError as error:
-            print(f"{run}: cannot be locked ({error.strerror}): see that no two runs write there", file=sys.stderr)
+            print_note(f"{run}: cannot be locked ({error.strerror}): see that no two runs write there")
             return descriptor
         # The process that held it may have removed the file since it was opened here.
         with suppress(FileNotFoundError):

@@ -2,13 +2,12 @@
 
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import Field, ValidationError
 
-from mygpt.errors import CheckpointError, DamagedCheckpointError
+from mygpt.errors import CheckpointError, DamagedCheckpointError, print_note
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Table
 from mygpt.runs.files import explain_disk_error, set_aside
@@ -112,7 +111,7 @@ def rewind(path: Path, kind: type[_Line], step: int, *, cut: bool = True) -> lis
             except ValidationError:
                 if cut and is_whole:  # a killed run leaves no whole line that is wrong
                     aside = set_aside(path, copy=True)
-                    print(f"{path}: line {len(kept) + 1} is no record; the file is kept as {aside}", file=sys.stderr)
+                    print_note(f"{path}: line {len(kept) + 1} is no record; the file is kept as {aside}")
                 break
             if record.step > step:
                 # Later records are of an abandoned continuation: they go, even if nothing else is cut.

@@ -216,6 +216,8 @@ def find_model_file(path: Path) -> Path:
         if path.is_file():
             if path.suffix != ".safetensors" and not _is_safetensors(path):
                 raise CheckpointError(f"{path}: not a model; expected a run, a step directory or a model.safetensors")
+            if path.name == files.STATE_FILE:
+                raise CheckpointError(f"{path}: the optimizer's state, not a model; expected {files.MODEL_FILE}")
             return path
         if (path / files.MODEL_FILE).is_file():
             return path / files.MODEL_FILE

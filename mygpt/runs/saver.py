@@ -1,7 +1,6 @@
 """Writing checkpoints: class `Saver` writes them in a thread beside the training."""
 
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,7 +58,7 @@ class Saver:
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown()
         if error[0] is not None and self._writing is not None and (unsaved := self._writing.exception()):
-            print(f"mygpt: {unsaved}", file=sys.stderr)  # the error that is being raised would hide it
+            print_note(f"mygpt: {unsaved}")  # the error that is being raised would hide it
 
     def save(
         self, weights: Tensors, state: TrainingState, reason: Reason = "scheduled", ended_by: End | None = None

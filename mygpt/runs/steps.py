@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from mygpt.errors import DamagedCheckpointError, NewerFormatError
+from mygpt.errors import CheckpointError, DamagedCheckpointError, NewerFormatError
 from mygpt.runs import files
 from mygpt.runs.schemas import Manifest, T, parse_table, read_table
 
@@ -59,14 +59,26 @@ def verify_file(file: Path, manifest: Manifest) -> None:
             raise DamagedCheckpointError(f"{file}: damaged: its sha256 is not the manifest's")
 
 
+def has_manifest(file: Path) -> bool:
+    """Whether a manifest beside a model file says what it must be; of a copy with another name it does not."""
+    return file.name == files.MODEL_FILE and (file.parent / files.MANIFEST_FILE).exists()
+
+
 def read_metadata(file: Path, kind: type[T]) -> T:
-    """The metadata of a model file (ModelMetadata) or a state file (StateMetadata)."""
+    """The metadata of a model file (ModelMetadata) or a state file (StateMetadata).
+
+    Raises:
+        CheckpointError: another program wrote it.
+    """
     try:
         with safe_open(file, framework="numpy") as tensors:
-            text = (tensors.metadata() or {})[files.METADATA_KEY]
-    except (OSError, SafetensorError, KeyError) as error:
+            metadata = tensors.metadata() or {}
+    except (OSError, SafetensorError) as error:
         raise DamagedCheckpointError(f"{file}: not a file that mygpt saved, or damaged ({error})") from None
-    return parse_table(kind, text, file)
+    if files.METADATA_KEY not in metadata:
+        expected = f"a {files.MODEL_FILE} that `mygpt train` has written"
+        raise CheckpointError(f"{file}: weights of another program, without mygpt's metadata; expected {expected}")
+    return parse_table(kind, metadata[files.METADATA_KEY], file)
 
 
 def point_to(run: Path, newest: int, best: int | None) -> None:

@@ -180,13 +180,19 @@ def changed(trained, **settings):
         ({"pre_tokenizer": {"type": "Split", "pattern": {"String": "-"}, "behavior": "Removed", "invert": False}},
          "changes texts, as by a space that it adds"),
         ({"added_tokens": [ADDED | {"lstrip": True}]}, "its token '<mask>' takes away space beside it"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}}, "changes texts by its normalizer"),
         ({"added_tokens": [ADDED | {"id": 300}]}, "the id 300 has two tokens"),
+        ({"added_tokens": [ADDED | {"id": 500}]}, "'<mask>' has the id 500, and the tokenizers library gives it 400"),
+        ({"added_tokens": [ADDED | {"content": "!"}]}, "'!' has the id 400, and the tokenizers library gives it 1"),
+        ({"added_tokens": [ADDED | {"content": ""}]}, "'' has the id 400, and the tokenizers library gives it none"),
+        ({"added_tokens": [ADDED | {"content": "\u0120", "id": 221}]}, "'\u0120' also stands for other bytes"),
         ({"added_tokens": [ADDED | {"id": 3_000_000_000}]}, "has a token with the id 3000000000"),
         ({"model": {"dropout": 0.1}}, "its dropout gives other ids each time"),
         ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "expected a byte-level BPE"),
         ({"model": {"continuing_subword_prefix": "##"}}, "expected a byte-level BPE"),
     ],
-    ids=["normalizer", "prefix", "removed", "lstrip", "two", "large-id", "dropout", "word-level", "subword"],
+    ids=["normalizer", "prefix", "removed", "lstrip", "sequence", "two", "gap", "known", "empty", "space", "large-id",
+         "dropout", "word-level", "subword"],
 )  # fmt: skip
 @pytest.mark.fault(76)
 def test_encoding_that_cannot_be_trusted_is_refused(trained, settings, message):
@@ -195,14 +201,109 @@ def test_encoding_that_cannot_be_trusted_is_refused(trained, settings, message):
         BPETokenizer(changed(trained, **settings), name="t.json")
 
 
+@pytest.mark.parametrize("depth", range(3))
+def test_empty_sequence_is_no_normalizer(trained, depth):
+    """Nor is one of empty sequences: it changes no text."""
+    normalizer = {"type": "Sequence", "normalizers": []}
+    for _ in range(depth):
+        normalizer = {"type": "Sequence", "normalizers": [normalizer, normalizer]}
+    tokenizer = BPETokenizer(changed(trained, normalizer=normalizer), name="t.json")
+    assert tokenizer.encode(WORDS).tolist() == trained.encode(WORDS).tolist()
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("content", ["!", "\u0120the"])
+def test_added_token_that_is_an_ordinary_one_stands_for_its_text(trained, content, special):
+    """As where padding is a token of the text; one that would change a text is refused."""
+    values = json.loads(trained.metadata.json_text)
+    number = values["model"]["vocab"][content]
+    token = ADDED | {"id": number, "content": content, "special": special}
+    added = changed(trained, added_tokens=[*values["added_tokens"], token])
+    if not special and content != "!":
+        with pytest.raises(TokenizerError, match=r"t\.json: changes texts: its added token '\u0120the' also stands"):
+            BPETokenizer(added, name="t.json")
+        return
+    tokenizer = BPETokenizer(added, name="t.json")
+    text = "wait! \u0120the end of the text!!"
+    ids = tokenizer.encode(text)
+    assert number in ids
+    assert ids.tolist() == trained.encode(text).tolist()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.special_ids == trained.special_ids
+
+
+@pytest.mark.parametrize(
+    ("content", "is_what"),
+    [
+        (b'{"a": 0, "b": 1}', "a vocabulary alone"),
+        (b'{"a": 0, "b": 1, "model": 2}', "a vocabulary alone"),
+        (b"{}", "JSON of another kind"),
+        (b"[1, 2]", "JSON of another kind"),
+        (b"null", "JSON of another kind"),
+        (b'{"tokenizer_class": "GPT2Tokenizer", "model": null}', "JSON of another kind"),
+        (b"#version: 0.2\na b\n", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"", "not JSON"),
+        (b"\x0a\x0e\xff", "not UTF-8: byte 0xff at offset 2"),
+    ],
+)
+@pytest.mark.fault(76)
+def test_file_in_the_place_of_a_tokenizer_json_is_named(tmp_path, content, is_what):
+    """A vocab.json, a merges.txt, a configuration: one line says what it is, and what is expected."""
+    (tmp_path / "t.json").write_bytes(content)
+    with pytest.raises(TokenizerError) as caught:
+        read_tokenizer(tmp_path / "t.json")
+    assert (
+        str(caught.value) == f"{tmp_path / 't.json'}: {is_what}; expected the tokenizer.json of the tokenizers library"
+    )
+
+
+PLACES = st.lists(st.integers(0, 1 << 16), min_size=1, max_size=4)
+VALUES = st.recursive(
+    st.sampled_from([None, True, -1, 0, 1, 1.5, 1 << 40, "", "a\nb", "BPE"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "a"]), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(PLACES, VALUES, st.booleans())
+@settings(max_examples=300, deadline=None)
+@pytest.mark.fault(76)
+def test_damaged_tokenizer_json_is_a_tokenizer_or_costs_one_line(trained, places, value, removes):
+    """Whatever is in its place, or missing, anywhere in the file: no word of Python, and no traceback."""
+    document = json.loads(trained.metadata.json_text)
+    inner = document
+    for place in places:
+        keys = list(inner) if isinstance(inner, dict) else range(len(inner))
+        key = keys[place % len(keys)]
+        outer, inner = inner, inner[key]
+        if not isinstance(inner, dict | list) or not inner:
+            break
+    if removes:
+        del outer[key]
+    else:
+        outer[key] = value
+    decoded = decoded_words(json.dumps(document))
+    if decoded != WORDS:
+        assert decoded.startswith(("t.json: ", "text: its"))
+        assert len(decoded.splitlines()) == 1
+        assert not any(word in decoded for word in ("object", "NoneType", "subscript", "indices", "instances"))
+
+
+def decoded_words(json_text):
+    """WORDS as a tokenizer gives them back, or its error."""
+    try:
+        tokenizer = BPETokenizer(json_text, name="t.json")
+        return tokenizer.decode(tokenizer.encode(WORDS))
+    except TokenizerError as error:
+        return str(error)
+
+
 @pytest.mark.fault(76)
 def test_mistakes_are_named(tmp_path, trained):
     """A file that is missing or something else, a vocabulary too small or too large, a package that is not there."""
     with pytest.raises(TokenizerError, match=r"none\.json: no such tokenizer\.json"):
         read_tokenizer(tmp_path / "none.json")
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(TokenizerError, match=r"other\.json: not a tokenizer\.json: "):
-        read_tokenizer(tmp_path / "other.json")
     with pytest.raises(TokenizerError, match="vocab_size: got 256, expected at least 257"):
         train_bpe([WORDS], 256)
     with pytest.raises(TokenizerError, match=r"vocab_size: got 1000, and the text allows 2\d\d: lower it"):

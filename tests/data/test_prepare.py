@@ -212,7 +212,7 @@ def test_source_that_changes_in_between_is_read_anew(tmp_path, small):
         ("a.txt", b"abc\xff", r"a\.txt: not UTF-8: byte 0xff at offset 3; convert"),
         ("a.txt", b"ab" * 60 + b"\xe2\x82", r"a\.txt: not UTF-8: byte 0xe2 at offset 120"),
         ("a.txt", b"", "the sources have no text"),
-        ("a.txt.gz", gzip.compress(b"a" * 10_000, mtime=0)[:-9], r"a\.txt\.gz: damaged gzip: "),
+        ("a.txt.gz", gzip.compress(b"a" * 100, mtime=0)[:-9], r"a\.txt\.gz: damaged gzip: "),
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz: damaged gzip: Not a gzipped file"),
         ("a.txt.zst", b"no zstd", r"a\.txt\.zst: damaged zstd: "),
         ("a.parquet", b"no parquet", r"a\.parquet: damaged Parquet: "),
@@ -235,18 +235,81 @@ def test_source_that_changes_in_between_is_read_anew(tmp_path, small):
 )
 @pytest.mark.fault(75)
 def test_bad_source_costs_one_line_and_leaves_nothing(tmp_path, small, name, content, message):
-    """Also where other sources are whole."""
+    """Also where a source before it is whole, but shorter than a batch."""
     pytest.importorskip("pyarrow", reason="needs pyarrow")
     pytest.importorskip("zstandard", reason="needs zstandard")
     files = [tmp_path / name]
     if content:
         files.insert(0, tmp_path / "whole.txt")
-        files[0].write_text("a whole text " * 100)
+        files[0].write_text("a whole text " * 5)
     files[-1].write_bytes(content)
     with pytest.raises(MygptError, match=message) as caught:
         prepare(files, tmp_path / "out", KINDS["byte"])
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {file.name for file in files}
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The first words of each batch that is encoded from here on."""
+    encode, firsts = preparing.encode_batch, []
+
+    def encode_and_note(tokenizer, batch, *rest):
+        firsts.append(batch.pieces[0].text[:8])
+        return encode(tokenizer, batch, *rest)
+
+    monkeypatch.setattr(preparing, "encode_batch", encode_and_note)
+    return firsts
+
+
+@pytest.mark.parametrize("sync_seconds", [0.0, 60.0])
+@pytest.mark.fault(92)
+def test_bad_line_in_the_last_source_costs_no_finished_work(tmp_path, small, monkeypatch, encoded, sync_seconds):
+    """Every batch before it is kept. Once the line is mended, the same command encodes only what is after them."""
+    monkeypatch.setattr(preparing, "SYNC_SECONDS", sync_seconds)
+    (tmp_path / "a.txt").write_text("".join(f"{number:07d} " for number in range(500)))
+    whole, bad = '{"text": "the last text"}\n', '{"text": "the last\n'
+    sources = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+    sources[1].write_text(whole)
+    prepare(sources, tmp_path / "whole", KINDS["byte"])
+    batches, last = len(encoded), encoded[-1]
+    sources[1].write_text(bad)
+    kept = r"; mend this, and the command continues after the ([\d,]+) bytes of text that .*\.tmp-out keeps$"
+    with pytest.raises(CorpusError, match=r"b\.jsonl: line 1: not JSON: .*" + kept):
+        prepare(sources, tmp_path / "out", KINDS["byte"])
+    sources[1].write_text(whole)
+    encoded.clear()
+    prepare(sources, tmp_path / "out", KINDS["byte"])
+    assert batches > 10
+    assert encoded == [last]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.jsonl", "whole", "out"}
+
+
+@pytest.mark.parametrize("mistake", ["field", "tokenizer file", "vocabulary", "source"])
+@pytest.mark.fault(92)
+def test_mistake_in_the_next_command_costs_no_finished_work(tmp_path, small, encoded, mistake):
+    """The right command goes on after what a command that was killed had finished."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(200)))
+    (tmp_path / "t.json").write_text(train_bpe(["some text " * 50], 260).metadata.json_text)
+    (tmp_path / "b.txt").write_bytes(b"\0")
+    sources, out = [tmp_path / "a.jsonl"], tmp_path / "out"
+    choice = KINDS["bpe"] if mistake in ("vocabulary", "source") else TokenizerChoice("bpe", 0, tmp_path / "t.json")
+    prepare_and_die(5, sources, out, choice)
+    wrong = {
+        "field": lambda: prepare(sources, out, choice, field="txet"),
+        "tokenizer file": lambda: prepare(sources, out, choice._replace(file=tmp_path / "none.json")),
+        "vocabulary": lambda: prepare(sources, out, choice._replace(vocab_size=100_000)),
+        "source": lambda: prepare([tmp_path / "b.txt"], out, choice),
+    }
+    with pytest.raises(MygptError, match=r"; mend this, and the command continues after the [\d,]+ bytes of text"):
+        wrong[mistake]()
+    encoded.clear()
+    prepare(sources, out, choice)
+    killed_after_five, encoded[:] = len(encoded), []
+    prepare(sources, tmp_path / "whole", choice)
+    assert killed_after_five == len(encoded) - 5
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.fault(75)
@@ -308,6 +371,41 @@ def test_mistake_makes_no_folder(tmp_path, out):
     with pytest.raises(CorpusError, match=r"choose another --out|not a text"):
         prepare([tmp_path / "b.txt"], tmp_path / out, KINDS["byte"])
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.txt"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "binary"])
+@pytest.mark.fault(94)
+def test_document_that_is_null_is_left_out_and_counted(tmp_path, capsys, kind):
+    """In one note per file, with its control characters escaped; a binary column that is UTF-8 is text."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = ["añ", None, "b", None]
+    file = tmp_path / ("a\x1b[1m\n." + ("jsonl" if kind == "jsonl" else "parquet"))
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        column = [text and text.encode() for text in texts] if kind == "binary" else texts
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), file)
+    manifest = prepare([file], tmp_path / "out", KINDS["bpe"]._replace(vocab_size=257))
+    assert manifest.documents == 2
+    corpus = open_prepared(tmp_path / "out")
+    assert corpus.decode(corpus.tokens) == "añ<|endoftext|>b<|endoftext|>"
+    name = str(file).replace("\x1b", "\\x1b").replace("\n", "\\n")
+    assert capsys.readouterr().err == f"{name}: 'text' is null in 2 documents, which are left out\n"
+
+
+@pytest.mark.fault(75)
+def test_binary_column_that_is_no_text_is_a_mistake(tmp_path):
+    """With the row."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"a", b"\xff"]}), tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match=r"a\.parquet: row 2: 'text' is not UTF-8$"):
+        prepare([tmp_path / "a.parquet"], tmp_path / "out", KINDS["byte"])
 
 
 @pytest.mark.fault(75)
@@ -423,7 +521,7 @@ def test_full_disk_keeps_what_was_done(tmp_path, small, monkeypatch):
     """One line, exit 1; the same command continues once there is room."""
     (tmp_path / "a.txt").write_text("some text " * 500)
     prepare([tmp_path / "a.txt"], tmp_path / "whole", KINDS["char"])
-    sync, count = preparing._Journal._sync, 0
+    sync, count = preparing._Journal.sync, 0
 
     def sync_or_fail(journal):
         nonlocal count
@@ -432,7 +530,7 @@ def test_full_disk_keeps_what_was_done(tmp_path, small, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(journal)
 
-    monkeypatch.setattr(preparing._Journal, "_sync", sync_or_fail)
+    monkeypatch.setattr(preparing._Journal, "sync", sync_or_fail)
     with pytest.raises(CorpusDiskError, match=r"\.tmp-out: No space left on device; make room, and the same command"):
         prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["char"])
     assert (tmp_path / ".tmp-out" / "journal.jsonl").read_bytes().count(b"\n") == 5

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mygpt import GPT, CharTokenizer, generate
-from mygpt.errors import NonFiniteError, TokenizerError
+from mygpt.errors import MygptError, NonFiniteError, TokenizerError
 from mygpt.model.generation import sample_token, stream_text
 from mygpt.recipe.tables import ModelTable
 
@@ -57,11 +57,36 @@ def test_characters_come_one_by_one_and_the_mode_is_restored(gpt):
     assert gpt.training
 
 
-@pytest.mark.parametrize(("prompt", "message"), [("", "prompt: empty"), ("abz", r"prompt: character 'z' \(U\+007A\)")])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "prompt: empty"),
+        ("abz", r"prompt: character 'z' \(U\+007A\)"),
+        (None, "prompt: got None, expected a text"),
+        (b"ab", "prompt: got b'ab', expected a text"),
+        (["a"], r"prompt: got \['a'\], expected a text"),
+    ],
+)
 def test_bad_prompts_are_refused_before_sampling(gpt, prompt, message):
     """At the call, not at the first character."""
     with pytest.raises(TokenizerError, match=message):
         stream_text(gpt, TOKENIZER, prompt)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"max_new_tokens": None}, "max_new_tokens: got None, expected an integer from 0 up"),
+        ({"max_new_tokens": -1}, "max_new_tokens: got -1, expected an integer from 0 up"),
+        ({"top_k": 2.5}, "top_k: got 2.5, expected an integer from 0 up"),
+        ({"temperature": "1"}, "temperature: got '1', expected a number from 0 up"),
+        ({"temperature": float("nan")}, "temperature: got nan, expected a number from 0 up"),
+    ],
+)
+def test_wrong_arguments_are_named(gpt, argument, message):
+    """Before anything is drawn."""
+    with pytest.raises(MygptError, match=f"^{message}$"):
+        generate(gpt, TOKENIZER, "a", **argument)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -149,6 +149,25 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
     assert len(lines) == 5
 
 
+@pytest.mark.parametrize("folder", ["Users", "data", "new", "texts", "x"])
+def test_windows_path_in_double_quotes_is_explained(tmp_path, folder):
+    """Its backslashes are escapes in TOML: the message says how to write it, whether they are valid ones or not."""
+    path = write(tmp_path / "windows.toml", f'[data]\ncorpus = "C:\\{folder}\\new.txt"\n')
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).endswith("; write a Windows path in single quotes, or with /")
+    good = write(tmp_path / "good.toml", f"[data]\ncorpus = 'C:\\{folder}\\new.txt'\n")
+    assert load_recipe(good).data.corpus == f"C:\\{folder}\\new.txt"
+
+
+def test_other_broken_toml_has_no_hint_on_paths(tmp_path):
+    """Nor where only another line has a backslash."""
+    path = write(tmp_path / "bad.toml", "[data]\ncorpus = 'C:\\new.txt'\nval_split =\n")
+    with pytest.raises(RecipeError, match=r"not valid TOML: [^;]*$"):
+        load_recipe(path)
+
+
 def test_mistake_in_a_parent_names_the_parent(tmp_path):
     """The file to correct is the one that holds the mistake."""
     parent = write(tmp_path / "parent.toml", "[train]\nsteps = -1")

@@ -5,7 +5,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from support.runs import assert_same_run
+from safetensors.numpy import save_file
+from support.runs import FLAGS, assert_same_run
 
 from mygpt.checks.at import fork, recreate
 from mygpt.checks.compare import compare
@@ -32,6 +33,57 @@ def source(tmp_path_factory, text_file):
     run = train(recipe)
     (run / "best").write_text("step-000004\n")
     return run
+
+
+@pytest.mark.parametrize("kind", ["foreign", "foreign folder", "state"])
+@pytest.mark.fault(93)
+def test_weights_of_another_program_are_a_mistake(tmp_path, source, text_file, call, kind):
+    """One line that names the file and what is expected, from every command that takes a model; nothing is made."""
+    file, message = tmp_path / "model.safetensors", "weights of another program, without mygpt's metadata; expected a"
+    save_file({"wte.weight": np.zeros((8, 4), np.float32)}, file, {"format": "pt"})
+    name = tmp_path if kind == "foreign folder" else file
+    if kind == "state":
+        name = file = source / "step-000006" / "state.safetensors"
+        message = "the optimizer's state, not a model; expected model.safetensors"
+    for command in (
+        ("generate", "--checkpoint", name, "--prompt", "a"),
+        ("eval", name, "--corpus", text_file),
+        ("compare", name, source),
+        ("compare", source, name),
+        ("train", text_file, "--init-from", name, "--output", tmp_path / "run"),
+    ):
+        code, out, err = call(*command)
+        assert (code, out) == (2, "")
+        assert f"{file}: {message}" in err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["outside", "run", "step"])
+def test_copy_of_a_model_under_another_name_is_a_model(tmp_path, source, text_file, call, place):
+    """It has no manifest and no run, wherever it lies: what is beside it may be of another model."""
+    step = shutil.copytree(source, tmp_path / "source") / "step-000006"
+    file = {"outside": tmp_path, "run": step.parent, "step": step}[place] / "copy.safetensors"
+    shutil.copy(step.parent / "step-000002" / "model.safetensors", file)
+    alone = call("generate", "--checkpoint", step.parent / "step-000002", "--prompt", "a")
+    assert call("generate", "--checkpoint", file, "--prompt", "a") == alone
+    assert call("eval", file, "--corpus", text_file)[0] == 0
+    assert "is in no run, whose held-out text could be evaluated; give one with --corpus" in call("eval", file)[2]
+    code, out, err = call("compare", file, step)
+    assert (code, err) == (1, "")
+    assert "verdict" not in out
+    flags = ("--init-from", file, "--output", tmp_path / "run", *FLAGS, "--dropout", 0.1)
+    assert call("train", text_file, *flags)[0] == 0
+
+
+def test_other_weights_are_not_called_another_text(tiny, source, other_text, capsys):
+    """In the line on what has changed in a run that has no checkpoint yet."""
+    run = train_until(tiny(corpus=str(other_text), init_from=str(source / "step-000002")), 2)
+    shutil.rmtree(run / "step-000002")
+    (run / "latest").unlink()
+    train(tiny(corpus=str(other_text), init_from=str(source / "step-000004")), allow_changes=True)
+    line = f"from step 1 on: [train] init_from = {source / 'step-000004'}, before other weights\n"
+    assert line in capsys.readouterr().err
 
 
 @pytest.fixture
