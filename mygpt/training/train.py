@@ -22,7 +22,7 @@ from mygpt.recipe.tables import Recipe, TrainTable, check_recipe
 from mygpt.reports.outcome import early_end_line, outcome_lines, place_lines, verdict_line
 from mygpt.reports.recorder import Recorder, header_lines
 from mygpt.runs.lock import locked
-from mygpt.runs.records import Record, rewind
+from mygpt.runs.records import Record, read_until
 from mygpt.runs.run import check_output
 from mygpt.runs.saver import Saver
 from mygpt.runs.start import Start, begin_run, find_start
@@ -190,7 +190,7 @@ def run_steps(
         print_note(f"saved {run}" if progress.step > start.step else end)
         if progress.history and ended_early:
             print_note(early_end_line(progress.history, recipe.validation.patience, progress.best))
-        records = rewind(run / METRICS_FILE, Record, progress.step, cut=False)
+        records = read_until(run / METRICS_FILE, Record, progress.step)
         print_note(verdict_line(progress.history, records, recipe.data, ended_early=ended_early))
         for line, _ in place_lines(recipe.expected, records, dataset.sha256):
             print_note(line)
