@@ -134,6 +134,12 @@ def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     return any(environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
+def may_be_restarted(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun (--max_restarts) starts this command again if it fails."""
+    count, most = (_number(environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return count < most
+
+
 def ignored_settings(precision: str, environ: Mapping[str, str] = os.environ) -> list[str]:
     """A sentence for each setting of the launch configuration that differs from the recipe, which decides."""
     settings = (

@@ -4,10 +4,11 @@ import json
 import sys
 
 import pytest
+from support.fault_points import disturb, fail
 from support.runs import contents
 
 from mygpt.data.tokenizer import CharTokenizer
-from mygpt.errors import CheckpointError
+from mygpt.errors import CheckpointError, OutOfMemoryError
 from mygpt.runs.run import Run
 from mygpt.runs.start import find_start
 from mygpt.training.train import train, train_until
@@ -31,6 +32,24 @@ def test_restart_continues_the_run_that_overwrite_began(tiny, monkeypatch):
     train(recipe, overwrite=True)
     assert timed_steps(run) == [1, 2, 3, 4, 5, 6]
     assert Run(run).info.resumed == ()
+
+
+@pytest.mark.fault(63)
+def test_restart_before_the_first_save_goes_on_replacing(tiny, monkeypatch, capsys):
+    """A launcher that restarts a failed command does not find the old run in its place, and take it for its own."""
+    run = train(tiny())
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        disturb("before-step", fail(MemoryError()), count=3, patch=patch.setattr)
+        with pytest.raises(OutOfMemoryError):
+            train(tiny(), overwrite=True)
+    assert timed_steps(run / "replaced-run") == [1, 2, 3, 4, 5, 6]
+    assert timed_steps(run) == [1, 2]
+    capsys.readouterr()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(tiny(), overwrite=True)
+    assert "saved " in capsys.readouterr().err
+    assert not (run / "replaced-run").exists()
 
 
 @pytest.mark.fault(63)
