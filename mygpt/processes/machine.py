@@ -17,6 +17,7 @@ import torch
 
 from mygpt import __version__
 from mygpt.compat import has_onednn_linear
+from mygpt.disk import code_sha256
 from mygpt.errors import LaunchError
 from mygpt.processes.environment import choose_threads, local_rank
 from mygpt.recipe.tables import RuntimeTable
@@ -182,7 +183,7 @@ def peak_flops(device: torch.device, size: int = 512, rounds: int = 8) -> float 
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, processor and accelerator, on which the bits of a result depend; and commit and command line."""
+    """Versions, processor and accelerator, on which the bits of a result depend; and code, commit and command line."""
     return {
         "versions": {"mygpt": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
@@ -191,6 +192,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "accelerator": torch.cuda.get_device_name(local_rank()) if device.type == "cuda" else None,
         "git_commit": _git_commit(),
+        "code_sha256": code_sha256(),
         "command": tuple(sys.argv),
     }
 

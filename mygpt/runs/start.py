@@ -18,6 +18,7 @@ from mygpt.runs.changes import (
     Source,
     check_changes,
     check_checkpoint,
+    warn_of_code,
     warn_of_steps,
     window_names,
 )
@@ -117,6 +118,8 @@ def find_start(
         warn(f"init_from: stays {init_from or 'nothing'}: the weights are those of {checkpoint}")
         recipe = recipe.replace(init_from=init_from)
         info = info.model_copy(update={"init_sha256": init_sha256, "recipe": recipe})
+    if checkpoint:
+        warn_of_code(source.run, step, warn)
     quiet_if_complete: Warn = (lambda _: None) if is_complete else warn
     changed = check_changes(source, step, recipe, info, allow_changes=allow_changes, warn=quiet_if_complete)
     if checkpoint is None:
