@@ -19,7 +19,7 @@ from mygpt import __version__
 from mygpt.compat import has_onednn_linear
 from mygpt.disk import code_sha256
 from mygpt.errors import LaunchError
-from mygpt.processes.environment import choose_threads, local_rank
+from mygpt.processes.environment import choose_threads, launch_id, local_rank
 from mygpt.recipe.tables import RuntimeTable
 
 RECORDED_PACKAGES = ("torch", "accelerate", "safetensors", "numpy")
@@ -183,7 +183,7 @@ def peak_flops(device: torch.device, size: int = 512, rounds: int = 8) -> float 
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, processor and accelerator, on which the bits of a result depend; and code, commit and command line."""
+    """What the bits of a result depend on (versions, code, processor, accelerator), and commit, command and launch."""
     return {
         "versions": {"mygpt": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
@@ -194,6 +194,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "code_sha256": code_sha256(),
         "command": tuple(sys.argv),
+        "launch_id": launch_id(),
     }
 
 

@@ -165,6 +165,8 @@ class RunInfo(Table):
     code_sha256: str | None = None
     """Of mygpt's own Python files; None: an older mygpt wrote this."""
     command: tuple[str, ...]
+    launch_id: str | None = None
+    """Of the Slurm job or torchrun's launch that began the run; None: it had no id, or an older mygpt wrote this."""
     device: str
     compile: bool
     threads: Annotated[int, Field(ge=1, le=1024)]

@@ -228,7 +228,10 @@ def self_contained(recipe: Recipe) -> Recipe:
 
 
 def _was_begun_by(run: Run, recipe: Recipe, info: RunInfo) -> bool:
-    """Whether this command began the run, perhaps in another environment; it is an error if run.json is damaged."""
+    """Whether this command began the run in the same job or launch, perhaps in another environment.
+
+    Without an id of the job, recipe and command decide. It is an error if run.json is damaged.
+    """
     if not os.path.lexists(run.path / RECIPE_FILE):
         return False
     before = run.info
@@ -236,7 +239,8 @@ def _was_begun_by(run: Run, recipe: Recipe, info: RunInfo) -> bool:
     paths = {key: value for key, value in recipe.flat().items() if key in HASH_OF_PATH}
     is_same_recipe = self_contained(run.recipe).replace(**paths, output=recipe.checkpoint.output) == recipe
     has_same_input = all(getattr(before, name) == getattr(info, name) for name in HASH_OF_PATH.values())
-    return is_same_recipe and has_same_input and before.command[1:] == info.command[1:]
+    is_same_launch = before.launch_id in (None, info.launch_id)
+    return is_same_recipe and has_same_input and is_same_launch and before.command[1:] == info.command[1:]
 
 
 def _find_source(run: Run, resume: str, overwrite: bool, warn: Warn) -> Source | None:

@@ -52,6 +52,41 @@ def test_restart_before_the_first_save_goes_on_replacing(tiny, monkeypatch, caps
     assert not (run / "replaced-run").exists()
 
 
+@pytest.mark.fault(97)
+@pytest.mark.parametrize(
+    ("variable", "restarts"),
+    [("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")],
+)
+def test_job_queued_again_before_it_began_replaces_the_run_of_another(tiny, monkeypatch, capsys, variable, restarts):
+    """Recipe and command are those of the complete run: the id of the job says that it is another's."""
+    monkeypatch.setenv(variable, "1")
+    train(tiny(), overwrite=True)
+    monkeypatch.setenv(restarts, "1")
+    capsys.readouterr()
+    run = train(tiny(), overwrite=True)
+    assert f"{run} is complete" in capsys.readouterr().err
+    monkeypatch.setenv(variable, "2")
+    train(tiny(), overwrite=True)
+    assert f"saved {run}" in capsys.readouterr().err
+    assert Run(run).info.launch_id == f"{variable}=2"
+    train(tiny(), overwrite=True)
+    assert f"{run} is complete" in capsys.readouterr().err
+
+
+@pytest.mark.fault(97)
+def test_restart_without_an_id_keeps_what_recipe_and_command_began(tiny, monkeypatch, capsys):
+    """torchrun's default id is "none", which every launch has; and an older run has recorded no id."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run = train(tiny(), overwrite=True)
+    assert Run(run).info.launch_id is None
+    for launch in ("none", "its own"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+        capsys.readouterr()
+        train(tiny(), overwrite=True)
+        assert f"{run} is complete" in capsys.readouterr().err
+
+
 @pytest.mark.fault(63)
 def test_requeued_job_with_overwrite_keeps_its_run(tiny, monkeypatch, capsys):
     """Also with another processor, kernel or commit than at the first start: recipe and command identify the run."""
