@@ -1,6 +1,7 @@
 """Files that are written atomically, and hashed."""
 
 import errno
+import functools
 import hashlib
 import os
 import sys
@@ -12,6 +13,15 @@ def file_sha256(file: Path) -> str:
     """The sha256 of a file's content, in hexadecimal."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+@functools.cache
+def code_sha256() -> str:
+    """The sha256 of mygpt's own Python files, names and bytes: a comment counts, too."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package).as_posix()} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def replace_bytes(path: Path, content: bytes) -> None:

@@ -240,3 +240,10 @@ def test_ddp_rebuilds_its_buckets_after_the_first_backward_pass(tmp_path):
     environment = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     result = run_process([sys.executable, "-c", BUCKETS], tmp_path, 60, environment)
     assert result.stdout.splitlines()[-1] == "[False, True, False]", result.stdout + result.stderr
+
+
+def test_torchrun_calls_a_launch_without_an_id_none():
+    """If it has another name for it, `launch_id` takes this name for the id of one launch: add it there."""
+    from torch.distributed.run import get_args_parser
+
+    assert get_args_parser().get_default("rdzv_id") == "none"

@@ -9,7 +9,7 @@ from mygpt.recipe.files import METRICS_FILE
 from mygpt.reports.outcome import early_end_line, outcome_lines, place_lines, verdict_line
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, TIMING_FILE
 from mygpt.runs.held_out import load_history
-from mygpt.runs.records import Timing, rewind
+from mygpt.runs.records import Timing, read_until
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import ModelMetadata, StateMetadata
 from mygpt.runs.steps import read_manifest, read_metadata
@@ -56,7 +56,7 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
     else:
         yield verdict_line(history, records, recipe.data, ended_early=ended_early), True
     judged = list(place_lines(recipe.expected, records, run.info.corpus_sha256))
-    timings = rewind(path / TIMING_FILE, Timing, last.step, cut=False)
+    timings = read_until(path / TIMING_FILE, Timing, last.step)
     if is_over and timings:
         judged += [(line, True) for line in outcome_lines(recipe.expected, last, timings[-1], run.info.processes)]
     yield from judged

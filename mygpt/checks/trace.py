@@ -86,7 +86,7 @@ def trace_step(run: Run, step: int, checkpoint: Path | None, wanted: str = "") -
         batch = parts.stream.batch()
         loss = see_step(parts, batch, step, values)
     environment = {**describe_environment(device), "threads": settings.threads}
-    for name in ("command", "git_commit", "platform"):
+    for name in ("command", "launch_id", "git_commit", "platform"):
         del environment[name]
     environment |= {"matmul": choose_matmul(recipe.runtime, device), **environment.pop("versions")}
     return Trace(values=values.digests, loss=loss, environment=environment), values.kept

@@ -1,5 +1,6 @@
 """The commands that judge the losses of a run: `mygpt eval` and `check`."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,11 +10,12 @@ from tyro.conf import Positional
 
 from mygpt.cli.command import command, print_json
 from mygpt.cli.train import announce_threads
-from mygpt.errors import CheckpointError, MygptError, RecipeError
+from mygpt.errors import CheckpointError, MygptError, RecipeError, print_note
 from mygpt.estimates import Estimate
 from mygpt.processes.environment import is_main_process
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import Recipe, check_recipe
+from mygpt.runs.changes import warn_of_code
 from mygpt.runs.run import Run, find_model_file
 from mygpt.runs.schemas import ModelMetadata
 from mygpt.runs.steps import has_manifest, read_metadata
@@ -67,7 +69,8 @@ def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
 
 
 def _recipe_for(path: Path, corpus: str | None, **keys: Any) -> Recipe:
-    """The recipe with which the model at `path` is evaluated: that of its run, where it is in one.
+    """The recipe with which the model at `path` is evaluated: that of its run, where it is in one. A note says so if
+    another code of mygpt trained it.
 
     `corpus` is all held out, in place of what the run held out. `keys` are laid over the recipe.
 
@@ -80,6 +83,7 @@ def _recipe_for(path: Path, corpus: str | None, **keys: Any) -> Recipe:
     recipe = Recipe.of(**metadata.model.model_dump(), seq_len=metadata.model.max_seq_len)
     if has_manifest(file) and (file.parent.parent / RUN_FILE).exists():
         run = Run(file.parent.parent)
+        warn_of_code(run, metadata.step, print_note)
         recipe = run.recipe_of(file.parent).replace(threads=run.info.recorded_at(metadata.step)["threads"])
     elif corpus is None:
         raise CheckpointError(f"{path}: belongs to no run, so no text is held out; give a text with --corpus")
@@ -116,6 +120,7 @@ def check(options: CheckOptions) -> int:
     from mygpt.checks.check import check
 
     lines = list(check(options.run))
+    warn_of_code(Run(options.run), sys.maxsize, print_note)
     is_normal = all(is_normal for _, is_normal in lines)
     if options.json:
         findings = [_finding(line, is_normal=is_normal) for line, is_normal in lines]

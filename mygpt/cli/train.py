@@ -21,7 +21,7 @@ usage: mygpt recipe show RECIPE.toml|TEXT_FILE [FLAGS]   print the resolved reci
 @dataclass(frozen=True)
 class TrainOptions:
     overwrite: bool = False
-    """Replace the run that is already in the output directory."""
+    """Replace the run that is already in the output directory, which stays there until the first checkpoint."""
     allow_changes: bool = False
     """Continue a run though its recipe or corpus has changed since it was saved."""
 

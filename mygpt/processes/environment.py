@@ -151,6 +151,19 @@ def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     return any(environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
+def launch_id(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What Slurm keeps when it queues a job again, and torchrun when it restarts processes; None: there is none."""
+    names = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+    # "none" is the id of every torchrun that was given neither --rdzv-id nor --standalone.
+    return next((f"{name}={environ[name]}" for name in names if environ.get(name, "none") != "none"), None)
+
+
+def may_be_restarted(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun (--max_restarts) starts this command again if it fails."""
+    count, most = (_number(environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return count < most
+
+
 def ignored_settings(precision: str, environ: Mapping[str, str] = os.environ) -> list[str]:
     """A sentence for each setting of the launch configuration that differs from the recipe, which decides."""
     settings = (

@@ -15,7 +15,7 @@ from mygpt.estimates import student_quantile
 from mygpt.recipe.files import METRICS_FILE, RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, SEED_KEYS
 from mygpt.runs.files import TIMING_FILE, real_path
-from mygpt.runs.records import Record, Timing, perplexity, read_records, rewind
+from mygpt.runs.records import Record, Timing, perplexity, read_records, read_until
 from mygpt.runs.run import Run
 
 Unit = Literal["nats-per-token", "bits-per-byte", "perplexity"]
@@ -152,7 +152,7 @@ def _load(path: Path, unit: Unit, axis: Axis, *, alone: bool) -> _Loaded:
         raise CheckpointError(f"{path}: has no held-out loss in {unit}, which takes val_every and mygpt 0.2")
     x_of: dict[int, float] = {record.step: record.tokens if axis == "tokens" else record.step for record in records}
     if axis == "minutes":
-        timings = rewind(path / TIMING_FILE, Timing, records[-1].step, cut=False)
+        timings = read_until(path / TIMING_FILE, Timing, records[-1].step)
         x_of = {timing.step: timing.elapsed_seconds / 60 for timing in timings}
         if not x_of:
             raise CheckpointError(f"{path}: has no {TIMING_FILE}, which says how long its steps took")

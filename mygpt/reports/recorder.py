@@ -14,7 +14,7 @@ from mygpt.errors import DamagedCheckpointError, print_note
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import CANNOT_WRITE, TIMING_FILE, explain_disk_error, sync
-from mygpt.runs.records import Record, Timing, rewind
+from mygpt.runs.records import Record, Timing, cut_after
 
 PROGRESS_SECONDS = 30.0
 """Between lines on the progress of a run, where there is no bar."""
@@ -60,9 +60,8 @@ class Recorder:
         self._files: list[tuple[Path, TextIO]] = []
         elapsed = 0.0
         if is_main:
-            cut = not is_complete
-            records = rewind(run / METRICS_FILE, Record, step, cut=cut)
-            timings = rewind(run / TIMING_FILE, Timing, step, cut=cut)
+            records = cut_after(run / METRICS_FILE, Record, step, is_complete=is_complete)
+            timings = cut_after(run / TIMING_FILE, Timing, step, is_complete=is_complete)
             for record in records:
                 if is_printed(record.step, recipe, evaluated=record.val is not None):
                     print(step_line(record, recipe))

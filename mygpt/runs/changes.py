@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mygpt.data.tokenizer import TokenizerMetadata, describe_tokenizer
+from mygpt.disk import code_sha256
 from mygpt.errors import MismatchError, RecipeError
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, TABLE_OF_KEY, Recipe
 from mygpt.runs.files import MODEL_FILE
 from mygpt.runs.run import Run, Warn
-from mygpt.runs.schemas import HASH_OF_PATH, ModelMetadata, RunInfo
+from mygpt.runs.schemas import CODE_CHARACTERS, HASH_OF_PATH, ModelMetadata, RunInfo
 from mygpt.runs.steps import read_metadata
 
 # Keys of which run.json has the resolved value or the content, which is compared instead.
@@ -131,8 +132,16 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value)
 
 
+def warn_of_code(run: Run, step: int, warn: Warn) -> None:
+    """Warn if another code of mygpt than this one trained a step of the run."""
+    trained_by = run.info.recorded_at(step)
+    if trained_by.get("code", now := code_sha256()[:CODE_CHARACTERS]) != now:
+        which = f"{trained_by['mygpt']}, commit {trained_by['git_commit'] or 'unknown'}"
+        warn(f"mygpt's code is another than that which trained {run.path} ({which}): numbers may differ")
+
+
 def _warn_of_last_bits(recorded: Changes, recipe: Recipe, info: RunInfo, warn: Warn) -> None:
-    inexact = {name: values for name, values in recorded.items() if name in info.environment()}
+    inexact = {name: values for name, values in recorded.items() if name in info.environment() and name != "code"}
     if info.reduction == "exact" and "reduction" not in recorded:
         inexact.pop("processes", None)  # exact sums are the same on any number of processes
     if not inexact:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mygpt.errors import DamagedCheckpointError, NewerFormatError
 from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
 from mygpt.runs import files
-from mygpt.runs.records import Record, Timing, rewind
+from mygpt.runs.records import Record, Timing, cut_after
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import StateMetadata
 from mygpt.runs.start import recipe_text
@@ -35,8 +35,8 @@ def copy_until(checkpoint: Path, target: Path) -> None:
         for name in (METRICS_FILE, files.TIMING_FILE):
             if (run.path / name).is_file():
                 shutil.copyfile(run.path / name, target / name)
-        rewind(target / METRICS_FILE, Record, step)
-        rewind(target / files.TIMING_FILE, Timing, step)
+        cut_after(target / METRICS_FILE, Record, step)
+        cut_after(target / files.TIMING_FILE, Timing, step)
         _copy_step(checkpoint, target)
         if best not in (None, step):
             with suppress(DamagedCheckpointError, NewerFormatError):

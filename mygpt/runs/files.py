@@ -28,6 +28,8 @@ TIMING_FILE = "timing.jsonl"
 LATEST_FILE = "latest"
 BEST_FILE = "best"
 LOCK_FILE = ".lock"
+REPLACED_NAME = "replaced-run"
+"""Of the directory with the run that `--overwrite` replaces; see mygpt/runs/replacing.py."""
 
 METADATA_KEY = "mygpt"
 """The only metadata key of a safetensors file: with several keys safetensors orders them at random."""

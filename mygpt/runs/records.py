@@ -3,14 +3,14 @@
 import math
 import os
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError, print_note
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Table
-from mygpt.runs.files import explain_disk_error, set_aside
+from mygpt.runs.files import CANNOT_READ, explain_disk_error, set_aside
 
 
 def perplexity(loss: float) -> float:
@@ -91,36 +91,50 @@ def read_records(run: Path) -> list[Record]:
 _Line = TypeVar("_Line", Record, Timing)
 
 
-def rewind(path: Path, kind: type[_Line], step: int, *, cut: bool = True) -> list[_Line]:
-    """The records up to `step`, or up to a line that is no record; with `cut` the file ends there from now on.
+def read_until(path: Path, kind: type[_Line], step: int) -> list[_Line]:
+    """The records up to `step`, or up to a line that is no record. Only reads: the run may be training.
+
+    Raises:
+        DamagedCheckpointError: the file cannot be read.
+    """
+    with explain_disk_error(CANNOT_READ, path):
+        return _scan(path, kind, step)[0] if path.exists() else []
+
+
+def cut_after(path: Path, kind: type[_Line], step: int, *, is_complete: bool = False) -> list[_Line]:
+    """As `read_until`, for the run itself: the file ends after these records from now on.
+
+    The file of a run that `is_complete` is only cut if it has later records, of a continuation that was abandoned.
 
     Raises:
         DamagedCheckpointError: the disk refused it.
     """
-    kept: list[_Line] = []
-    size = 0
     with explain_disk_error("{path}: cannot be continued: {reason}", path):
-        if cut and path.is_symlink():
+        if path.is_symlink() and not is_complete:
             path.unlink()  # records are appended to a file in the run directory
         if not path.exists():
             return []
-        for line in path.read_bytes().splitlines(keepends=True):
-            is_whole = line.endswith(b"\n")
-            try:
-                record = kind.model_validate_json(line)
-            except ValidationError:
-                if cut and is_whole:  # a killed run leaves no whole line that is wrong
-                    aside = set_aside(path, copy=True)
-                    print_note(f"{path}: line {len(kept) + 1} is no record; the file is kept as {aside}")
-                break
-            if record.step > step:
-                # Later records are of an abandoned continuation: they go, even if nothing else is cut.
-                cut = not path.is_symlink()
-                break
-            if not is_whole:
-                break
-            kept.append(record)
-            size += len(line)
-        if cut:
+        records, size, follows = _scan(path, kind, step)
+        if follows == "damage" and not is_complete:  # a killed run leaves no whole line that is wrong
+            aside = set_aside(path, copy=True)
+            print_note(f"{path}: line {len(records) + 1} is no record; the file is kept as {aside}")
+        if not is_complete or (follows == "later" and not path.is_symlink()):
             os.truncate(path, size)
-    return kept
+    return records
+
+
+def _scan(path: Path, kind: type[_Line], step: int) -> tuple[list[_Line], int, Literal["later", "damage", ""]]:
+    """The records up to `step`, their bytes, and what follows: a "later" record, a whole line that is none, or ""."""
+    records: list[_Line] = []
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        is_whole = line.endswith(b"\n")
+        try:
+            record = kind.model_validate_json(line)
+        except ValidationError:
+            return records, size, "damage" if is_whole else ""
+        if record.step > step or not is_whole:
+            return records, size, "later" if record.step > step else ""
+        records.append(record)
+        size += len(line)
+    return records, size, ""

@@ -228,6 +228,8 @@ def find_model_file(path: Path) -> Path:
         return Run(path).pointed_by(files.LATEST_FILE) / files.MODEL_FILE
     except OSError:
         problem = "has no checkpoint" if path.is_dir() else "no such run, step directory or model file"
+        if (path / files.REPLACED_NAME).is_dir():
+            problem = f"has no checkpoint yet, and the run that it replaces is {path / files.REPLACED_NAME}"
         if path.is_dir() and step_directories(path):
             problem = f"has checkpoints, but no file `{files.LATEST_FILE}` that names the newest; name a step directory"
         raise CheckpointError(f"{path}: {problem}; expected what `mygpt train` has written") from None

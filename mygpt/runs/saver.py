@@ -132,6 +132,8 @@ class Saver:
             point_to(self.run, step, best)
         with suppress(OSError):  # the next save, or the next start, tries again
             prune(self.run, self.recipe.checkpoint.keep_last, step, best)
+            if files.is_directory(self.run / files.REPLACED_NAME):
+                files.remove(self.run / files.REPLACED_NAME)
 
 
 def model_metadata(config: ModelTable, tokenizer: Tokenizer, step: int) -> ModelMetadata:

@@ -147,6 +147,10 @@ class Recreated(Table):
     after_step: Annotated[int, Field(ge=1)]
 
 
+CODE_CHARACTERS = 12
+"""Of the hash of mygpt's code, where it is compared and shown."""
+
+
 class RunInfo(Table):
     """run.json: all that the bits of a run depend on beside its recipe, and its history."""
 
@@ -158,7 +162,11 @@ class RunInfo(Table):
     cpu_capability: str
     accelerator: str | None
     git_commit: str | None
+    code_sha256: str | None = None
+    """Of mygpt's own Python files; None: an older mygpt wrote this."""
     command: tuple[str, ...]
+    launch_id: str | None = None
+    """Of the Slurm job or torchrun's launch that began the run; None: it had no id, or an older mygpt wrote this."""
     device: str
     compile: bool
     threads: Annotated[int, Field(ge=1, le=1024)]
@@ -196,7 +204,8 @@ class RunInfo(Table):
             *("cpu", "cpu_capability", "accelerator", "matmul"),
             *("device", "compile", "threads", "processes", "sharded", "micro_batch_size", "reduction", "deterministic"),
         )
-        return {**self.versions, **{name: getattr(self, name) for name in names}}
+        code = {"code": self.code_sha256[:CODE_CHARACTERS]} if self.code_sha256 else {}
+        return {**self.versions, **code, **{name: getattr(self, name) for name in names}}
 
     def recorded(self) -> dict[str, Any]:
         """All that is compared when a run is continued, by name."""
@@ -213,6 +222,12 @@ class RunInfo(Table):
     def before(self, step: int) -> tuple[Resumed, ...]:
         """The part of the history before `step` was trained."""
         return tuple(resumed for resumed in self.history if resumed.after_step < step)
+
+    @property
+    def codes(self) -> list[str | None]:
+        """The code of mygpt that trained it, and each other one with which it continued; None: it is not known."""
+        changes = (resumed.changed["code"] for resumed in self.history if "code" in resumed.changed)
+        return [self.environment().get("code"), *(now for _, now in changes)]
 
     @property
     def history(self) -> tuple[Resumed, ...]:

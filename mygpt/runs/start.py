@@ -9,7 +9,7 @@ from typing import NamedTuple
 import tomli_w
 
 from mygpt.data.tokenizer import TokenizerMetadata
-from mygpt.errors import CheckpointError
+from mygpt.errors import CheckpointError, print_note
 from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, NAMED_CORPORA, PATH_KEYS, Recipe
 from mygpt.runs import files
@@ -18,9 +18,11 @@ from mygpt.runs.changes import (
     Source,
     check_changes,
     check_checkpoint,
+    warn_of_code,
     warn_of_steps,
     window_names,
 )
+from mygpt.runs.replacing import set_aside_run
 from mygpt.runs.run import Run, Warn, named_checkpoint
 from mygpt.runs.schemas import HASH_OF_PATH, Resumed, RunInfo, StateMetadata
 from mygpt.runs.steps import (
@@ -46,7 +48,7 @@ class Start(NamedTuple):
     in_place: bool
     """Whether the run directory already holds this run."""
     overwrite: bool
-    """Whether another run that is there is removed."""
+    """Whether another run that is there is replaced."""
     recipe: Recipe
     """To be written as recipe.toml."""
     info: RunInfo
@@ -116,6 +118,8 @@ def find_start(
         warn(f"init_from: stays {init_from or 'nothing'}: the weights are those of {checkpoint}")
         recipe = recipe.replace(init_from=init_from)
         info = info.model_copy(update={"init_sha256": init_sha256, "recipe": recipe})
+    if checkpoint:
+        warn_of_code(source.run, step, warn)
     quiet_if_complete: Warn = (lambda _: None) if is_complete else warn
     changed = check_changes(source, step, recipe, info, allow_changes=allow_changes, warn=quiet_if_complete)
     if checkpoint is None:
@@ -166,22 +170,19 @@ def begin_run(start: Start) -> None:
 
 
 def _create(run: Path, start: Start) -> None:
-    steps = step_directories(run)
-    if steps and not start.overwrite:
+    if step_directories(run) and not start.overwrite:
         raise CheckpointError(
             f"output: {run} holds checkpoints but no {RECIPE_FILE}; restore it, choose another --output, or "
             "--overwrite the run"
         )
-    # This order leaves, after a kill, the old run with fewer checkpoints, or the new one without steps. run.json marks
-    # the directory as a run, and the command may name recipe.toml: both are replaced and never missing. A directory
-    # without recipe.toml is a run that was killed while it was made.
-    for directory in reversed(steps.values()):
-        files.remove(directory)
-    kept = {RUN_FILE, RECIPE_FILE}
+    if start.overwrite and not Run(run).has_no_steps:
+        set_aside_run(run)
+        print_note(f"the run that is replaced stays in {run / files.REPLACED_NAME} until the first checkpoint")
     for entry in run.iterdir():
-        is_kept = entry.name in kept or (not start.overwrite and files.FAILED_NAME.fullmatch(entry.name))
+        is_kept = entry.name in (RUN_FILE, RECIPE_FILE) or files.FAILED_NAME.fullmatch(entry.name)
         if files.RUN_ENTRY.fullmatch(entry.name) and not is_kept:
             files.remove(entry)
+    # A directory without recipe.toml is a run that was killed while it was made.
     files.replace_text(run / RUN_FILE, start.info.to_json())
     for name in (METRICS_FILE, files.TIMING_FILE):  # a branch begins with the records of its source
         if start.checkpoint is not None and (start.checkpoint.parent / name).is_file():
@@ -202,6 +203,8 @@ def _update(run: Path, start: Start) -> None:
     if best is None:
         (run / files.BEST_FILE).unlink(missing_ok=True)
     if start.step:
+        if files.is_directory(run / files.REPLACED_NAME):
+            files.remove(run / files.REPLACED_NAME)
         point_to(run, start.step, best)
         prune(run, start.recipe.checkpoint.keep_last, start.step, best)
 
@@ -225,7 +228,10 @@ def self_contained(recipe: Recipe) -> Recipe:
 
 
 def _was_begun_by(run: Run, recipe: Recipe, info: RunInfo) -> bool:
-    """Whether this command began the run, perhaps in another environment; it is an error if run.json is damaged."""
+    """Whether this command began the run in the same job or launch, perhaps in another environment.
+
+    Without an id of the job, recipe and command decide. It is an error if run.json is damaged.
+    """
     if not os.path.lexists(run.path / RECIPE_FILE):
         return False
     before = run.info
@@ -233,7 +239,8 @@ def _was_begun_by(run: Run, recipe: Recipe, info: RunInfo) -> bool:
     paths = {key: value for key, value in recipe.flat().items() if key in HASH_OF_PATH}
     is_same_recipe = self_contained(run.recipe).replace(**paths, output=recipe.checkpoint.output) == recipe
     has_same_input = all(getattr(before, name) == getattr(info, name) for name in HASH_OF_PATH.values())
-    return is_same_recipe and has_same_input and before.command[1:] == info.command[1:]
+    is_same_launch = before.launch_id in (None, info.launch_id)
+    return is_same_recipe and has_same_input and is_same_launch and before.command[1:] == info.command[1:]
 
 
 def _find_source(run: Run, resume: str, overwrite: bool, warn: Warn) -> Source | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mygpt import __version__
-from mygpt.disk import make_directory
+from mygpt.disk import code_sha256, make_directory
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, MygptError
 from mygpt.processes.signals import stop_on_signal
 from mygpt.recipe.files import RUN_FILE
@@ -28,7 +28,7 @@ from mygpt.runs.files import (
 )
 from mygpt.runs.lock import locked
 from mygpt.runs.run import Run, check_output
-from mygpt.runs.schemas import HASH_OF_PATH
+from mygpt.runs.schemas import CODE_CHARACTERS, HASH_OF_PATH
 from mygpt.runs.start import self_contained
 from mygpt.studies.analysis import compare_cells
 from mygpt.studies.copies import copy_model, with_copies
@@ -104,6 +104,7 @@ def run_grid(
     _check_inputs(jobs, hashes)
     unfinished = [job for job in jobs if not (is_complete(job.path) and is_settled(job.path))]
     waiting = [job for job in unfinished if not has_failed(job.path)]
+    _check_code(jobs, will_train=bool(waiting))
     if waiting:
         with locked(folder):
             plan = _make_plan(waiting, folder, side_by_side, report)
@@ -112,6 +113,7 @@ def run_grid(
             copies = {cell.name: copy_model(cell.recipe, folder, hashes[cell.name]["init_from"]) for cell in cells}
             _run_all(waiting, _room_of(plan), copies, report)
         _check_inputs(jobs, hashes)  # they may have changed while they were trained
+        _check_code(jobs, will_train=False)
     for cell in cells:
         yield cell, {job.seed: job.path for job in jobs if job.cell is cell}
 
@@ -188,6 +190,24 @@ def _check_inputs(jobs: Sequence[Job], hashes: Mapping[str, Mapping[str, str | N
                 problem = "was trained on another text than" if key == "corpus" else f"had another {key} than"
                 now = job.cell.recipe.flat()[key]
                 raise MismatchError(f"{job.path}: {problem} {now}; choose another --out")
+
+
+def _check_code(jobs: Sequence[Job], *, will_train: bool) -> None:
+    """See that one code of mygpt has trained all steps that are there and, if it `will_train`, will train the others.
+
+    Raises:
+        MismatchError: it has not.
+    """
+    codes: set[str | None] = {code_sha256()[:CODE_CHARACTERS]} if will_train else set()
+    for job in jobs:
+        if (job.path / RUN_FILE).exists() and (Run(job.path).checkpoints or has_failed(job.path)):
+            codes |= {*Run(job.path).info.codes}
+            if len(codes) > 1:
+                other = "this one" if will_train else "other steps of the study"
+                raise MismatchError(
+                    f"{job.path}: was trained by another code of mygpt than {other}; go back to that code, or choose "
+                    "another --out"
+                )
 
 
 def _recipe_of(job: Job, threads: int | None) -> Recipe:

@@ -3,7 +3,7 @@
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from pydantic import TypeAdapter
 
 from mygpt.data.dataset import Dataset, is_prepared
-from mygpt.errors import InterruptedRunError, OutOfMemoryError, print_note
+from mygpt.errors import DamagedCheckpointError, InterruptedRunError, NonFiniteError, OutOfMemoryError, print_note
 from mygpt.processes.channel import Channel, connect
-from mygpt.processes.environment import check_joined, choose_workers, is_restart, launched_processes
+from mygpt.processes.environment import check_joined, choose_workers, is_restart, launched_processes, may_be_restarted
 from mygpt.processes.machine import peak_flops
 from mygpt.processes.preflight import Preflight, run_preflight
 from mygpt.processes.signals import StopRequest, stop_on_signal
@@ -23,7 +23,8 @@ from mygpt.recipe.tables import PATH_KEYS, Recipe, TrainTable, check_recipe
 from mygpt.reports.outcome import early_end_line, outcome_lines, place_lines, verdict_line
 from mygpt.reports.recorder import Recorder, header_lines
 from mygpt.runs.lock import locked
-from mygpt.runs.records import Record, rewind
+from mygpt.runs.records import Record, read_until
+from mygpt.runs.replacing import put_back
 from mygpt.runs.run import check_output
 from mygpt.runs.saver import Saver
 from mygpt.runs.start import Start, begin_run, find_start
@@ -96,6 +97,9 @@ def train_until(
             run = Path(recipe.checkpoint.output)
             check_output(run, replace=overwrite or recipe.checkpoint.resume != "never")
             stack.enter_context(locked(run))
+            if put_back(run, partial_only=overwrite) and not overwrite:
+                print_note(f"{run}: the run that was to be replaced is back; the new one had no checkpoint")
+            stack.enter_context(put_back_if_unsaved(run))
             start = find_start(
                 recipe,
                 preflight.info,
@@ -107,6 +111,21 @@ def train_until(
             )
         start = share_start(start, recipe, channel)
         return run_steps(accelerator, start, preflight, gradient_sum, last_step, stop, talk)
+
+
+@contextmanager
+def put_back_if_unsaved(run: Path) -> Iterator[None]:
+    """When a run fails before its first checkpoint, put the run back that it was to replace.
+
+    Not after a step that was not finite, which `mygpt replay` reads, nor before a launcher's restart.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not (isinstance(error, NonFiniteError) or may_be_restarted()):
+            with suppress(DamagedCheckpointError):  # the next start tries again
+                put_back(run)
+        raise
 
 
 def share_start(start: Start | None, recipe: Recipe, channel: Channel) -> Start:
@@ -192,7 +211,7 @@ def run_steps(
         print_note(f"saved {run}" if progress.step > start.step else end)
         if progress.history and ended_early:
             print_note(early_end_line(progress.history, recipe.validation.patience, progress.best))
-        records = rewind(run / METRICS_FILE, Record, progress.step, cut=False)
+        records = read_until(run / METRICS_FILE, Record, progress.step)
         print_note(verdict_line(progress.history, records, recipe.data, ended_early=ended_early))
         for line, _ in place_lines(recipe.expected, records, dataset.sha256):
             print_note(line)

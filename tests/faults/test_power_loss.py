@@ -15,7 +15,7 @@ from mygpt.disk import replace_bytes, sync
 from mygpt.errors import MygptError
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import replace_text
-from mygpt.runs.records import Record, rewind
+from mygpt.runs.records import Record, cut_after, read_until
 from mygpt.runs.run import Run
 from mygpt.runs.saver import Saver
 from mygpt.runs.steps import verify_checkpoint
@@ -83,14 +83,14 @@ def setting_aside(place, _text_file, _patch):
     file, aside, line = place / "metrics.jsonl", place / "damaged-metrics.jsonl-1", b'{"step": "none"}\n'
 
     def do(recorded):
-        assert rewind(file, Record, 1) == []
+        assert cut_after(file, Record, 1) == []
         recorded.note("kept")
 
     def check(_notes):
         assert line in (file.read_bytes(), aside.exists() and aside.read_bytes())
 
     def again(_notes):
-        assert rewind(file, Record, 1) == []
+        assert cut_after(file, Record, 1) == []
         assert line in [path.read_bytes() for path in place.glob("damaged-*")]
 
     file.write_bytes(line)
@@ -123,7 +123,7 @@ def training(place, text_file, patch):
             verify_checkpoint(directory)
             assert contents(directory) == saved[step]
         if steps:
-            records = rewind(run / "metrics.jsonl", Record, max(steps), cut=False)
+            records = read_until(run / "metrics.jsonl", Record, max(steps))
             assert steps.keys() <= {record.step for record in records}
         if notes:
             assert Run(run).latest

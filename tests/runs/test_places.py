@@ -81,7 +81,7 @@ def test_recipe_that_extends_a_branch_does_not_inherit_resume(tiny, tmp_path):
 
 
 @pytest.mark.fault(10)
-@pytest.mark.parametrize("point", ["made-run.json", "before-step", "old-run-half-removed"])
+@pytest.mark.parametrize("point", ["made-run.json", "before-step", "setting-aside"])
 def test_recipe_of_a_run_survives_its_replacement(folder, point):
     """`mygpt train run/recipe.toml --overwrite`, killed while it replaces the run: the same command works again."""
     place = folder("replaced")

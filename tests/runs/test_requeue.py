@@ -4,10 +4,11 @@ import json
 import sys
 
 import pytest
+from support.fault_points import disturb, fail
 from support.runs import contents
 
 from mygpt.data.tokenizer import CharTokenizer
-from mygpt.errors import CheckpointError
+from mygpt.errors import CheckpointError, OutOfMemoryError
 from mygpt.runs.run import Run
 from mygpt.runs.start import find_start
 from mygpt.training.train import train, train_until
@@ -31,6 +32,59 @@ def test_restart_continues_the_run_that_overwrite_began(tiny, monkeypatch):
     train(recipe, overwrite=True)
     assert timed_steps(run) == [1, 2, 3, 4, 5, 6]
     assert Run(run).info.resumed == ()
+
+
+@pytest.mark.fault(63)
+def test_restart_before_the_first_save_goes_on_replacing(tiny, monkeypatch, capsys):
+    """A launcher that restarts a failed command does not find the old run in its place, and take it for its own."""
+    run = train(tiny())
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        disturb("before-step", fail(MemoryError()), count=3, patch=patch.setattr)
+        with pytest.raises(OutOfMemoryError):
+            train(tiny(), overwrite=True)
+    assert timed_steps(run / "replaced-run") == [1, 2, 3, 4, 5, 6]
+    assert timed_steps(run) == [1, 2]
+    capsys.readouterr()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(tiny(), overwrite=True)
+    assert "saved " in capsys.readouterr().err
+    assert not (run / "replaced-run").exists()
+
+
+@pytest.mark.fault(97)
+@pytest.mark.parametrize(
+    ("variable", "restarts"),
+    [("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")],
+)
+def test_job_queued_again_before_it_began_replaces_the_run_of_another(tiny, monkeypatch, capsys, variable, restarts):
+    """Recipe and command are those of the complete run: the id of the job says that it is another's."""
+    monkeypatch.setenv(variable, "1")
+    train(tiny(), overwrite=True)
+    monkeypatch.setenv(restarts, "1")
+    capsys.readouterr()
+    run = train(tiny(), overwrite=True)
+    assert f"{run} is complete" in capsys.readouterr().err
+    monkeypatch.setenv(variable, "2")
+    train(tiny(), overwrite=True)
+    assert f"saved {run}" in capsys.readouterr().err
+    assert Run(run).info.launch_id == f"{variable}=2"
+    train(tiny(), overwrite=True)
+    assert f"{run} is complete" in capsys.readouterr().err
+
+
+@pytest.mark.fault(97)
+def test_restart_without_an_id_keeps_what_recipe_and_command_began(tiny, monkeypatch, capsys):
+    """torchrun's default id is "none", which every launch has; and an older run has recorded no id."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run = train(tiny(), overwrite=True)
+    assert Run(run).info.launch_id is None
+    for launch in ("none", "its own"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+        capsys.readouterr()
+        train(tiny(), overwrite=True)
+        assert f"{run} is complete" in capsys.readouterr().err
 
 
 @pytest.mark.fault(63)

@@ -85,6 +85,31 @@ def test_study_of_texts_compares_on_one(place, text):
     assert "had another val_corpus than held.txt; choose another --out" in done.stderr
 
 
+@pytest.mark.fault(99)
+def test_one_code_trains_all_runs_of_a_study(place):
+    """Runs of another code are not joined by new ones, nor compared with others; alone they are a result."""
+    assert run(place).returncode == 0
+    first, *others = [path / "run.json" for path in runs_of(place)]
+
+    def trained_by_other_code(file):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"code_sha256": "0" * 64}))
+
+    def problem(*arguments):
+        before = contents(place / "study")
+        refused = run(place, *arguments)
+        assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+        assert contents(place / "study") == before
+        return refused.stderr
+
+    trained_by_other_code(first)
+    assert "was trained by another code of mygpt than other steps of the study; go back to" in problem()
+    for file in others:
+        trained_by_other_code(file)
+    again = run(place)
+    assert again.returncode == 0, again.stderr
+    assert "was trained by another code of mygpt than this one; go back to that code, or" in problem("--seeds", "3")
+
+
 def test_all_runs_begin_with_the_same_weights(place, tmp_path, text):
     """Whatever becomes of the run that had them: the study keeps a copy."""
     source, given = tmp_path / "source", ["--set", "init_from=source"]

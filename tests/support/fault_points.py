@@ -16,6 +16,7 @@ from mygpt.model.gpt import GPT
 from mygpt.processes import channel
 from mygpt.runs import files
 from mygpt.runs import saver as checkpoint
+from mygpt.runs.replacing import PARTIAL_NAME
 from mygpt.training import evaluate, loop, parts, state
 from mygpt.training import train as phases
 
@@ -68,7 +69,10 @@ POINTS = {
     "validation": Point(evaluate, "held_out_loss"),
     "after-validation": Point(evaluate, "held_out_loss", after=True),
     "record": Point(phases.Recorder, "record", after=True),
-    "old-run-half-removed": Point(files, "remove", named("step-"), after=True),
+    "setting-aside": Point(Path, "rename", lambda path, target: Path(target).parent.name == PARTIAL_NAME, after=True),
+    "set-aside": Point(Path, "rename", renamed_to("replaced-run"), after=True),
+    "putting-back": Point(Path, "rename", lambda path, target: path.parent.name == PARTIAL_NAME, after=True),
+    "removing-replaced-run": Point(shutil, "rmtree", named(".tmp-old-replaced")),
     "copying-records": Point(shutil, "copyfile", after=True),
 }
 
@@ -187,6 +191,7 @@ FAULTS = {
     "pruned-halfway": lambda count: disturb("pruning", remove_one_and_kill, count=count),
     "fsync-fails": lambda count: disturb("before-fsync", os_error(errno.EIO), count=count),
     "disk-full": lambda count: disturb("before-writing", os_error(errno.ENOSPC), count=count),
+    "out-of-memory": lambda count: disturb("before-step", fail(MemoryError()), count=count),
     "metrics-disk-full": limit_file_size(700),
     "file-size-limit": limit_file_size(40_000),
     "slow-saves": slow_saves,

@@ -1,0 +1,74 @@
+"""The run that `--overwrite` replaces stays in RUN/replaced-run until the new run has its first checkpoint."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
+from mygpt.runs import files
+from mygpt.runs.files import REPLACED_NAME
+from mygpt.runs.steps import step_directories
+
+PARTIAL_NAME = f".{REPLACED_NAME}"
+"""Of the directory while the run is being moved there or back: the rest of it is where it was."""
+
+KEPT = (RUN_FILE, RECIPE_FILE)
+"""Copied, and never missing: the first marks a directory as a run, and the command may name the second."""
+
+
+def set_aside_run(run: Path) -> None:
+    """Move the run in this directory into RUN/replaced-run.
+
+    If the one that is there was to be replaced by a run without a checkpoint, it stays, and that run is removed.
+    """
+    replaced, partial = run / REPLACED_NAME, run / PARTIAL_NAME
+    if files.is_directory(replaced):
+        if not step_directories(run):
+            _remove_entries(run)
+            return
+        files.remove(replaced)
+    partial.mkdir()
+    for name in KEPT:
+        if (run / name).is_file() and not (run / name).is_symlink():
+            files.replace_bytes(partial / name, (run / name).read_bytes())
+    for entry in _entries(run):
+        entry.rename(partial / entry.name)
+    files.sync(partial)
+    partial.rename(replaced)
+    files.sync(run)
+
+
+def put_back(run: Path, *, partial_only: bool = False) -> bool:
+    """Undo `set_aside_run` if the new run has no checkpoint, or, with `partial_only`, if it was killed in between.
+
+    Returns whether a run has been put back. A kill at any moment leaves what the next call completes.
+
+    Raises:
+        DamagedCheckpointError: the disk refused it.
+    """
+    replaced, partial = run / REPLACED_NAME, run / PARTIAL_NAME
+    with files.explain_disk_error(files.CANNOT_WRITE, run):
+        if not partial_only and files.is_directory(replaced) and not step_directories(run):
+            _remove_entries(run)
+            for name in KEPT:
+                if (replaced / name).exists():
+                    files.replace_bytes(run / name, (replaced / name).read_bytes())
+            replaced.rename(partial)
+        if not files.is_directory(partial):
+            return False
+        for entry in partial.iterdir():
+            if entry.name not in KEPT:
+                entry.rename(run / entry.name)
+        files.sync(run)
+        shutil.rmtree(partial)
+    return True
+
+
+def _entries(run: Path) -> Iterator[Path]:
+    """What a run has written into its directory, without run.json and recipe.toml."""
+    return (entry for entry in [*run.iterdir()] if files.RUN_ENTRY.fullmatch(entry.name) and entry.name not in KEPT)
+
+
+def _remove_entries(run: Path) -> None:
+    for entry in _entries(run):
+        files.remove(entry)
