@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mygpt"
 
 # Lowest first; a floor imports only from lower ones. Those of one floor do not import each other.
 FLOORS = [
-    {"errors", "compat", "disk", "estimates"},
+    {"errors", "compat", "cores", "disk", "estimates"},
     {"posix"},
     {"recipe"},
     {"data"},

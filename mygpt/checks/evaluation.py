@@ -64,7 +64,7 @@ def evaluate_saved(recipe: Recipe, *, is_own_text: bool) -> Evaluated:
     step = read_metadata(file, ModelMetadata).step
     runtime = recipe.runtime
     device = resolve_device(runtime.device, runtime.precision)
-    dataset = open_dataset(recipe)
+    dataset = open_dataset(recipe, only_held_out=True)
     if is_own_text:
         check_text(dataset, read_manifest(file.parent, prefix=None), recipe)
     set_up(runtime, device)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from mygpt.cli.command import command, dispatch, print_json
+from mygpt.data.formats import DEFAULT_FIELD
 from mygpt.errors import InterruptedRunError, MygptError, print_note
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class PrepareOptions:
     spread over it."""
     tokenizer_file: Path | None = None
     """The tokenizer.json of a byte-level "bpe"."""
-    field: str = "text"
+    field: str = DEFAULT_FIELD
     """The field of JSON, or the column of CSV and Parquet, that has the text."""
 
 

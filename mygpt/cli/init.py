@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from mygpt.cli.command import command
 from mygpt.cli.train import announce_threads
+from mygpt.data.formats import DEFAULT_FIELD
 from mygpt.errors import CorpusError, MygptError, TokenizerError, print_note
 from mygpt.recipe.tables import NAMED_CORPORA, Recipe
 
@@ -28,7 +29,7 @@ class InitOptions:
     """How long training may take on this machine."""
     out: Path | None = None
     """The recipe to write; absent: the text's name with .toml, in this directory."""
-    field: str = "text"
+    field: str = DEFAULT_FIELD
     """The field of JSON, or the column of CSV and Parquet, that has the text."""
 
 
@@ -82,10 +83,9 @@ def _check_out(out: Path) -> None:
 
 
 def _made_by(options: InitOptions) -> str:
-    default = InitOptions(())
     words = ["mygpt", "init", *options.texts, "--minutes", f"{options.minutes:g}"]
     words += ["--out", str(options.out)] if options.out else []
-    words += ["--field", options.field] if options.field != default.field else []
+    words += ["--field", options.field] if options.field != DEFAULT_FIELD else []
     return shlex.join(words)
 
 
@@ -98,7 +98,7 @@ def _find_corpus(options: InitOptions, out: Path) -> tuple[str, bool]:
     name = options.texts[0]
     has_tokens = is_prepared(name) and os.path.lexists(Path(name, MANIFEST_FILE))
     if len(options.texts) == 1 and (has_tokens or name in NAMED_CORPORA):
-        if options.field != InitOptions(()).field:
+        if options.field != DEFAULT_FIELD:
             raise MygptError(f"--field {options.field}: {name} has no fields; leave it out")
         return name, has_tokens
     sources = find_sources(options.texts, options.field)

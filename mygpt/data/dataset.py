@@ -3,6 +3,7 @@
 import hashlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,10 @@ PIECES = 32
 in 93 to 97% of cases on every text that was tried."""
 MAX_ON_DEVICE = 1 << 30
 """Bytes of a prepared corpus up to which a GPU gets it whole; of a larger one it gets the windows of each batch."""
+MAX_COMPARED = 1 << 30
+"""Bytes of a prepared corpus up to which its documents are compared when a run starts: the other processes wait."""
+MAX_ENCODED_AGAIN = 1 << 28
+"""Bytes of text up to which a prepared held-out text of another tokenizer is encoded again, in memory."""
 BLOCK = 1 << 20
 """Tokens searched at a time."""
 
@@ -57,12 +62,16 @@ class Dataset(NamedTuple):
         return self.tokenizer.decode(((train == 0) & (val > 0)).nonzero().flatten().tolist())
 
     def count_copies(self) -> tuple[int, int]:
-        """How many documents of a prepared held-out part are in the training part, too, and how many it has."""
+        """How many documents of a prepared held-out part are in the training part, too, and how many it has.
+
+        (0, 0): it was not looked, as nothing is held out, no token ends a document, or the corpus is large.
+        """
         end_of_text = self.tokenizer.end_of_text
-        if self.check_unchanged is None or end_of_text is None:
+        if not len(self.val) or self.check_unchanged is None or end_of_text is None or self.bytes > MAX_COMPARED:
             return 0, 0
-        held_out = _document_hashes(self.val.to(self.train.dtype), end_of_text)
-        return int(np.isin(held_out, _document_hashes(self.train, end_of_text)).sum()), len(held_out)
+        held_out = Counter(_document_hashes(self.val.to(self.train.dtype), end_of_text))
+        documents = held_out.total()
+        return sum(held_out.pop(digest, 0) for digest in _document_hashes(self.train, end_of_text)), documents
 
     def to(self, device: torch.device) -> "Dataset":
         """The dataset on the device, or where it is, if it is mapped from a file and large."""
@@ -73,10 +82,18 @@ class Dataset(NamedTuple):
         return self._replace(train=train, val=val, check_unchanged=None)
 
 
-def load_dataset(table: DataTable, seq_len: int, *, verify: bool = True, tokenizer: Tokenizer | None = None) -> Dataset:
+def load_dataset(
+    table: DataTable,
+    seq_len: int,
+    *,
+    verify: bool = True,
+    tokenizer: Tokenizer | None = None,
+    only_held_out: bool = False,
+) -> Dataset:
     """Read the corpus, make its tokenizer, encode it and hold out its end; or open one that has been prepared.
 
-    With `verify` the hash of prepared tokens is checked. A `tokenizer` is used in place of the corpus's own.
+    With `verify` the hash of prepared tokens is checked. A `tokenizer` is used in place of the corpus's own. With
+    `only_held_out` a `val_corpus` stands for the corpus, too, which is not read; the `tokenizer` must be known.
 
     Raises:
         CorpusError: it cannot be read, has a single distinct character, is too short for windows of seq_len, or is
@@ -87,7 +104,7 @@ def load_dataset(table: DataTable, seq_len: int, *, verify: bool = True, tokeniz
     if tokenizer:
         check_kind(table, tokenizer, "init_from")
     if table.val_corpus:
-        return _load_two(table, table.val_corpus, seq_len, tokenizer, verify=verify)
+        return _load_two(table, table.val_corpus, seq_len, tokenizer, verify=verify, only_held_out=only_held_out)
     if is_prepared(table.corpus):
         return _load_prepared(table, seq_len, tokenizer, verify=verify)
     corpus = load_corpus(table.corpus)
@@ -151,10 +168,15 @@ def check_kind(table: DataTable, tokenizer: Tokenizer, owner: str) -> None:
         raise CorpusError(f"{owner}: its tokenizer is {kind!r}; leave tokenizer, vocab_size and tokenizer_file out")
 
 
-def _open_tokens(folder: Path, tokenizer: Tokenizer | None, *, verify: bool) -> tuple[Prepared, torch.Tensor]:
-    """A prepared corpus, which must have this tokenizer if it is known, and its tokens."""
+def _open_tokens(
+    folder: Path, tokenizer: Tokenizer | None, *, verify: bool, max_other: int = 0
+) -> tuple[Prepared, torch.Tensor]:
+    """A prepared corpus and its tokens.
+
+    If the `tokenizer` is known, a corpus of more than `max_other` bytes of text must be prepared with it.
+    """
     prepared = open_prepared(folder, verify=verify)
-    if tokenizer and prepared.tokenizer.metadata != tokenizer.metadata:
+    if tokenizer and prepared.tokenizer.metadata != tokenizer.metadata and prepared.manifest.text_bytes > max_other:
         known, other = (describe_tokenizer(each.metadata) for each in (tokenizer, prepared.tokenizer))
         raise CorpusError(f"{folder}: is prepared with the tokenizer {other}, expected {known}; prepare it with that")
     with warnings.catch_warnings():
@@ -163,16 +185,23 @@ def _open_tokens(folder: Path, tokenizer: Tokenizer | None, *, verify: bool) -> 
         return prepared, torch.from_numpy(prepared.tokens)
 
 
-def _load_two(table: DataTable, val_corpus: str, seq_len: int, tokenizer: Tokenizer | None, *, verify: bool) -> Dataset:
-    """The corpus as the training part, and `val_corpus` as the held-out part.
+def _load_two(
+    table: DataTable,
+    val_corpus: str,
+    seq_len: int,
+    tokenizer: Tokenizer | None,
+    *,
+    verify: bool,
+    only_held_out: bool,
+) -> Dataset:
+    """The corpus as the training part, or none with `only_held_out`, and `val_corpus` as the held-out part.
 
-    If both are one text, and the `tokenizer` is known, the text is read once. A prepared `val_corpus` of another
-    tokenizer than the corpus's is decoded and encoded.
+    A prepared `val_corpus` of another tokenizer than the corpus's is decoded and encoded.
     """
     checks: list[Callable[[], None]] = []
     val_text = None if is_prepared(val_corpus) else load_corpus(val_corpus)
     train, sha256 = None, ""
-    if tokenizer and table.corpus == val_corpus:
+    if tokenizer and only_held_out:
         pass
     elif is_prepared(table.corpus):
         prepared, train = _open_tokens(Path(table.corpus), tokenizer, verify=verify)
@@ -186,7 +215,7 @@ def _load_two(table: DataTable, val_corpus: str, seq_len: int, tokenizer: Tokeni
     if val_text:
         val, held_out_sha256 = torch.from_numpy(tokenizer.encode(val_text.text, name=val_corpus)), val_text.sha256
     else:
-        prepared, val = _open_tokens(Path(val_corpus), None, verify=verify)
+        prepared, val = _open_tokens(Path(val_corpus), tokenizer, verify=verify, max_other=MAX_ENCODED_AGAIN)
         held_out_sha256 = prepared.manifest.tokens_sha256
         if prepared.tokenizer.metadata == tokenizer.metadata:
             checks.append(prepared.check_unchanged)
@@ -245,14 +274,10 @@ def _documents(tokens: npt.NDArray[np.integer], end_of_text: int | None) -> Iter
         yield tokens[start:]
 
 
-def _document_hashes(tokens: torch.Tensor, end_of_text: int) -> npt.NDArray[np.uint64]:
-    """An 8-byte hash of each document in `tokens` (n,) that is not empty.
-
-    Of 10 million documents against a million, two that differ have the same hash in one case of a million.
-    """
-    documents = filter(len, _documents(tokens.numpy(), end_of_text))
-    digests = (hashlib.blake2b(np.ascontiguousarray(document).data, digest_size=8) for document in documents)
-    return np.fromiter((int.from_bytes(digest.digest()) for digest in digests), np.uint64)
+def _document_hashes(tokens: torch.Tensor, end_of_text: int) -> Iterator[bytes]:
+    """A hash of each document in `tokens` (n,) that is not empty."""
+    for document in filter(len, _documents(tokens.numpy(), end_of_text)):
+        yield hashlib.blake2b(np.ascontiguousarray(document).data, digest_size=16).digest()
 
 
 def make_tokenizer(table: DataTable, text: str) -> Tokenizer:

@@ -13,6 +13,9 @@ HEAD = 1 << 16
 COMPRESSED = {".gz": (b"\x1f\x8b", "a gzip file"), ".zst": (b"\x28\xb5\x2f\xfd", "a zstd file")}
 PARQUET = b"PAR1"
 
+DEFAULT_FIELD = "text"
+"""The field or column of a document's text, unless the user names another."""
+
 Form = Literal["text", "JSON Lines", "a JSON array", "CSV", "Parquet"]
 """A text is one document; the others have a document in a field of each record."""
 FORMS: dict[str, Form] = {

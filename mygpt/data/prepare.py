@@ -21,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
+from mygpt.cores import available_cores
 from mygpt.data.build import tokenizer_from
+from mygpt.data.formats import DEFAULT_FIELD
 from mygpt.data.prepared import (
     HEADER_BYTES,
     MANIFEST_FILE,
@@ -109,7 +111,7 @@ def prepare(
     out: Path,
     choice: TokenizerChoice,
     *,
-    field: str = "text",
+    field: str = DEFAULT_FIELD,
     workers: int | None = None,
     progress: Progress = lambda _: None,
 ) -> Manifest:
@@ -131,7 +133,7 @@ def prepare(
                 raise CorpusError(f"{partial}: in the way of the folder to work in; remove it, or choose another --out")
             make_directory(partial)
             try:
-                return _prepare(sources, partial, out, choice, field, workers or _cores(), progress)
+                return _prepare(sources, partial, out, choice, field, workers or len(available_cores()), progress)
             except MygptError as error:
                 if kept := _kept_bytes(partial):
                     how = f"mend this, and the command continues after the {kept:,} bytes of text that {partial} keeps"
@@ -223,11 +225,6 @@ def _kept_bytes(partial: Path) -> int:
         for line in (partial / JOURNAL_FILE).read_bytes().splitlines():
             kept += json.loads(line)["text_bytes"]
     return kept
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tokenizer(

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shlex
-import sys
 import zlib
 from codecs import getincrementaldecoder
 from collections import Counter
@@ -20,10 +19,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, AnyStr, NamedTuple
 
 from mygpt.data.formats import (
     COMPRESSED,
+    DEFAULT_FIELD,
     FORMS,
     HEAD,
     PARQUET,
@@ -40,8 +40,8 @@ BLOCK = 1 << 20
 ZSTD_BLOCK = 1 << 9
 """Compressed bytes at a time: what they stand for is in memory at once, and can be thirty thousand times as much."""
 MAX_RECORD = 1 << 26
-"""Characters of a record of a JSON array: it is read until it is whole, and one that is damaged never is."""
-BEFORE_FIRST, BEFORE_RECORD = re.compile(r"\ufeff?\s*\[\s*(?=\{)"), re.compile(r"\s*,\s*(?=\{)")
+"""Characters of a record of a JSON array or a field of CSV: it is read until it ends, and a damaged one may never."""
+BEFORE_FIRST, BEFORE_RECORD = re.compile(r"\s*\[\s*(?=\{)"), re.compile(r"\s*,\s*(?=\{)")
 """What stands before the first record of a JSON array, and before the others."""
 OWN_FOLDERS = {
     "run directory": {"run.json", "recipe.toml"},
@@ -85,7 +85,7 @@ class Content(NamedTuple):
     """The beginning of what it holds, decompressed."""
 
 
-def find_sources(names: Sequence[str], field: str = "text") -> list[Path]:
+def find_sources(names: Sequence[str], field: str = DEFAULT_FIELD) -> list[Path]:
     """The files that a user names: files, folders and patterns, each file and each content once.
 
     A folder stands for all files of known endings in it but hidden ones, and those of mygpt's own folders. Those of a
@@ -134,7 +134,8 @@ def decode_text(file: Path, raw: bytes) -> str:
     content = _identify(file, io.BytesIO(raw))
     if content.compression or content.form != "text":
         name = COMPRESSED[content.compression][1] if content.compression else content.form
-        raise CorpusError(f"{file}: {name}; prepare it, and give the folder: {prepare_command(file)}")
+        way = "" if content.compression or name == "Parquet" else "copy it to a .txt to take it as it is, or "
+        raise CorpusError(f"{file}: {name}; {way}prepare it, and give the folder: {prepare_command(file)}")
     return "".join(piece.text for piece in _text(file, [raw]))
 
 
@@ -182,7 +183,8 @@ def _files_in(folder: Path, field: str) -> list[Path]:
         for file in (Path(parent, name) for name in names if not name.startswith(".")):
             ending = ending_of(file)
             if not file.is_file() or ending not in FORMS:
-                left_out[ending + file.suffix.lower() * (file.suffix.lower() != ending) or "no ending"] += 1
+                is_compressed = file.suffix.lower() in COMPRESSED
+                left_out[Path(file.stem).suffix * is_compressed + file.suffix or "no ending"] += 1
             elif ending in (".json", ".csv") and not _has_field(file, field):
                 left_out[f"{ending} without {field!r}"] += 1
             else:
@@ -240,8 +242,10 @@ def _each_content_once(files: Sequence[Path], field: str) -> list[Path]:
         else:
             others.append(file)
             kept.append(file)
-    if field != "text" and not has_fields:
-        raise CorpusError(f"--field {field}: the sources are plain texts, which have no fields; leave it out")
+    if field != DEFAULT_FIELD and not has_fields:
+        raise CorpusError(
+            f"--field {field}: no source has such a field; correct it, or leave it out if all sources are plain texts"
+        )
     for copy in copies[:MAX_COPIES]:
         print_note(copy)
     if len(copies) > MAX_COPIES:
@@ -282,8 +286,9 @@ def read_pieces(file: Path, field: str, done: list[Source]) -> Iterator[Piece]:
             elif form == "text":
                 yield from _text(file, blocks)
             else:
-                texts = (piece.text for piece in _text(file, blocks))
-                yield from (_csv if form == "CSV" else _json_array)(file, texts, field)
+                texts = filter(None, (piece.text for piece in _text(file, blocks)))
+                start = next(texts, "").removeprefix("\ufeff")
+                yield from (_csv if form == "CSV" else _json_array)(file, filter(None, chain([start], texts)), field)
             while hashing.read(BLOCK):  # what a decompressor leaves unread
                 pass
     except OSError as error:
@@ -397,35 +402,25 @@ def _text(file: Path, blocks: Iterable[bytes]) -> Iterator[Piece]:
 
 
 def _json_lines(file: Path, blocks: Iterable[bytes], field: str) -> Iterator[Piece]:
-    number, rest = 0, [b""]
-
-    def document(line: bytes) -> Piece:
+    for number, line in enumerate(map(bytes.strip, _lines(blocks, b"\n")), start=1):
+        if not line:
+            continue
+        where = f"{file}: line {number}"
         try:
             text = json.loads(line)[field]
         except UnicodeDecodeError:
-            raise CorpusError(f"{file}: line {number}: not UTF-8; convert it to UTF-8") from None
+            raise CorpusError(f"{where}: not UTF-8; convert it to UTF-8") from None
         except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{file}: line {number}: not JSON: {error}") from None
+            raise CorpusError(f"{where}: not JSON: {error}") from None
         except (TypeError, KeyError):
-            raise NoFieldError(f"{file}: line {number}: no JSON object with a field {field!r}; see --field") from None
-        return _document(text, f"{file}: line {number}", field)
-
-    for block in blocks:
-        head, *lines = block.split(b"\n")
-        rest.append(head)
-        for line in lines:
-            number += 1
-            if whole := b"".join(rest).strip():
-                yield document(whole)
-            rest = [line]
-    number += 1
-    if whole := b"".join(rest).strip():
-        yield document(whole)
+            raise NoFieldError(f"{where}: no JSON object with a field {field!r}; see --field") from None
+        yield _document(text, where, field)
 
 
 def _json_array(file: Path, texts: Iterable[str], field: str) -> Iterator[Piece]:
+    """The documents of an array in `texts`, none of which is empty."""
     text, number, scan = "", 0, json.JSONDecoder().raw_decode
-    for part in chain(texts, [""]):  # the last text is empty, too: the file's end
+    for part in chain(texts, [""]):  # an empty one stands for the file's end
         text, at = text + part, 0
         while before := (BEFORE_RECORD if number else BEFORE_FIRST).match(text, at):
             try:
@@ -438,20 +433,22 @@ def _json_array(file: Path, texts: Iterable[str], field: str) -> Iterator[Piece]
             number, at = number + 1, end
             where = f"{file}: record {number}"
             if field not in record:
-                raise NoFieldError(f"{where}: no field {field!r} but {', '.join(record)}; see --field")
+                raise _no_field(where, "field", field, record)
             yield _document(record[field], where, field)
         text = text[at:]
-    if not re.fullmatch(r"\s*\]\s*" if number else r"\ufeff?\s*\[\s*\]\s*", text):
-        raise CorpusError(f"{file}: after record {number}: expected , and an object, or ] at the end")
+        if not before:
+            text = "".join(text.split())
+            if text not in (["", ",", "]"] if number else ["", "[", "[]"]) or not (part or text.endswith("]")):
+                raise CorpusError(f"{file}: after record {number}: expected , and an object, or ] at the end")
 
 
 def _csv(file: Path, texts: Iterable[str], field: str) -> Iterator[Piece]:
-    csv.field_size_limit(sys.maxsize)  # of all readers: a document may be longer than the default
-    rows = csv.reader(_lines(texts), strict=True)
+    csv.field_size_limit(MAX_RECORD)  # of all readers: a document may be longer than the default
+    rows = csv.reader(_lines(texts, "\n"), strict=True)
     try:
         columns = next(rows, [])
         if field not in columns:
-            raise NoFieldError(f"{file}: has no column {field!r} but {', '.join(columns)}; see --field")
+            raise _no_field(file, "column", field, columns)
         for row in filter(None, rows):
             if len(row) != len(columns):
                 raise CorpusError(f"{file}: line {rows.line_num}: {len(row)} columns, expected {len(columns)}")
@@ -460,18 +457,23 @@ def _csv(file: Path, texts: Iterable[str], field: str) -> Iterator[Piece]:
         raise CorpusError(f"{file}: line {rows.line_num}: not CSV: {error}") from None
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """The lines of a text with their ends, without a byte order mark."""
-    rest = [""]
-    is_first = True
-    for text in texts:
-        head, *lines = text.removeprefix("\ufeff" if is_first else "").split("\n")
-        is_first = False
-        rest.append(head)
-        for line in lines:
-            yield "".join(rest) + "\n"
-            rest = [line]
-    if last := "".join(rest):
+def _no_field(where: object, kind: str, field: str, names: Iterable[str]) -> NoFieldError:
+    others = ", ".join(names)
+    return NoFieldError(f"{where}: has no {kind}" + (f" {field!r} but {others}; see --field" if others else "s"))
+
+
+def _lines(parts: Iterable[AnyStr], newline: AnyStr) -> Iterator[AnyStr]:
+    """The lines of a text with their ends."""
+    rest: list[AnyStr] = []
+    nothing = newline[:0]
+    for part in parts:
+        pieces = part.split(newline)
+        for line in pieces[:-1]:
+            rest.append(line)
+            yield nothing.join(rest) + newline
+            rest.clear()
+        rest.append(pieces[-1])
+    if last := nothing.join(rest):
         yield last
 
 
@@ -488,7 +490,7 @@ def _parquet(file: Path, raw: IO[bytes], head: bytes, field: str) -> Iterator[Pi
         with pyarrow.parquet.ParquetFile(raw, page_checksum_verification=True) as table:
             columns = table.schema_arrow.names
             if field not in columns:
-                raise NoFieldError(f"{file}: has no column {field!r} but {', '.join(columns)}; see --field")
+                raise _no_field(file, "column", field, columns)
             for batch in table.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(0):
                     row += 1

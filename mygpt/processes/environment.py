@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from mygpt.cores import available_cores
 from mygpt.errors import LaunchError
 
 _COUNTS = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
@@ -121,8 +122,7 @@ def choose_threads(threads: int | None, local_processes: int, *, pinned: bool = 
     """
     if threads is not None or pinned:
         return threads or 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // max(1, local_processes))
+    return max(1, len(available_cores()) // max(1, local_processes))
 
 
 def choose_workers(threads: int | None, local_processes: int) -> int:

@@ -123,7 +123,9 @@ def _note_on_source(given: str, recorded: str) -> str:
     return f"init_from: {given} is {names[0]} by now; what began with {recorded} goes on"
 
 
-def open_dataset(recipe: Recipe, initial: Initial | None = None, *, verify: bool = True) -> Dataset:
+def open_dataset(
+    recipe: Recipe, initial: Initial | None = None, *, verify: bool = True, only_held_out: bool = False
+) -> Dataset:
     """The texts of a recipe, with the tokenizer of the model that it begins with; see `load_dataset`.
 
     `initial` is what `find_initial` finds, if that is known.
@@ -134,7 +136,9 @@ def open_dataset(recipe: Recipe, initial: Initial | None = None, *, verify: bool
     initial = initial or find_initial(recipe)
     tokenizer = tokenizer_from(initial.metadata.tokenizer) if initial else None
     try:
-        return load_dataset(recipe.data, recipe.train.seq_len, verify=verify, tokenizer=tokenizer)
+        return load_dataset(
+            recipe.data, recipe.train.seq_len, verify=verify, tokenizer=tokenizer, only_held_out=only_held_out
+        )
     except TokenizerError as error:
         if initial is None:
             raise

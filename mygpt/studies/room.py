@@ -13,6 +13,7 @@ from typing import IO, NamedTuple
 
 import psutil
 
+from mygpt.cores import available_cores
 from mygpt.errors import MygptError
 from mygpt.recipe.tables import Recipe
 from mygpt.studies.worker import Measured, Task
@@ -79,13 +80,6 @@ def take_slots(room: Room) -> Iterator[list[Slot]]:
             )
             for index in range(room.side_by_side)
         ]
-
-
-def available_cores() -> list[int]:
-    """The numbers of the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def core_count() -> int:

@@ -222,11 +222,13 @@ def test_source_that_changes_in_between_is_read_anew(tmp_path, small):
         ("a.jsonl", b'{"text": "a\xff"}\n', r"a\.jsonl: line 1: not UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl: line 1: 'text' has half of a surrogate pair"),
         ("a.json", b'{"body": "a"}\n' * 9, r"a\.json: line 1: no JSON object with a field 'text'"),
-        ("a.json", b'[{"text": "a"}, {"body": "a"}]', r"a\.json: record 2: no field 'text' but body; see --field"),
+        ("a.json", b'[{"text": "a"}, {"body": "a"}]', r"a\.json: record 2: has no field 'text' but body; see --field"),
         ("a.json", b'[{"text": "a"}, {"text": 3}]', r"a\.json: record 2: 'text' is int, expected text"),
         ("a.json", b'[{"text": "a"}, {"text" "a"}]' * 99, r"a\.json: record 2: not JSON: Expecting"),
         ("a.json", b'[{"text": "a"}, {"text": "a', r"a\.json: record 2: not JSON: Unterminated string"),
+        ("a.json", b'[{"text": "a"}, {}]', r"a\.json: record 2: has no fields$"),
         ("a.json", b'[{"text": "a"} {"text": "a"}]', r"a\.json: after record 1: expected , and an object, or \] at"),
+        ("a.csv", b"", r"a\.csv: has no columns$"),
         ("a.csv", b"n,body\n1,a\n", r"a\.csv: has no column 'text' but n, body; see --field"),
         ("a.csv", b"n,text\n1,a,b\n", r"a\.csv: line 2: 3 columns, expected 2"),
         ("a.csv", b'n,text\n1,"a\n2,b\n', r"a\.csv: line 3: not CSV: unexpected end of data"),
@@ -798,7 +800,10 @@ def test_run_in_epochs_by_documents_continues_to_the_same_bytes(tiny, tmp_path, 
 @pytest.mark.fault(90)
 @pytest.mark.parametrize("hold_out", ["documents", "tokens"])
 def test_held_out_documents_that_are_trained_on_are_counted(tiny, tmp_path, capsys, monkeypatch, hold_out):
-    """Exact copies on both sides of the split; empty documents are none, and neither is a part of one."""
+    """Exact copies on both sides of the split; empty documents are none, and neither is a part of one.
+
+    Nothing is read if nothing is held out, or the corpus is large.
+    """
     monkeypatch.setattr("mygpt.data.dataset.BLOCK", 64)
     texts = [f"Document {number} of some, with its words." for number in range(40)] + ["", ""]
     texts += ["Document 3 of some, with its words.", "its words.", "", *(f"Held out {number}." for number in range(30))]
@@ -813,3 +818,7 @@ def test_held_out_documents_that_are_trained_on_are_counted(tiny, tmp_path, caps
     train(tiny(**keys))
     assert f"2 of the {documents} held-out documents are in the training part, too" in capsys.readouterr().err
     assert dataset._replace(train=dataset.val[:0]).count_copies() == (0, documents)
+    monkeypatch.setattr("mygpt.data.dataset._documents", lambda *_: pytest.fail("read"))
+    assert dataset._replace(val=dataset.val[:0]).count_copies() == (0, 0)
+    monkeypatch.setattr("mygpt.data.dataset.MAX_COMPARED", 100)
+    assert dataset.count_copies() == (0, 0)

@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import re
 import shlex
 import tarfile
 import zipfile
@@ -17,7 +18,7 @@ from mygpt.data.corpus import load_corpus
 from mygpt.data.dataset import load_dataset
 from mygpt.data.prepare import TokenizerChoice, prepare
 from mygpt.data.prepared import open_prepared
-from mygpt.data.sources import find_sources
+from mygpt.data.sources import find_sources, read_pieces
 from mygpt.errors import CorpusError, MygptError
 from mygpt.recipe.tables import DataTable
 from mygpt.training.train import train
@@ -124,8 +125,8 @@ def test_file_of_documents_is_not_trained_on_as_text_and_the_command_in_the_mess
     (tmp_path / name).write_bytes(content)
     code, _, err = call("train", name, *FLAGS)
     assert code == 2
-    head, _, command = err.partition("; prepare it, and give the folder: ")
-    assert head == f"mygpt: {name}: {form}"
+    head, _, command = err.partition("prepare it, and give the folder: ")
+    assert head == f"mygpt: {name}: {form}; " + "copy it to a .txt to take it as it is, or " * ("gzip" not in form)
     _, *arguments = shlex.split(command)
     assert call(*arguments, "--tokenizer", "byte")[0] == 0
     assert open_prepared(tmp_path / arguments[-1]).manifest.documents == {"JSON Lines": 50, "a JSON array": 2}.get(
@@ -161,14 +162,43 @@ def test_field_that_no_source_has_use_for_is_a_mistake(call, tmp_path, monkeypat
     (tmp_path / "a.txt").write_text(TEXT)
     for command in (("init", "a.txt"), ("data", "prepare", "a.txt", "--out", "out")):
         code, _, err = call(*command, "--field", "body")
-        assert (code, err) == (
-            2,
-            "mygpt: --field body: the sources are plain texts, which have no fields; leave it out\n",
+        assert code == 2
+        assert err == (
+            "mygpt: --field body: no source has such a field; correct it, or leave it out if all sources are plain "
+            "texts\n"
         )
     code, _, err = call("init", "python-docs", "--field", "body")
     assert (code, err) == (2, "mygpt: --field body: python-docs has no fields; leave it out\n")
     (tmp_path / "b.csv").write_text("body\nsome text\n")
     assert call("data", "prepare", "a.txt", "b.csv", "--field", "body", "--tokenizer", "byte", "--out", "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "message"),
+    [
+        ("a.json", '[{"text": "a"}]\n[{"text": "a"},', "after record 1: expected , and an object, or ]"),
+        ("a.json", '[{"text": "a"}, 5,', "after record 1: expected , and an object, or ]"),
+        ("a.csv", 'text\n"never closed\n', "not CSV: field larger than field limit (5000)"),
+    ],
+)
+def test_damaged_records_are_refused_before_the_rest_of_the_file_is_read(tmp_path, monkeypatch, name, start, message):
+    """It would be held in memory. Here it ends with a byte that is not UTF-8."""
+    monkeypatch.setattr("mygpt.data.sources.BLOCK", 1000)
+    monkeypatch.setattr("mygpt.data.sources.HEAD", 1000)
+    monkeypatch.setattr("mygpt.data.sources.MAX_RECORD", 5000)
+    (tmp_path / name).write_bytes(start.encode() + b"a line of some\n" * 1000 + b"\xff")
+    with pytest.raises(CorpusError, match=re.escape(message)):
+        prepare([tmp_path / name], tmp_path / "out", BYTES)
+
+
+def test_json_array_may_have_white_space_and_a_character_across_blocks(tmp_path, monkeypatch):
+    """A block may hold white space alone, or a part of one character, which is no text yet."""
+    monkeypatch.setattr("mygpt.data.sources.BLOCK", 1)
+    monkeypatch.setattr("mygpt.data.sources.HEAD", 16)
+    content = "\ufeff [ \n\n {'text': 'One'} \n ,\n  {'text': '\U0001f600 two'}\n ] \n ".replace("'", '"')
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    pieces = read_pieces(tmp_path / "a.json", "text", [])
+    assert [piece.text for piece in pieces] == ["One", "\U0001f600 two"]
 
 
 # ---- Folders
@@ -193,9 +223,11 @@ def test_what_a_folder_has_beside_texts_is_said(tmp_path, capsys):
     found = find_sources([str(tmp_path / "data")])
     assert [file.name for file in found] == ["README.md", "b.csv", "data.json"]
     assert capsys.readouterr().err == (
-        f"note: {tmp_path / 'data'}: left out: .png (2), .csv without 'text' (1), .json without 'text' (1), .xz (1), "
-        "link to a folder (1), no ending (1)\n"
+        f"note: {tmp_path / 'data'}: left out: .PNG (1), .csv without 'text' (1), .json without 'text' (1), .png (1), "
+        ".xz (1), link to a folder (1), no ending (1)\n"
     )
+    with pytest.raises(CorpusError, match="--field txet: no source has such a field; correct it"):
+        find_sources([str(tmp_path / "data")], "txet")  # and README.md remains
 
 
 @pytest.mark.fault(88)
@@ -213,14 +245,14 @@ def test_runs_and_prepared_corpora_in_a_folder_are_no_sources(tiny, tmp_path, ca
 def test_folder_of_code_is_answered_with_the_pattern_that_reads_it(call, tmp_path, monkeypatch):
     """Its files have no ending of a text."""
     monkeypatch.chdir(tmp_path)
-    for name in ("a.py", "sub/b.py", "sub/c.toml"):
+    for name in ("a.PY", "sub/b.PY", "sub/c.toml"):
         (tmp_path / "my code" / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / "my code" / name).write_text(f"# {name}\n")
     code, _, err = call("data", "prepare", "my code", "--out", "out")
     assert (code, err.splitlines()) == (
         2,
         [
-            "mygpt: my code: no texts in it, only: .py (2), .toml (1); to read all .py as texts: 'my code/**/*.py'",
+            "mygpt: my code: no texts in it, only: .PY (2), .toml (1); to read all .PY as texts: 'my code/**/*.PY'",
         ],
     )
     pattern = shlex.split(err.rpartition("texts: ")[2])

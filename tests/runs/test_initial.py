@@ -295,6 +295,8 @@ def test_mistakes_about_the_beginning(tiny, source, other_text, tmp_path):
     prepare([other_text], tmp_path / "tokens", TokenizerChoice("byte", 0, None))
     with pytest.raises(CorpusError, match=r"is prepared with the tokenizer byte .*, expected char"):
         train(tiny(init_from=str(source), corpus=str(tmp_path / "tokens")))
+    with pytest.raises(CorpusError, match=r"is prepared with the tokenizer byte .*, expected char"):
+        train(tiny(init_from=str(source), corpus=str(tmp_path / "tokens"), val_corpus=str(tmp_path / "tokens")))
     assert not (tmp_path / "run").exists()
 
 
@@ -341,8 +343,8 @@ def test_models_of_different_texts_are_compared_on_one(tiny, tmp_path, other_tex
     assert result.held_out is None
 
 
-def test_prepared_text_can_be_held_out(tiny, tmp_path, text, other_text, text_file):
-    """It gets the tokenizer of the corpus, which may be prepared, too, or not."""
+def test_prepared_text_can_be_held_out(tiny, tmp_path, text, other_text, text_file, monkeypatch):
+    """It gets the tokenizer of the corpus, which may be prepared, too, or not. A large one must have it already."""
     tokens, other = tmp_path / "tokens", tmp_path / "other"
     prepare([text_file], tokens, TokenizerChoice("byte", 0, None))
     prepare([other_text], other, TokenizerChoice("byte", 0, None))
@@ -359,6 +361,9 @@ def test_prepared_text_can_be_held_out(tiny, tmp_path, text, other_text, text_fi
         file.write(b"x")
     with pytest.raises(CorpusError, match="has changed while it was in use"):
         dataset.check_unchanged()
+    monkeypatch.setattr("mygpt.data.dataset.MAX_ENCODED_AGAIN", 100)
+    with pytest.raises(CorpusError, match=r"tokens: is prepared with the tokenizer byte .*, expected char"):
+        load_dataset(tiny(val_corpus=str(tokens)).data, 16)
 
 
 def test_mistakes_about_held_out_text(tiny, tmp_path, other_text):
