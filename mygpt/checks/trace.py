@@ -24,6 +24,7 @@ from mygpt.runs.initial import open_dataset
 from mygpt.runs.run import Run
 from mygpt.training.gradient_sum import Mean, gradient_sum_for
 from mygpt.training.parts import Parts, build_parts, open_accelerator
+from mygpt.training.state import as_tensor
 from mygpt.training.step import train_step
 
 
@@ -123,7 +124,7 @@ def see_step(parts: Parts, batch: Batch, step: int, values: Values) -> float:
     for parameter_name, parameter in parts.gpt.named_parameters():
         moments = parts.optimizer.state.get(parameter, {})
         for moment, value in sorted(moments.items()):
-            see(f"{moment} of {parameter_name}, updated", value)
+            see(f"{moment} of {parameter_name}, updated", as_tensor(value))
         see(f"{parameter_name}, updated", parameter)
     return update.loss.item()
 
