@@ -133,13 +133,18 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The part of a full tensor that this process holds of a parameter; scalars, and if it is whole, the tensor."""
+    """The part of a full tensor that this process holds of a parameter; scalars, and if it is whole, the tensor.
+
+    One of another shape than the parameter is whole on each process, as a DTensor, which can meet the parameter's.
+    """
     if not is_sharded_tensor(parameter) or not tensor.dim():
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
     # Every process has all of it, so that none has to send anything.
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    if tensor.shape != parameter.shape:
+        placements = [Replicate() for _ in placements]
     return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
@@ -250,14 +255,18 @@ def update_unless(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
     """An optimizer step, which changes nothing if `skip` (a bool scalar) is true, now or at an earlier step; then the
     gradients are dropped.
 
-    The host does not wait to know: the fused kernel looks at `found_inf` on the device, as for torch's GradScaler.
+    The host does not wait to know: fused AdamW looks at `found_inf` on the device, as for torch's GradScaler. For any
+    other optimizer the host waits.
     Accelerate's wrapper adds a gradient scaler and accumulation, which are not used here, and looks for a package on
     the disk at each step, which takes 0.4 ms: the optimizer inside is stepped itself.
     """
     own: Any = getattr(optimizer, "optimizer", optimizer)
     own.held = torch.maximum(getattr(own, "held", skip.float()), skip.float())
-    if skip.device.type != "mps":
+    looks = type(own) is AdamW and own.defaults["fused"] and skip.device.type != "mps"  # of mps not every version does
+    if looks:
         own.found_inf = own.held
-    if skip.device.type != "mps" or not own.held.item():  # not every version of mps's kernel looks
+    if looks or not own.held.item():
         own.step()
+    else:
+        own._opt_called = True  # or the scheduler would warn that it goes on before the first step
     own.zero_grad()

@@ -15,8 +15,8 @@ from torch.distributed import TCPStore
 
 from mygpt import compat
 from mygpt.processes.channel import PROCESS_TIMEOUT
-from mygpt.recipe.tables import OptimizerTable, Recipe
-from mygpt.training.optim import build_optimizer
+from mygpt.recipe.tables import OptimizerTable, Recipe, ScheduleTable
+from mygpt.training.optim import build_optimizer, build_scheduler
 from mygpt.training.parts import open_accelerator
 
 
@@ -165,6 +165,15 @@ def test_fused_adamw_withholds_an_update_on_the_device():
     assert torch.equal(weights[1], weights[2])
 
 
+def test_a_step_that_is_left_out_is_none_for_the_scheduler():
+    """Torch warns of a rate that changes before a step, unless `_opt_called` is set; if it warns, find the new name."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = build_scheduler(optimizer, ScheduleTable(), 1e-3, 2)
+    compat.update_unless(optimizer, torch.tensor(True))
+    scheduler.step()
+
+
 def test_optimizer_is_torchs_adamw():
     """Bit for bit the same updates and state as torch's, without its decorators; if not, drop compat.AdamW."""
     models = [torch.nn.Linear(8, 8) for _ in range(2)]
@@ -210,6 +219,8 @@ part = shard_like(whole, parameter)
 assert is_sharded_tensor(parameter) and is_sharded_tensor(part) and not is_sharded_tensor(whole)
 assert part.placements == parameter.placements and torch.equal(full_tensor(part), whole)
 assert shard_like(whole, whole) is whole and full_tensor(whole) is whole
+row = shard_like(whole[:1], parameter)
+assert torch.equal(full_tensor(parameter * row), torch.zeros(3, 2)) and torch.equal(full_tensor(row), whole[:1])
 torch.distributed.destroy_process_group()
 """
 

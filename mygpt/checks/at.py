@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,8 @@ from mygpt.checks.rerun import (
     check_inputs,
     describe_changes,
     explain_rerun,
+    find_inputs,
+    input_sha256,
     parts_of,
     pinned_recipe,
     train_parts,
@@ -64,13 +66,21 @@ class Plan(NamedTuple):
 
 
 def recreate(
-    run: Path, step: int, out: Path, *, start: Path | None = None, from_beginning: bool = False, check: bool = True
+    run: Path,
+    step: int,
+    out: Path,
+    inputs: Mapping[str, str] = {},
+    *,
+    start: Path | None = None,
+    from_beginning: bool = False,
+    check: bool = True,
 ) -> Recreation:
     """Make `out` the run directory of `run` as it was after a step, with the bytes that its files had then.
 
     It begins with the nearest whole checkpoint at or before the step, or with the step directory `start`, of this run
     or of what `recreate` made of it; `from_beginning` uses no checkpoint. With `check`, all that the run has recorded
     of the steps that are trained again must come out the same. `run` is only read, and `out` appears when it is whole.
+    `inputs` are the paths of texts and of a model that have been moved; see `find_inputs`.
     Every process of a launch has to call this.
 
     Raises:
@@ -81,7 +91,8 @@ def recreate(
         InterruptedRunError: a signal asked to stop.
     """
     recorded, is_main = Run(run), is_main_process()
-    plan = plan_recreation(recorded, step, start, from_beginning=from_beginning, warn=print_note)
+    moved = find_inputs([recorded], inputs)
+    plan = plan_recreation(recorded, step, start, moved, from_beginning=from_beginning, warn=print_note)
     if not is_main:
         for _ in train_parts(plan.parts, out, resume="auto"):
             pass
@@ -112,7 +123,13 @@ def recreate(
 
 
 def plan_recreation(
-    run: Run, step: int, start: Path | None = None, *, from_beginning: bool = False, warn: Warn
+    run: Run,
+    step: int,
+    start: Path | None = None,
+    inputs: Mapping[str, str] = {},
+    *,
+    from_beginning: bool = False,
+    warn: Warn,
 ) -> Plan:
     """Where to begin, and what to train from there; reads the run, and raises as `recreate` does."""
     begun_after = check_step(run, step)
@@ -126,7 +143,7 @@ def plan_recreation(
     first = read_manifest(checkpoint).step if checkpoint else begun_after
     if checkpoint is None and (origin := run.origin):
         verify_checkpoint(origin)
-    parts = list(parts_of(run, first, step)) if first < step else []
+    parts = list(parts_of(run, first, step, inputs)) if first < step else []
     check_inputs(run, parts, from_beginning=not first)
     recipe = run.recipe_at(step)
     if parts:
@@ -135,7 +152,9 @@ def plan_recreation(
         parts[-1] = parts[-1]._replace(recipe=parts[-1].recipe.replace(**shown))
         recipe = recipe.replace(**{key: parts[-1].recipe.flat()[key] for key in HASH_OF_PATH}, **shown)
     elif checkpoint:
-        recipe = Run(checkpoint.parent).recipe_of(checkpoint)
+        hashes = run.info.recorded_at(step)
+        moved = {key: inputs[hashes[name]] for key, name in HASH_OF_PATH.items() if hashes[name] in inputs}
+        recipe = Run(checkpoint.parent).recipe_of(checkpoint).replace(**moved)
     return Plan(checkpoint, first, list(split_at_checkpoints(run, first, parts)), recipe)
 
 
@@ -314,15 +333,20 @@ def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
     was, wanted = base.flat(), recipe.flat()
     pins = {key: pinned.flat()[key] for key in ("threads", "matmul", *HASH_OF_PATH) if wanted[key] == was[key]}
     recipe = recipe.replace(output=str(output), resume="auto", **pins)
+    hashes = recorded.info.recorded_at(step + 1)
+    given = {key: wanted[key] for key in HASH_OF_PATH if wanted[key] not in (None, was[key])}
     with connect(launched) as channel:
-        own = {"continues": is_main_process() and check_fork(recorded, step, recipe, output)}
+        moved = {key: path for key, path in given.items() if input_sha256(key, path) == hashes[HASH_OF_PATH[key]]}
+        if wanted["init_from"] != was["init_from"] and "init_from" not in moved:
+            raise RecipeError("--init-from: a fork begins with the weights of its run; leave it out")
+        own = {"continues": is_main_process() and check_fork(recorded, step, recipe, output, moved)}
         continues = channel.exchange(own, "fork")[0]["continues"]
     if not continues:
-        recreate(run, step, output)
+        recreate(run, step, output, moved)
     return train(recipe, allow_changes=True)
 
 
-def check_fork(run: Run, step: int, recipe: Recipe, output: Path) -> bool:
+def check_fork(run: Run, step: int, recipe: Recipe, output: Path, moved: Mapping[str, str]) -> bool:
     """Check that the run can be forked after a step with this recipe; returns whether the fork has been begun."""
     check_step(run, step)
     if recipe.train.steps <= step:
@@ -332,7 +356,7 @@ def check_fork(run: Run, step: int, recipe: Recipe, output: Path) -> bool:
         return True
     check_free(run.path, output)
     check_goes_on(run, step, recipe)
-    plan = plan_recreation(run, step, warn=lambda _: None)
+    plan = plan_recreation(run, step, inputs=find_inputs([run], moved), warn=lambda _: None)
     data, was = recipe.data, plan.recipe.data
     if (data.corpus, data.val_corpus) == (was.corpus, was.val_corpus):  # the fork does not differ in its text
         check_inputs(run, [Part(plan.recipe, step)])

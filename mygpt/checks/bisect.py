@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from mygpt.checks.compare import TensorDifference, compare_files
+from mygpt.checks.rerun import find_inputs, input_sha256, recorded_hashes
 from mygpt.checks.trace import BEFORE, Trace
 from mygpt.errors import CheckpointError, DamagedCheckpointError, InterruptedRunError, LaunchError, MygptError
 from mygpt.processes.environment import no_launcher, read_launched
@@ -61,6 +62,8 @@ class Side:
     begun_after: int
     """The step after which the run begins: 0, unless it is a branch."""
     last: int
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Where texts and models are now that the run has read, by the key that named them."""
     made: dict[int, Path] = field(default_factory=dict)
     """Step directories that have been made again, by step."""
     reruns: int = 0
@@ -68,13 +71,18 @@ class Side:
 
 
 def bisect(
-    a: Path, b: Path, python_a: str | None = None, python_b: str | None = None, note: Note = lambda _: None
+    a: Path,
+    b: Path,
+    python_a: str | None = None,
+    python_b: str | None = None,
+    note: Note = lambda _: None,
+    inputs: Mapping[str, str] = {},
 ) -> Bisection:
     """Find the first step at which two runs differ, and the first value in it.
 
     What is recorded narrows the search; then states are made again at steps that halve what is left, by the Python of
     each side. If `a` and `b` are the same run, each side is trained from its beginning. `note` is told of every step at
-    which states are compared.
+    which states are compared. `inputs` are the paths of texts and models that have been moved; see `find_inputs`.
 
     Raises:
         CheckpointError: there is no such run, or they have no step in common.
@@ -96,6 +104,10 @@ def bisect(
                 open_side("a", a, python_a, Path(folder), is_recorded=not is_same_run),
                 open_side("b", b, python_b, Path(folder), is_recorded=not is_same_run),
             )
+            find_inputs([side.run for side in sides], inputs)
+            for side in sides:
+                hashes = {key: recorded_hashes(side.run, key) for key in inputs}
+                side.inputs = {key: path for key, path in inputs.items() if input_sha256(key, path) in hashes[key]}
             return search(*sides, note)
     except SystemExit as stopped:  # by a signal, which also ends the process that makes a step again
         message = "stopped before the first difference was found; the runs are as they were"
@@ -223,6 +235,8 @@ def make_again(side: Side, step: int) -> Path:
     arguments += ["--start", str(start)] if start else ["--from-beginning"]
     if not side.is_recorded:
         arguments.append("--no-check")
+    for key, path in side.inputs.items():
+        arguments += [f"--{key.replace('_', '-')}", path]
     call(side, "mygpt", arguments, makes=out)
     side.reruns += 1
     side.steps += step - (read_manifest(start).step if start else side.begun_after)
@@ -318,6 +332,7 @@ def trace(side: Side, step: int, name: str = "") -> Trace:
     """Compute one step of a run with its Python; with a name, the value of this name is kept in a file."""
     before = state_after(side, step - 1) if step - 1 > side.begun_after else side.run.origin
     arguments = [str(side.run.path), str(step), str(before or ""), name, str(trace_file(side, step))]
+    arguments += [f"{key}={path}" for key, path in side.inputs.items()]
     call(side, "mygpt.checks.trace", arguments, makes=trace_file(side, step))
     return read_table(Trace, trace_file(side, step))
 

@@ -1,6 +1,7 @@
 """The held-out loss of a saved model: on the text that its recipe holds out, or on any other."""
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 
 from mygpt.data.dataset import Dataset
 from mygpt.data.tokenizer import Tokenizer
-from mygpt.errors import MismatchError
+from mygpt.errors import CorpusError, MismatchError
 from mygpt.estimates import Estimate
 from mygpt.processes.environment import choose_workers, no_launcher
 from mygpt.processes.machine import resolve_device, set_up
@@ -64,7 +65,12 @@ def evaluate_saved(recipe: Recipe, *, is_own_text: bool) -> Evaluated:
     step = read_metadata(file, ModelMetadata).step
     runtime = recipe.runtime
     device = resolve_device(runtime.device, runtime.precision)
-    dataset = open_dataset(recipe, only_held_out=True)
+    try:
+        dataset = open_dataset(recipe, only_held_out=True)
+    except CorpusError as error:
+        if not is_own_text or os.path.lexists(recipe.data.corpus):
+            raise
+        raise type(error)(f"{error}; say with --corpus where the text of the run is now") from None
     if is_own_text:
         check_text(dataset, read_manifest(file.parent, prefix=None), recipe)
     set_up(runtime, device)

@@ -1,12 +1,14 @@
 """Every value that one training step of a recorded run computes, in order; `mygpt bisect` compares those of two runs.
 
-As a command, `python -m mygpt.checks.trace RUN STEP CHECKPOINT NAME OUT`, it writes a `Trace` to OUT as JSON. If NAME
-is not empty, it writes the value of this name to OUT.safetensors. An empty CHECKPOINT is the beginning of the run.
+As a command, `python -m mygpt.checks.trace RUN STEP CHECKPOINT NAME OUT [KEY=PATH ...]`, it writes a `Trace` to OUT as
+JSON. If NAME is not empty, it writes the value of this name to OUT.safetensors. An empty CHECKPOINT is the beginning of
+the run. KEY=PATH is where a text or model is now that the run has read.
 """
 
 import hashlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from mygpt.checks.hooks import watch
-from mygpt.checks.rerun import pinned_recipe
+from mygpt.checks.rerun import Part, check_inputs, find_inputs, pinned_recipe
 from mygpt.data.batches import Batch
 from mygpt.errors import MygptError, print_note
 from mygpt.processes.environment import no_launcher
@@ -24,6 +26,7 @@ from mygpt.runs.initial import open_dataset
 from mygpt.runs.run import Run
 from mygpt.training.gradient_sum import Mean, gradient_sum_for
 from mygpt.training.parts import Parts, build_parts, open_accelerator
+from mygpt.training.state import as_tensor
 from mygpt.training.step import train_step
 
 
@@ -64,7 +67,9 @@ class Values:
             self.kept = value.float() if value.dtype == torch.bfloat16 else value.clone()
 
 
-def trace_step(run: Run, step: int, checkpoint: Path | None, wanted: str = "") -> tuple[Trace, torch.Tensor | None]:
+def trace_step(
+    run: Run, step: int, checkpoint: Path | None, wanted: str = "", inputs: Mapping[str, str] = {}
+) -> tuple[Trace, torch.Tensor | None]:
     """Compute one step of a run from the state in `checkpoint`, a step directory; None: from the run's beginning.
 
     Returns its values and the value of the name `wanted`, if there is one. It uses one process, and neither compiles
@@ -73,7 +78,9 @@ def trace_step(run: Run, step: int, checkpoint: Path | None, wanted: str = "") -
     Raises:
         MygptError: the run or its text cannot be read.
     """
-    recipe = pinned_recipe(run, run.recipe_at(step), step).replace(compile=False, activation_checkpointing=False)
+    recipe = pinned_recipe(run, run.recipe_at(step), step, inputs)
+    check_inputs(run, [Part(recipe, step)], from_beginning=checkpoint is None)
+    recipe = recipe.replace(compile=False, activation_checkpointing=False)
     device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
     settings = set_up(recipe.runtime, device)
     gradient_sum, values = gradient_sum_for(recipe), Values(wanted)
@@ -123,16 +130,18 @@ def see_step(parts: Parts, batch: Batch, step: int, values: Values) -> float:
     for parameter_name, parameter in parts.gpt.named_parameters():
         moments = parts.optimizer.state.get(parameter, {})
         for moment, value in sorted(moments.items()):
-            see(f"{moment} of {parameter_name}, updated", value)
+            see(f"{moment} of {parameter_name}, updated", as_tensor(value))
         see(f"{parameter_name}, updated", parameter)
     return update.loss.item()
 
 
 def main(arguments: list[str]) -> None:
     """The command; prints an error as `mygpt` does."""
-    run, step, checkpoint, wanted, out = arguments
+    path, step, checkpoint, wanted, out, *given = arguments
     try:
-        trace, kept = trace_step(Run(Path(run)), int(step), Path(checkpoint) if checkpoint else None, wanted)
+        run = Run(Path(path))
+        inputs = find_inputs([run], dict(item.split("=", 1) for item in given))
+        trace, kept = trace_step(run, int(step), Path(checkpoint) if checkpoint else None, wanted, inputs)
     except MygptError as error:
         print_note(f"mygpt: {error}")
         sys.exit(error.exit_code)

@@ -1,11 +1,12 @@
 """Training a recorded run again, to see whether it still gives the same bits."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from mygpt.checks.compare import TensorDifference, compare_files, compare_records
-from mygpt.checks.rerun import check_inputs, describe_changes, explain_rerun, parts_of, train_parts
+from mygpt.checks.rerun import check_inputs, describe_changes, explain_rerun, find_inputs, parts_of, train_parts
 from mygpt.errors import CheckpointError
 from mygpt.processes.environment import is_main_process
 from mygpt.recipe.tables import TABLE_OF_KEY
@@ -39,8 +40,10 @@ class Verification(NamedTuple):
         return not (self.difference or self.tensors)
 
 
-def verify(run: Path, steps: int | None = None) -> Verification:
+def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) -> Verification:
     """Train the recorded recipe of `run`, or its first `steps` steps, in a temporary directory, and compare.
+
+    `inputs` are the paths of texts and of a model that have been moved; see `find_inputs`.
 
     Uses the recorded threads and `matmul`; the number of processes is the launcher's. Where the run continued with
     another recipe, so does this; a branch begins after the same checkpoint again.
@@ -64,7 +67,7 @@ def verify(run: Path, steps: int | None = None) -> Verification:
         )
     for directory in checkpoints.values():
         verify_checkpoint(directory)
-    parts = list(parts_of(recorded, begun_after, until))
+    parts = list(parts_of(recorded, begun_after, until, find_inputs([recorded], inputs)))
     check_inputs(recorded, parts, from_beginning=not begun_after)
     keeping_all = [part._replace(recipe=part.recipe.replace(keep_last=0)) for part in parts]
     with tempfile.TemporaryDirectory(prefix="mygpt-verify-") as folder:

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,24 @@ def command(function: Callable[[Any], int | None], group: str = "mygpt") -> Comm
         return function(parse_command(kind, arguments, prog, function.__doc__ or ""))
 
     return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions:
+    """Flags of commands that run a recorded run again, and so need what it read."""
+
+    corpus: str | None = None
+    """Where the run's text is now, if it has been moved; its sha256 must be the recorded one."""
+    val_corpus: str | None = None
+    """The same for the text that the run held out."""
+    init_from: str | None = None
+    """The same for the model with whose weights the run began."""
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What is given, by its key."""
+        given = {"corpus": self.corpus, "val_corpus": self.val_corpus, "init_from": self.init_from}
+        return {key: path for key, path in given.items() if path is not None}
 
 
 def print_json(document: Mapping[str, Any]) -> None:

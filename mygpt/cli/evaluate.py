@@ -26,7 +26,8 @@ class EvalOptions:
     checkpoint: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN|CHECKPOINT")]
     """A run directory (its newest checkpoint), RUN/best, a step directory or a model.safetensors."""
     corpus: str | None = None
-    """A text, a prepared corpus or a named one, all of which is evaluated; absent: what the run held out."""
+    """A text, a prepared corpus or a named one, all of which is evaluated; absent: what the run held out. If its sha256
+    is that of the run's own text, which has been moved, what the run held out of it is evaluated."""
     sampling: Literal["full", "own-stream"] = "full"
     """"full": all of the text, in consecutive windows. "own-stream": eval_batches random batches of it."""
     eval_batches: int | None = None
@@ -46,12 +47,20 @@ def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
         raise MygptError("--eval-batches: all of the text is evaluated; add --sampling own-stream for random batches")
     if not is_main_process():
         return  # it is done on one process
-    keys = {"sampling": options.sampling, "eval_batches": options.eval_batches or 10, "device": options.device}
+    keys: dict[str, Any] = {
+        "sampling": options.sampling,
+        "eval_batches": options.eval_batches or 10,
+        "device": options.device,
+    }
     recipe = _recipe_for(options.checkpoint, options.corpus, **keys)
     announce_threads(recipe)
     from mygpt.checks.evaluation import evaluate_saved
 
-    found = evaluate_saved(recipe, is_own_text=options.corpus is None)
+    is_own_text = options.corpus is None or _is_own_text(options.checkpoint, options.corpus)
+    if options.corpus and is_own_text:
+        recipe = _recipe_for(options.checkpoint, options.corpus, is_own_text=True, **keys)
+        print_note(f"{options.corpus} is the text of the run: what it held out of this text is evaluated")
+    found = evaluate_saved(recipe, is_own_text=is_own_text)
     estimates = {name: getattr(found, name) for name in ("loss", "bits_per_byte", "bits_per_character")}
     if options.json:
         facts = {name: getattr(found, name) for name in ("step", "text", "tokens", "windows", "population")}
@@ -68,11 +77,30 @@ def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
     print(f"errors: they say how well this estimates the loss on {found.population}")
 
 
-def _recipe_for(path: Path, corpus: str | None, **keys: Any) -> Recipe:
+def _run_of(file: Path) -> Run | None:
+    """The run in which a model file is a checkpoint's; None: it is in none."""
+    is_in_run = has_manifest(file) and (file.parent.parent / RUN_FILE).exists()
+    return Run(file.parent.parent) if is_in_run else None
+
+
+def _is_own_text(path: Path, corpus: str) -> bool:
+    """Whether a corpus is the text of which the run of the model at `path` has held something out."""
+    from mygpt.data.dataset import corpus_sha256
+
+    file = find_model_file(path)
+    if (run := _run_of(file)) is None:
+        return False
+    recorded = run.info.recorded_at(read_metadata(file, ModelMetadata).step)
+    name = "held_out_sha256" if recorded["held_out_sha256"] else "corpus_sha256"
+    return run.recipe_of(file.parent).data.has_held_out and corpus_sha256(corpus) == recorded[name]
+
+
+def _recipe_for(path: Path, corpus: str | None, *, is_own_text: bool = False, **keys: Any) -> Recipe:
     """The recipe with which the model at `path` is evaluated: that of its run, where it is in one. A note says so if
     another code of mygpt trained it.
 
-    `corpus` is all held out, in place of what the run held out. `keys` are laid over the recipe.
+    `corpus` is all held out, in place of what the run held out; `is_own_text`: it is the run's text, at another path.
+    `keys` are laid over the recipe.
 
     Raises:
         CheckpointError: there is no model there.
@@ -81,13 +109,14 @@ def _recipe_for(path: Path, corpus: str | None, **keys: Any) -> Recipe:
     file = find_model_file(path)
     metadata = read_metadata(file, ModelMetadata)
     recipe = Recipe.of(**metadata.model.model_dump(), seq_len=metadata.model.max_seq_len)
-    if has_manifest(file) and (file.parent.parent / RUN_FILE).exists():
-        run = Run(file.parent.parent)
+    if run := _run_of(file):
         warn_of_code(run, metadata.step, print_note)
         recipe = run.recipe_of(file.parent).replace(threads=run.info.recorded_at(metadata.step)["threads"])
     elif corpus is None:
         raise CheckpointError(f"{path}: belongs to no run, so no text is held out; give a text with --corpus")
-    if corpus is not None:
+    if is_own_text:
+        recipe = recipe.replace(**{"val_corpus" if recipe.data.val_corpus else "corpus": corpus})
+    if corpus is not None and not is_own_text:
         recipe = recipe.replace(corpus=corpus, val_corpus=corpus, val_split=0.0, hold_out="tokens")
     elif recipe.data.val_corpus:
         recipe = recipe.replace(corpus=recipe.data.val_corpus)  # what it was trained on is not needed

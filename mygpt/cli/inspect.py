@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from mygpt.cli.command import command, errors_reach_all_processes, print_json
+from mygpt.cli.command import InputOptions, command, errors_reach_all_processes, print_json
 from mygpt.errors import MygptError, print_note
 from mygpt.processes.environment import is_main_process
 
@@ -148,7 +148,7 @@ def _tensors(compared: "TensorComparison") -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(InputOptions):
     run: Positional[Path]
     """A run directory."""
     steps: int | None = None
@@ -166,7 +166,7 @@ def verify(options: VerifyOptions) -> int:
     from mygpt.checks.verify import verify
 
     with errors_reach_all_processes():
-        result = verify(options.run, options.steps)
+        result = verify(options.run, options.steps, options.inputs)
     if not is_main_process():
         return 0
     if options.json:

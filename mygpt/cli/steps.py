@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional
 
-from mygpt.cli.command import command, errors_reach_all_processes, print_json
+from mygpt.cli.command import InputOptions, command, errors_reach_all_processes, print_json
 from mygpt.cli.train import announce_threads
 from mygpt.errors import MygptError, print_note
 from mygpt.processes.environment import is_main_process
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AtOptions:
+class AtOptions(InputOptions):
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """A run directory."""
     step: Annotated[Positional[str], tyro.conf.arg(metavar="STEP")]
@@ -49,6 +49,7 @@ def at(options: AtOptions) -> None:
             options.run,
             step,
             options.out,
+            options.inputs,
             start=options.start,
             from_beginning=options.from_beginning,
             check=options.check,
@@ -84,8 +85,6 @@ def fork(arguments: list[str]) -> None:
         base = load_base(options)
         if recipe.checkpoint.resume != base.checkpoint.resume:
             raise MygptError("--resume: a fork begins after a step of its run; leave it out")
-        if recipe.train.init_from != base.train.init_from:
-            raise MygptError("--init-from: a fork begins with the weights of its run; leave it out")
         announce_recorded_threads(run, step + 1, recipe)
         from mygpt.checks.at import fork as train_fork
         from mygpt.checks.at import fork_name
@@ -97,7 +96,7 @@ def fork(arguments: list[str]) -> None:
 
 
 @dataclass(frozen=True)
-class BisectOptions:
+class BisectOptions(InputOptions):
     a: Positional[Path]
     """A run directory."""
     b: Positional[Path]
@@ -115,7 +114,7 @@ def bisect(options: BisectOptions) -> int:
     """Find the first step, and in it the first value, at which two runs differ."""
     from mygpt.checks.bisect import bisect
 
-    found = bisect(options.a, options.b, options.python_a, options.python_b, print_note)
+    found = bisect(options.a, options.b, options.python_a, options.python_b, print_note, options.inputs)
     if options.json:
         difference = found.difference and found.difference._asdict()
         print_json({"identical": found.step is None, **found._asdict(), "difference": difference})

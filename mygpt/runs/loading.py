@@ -21,6 +21,8 @@ from mygpt.runs.steps import has_manifest, read_manifest, read_metadata, verify_
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """The state that AdamW keeps of each parameter."""
+NUMBERS = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}
+"""How plain numbers in the state of an optimizer are saved, by their type: as tensors without dimensions."""
 
 
 class Checkpoint(NamedTuple):
@@ -83,10 +85,11 @@ def read_weights(file: Path, config: ModelTable, vocab_size: int, *, finite: boo
 
 
 def read_state(directory: Path, weights: Tensors) -> TrainingState:
-    """The training state in a step directory, whose optimizer moments must be those of `weights`.
+    """The training state in a step directory: with the moments that AdamW has of `weights`, or with what the metadata
+    say of another optimizer.
 
     Raises:
-        DamagedCheckpointError: it cannot be read, or they are not.
+        DamagedCheckpointError: it cannot be read, or is not that.
     """
     file = directory / STATE_FILE
     metadata, tensors = read_metadata(file, StateMetadata), read_tensors(file)
@@ -96,8 +99,16 @@ def read_state(directory: Path, weights: Tensors) -> TrainingState:
         for name, weight in weights.items()
         for moment in MOMENTS
     }
+    if metadata.optimizer:  # only the optimizer itself knows the shapes of its tensors
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in moments.items()}
+        number = {kind: (torch.Size(), dtype) for kind, dtype in NUMBERS.items()}
+        expected = {
+            name: number.get(kind) or found.get(name, number["float"])
+            for name, kind in metadata.optimizer.kinds.items()
+        }
     if name := _first_unlike(moments, expected):
-        raise DamagedCheckpointError(f"{file}: damaged: {name} is missing, or not of its weight's shape")
+        what = "what its metadata say" if metadata.optimizer else "of its weight's shape"
+        raise DamagedCheckpointError(f"{file}: damaged: {name} is missing, or not {what}")
     for name, tensor in tensors.items():
         is_known = name in moments or name.startswith(PREFIX)
         if not is_known and (tensor.dtype != torch.uint8 or tensor.dim() != 1):

@@ -28,7 +28,7 @@ class TrainingState(NamedTuple):
     """All that continuing a run needs beside the weights."""
 
     tensors: Tensors
-    """Optimizer moments, named optimizer.PARAMETER.MOMENT, and generator states, named generator.NAME."""
+    """The optimizer's state, named optimizer.PARAMETER.NAME, and generator states, named generator.NAME."""
     metadata: StateMetadata
 
 
@@ -112,9 +112,11 @@ class Saver:
     def _copy(self, prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
         for name, tensor in tensors.items():
             copy = self._copies.get(prefix + name)
-            if copy is None or copy.shape != tensor.shape:
+            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
                 on_gpu = tensor.device.type == "cuda"
-                copy = self._copies[prefix + name] = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
+                # Contiguous, as a file holds it; a tensor of the optimizer's state need not be.
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
+                self._copies[prefix + name] = copy
             copy.copy_(tensor.detach(), non_blocking=tensor.device.type == "cuda")
         if any(tensor.device.type == "cuda" for tensor in tensors.values()):
             torch.cuda.synchronize()

@@ -70,8 +70,17 @@ class HeldOutMetadata(Table):
     waited: int
 
 
+class OptimizerMetadata(Table):
+    """What a state file holds of an optimizer."""
+
+    name: str
+    """The name of its class."""
+    kinds: dict[str, Literal["tensor", "int", "float", "bool"]]
+    """What each of its tensors stands for, by name: itself, or a plain number of this type."""
+
+
 class StateMetadata(_Metadata):
-    """Metadata of a state file, which holds optimizer moments and generator states."""
+    """Metadata of a state file, which holds optimizer and generator states."""
 
     processes: Annotated[int, Field(ge=1)] | None
     """How many processes' dropout generators it holds; None with reduction = "exact", which needs none."""
@@ -79,6 +88,8 @@ class StateMetadata(_Metadata):
     """Only with `save_best` or `patience`."""
     held_out: HeldOutMetadata | None = None
     """None before the first evaluation."""
+    optimizer: Annotated[OptimizerMetadata | None, Field(exclude_if=lambda value: value is None)] = None
+    """None: AdamW, with the tensors MOMENTS of every parameter (runs/loading.py)."""
 
     @property
     def best_step(self) -> int | None:

@@ -123,7 +123,7 @@ def _write(run: Path, parts: Parts, problem: str, weights: Tensors, state: Train
         target,
         {name: weight.cpu() for name, weight in weights.items()},
         model_metadata(recipe.model, dataset.tokenizer, step - 1),
-        TrainingState({name: tensor.cpu() for name, tensor in state.tensors.items()}, state.metadata),
+        TrainingState({name: tensor.cpu().contiguous() for name, tensor in state.tensors.items()}, state.metadata),
         manifest,
         {BATCH_FILE: failed.model_dump_json(indent=2) + "\n"},
     )

@@ -51,12 +51,14 @@ def train_loop(
         DamagedCheckpointError: the disk refused a record or a checkpoint.
         DisagreementError: with exact sums, the processes do not hold the same weights.
     """
-    pending, stopped = PendingSteps(parts.accelerator), 0
+    pending, stopped, first = PendingSteps(parts.accelerator), 0, progress.step + 1
     while progress.step < last_step and not progress.has_stopped_early(parts.recipe) and not stopped:
         before, lr = parts.generators(), parts.learning_rate
         update = train_step(parts, parts.stream.batch(), progress.step + 1)
         parts.scheduler.step()
         progress.step += 1
+        if progress.step == first:
+            parts.optimizer_state()  # raises now, and not at the first save, what cannot be saved
         pending.add(progress.step, before, update)
         recorder.step_done()
 

@@ -51,7 +51,8 @@ def straight_line(step: int, start: int, end: int, max_lr: float, min_lr: float)
 def build_optimizer(model: torch.nn.Module, table: OptimizerTable) -> torch.optim.Optimizer:
     """Fused AdamW over every parameter of `model`, those that decay first.
 
-    Its rate is 1, so that the scheduler's factor is the rate, to the last bit.
+    Its rate is 1, so that the scheduler's factor is the rate, to the last bit. Any optimizer can take its place whose
+    state is numbers and tensors, of parameters (`state`) or of groups, and whose `step` needs no closure.
     """
     decaying, others = (list(part.values()) for part in split_by_decay(dict(model.named_parameters()), table))
     groups: list[dict[str, Any]] = [{"params": decaying}]

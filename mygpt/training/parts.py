@@ -1,12 +1,12 @@
 """The parts of a run: accelerator, model, optimizer, scheduler, batch stream and gradient sum, built in one place."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -44,14 +44,16 @@ from mygpt.runs.loading import read_weights
 from mygpt.runs.run import find_model_file
 from mygpt.runs.saver import Tensors, TrainingState
 from mygpt.training.gradient_sum import GradientSum
-from mygpt.training.optim import build_optimizer, build_scheduler, split_by_decay
+from mygpt.training.optim import build_optimizer, build_scheduler
 from mygpt.training.state import (
     GeneratorStates,
     Progress,
+    as_tensor,
+    describe_optimizer,
     dropout_name,
     gather,
-    load_optimizer_tensors,
-    optimizer_tensors,
+    load_optimizer_state,
+    optimizer_state,
     restore,
 )
 
@@ -74,6 +76,8 @@ class Parts:
     stream: BatchStream
     reports: Sequence[ProcessReport]
     """Of all processes, by rank: for messages that name one."""
+    built_groups: Sequence[Mapping[str, Any]]
+    """The optimizer's parameter groups as they were built."""
 
     @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -103,9 +107,8 @@ class Parts:
         processes or, where it is seeded for each micro-batch, none: then nothing depends on the number of processes.
         """
         accelerator, generators = self.accelerator, generators or self.generators()
-        weights = self.gpt.state_dict()
-        names = chain(*split_by_decay(weights, self.recipe.optimizer))
-        tensors = gather(accelerator, optimizer_tensors(self.optimizer, names))
+        optimizer = self.optimizer_state()
+        tensors = gather(accelerator, {name: as_tensor(value) for name, value in optimizer.items()})
         tensors["generator.stream"] = generators.stream
         processes = None
         if generators.dropout is not None:
@@ -114,7 +117,12 @@ class Parts:
             for process, state in enumerate(states.chunk(processes)):
                 tensors[dropout_name(accelerator.device, process)] = state
         tensors |= progress.tensors()
-        return gather(accelerator, weights), TrainingState(tensors, progress.metadata(processes))
+        metadata = progress.metadata(processes, describe_optimizer(self.optimizer, self.gpt, optimizer))
+        return gather(accelerator, self.gpt.state_dict()), TrainingState(tensors, metadata)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """See the function of this name."""
+        return optimizer_state(self.optimizer, self.gpt, self.built_groups)
 
 
 def build_parts(
@@ -142,6 +150,8 @@ def build_parts(
     gpt.loss_chunk = recipe.runtime.loss_chunk
     gpt.activation_checkpointing = recipe.runtime.activation_checkpointing
     optimizer = build_optimizer(gpt, recipe.optimizer)
+    built_groups = [dict(group) for group in optimizer.param_groups]
+    values = optimizer_state(optimizer, gpt, built_groups)  # of one that has state before its first step
     dataset = dataset.to(device)
     stream = BatchStream(
         dataset.train,
@@ -153,9 +163,9 @@ def build_parts(
         device=device,
         check=dataset.check_unchanged,
     )
-    progress, moments = Progress(), None
+    progress = Progress()
     if checkpoint:
-        progress, moments = restore(accelerator, checkpoint, gpt, stream, table.data_seed)
+        progress, values = restore(accelerator, checkpoint, gpt, optimizer, stream, table.data_seed)
     else:
         if recipe.train.init_from:
             file = find_model_file(Path(recipe.train.init_from))
@@ -169,9 +179,9 @@ def build_parts(
     if recipe.runtime.compile:
         gpt.compile()
     model, optimizer, scheduler = gradient_sum.prepare(accelerator, gpt, optimizer, scheduler)
-    if moments:
-        load_optimizer_tensors(optimizer, chain(*split_by_decay(gpt.state_dict(), recipe.optimizer)), moments)
-    parts = Parts(recipe, accelerator, dataset, gradient_sum, gpt, model, optimizer, scheduler, stream, reports)
+    load_optimizer_state(optimizer, gpt, values)
+    wrapped = (model, optimizer, scheduler)
+    parts = Parts(recipe, accelerator, dataset, gradient_sum, gpt, *wrapped, stream, reports, built_groups)
     if checkpoint and isinstance(model, DistributedDataParallel):
         before = parts.generators()
         first = [rows[: gradient_sum.micro_batch_size] for rows in stream.batch()]

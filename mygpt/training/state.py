@@ -1,26 +1,25 @@
 """Capture and restore what a run needs beside the weights: progress, optimizer state and generator states."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 from mygpt.compat import full_tensor, is_sharded_tensor, shard_like
 from mygpt.data.batches import BatchStream
-from mygpt.errors import DamagedCheckpointError
+from mygpt.errors import DamagedCheckpointError, MismatchError, MygptError
 from mygpt.model.gpt import GPT
 from mygpt.processes.machine import set_dropout_generator_state
 from mygpt.recipe.seeds import batch_seed_after, process_dropout_seed
 from mygpt.recipe.tables import Recipe, TrainTable
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.held_out import PREFIX, Evaluation, History, read_history, remember
-from mygpt.runs.loading import MOMENTS, read_state, read_weights
+from mygpt.runs.loading import MOMENTS, NUMBERS, read_state, read_weights
 from mygpt.runs.saver import Tensors
-from mygpt.runs.schemas import Best, End, StateMetadata
+from mygpt.runs.schemas import Best, End, OptimizerMetadata, StateMetadata
 from mygpt.runs.steps import read_manifest
 
 
@@ -56,10 +55,12 @@ class Progress:
             return "steps"
         return "patience" if self.has_stopped_early(recipe) else None
 
-    def metadata(self, processes: int | None) -> StateMetadata:
-        """For a state file with the dropout generators of so many processes."""
+    def metadata(self, processes: int | None, optimizer: OptimizerMetadata | None) -> StateMetadata:
+        """For a state file with the dropout generators of so many processes, and this state of the optimizer."""
         held_out = self.history.metadata() if self.history else None
-        return StateMetadata(step=self.step, processes=processes, best=self.best, held_out=held_out)
+        return StateMetadata(
+            step=self.step, processes=processes, best=self.best, held_out=held_out, optimizer=optimizer
+        )
 
     def tensors(self) -> Tensors:
         """For a state file."""
@@ -91,20 +92,41 @@ def gather(accelerator: Accelerator, tensors: Tensors) -> dict[str, torch.Tensor
 
 
 def restore(
-    accelerator: Accelerator, checkpoint: Path, gpt: GPT, stream: BatchStream, data_seed: int
-) -> tuple[Progress, Tensors]:
+    accelerator: Accelerator,
+    checkpoint: Path,
+    gpt: GPT,
+    optimizer: torch.optim.Optimizer,
+    stream: BatchStream,
+    data_seed: int,
+) -> tuple[Progress, dict[str, Any]]:
     """Put the weights and generators of a run into the state of a checkpoint.
 
-    Returns its progress, and the optimizer's moments, which can be loaded once Accelerate has wrapped the optimizer.
+    Returns its progress, and the optimizer's state, which can be loaded once Accelerate has wrapped the optimizer.
 
     On another kind of device or number of processes dropout goes on with generators seeded from `data_seed`; with
     another `data_seed` or order than the checkpoint's, batches do, too.
 
     Raises:
         DamagedCheckpointError: the checkpoint cannot be read.
+        MismatchError: it is that of another optimizer.
     """
     weights = read_weights(checkpoint / MODEL_FILE, gpt.config, gpt.vocab_size)
     tensors, metadata = read_state(checkpoint, weights)
+    trained_by = metadata.optimizer.name if metadata.optimizer else "AdamW"
+    if trained_by != (name := class_name(optimizer)):
+        raise MismatchError(
+            f"{checkpoint}: was trained with {trained_by}, and this mygpt trains with {name}; use the version that "
+            "trained it, or begin a new run with its weights (--init-from)"
+        )
+    kinds = metadata.optimizer.kinds if metadata.optimizer else {}
+    values = {
+        name: tensor.item() if kinds.get(name) in NUMBERS else tensor
+        for name, tensor in tensors.items()
+        if name.startswith("optimizer.")
+    }
+    owners = (*state_prefixes(gpt).values(), *group_prefixes(optimizer))
+    if stray := next((name for name in values if not name.startswith(owners)), None):
+        raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: {stray} is of no parameter or group")
     gpt.load_state_dict(weights)
     name = dropout_name(accelerator.device, accelerator.process_index)
     trained_with = read_manifest(checkpoint).recipe
@@ -131,7 +153,7 @@ def restore(
         history = read_history(metadata.held_out, {k: v.numpy() for k, v in tensors.items() if k.startswith(PREFIX)})
     except (KeyError, ValueError) as error:
         raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: no held-out losses: {error}") from None
-    return Progress(metadata.step, metadata.best, history), tensors
+    return Progress(metadata.step, metadata.best, history), values
 
 
 def dropout_name(device: torch.device, process: int) -> str:
@@ -139,22 +161,95 @@ def dropout_name(device: torch.device, process: int) -> str:
     return f"generator.{device.type}.{process}"
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The optimizer's moments by the names of its parameters, which are given in its order."""
-    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    return {
-        f"optimizer.{name}.{moment}": optimizer.state[parameter][moment]
-        for name, parameter in zip(names, parameters, strict=True)
-        if parameter in optimizer.state
-        for moment in MOMENTS
-    }
+def class_name(optimizer: torch.optim.Optimizer) -> str:
+    """That of an optimizer, which Accelerate may have wrapped."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: Tensors) -> None:
-    """Give the optimizer the moments that `optimizer_tensors` took, each sharded as its parameter is."""
-    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    states = {
-        index: {moment: shard_like(tensors[f"optimizer.{name}.{moment}"], parameter) for moment in MOMENTS}
-        for index, (name, parameter) in enumerate(zip(names, parameters, strict=True))
+def state_prefixes(gpt: GPT) -> dict[torch.Tensor, str]:
+    """How the names begin under which a checkpoint holds the optimizer's state of each parameter."""
+    # After an evaluation FSDP2 shows the whole weights as parameters, until a state dict is taken.
+    return {parameter: f"optimizer.{name}." for name, parameter in gpt.state_dict(keep_vars=True).items()}
+
+
+def group_prefixes(optimizer: torch.optim.Optimizer) -> list[str]:
+    """The same for what an optimizer counts in its parameter groups."""
+    return [f"optimizer.group.{number}." for number in range(len(optimizer.param_groups))]
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, gpt: GPT, built_groups: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The optimizer's state, as tensors and plain numbers by name, in the same order on all processes.
+
+    It is what an optimizer keeps of each parameter, and what it has changed in its groups since they were built.
+
+    Raises:
+        MygptError: it keeps something that a checkpoint cannot hold.
+    """
+    prefixes = state_prefixes(gpt)
+    values = {
+        f"{prefixes.get(owner, 'optimizer.?.')}{name}": value
+        for owner, state in optimizer.state.items()
+        for name, value in state.items()
     }
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    for prefix, group, built in zip(group_prefixes(optimizer), optimizer.param_groups, built_groups, strict=True):
+        for name in group.keys() - {"params", "lr", "initial_lr"}:  # rates are set by the scheduler
+            if isinstance(value := group[name], torch.Tensor) or value != built.get(name):
+                values[prefix + name] = value
+    for name, value in values.items():
+        is_tensor = isinstance(value, torch.Tensor) and value.dtype in DTYPES
+        if name.startswith("optimizer.?.") or not (is_tensor or type(value).__name__ in NUMBERS):
+            kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+            raise MygptError(
+                f"{class_name(optimizer)}: keeps {name} ({kind}), which a checkpoint cannot hold; expected numbers and "
+                "tensors of parameters and of groups"
+            )
+    return dict(sorted(values.items()))
+
+
+DTYPES = {getattr(torch, name) for name in ("bool", "uint8", "int8", "int16", "int32", "int64")} | {
+    getattr(torch, f"float{bits}") for bits in (16, 32, 64)
+}
+"""Types of tensors that a checkpoint can hold: `mygpt compare` reads them with numpy, which has no bfloat16."""
+
+
+def as_tensor(value: Any) -> torch.Tensor:
+    """A value of the optimizer's state as a checkpoint holds it."""
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=NUMBERS[type(value).__name__])
+
+
+def describe_optimizer(
+    optimizer: torch.optim.Optimizer, gpt: GPT, values: Mapping[str, Any]
+) -> OptimizerMetadata | None:
+    """What the metadata say of the optimizer's state; None: it is that of AdamW."""
+    kinds: dict[str, Any] = {
+        name: "tensor" if isinstance(value, torch.Tensor) else type(value).__name__ for name, value in values.items()
+    }
+    usual = {f"{prefix}{moment}": "tensor" for prefix in state_prefixes(gpt).values() for moment in MOMENTS}
+    name = class_name(optimizer)
+    return None if (name, kinds) == ("AdamW", usual) else OptimizerMetadata(name=name, kinds=kinds)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, gpt: GPT, values: Mapping[str, Any]) -> None:
+    """Give the optimizer what `optimizer_state` took, on its devices, and sharded as the parameters are.
+
+    Not by `load_state_dict`, which turns all tensors into the parameters' type.
+    """
+
+    def of(prefix: str) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    optimizer.state.clear()
+    for parameter, prefix in state_prefixes(gpt).items():
+        state, group = of(prefix), groups.get(parameter, {})
+        for name, value in state.items():
+            # As torch's own loading: the host counts steps, except for kernels that read them on the device.
+            on_host = name == "step" and not (group.get("fused") or group.get("capturable"))
+            if isinstance(value, torch.Tensor) and not on_host:
+                state[name] = shard_like(value, parameter).to(parameter.device)
+        if state:
+            optimizer.state[parameter] = state
+    for prefix, group in zip(group_prefixes(optimizer), optimizer.param_groups, strict=True):
+        group |= of(prefix)

@@ -13,7 +13,7 @@ from mygpt.runs.files import METADATA_KEY, file_sha256
 from mygpt.runs.saver import Saver, TrainingState
 from mygpt.runs.schemas import StateMetadata
 from mygpt.training.optim import build_optimizer
-from mygpt.training.state import optimizer_tensors
+from mygpt.training.state import optimizer_state
 
 TABLE = ModelTable(embed_dim=8, num_heads=2, num_layers=1, max_seq_len=4)
 TOKENIZER = CharTokenizer('abc\n"é😀')
@@ -32,7 +32,7 @@ def save(run, gpt, step, config=TABLE, tokenizer=TOKENIZER):
     before = {name: weight.clone() for name, weight in gpt.state_dict().items()}
     optimizer.step()
     gpt.load_state_dict(before)
-    tensors = optimizer_tensors(optimizer, [name for name, _ in gpt.named_parameters()])
+    tensors = optimizer_state(optimizer, gpt, optimizer.param_groups)
     tensors |= {"generator.stream": torch.Generator().get_state(), "generator.cpu.0": torch.get_rng_state()}
     with Saver(run, Recipe(model=config), tokenizer, corpus_sha256="0" * 64) as saver:
         saver.save(gpt.state_dict(), TrainingState(tensors, StateMetadata(step=step, processes=1)))

@@ -196,7 +196,7 @@ FAULTS = {
     "file-size-limit": limit_file_size(40_000),
     "slow-saves": slow_saves,
     "timed-saves": save_at_every_reading,
-    "forget-moments": forget(parts, "load_optimizer_tensors"),
+    "forget-moments": forget(parts, "load_optimizer_state"),
     "forget-dropout": forget(state, "set_dropout_generator_state"),
     "forget-stream": forget_stream,
     "forget-rate": forget_rate,

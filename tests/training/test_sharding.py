@@ -86,6 +86,26 @@ def test_checkpoints_move_between_ways_to_train(text_file, tmp_path):
     assert "processes 1 -> 3, sharded False -> True" in back.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["Adagrad", "NAdam", "ByRow"])
+def test_sharded_state_of_any_optimizer_is_saved_and_continued(text_file, tmp_path, optimizer):
+    """Whether its tensors are there before step 1, or have other shapes than the weights: the same bytes at step 6."""
+    flags = ["--save-every", 3, "--keep-last", 0]
+    run(2, text_file, tmp_path, *flags, "--output", "whole", OPTIMIZER=optimizer)
+    begun = tmp_path / "whole" / "step-000003"
+    run(2, text_file, tmp_path, *flags, "--output", "again", "--resume", begun, OPTIMIZER=optimizer)
+    for file in ("model.safetensors", "state.safetensors"):
+        parts = (tmp_path / name / "step-000006" / file for name in ("whole", "again"))
+        assert len({path.read_bytes() for path in parts}) == 1
+    run(1, text_file, tmp_path, *flags, "--output", "alone", sharded=False, OPTIMIZER=optimizer)
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(tmp_path / name / "step-000006" / file).items()}
+        for name in ("whole", "alone")
+    ]
+    assert shapes[0].keys() - {"generator.cpu.1"} == shapes[1].keys()
+    assert all(shapes[0][name] == shape for name, shape in shapes[1].items())
+
+
 def test_activation_checkpointing_changes_no_bit(tiny, tmp_path):
     """Also with dropout, which has to drop the same activations when they are computed again."""
     keys = {"dropout": 0.2, "max_grad_norm": 1.0, "val_split": 0.1, "val_every": 3, "micro_batch_size": 2}
