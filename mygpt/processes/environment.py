@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from mygpt.errors import LaunchError
@@ -113,6 +114,42 @@ def shorten_waits(environ: MutableMapping[str, str] = os.environ) -> None:
         environ.update(SHORT_WAITS)
 
 
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+"""Where Linux keeps the limits of containers, and which of them hold for this process."""
+
+
+def available_cores() -> list[int]:
+    """The numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def core_count() -> int:
+    """How many cores this process may use at a time, as a container may have fewer than it sees."""
+    quotas = [float(len(available_cores()))]
+    for folder in cgroups("cpu"):
+        with suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()
+            quotas.append(int(quota) / int(period))
+        with suppress(OSError, ValueError):
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quotas += [int(quota) / int(period)] * (int(quota) > 0)
+    return max(1, int(min(quotas)))
+
+
+def cgroups(controller: str) -> Iterator[Path]:
+    """The folders of this process's control groups, of version 1 and 2, from its own to the outermost."""
+    with suppress(OSError):
+        for line in OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root = CGROUPS / controller if controllers else CGROUPS
+            if not controllers or controller in controllers.split(","):
+                own = root / path.strip("/")  # in a container it may be the host's path, which is not there
+                yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
+
+
 def choose_threads(threads: int | None, local_processes: int, *, pinned: bool = False) -> int:
     """The number of CPU threads of this process, if the recipe asks for `threads`.
 
@@ -121,8 +158,7 @@ def choose_threads(threads: int | None, local_processes: int, *, pinned: bool = 
     """
     if threads is not None or pinned:
         return threads or 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // max(1, local_processes))
+    return max(1, core_count() // max(1, local_processes))
 
 
 def choose_workers(threads: int | None, local_processes: int) -> int:
@@ -142,8 +178,8 @@ def is_sharded(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def asks_for_cpu(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launch configuration asks for the CPU, in the words that Accelerate knows."""
-    return environ.get("ACCELERATE_USE_CPU", "").lower() in ("y", "yes", "t", "true", "on", "1")
+    """Whether the launch configuration asks for the CPU."""
+    return _is_true(environ, "ACCELERATE_USE_CPU")
 
 
 def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
@@ -184,4 +220,5 @@ def _number(value: str) -> int:
 
 
 def _is_true(environ: Mapping[str, str], name: str) -> bool:
-    return environ.get(name, "false").lower() in ("true", "1")
+    """In the words that Accelerate knows."""
+    return environ.get(name, "").lower() in ("y", "yes", "t", "true", "on", "1")
