@@ -93,13 +93,6 @@ def forget_accelerator() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def explicit_timeout(timeout: timedelta) -> timedelta:
-    """A second longer if it is Accelerate's default, ten minutes, which it does not pass on: gloo would wait thirty."""
-    from accelerate.utils import InitProcessGroupKwargs
-
-    return timeout + timedelta(seconds=timeout == InitProcessGroupKwargs().timeout)
-
-
 def autocast_forward(model: torch.nn.Module, device: torch.device) -> None:
     """Have the model compute in bfloat16, as Accelerate does it for everything but FSDP2.
 
@@ -152,11 +145,14 @@ def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def compute_fp32_in_fp32() -> None:
-    """Have products of fp32 tensors computed in fp32, whatever the caller or the environment has set.
+    """Have fp32 products computed in fp32, whatever torch's flags and oneDNN's variables say.
 
     Otherwise a GPU may compute them in TF32, and oneDNN on a CPU in bf16. Of torch's ways to say so, this one alone
-    sets the older and the newer flags alike; torch raises an error where they differ, and some versions warn.
+    sets the older and the newer flags alike; torch raises an error where they differ, and some versions warn. oneDNN
+    reads its own variables when it first computes.
     """
+    for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"):
+        os.environ.pop(name, None)
     with warnings.catch_warnings(action="ignore"):
         torch.set_float32_matmul_precision("highest")
 

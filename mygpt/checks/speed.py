@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from mygpt.cores import available_cores
 from mygpt.data.dataset import Dataset
+from mygpt.errors import LaunchError
 from mygpt.processes.environment import choose_workers
 from mygpt.processes.machine import choose_matmul, has_matmul, peak_flops, set_up
 from mygpt.recipe.tables import Recipe
@@ -71,11 +73,10 @@ def measure_speed(
     """
     table = recipe.train
     # Before this process computes anything itself.
-    if (busy := psutil.cpu_percent(BUSY_SECONDS) / 100 * psutil.cpu_count()) > BUSY_CORES:
-        yield (
-            "busy",
-            f"other programs use {busy:.1f} of {psutil.cpu_count()} cores: end them, or the times are too long",
-        )
+    cores = available_cores()
+    used = dict(enumerate(psutil.cpu_percent(BUSY_SECONDS, percpu=True)))
+    if (busy := sum(used.get(core, 0.0) for core in cores) / 100) > BUSY_CORES:
+        yield "busy", f"other programs use {busy:.1f} of {len(cores)} cores: end them, or the times are too long"
     with explain_out_of_memory(table):
         base = time_step(recipe, device, dataset, seconds)
     tokens = table.batch_size * table.seq_len
@@ -92,7 +93,7 @@ def measure_speed(
         )
         try:
             other = time_step(recipe.replace(**keys), device, dataset, seconds)
-        except RuntimeError as error:  # it does not fit into memory, or there is no compiler
+        except (LaunchError, RuntimeError) as error:  # it does not fit into memory, or there is no compiler
             yield "not possible", f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
             continue
         again = time_step(recipe, device, dataset, seconds)

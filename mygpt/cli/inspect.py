@@ -50,12 +50,14 @@ def generate(options: GenerateOptions) -> None:
         raise MygptError(f"--temperature: got {options.temperature}, expected a number from 0 up")
     import torch
 
+    from mygpt.compat import compute_fp32_in_fp32
     from mygpt.model.generation import stream_text
     from mygpt.processes.machine import resolve_device
     from mygpt.runs.loading import load_checkpoint
 
     model, tokenizer, _ = load_checkpoint(options.run or options.checkpoint or Path())
     device = resolve_device(options.device, options.precision)
+    compute_fp32_in_fp32()
     generator = torch.Generator().manual_seed(options.seed)
     choice = options.max_new_tokens, options.temperature, options.top_k, generator
     pieces = stream_text(model.to(device), tokenizer, options.prompt, *choice)

@@ -57,6 +57,8 @@ def study(options: StudyOptions) -> None:
         raise MygptError(f"--effect: got {options.effect:g}, expected a number above 0")
     if options.side_by_side is not None and options.side_by_side < 1:
         raise MygptError(f"--side-by-side: got {options.side_by_side}, expected at least 1")
+    if options.picture is not None and options.no_picture:
+        raise MygptError(f"got --picture {options.picture} and --no-picture; leave one out")
     if options.picture is not None:
         check_out(options.picture)
     folder = Path(options.recipes[0])
@@ -66,13 +68,17 @@ def study(options: StudyOptions) -> None:
     settings = read_settings(options.set)
     cells = cells_of(options.recipes, settings)
     folder = options.out or _default_out(options.recipes, settings)
+    picture = options.picture or folder / PICTURE_FILE
+    if not options.no_picture:
+        check_out(picture)
+        if picture.parent != folder and not picture.parent.is_dir():
+            raise MygptError(f"--picture: there is no folder {picture.parent}; make it, or choose another name")
     result = run_study(cells, options.seeds, folder, options.effect, print_note, options.side_by_side)
     _print(result, as_json=options.json)
     written = [str(result.file)]
     if not options.no_picture:
         from mygpt.studies.picture import draw
 
-        picture = options.picture or folder / PICTURE_FILE
         try:
             draw(result, picture)
             written.append(str(picture))

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from mygpt.cores import available_cores
+from mygpt.cores import core_count
 from mygpt.data.build import tokenizer_from
 from mygpt.data.formats import DEFAULT_FIELD
 from mygpt.data.prepared import (
@@ -133,7 +133,7 @@ def prepare(
                 raise CorpusError(f"{partial}: in the way of the folder to work in; remove it, or choose another --out")
             make_directory(partial)
             try:
-                return _prepare(sources, partial, out, choice, field, workers or len(available_cores()), progress)
+                return _prepare(sources, partial, out, choice, field, workers or core_count(), progress)
             except MygptError as error:
                 if kept := _kept_bytes(partial):
                     how = f"mend this, and the command continues after the {kept:,} bytes of text that {partial} keeps"

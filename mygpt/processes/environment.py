@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from mygpt.cores import available_cores
+from mygpt.cores import core_count
 from mygpt.errors import LaunchError
 
 _COUNTS = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
@@ -122,7 +122,7 @@ def choose_threads(threads: int | None, local_processes: int, *, pinned: bool = 
     """
     if threads is not None or pinned:
         return threads or 1
-    return max(1, len(available_cores()) // max(1, local_processes))
+    return max(1, core_count() // max(1, local_processes))
 
 
 def choose_workers(threads: int | None, local_processes: int) -> int:
@@ -142,8 +142,8 @@ def is_sharded(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def asks_for_cpu(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launch configuration asks for the CPU, in the words that Accelerate knows."""
-    return environ.get("ACCELERATE_USE_CPU", "").lower() in ("y", "yes", "t", "true", "on", "1")
+    """Whether the launch configuration asks for the CPU."""
+    return _is_true(environ, "ACCELERATE_USE_CPU")
 
 
 def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
@@ -197,4 +197,5 @@ def _number(value: str) -> int:
 
 
 def _is_true(environ: Mapping[str, str], name: str) -> bool:
-    return environ.get(name, "false").lower() in ("true", "1")
+    """In the words that Accelerate knows."""
+    return environ.get(name, "").lower() in ("y", "yes", "t", "true", "on", "1")

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from mygpt import __version__
-from mygpt.compat import has_onednn_linear
+from mygpt.compat import has_onednn_linear, missing_for_compiler
 from mygpt.disk import code_sha256
 from mygpt.errors import LaunchError
 from mygpt.processes.environment import asks_for_cpu, choose_threads, launch_id, local_rank
@@ -65,7 +65,13 @@ class Settings(NamedTuple):
 
 
 def set_up(table: RuntimeTable, device: torch.device, local_processes: int = 1) -> Settings:
-    """Set threads, memory and kernels of this process as the table asks for."""
+    """Set threads, memory and kernels of this process as the table asks for.
+
+    Raises:
+        LaunchError: the table asks for the compiler, which cannot work here.
+    """
+    if table.compile and (missing := missing_for_compiler(device)):
+        raise LaunchError(f"compile: got true, and {missing}; or use compile = false")
     pinned = table.reduction == "exact" and device.type == "cpu"
     threads = set_threads(table.threads, local_processes, pinned=pinned)
     keep_freed_memory(device)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mygpt.compat import missing_for_compiler
 from mygpt.data.dataset import Dataset
 from mygpt.errors import LaunchError
 from mygpt.processes.channel import Channel
@@ -63,12 +62,10 @@ def run_preflight(
     runtime, exact = recipe.runtime, recipe.runtime.reduction == "exact"
     device = resolve_device(runtime.device, runtime.precision, launched.local_processes)
     check_sharding(recipe, device)
-    if runtime.compile and (missing := missing_for_compiler(device)):
-        raise LaunchError(f"compile: got true, and {missing}; or use compile = false")
+    threads, is_deterministic = set_up(runtime, device, launched.local_processes)
     # One process of a machine hashes what all of them map.
     initial = find_initial(recipe, continues=continues)
     dataset = open_dataset(recipe, initial, verify=not local_rank())
-    threads, is_deterministic = set_up(runtime, device, launched.local_processes)
     info = RunInfo(
         **describe_environment(device),
         device=device.type,

@@ -15,10 +15,6 @@ from mygpt.processes.environment import is_launched
 ECHO_SECONDS = 2.0
 """A terminal sends Ctrl-C to every process, and torchrun passes its own on: within this time both are one request."""
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
-"""By name, as not every system has all. A terminal that closes sends SIGHUP, which torchrun passes on; Slurm's --signal
-and other schedulers announce the end of a job by SIGUSR1 or SIGUSR2."""
-
 
 class StopRequest:
     """Whether a signal has asked this process to stop; a second one ends it at once."""
@@ -57,7 +53,8 @@ def leave_closed_terminal() -> None:
         with suppress(OSError):
             # Of character devices, one that has closed is no terminal; nor is /dev/null, which replaces it.
             if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+                with open(os.devnull, "wb") as null:
+                    os.dup2(null.fileno(), descriptor)
 
 
 def launcher_pid() -> int | None:
@@ -74,13 +71,15 @@ def launcher_pid() -> int | None:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """While inside, `SIGNALS` set the request instead of ending the process."""
+    """While inside, a signal that asks to end sets the request instead of ending the process."""
     request = StopRequest()
     # Only the main thread may set handlers.
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    # A terminal that closes sends SIGHUP, which torchrun passes on. Slurm's --signal and other schedulers announce the
+    # end of a job by SIGUSR1 or SIGUSR2.
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     previous = {number: signal.getsignal(number) for number in numbers}
     # A script's background job ignores SIGINT, and what nohup starts SIGHUP; they continue to.
     previous = {number: handler for number, handler in previous.items() if handler is not signal.SIG_IGN}

@@ -39,7 +39,7 @@ FAR = 4
 """What reaches so many times higher does not set the frame: than the median curve, one that diverges; than the later
 half of a run, the losses of its fresh model."""
 ROOM = 2.0
-"""Above its lowest loss, what a run's frame may always hold."""
+"""The frame may always reach this far above the lowest loss."""
 MARK = "drawn by mygpt"
 """In every picture: a file without it is somebody else's."""
 METADATA: dict[str, dict[str, str | None]] = {
@@ -64,7 +64,7 @@ def default_style() -> Iterator[None]:
         import matplotlib
         from matplotlib import style
     except ImportError as error:
-        raise MygptError(f"a picture needs {error.name}: pip install matplotlib") from None
+        raise MygptError(f"a picture needs {error.name or 'matplotlib'}: pip install matplotlib") from None
     except (OSError, ValueError) as error:
         reason = f"cannot be imported: {error}; see your matplotlibrc"
         raise MygptError(f"a picture needs matplotlib, which {reason}") from None
@@ -178,7 +178,7 @@ def check_out(out: Path) -> None:
     except OSError as error:
         raise MygptError(f"{out}: cannot be written: {error.strerror}") from None
     if not is_ours:
-        raise MygptError(f"{out}: exists, and mygpt has not drawn it; choose another name, or remove it")
+        raise MygptError(f"{out}: exists, and has no mark of mygpt; choose another name, or remove it")
 
 
 def new_figure(**keys: Any) -> "Figure":

@@ -7,13 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, NamedTuple
 
 import psutil
 
-from mygpt.cores import available_cores
+from mygpt.cores import available_cores, cgroups, core_count
 from mygpt.errors import MygptError
 from mygpt.recipe.tables import Recipe
 from mygpt.studies.worker import Measured, Task
@@ -33,9 +32,6 @@ RUNS_PER_GPU = 4
 
 CORE_MARK = "\0mygpt-core-{}"
 """The address of a socket that a study binds for a core that it takes; Linux frees it when the study ends."""
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
-"""Where Linux keeps the limits of containers, and which of them hold for this process."""
 
 
 class Slot(NamedTuple):
@@ -82,23 +78,10 @@ def take_slots(room: Room) -> Iterator[list[Slot]]:
         ]
 
 
-def core_count() -> int:
-    """How many cores this process may use at a time, as a container may have fewer than it sees."""
-    quotas = [float(len(available_cores()))]
-    for folder in _cgroups("cpu"):
-        with suppress(OSError, ValueError):
-            quota, period = (folder / "cpu.max").read_text().split()
-            quotas.append(int(quota) / int(period))
-        with suppress(OSError, ValueError):
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-            quotas += [int(quota) / int(period)] * (int(quota) > 0)
-    return max(1, int(min(quotas)))
-
-
 def free_memory() -> int:
     """Bytes that runs may still take: of the machine, and of the containers in which they are."""
     free = [int(psutil.virtual_memory().available)]
-    for folder in _cgroups("memory"):
+    for folder in cgroups("memory"):
         for limit, used, cache in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -108,17 +91,6 @@ def free_memory() -> int:
                 counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 free.append(left + int(counters.get(cache, 0)))
     return min(free)
-
-
-def _cgroups(controller: str) -> Iterator[Path]:
-    """The folders of this process's control groups, of version 1 and 2, from its own to the outermost."""
-    with suppress(OSError):
-        for line in OWN_CGROUPS.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            root = CGROUPS / controller if controllers else CGROUPS
-            if not controllers or controller in controllers.split(","):
-                own = root / path.strip("/")  # in a container it may be the host's path, which is not there
-                yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
 
 
 def visible_gpus() -> list[str]:
@@ -177,8 +149,8 @@ def time_side_by_side(recipe: Recipe, room: Room) -> list[Measured] | None:
         for probe in probes:
             assert probe.process.stdin is not None
             with suppress(BrokenPipeError):  # it has ended, which the next report shows
-                probe.process.stdin.write("go\n")
-                probe.process.stdin.flush()
+                # Not by its buffer, which would be flushed again when it is closed.
+                os.write(probe.process.stdin.fileno(), b"go\n")
         lines = _next_reports(probes)
         return None if lines is None else [Measured(*json.loads(line)) for line in lines]
 
@@ -253,11 +225,12 @@ def start_worker(task: Task, slot: Slot, output: int) -> "subprocess.Popen[str]"
 
 
 def complaint(printed: str) -> str:
-    """Why a process has failed: the last line that mygpt printed, or that of a traceback; "": there is none."""
+    """Why a process has failed: the last line that mygpt printed, or the error of a traceback; "": there is none."""
     lines = printed.strip().splitlines() or [""]
-    for line in reversed(lines):
+    tracebacks = [number for number, line in enumerate(lines) if line.startswith("Traceback ")]
+    last = lines[tracebacks[-1] + 1 :] if tracebacks else lines
+    for line in reversed(last):
         if line.startswith("mygpt: "):
             return line.removeprefix("mygpt: ")
-        if line.startswith("Traceback "):
-            break
-    return lines[-1]
+    errors = (line for line in last if line[:1].strip())  # the calls are indented
+    return next(errors, lines[-1]) if tracebacks else lines[-1]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mygpt import __version__
+from mygpt.cores import core_count
 from mygpt.disk import code_sha256, make_directory
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError, MygptError
 from mygpt.processes.signals import stop_on_signal
@@ -34,12 +35,15 @@ from mygpt.studies.analysis import compare_cells
 from mygpt.studies.copies import copy_model, with_copies
 from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, Cell
 from mygpt.studies.results import Study, explain_damage, has_failed, is_complete, is_settled, read_cell, to_json
-from mygpt.studies.room import Room, Slot, complaint, core_count, measure_room, start_worker, take_slots
+from mygpt.studies.room import Room, Slot, complaint, measure_room, start_worker, take_slots
 from mygpt.studies.worker import Task
 
 POLL_SECONDS = 0.1
 MOST_RESTARTS = 3
 """Of a run that is killed from outside, before the study gives up."""
+
+LOG_BYTES = 2**16
+"""How much of the end of a log is read: a library may print gigabytes."""
 
 MAY_DIFFER = {"threads", *PATH_KEYS}
 """Keys in which a run of a study may differ from its recipe: threads are the plan's, and files may have been moved."""
@@ -315,14 +319,20 @@ def _start(job: Job, slot: Slot, threads: int, init_from: str | None) -> "subpro
 
 def _progress(job: Job) -> str:
     """The newest line on its progress in a run's log; "": there is none."""
-    lines = _log(job).read_text(encoding="utf-8", errors="replace").splitlines()
-    newest = next((line for line in reversed(lines) if line.startswith("at step ")), "")
+    lines = reversed(_end_of_log(job).splitlines())
+    newest = next((line for line in lines if line.startswith("at step ")), "")
     return newest and f"{job.name}: {newest}"
 
 
 def _log(job: Job) -> Path:
     """What the run prints."""
     return job.path.with_name(f"{job.path.name}.log")
+
+
+def _end_of_log(job: Job) -> str:
+    with _log(job).open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_BYTES))
+        return log.read().decode("utf-8", "replace")
 
 
 def _end(running: "Sequence[subprocess.Popen[str]] | dict[subprocess.Popen[str], tuple[Job, Slot]]") -> None:
@@ -335,7 +345,7 @@ def _error_of(process: "subprocess.Popen[str]", job: Job, restarts: dict[Path, i
     if process.returncode < 0 and restarts.get(job.path, 0) < MOST_RESTARTS:
         restarts[job.path] = restarts.get(job.path, 0) + 1
         return None
-    reason = complaint(_log(job).read_text(encoding="utf-8", errors="replace")) or "no message"
+    reason = complaint(_end_of_log(job)) or "no message"
     if process.returncode > 1:  # a mistake, which would be found again; or a signal, whose message says the way on
         return MygptError(f"{job.name}: {reason}", process.returncode)
     way_on = "the same command continues the study"

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from mygpt.compat import (
     INIT_METHOD,
     compute_fp32_in_fp32,
-    explicit_timeout,
     forget_accelerator,
     gloo_kept_off_stdout,
     has_accelerator,
@@ -214,7 +214,8 @@ def open_accelerator(table: RuntimeTable, device: torch.device, accumulation_ste
             ),
             dynamo_plugin=TorchDynamoPlugin(backend="no"),
             kwargs_handlers=[
-                InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=explicit_timeout(PROCESS_TIMEOUT))
+                # Accelerate does not pass on its own default, ten minutes: gloo would wait thirty.
+                InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=PROCESS_TIMEOUT + timedelta(seconds=1))
             ],
             # A prepared scheduler would else step once per process; the loop steps it once per optimizer step.
             step_scheduler_with_optimizer=False,

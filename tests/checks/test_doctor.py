@@ -2,7 +2,6 @@
 
 import re
 
-import psutil
 import pytest
 import torch
 from support.commands import BIN, LAUNCH, run_process
@@ -10,6 +9,7 @@ from support.runs import FLAGS
 
 from mygpt.checks import speed
 from mygpt.data.dataset import load_dataset
+from mygpt.errors import LaunchError
 from mygpt.processes import machine
 from mygpt.recipe.tables import Recipe
 
@@ -40,7 +40,7 @@ def test_doctor_says_what_would_be_faster(text_file, monkeypatch):
     monkeypatch.setattr(speed, "alternatives", lambda *_: (a for a in every(*_) if "compile" not in a.keys))
     recipe = Recipe.of(corpus=str(text_file), micro_batch_size=1, batch_size=32, seq_len=16, embed_dim=16, num_layers=1)
     dataset = load_dataset(recipe.data, 16)
-    monkeypatch.setattr("psutil.cpu_percent", lambda _: 10.0 / psutil.cpu_count())
+    monkeypatch.setattr("psutil.cpu_percent", lambda *_, **__: [1.0])
     (_, first), *faster = speed.measure_speed(recipe, torch.device("cpu"), dataset, seconds=0.1)
     assert re.fullmatch(r"[\d.]+ ms a step, [\d,]+ tokens/s", first)
     expected = r"micro_batch_size left out: [\d.]+ times as fast; the last bits differ; needs more memory"
@@ -48,7 +48,7 @@ def test_doctor_says_what_would_be_faster(text_file, monkeypatch):
 
     def time_step(recipe, *_):
         if recipe.runtime.precision == "bf16":
-            raise RuntimeError("no compiler\nmore")
+            raise LaunchError("no compiler\nmore")
         return speed.Timed(1.0, 1.0)
 
     monkeypatch.setattr(speed, "time_step", time_step)
@@ -58,11 +58,11 @@ def test_doctor_says_what_would_be_faster(text_file, monkeypatch):
 
 
 def test_doctor_says_when_the_machine_is_busy(text_file, monkeypatch):
-    """Other programs that use a core and a half of four are named before the times that they spoil."""
+    """Other programs that use a core and a half of this process's four are named before the times that they spoil."""
     monkeypatch.setattr(speed, "alternatives", lambda *_: ())
     monkeypatch.setattr(speed, "time_step", lambda *_: speed.Timed(1.0, 1.0))
-    monkeypatch.setattr("psutil.cpu_count", lambda: 4)
-    monkeypatch.setattr("psutil.cpu_percent", lambda seconds: 37.5)
+    monkeypatch.setattr(speed, "available_cores", lambda: [2, 3, 4, 5])
+    monkeypatch.setattr("psutil.cpu_percent", lambda _, percpu: [99.0, 99.0, 100.0, 50.0, 0.0, 0.0, 99.0])
     recipe = Recipe.of(corpus=str(text_file), seq_len=16)
     (topic, text), *_ = speed.measure_speed(recipe, torch.device("cpu"), load_dataset(recipe.data, 16))
     assert (topic, text) == ("busy", "other programs use 1.5 of 4 cores: end them, or the times are too long")

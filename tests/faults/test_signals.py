@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from support.forked import LONG, run, start
 from support.runs import FLAGS, contents, latest_step
 
 from mygpt.errors import InterruptedRunError
-from mygpt.processes.signals import ECHO_SECONDS, StopRequest, stop_on_signal
+from mygpt.processes.signals import ECHO_SECONDS, StopRequest, leave_closed_terminal, stop_on_signal
 from mygpt.runs.steps import read_manifest
 from mygpt.training.pending import PendingSteps
 from mygpt.training.train import train
@@ -120,6 +121,20 @@ def test_closed_terminal_saves_and_stops(folder):
     assert process.wait(60) == 129
     step = latest_step(place / "run")
     assert read_manifest(place / "run" / f"step-{step:06d}").reason == ("interrupted" if step % 50 else "scheduled")
+
+
+@pytest.mark.fault(105)
+def test_closed_terminal_leaves_no_file_open(monkeypatch):
+    """What /dev/null was opened with is closed again."""
+    opened = []
+    monkeypatch.setattr(stat, "S_ISCHR", lambda _: True)
+    monkeypatch.setattr(os, "isatty", lambda _: False)
+    monkeypatch.setattr(os, "dup2", lambda descriptor, _: opened.append(descriptor))
+    leave_closed_terminal()
+    assert len(opened) == 2
+    for descriptor in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
 
 
 @pytest.mark.slow

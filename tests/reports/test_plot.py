@@ -290,7 +290,7 @@ def test_only_a_picture_of_mygpt_is_overwritten(tmp_path, call, monkeypatch):
         code, _, err = call("plot", tmp_path / "nothing", "--out", out)
         assert (code, err) == (
             2,
-            f"mygpt: {out}: exists, and mygpt has not drawn it; choose another name, or remove it\n",
+            f"mygpt: {out}: exists, and has no mark of mygpt; choose another name, or remove it\n",
         )
         assert out.read_bytes() == b"mine"
         out.unlink()

@@ -1,14 +1,18 @@
 """How many runs go side by side."""
 
 import os
+import sys
 
 import pytest
 from support.runs import TINY
 
+from mygpt import cores as machine_cores
+from mygpt.cores import core_count
 from mygpt.errors import MygptError
+from mygpt.processes.environment import choose_threads
 from mygpt.recipe.tables import Recipe
 from mygpt.studies import room
-from mygpt.studies.room import Room, candidates, core_count, free_memory, measure_room, take_slots, time_side_by_side
+from mygpt.studies.room import Room, candidates, complaint, free_memory, measure_room, take_slots, time_side_by_side
 from mygpt.studies.worker import Measured
 
 
@@ -17,10 +21,11 @@ def machine(monkeypatch, tmp_path):
     """A function that makes this a machine with so many cores, GPUs and free memory (GB)."""
 
     def make(cores, gpus=0, free=100):
-        monkeypatch.setattr(room, "OWN_CGROUPS", tmp_path / "cgroup")
-        monkeypatch.setattr(room, "CGROUPS", tmp_path / "fs")
+        monkeypatch.setattr(machine_cores, "OWN_CGROUPS", tmp_path / "cgroup")
+        monkeypatch.setattr(machine_cores, "CGROUPS", tmp_path / "fs")
         monkeypatch.setattr(room, "CORE_MARK", f"\0mygpt-test-{os.getpid()}-{{}}")
-        monkeypatch.setattr(room, "available_cores", lambda: list(range(cores)))
+        for module in (room, machine_cores):
+            monkeypatch.setattr(module, "available_cores", lambda: list(range(cores)))
         monkeypatch.setattr(room, "visible_gpus", lambda: [str(number) for number in range(gpus)])
         monkeypatch.setattr(room.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free * 2**30}))
 
@@ -42,10 +47,14 @@ def test_candidates_share_the_cores_and_take_turns_on_the_gpus(machine):
     assert list(candidates(None, 100, on_gpus=False))[-1] == Room(16, 1)
 
 
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs abstract sockets, and cores to choose")
+
+
 def cpus(slots):
     return [slot.cpus for slot in slots]
 
 
+@needs_linux
 def test_two_studies_on_one_machine_take_different_cores(machine):
     """As long as there are any; a study that is over gives its own back."""
     machine(cores=10)
@@ -88,6 +97,7 @@ CGROUP_FILES = {
 }
 
 
+@needs_linux
 @pytest.mark.fault(113)
 @pytest.mark.parametrize("name", CGROUP_FILES)
 def test_limits_of_containers_count(machine, tmp_path, name):
@@ -98,7 +108,7 @@ def test_limits_of_containers_count(machine, tmp_path, name):
         (tmp_path / file).write_text(content)
     is_limited = name.startswith("version")
     assert free_memory() == (2 if is_limited else 100) * GIB
-    assert core_count() == (2 if is_limited else 8)
+    assert core_count() == choose_threads(None, 1) == (2 if is_limited else 8)
     assert list(candidates(None, 100))[-1] == (Room(2, 1) if is_limited else Room(8, 1))
     with take_slots(Room(2, 1)) as slots:
         assert cpus(slots) == ([(), ()] if is_limited else [(0,), (1,)])
@@ -114,8 +124,50 @@ def test_what_a_library_prints_is_no_answer(monkeypatch, tmp_path, text_file):
     monkeypatch.setattr(room, "PROBE_SECONDS", 0.1)
     recipe = Recipe.of(**TINY | {"threads": 1}, corpus=str(text_file))
     assert [run.seconds > 0 for run in time_side_by_side(recipe, Room(2, 1))] == [True, True]
-    with pytest.raises(MygptError, match=r"^\[data\] corpus: |nothing"):
+    message = rf"^{tmp_path}/nothing: no such text file; expected the path of a text, or one of: "
+    with pytest.raises(MygptError, match=message):
         time_side_by_side(recipe.replace(corpus=str(tmp_path / "nothing")), Room(1, 1))
+    (tmp_path / "sitecustomize.py").write_text(f"{lines}import sys\natexit.register(speak)\nsys.stdin = None\n")
+    with pytest.raises(MygptError, match=r"^AttributeError: 'NoneType' object has no attribute 'readline'$"):
+        time_side_by_side(recipe, Room(1, 1))
+
+
+def test_error_of_a_traceback_is_the_complaint():
+    """Of the last one, though lines follow; a line of mygpt after it wins."""
+    first = "Traceback (most recent call last):\n  File\nKeyError: 1\n"
+    printed = (
+        first + "\nDuring handling of it:\n\n" + first.replace("KeyError: 1", "OSError: 2") + "onednn_verbose,v1\n"
+    )
+    assert complaint(printed) == "OSError: 2"
+    assert complaint("mygpt: early\n" + printed + "mygpt: late\nmore\n") == "late"
+    assert (complaint("a\nb\n"), complaint("")) == ("b", "")
+
+
+def test_probe_that_is_killed_before_it_begins_does_not_fit(monkeypatch, text_file):
+    """As by Linux when memory is full; alone, it is an error with its exit code."""
+    next_reports = room._next_reports
+
+    def kill_when_ready(probes):
+        lines = next_reports(probes)
+        probes[-1].process.kill()
+        probes[-1].process.wait()
+        return lines
+
+    monkeypatch.setattr(room, "_next_reports", kill_when_ready)
+    monkeypatch.setattr(room, "PROBE_SECONDS", 0.1)
+    recipe = Recipe.of(**TINY | {"threads": 1}, corpus=str(text_file))
+    assert time_side_by_side(recipe, Room(2, 1)) is None
+    with pytest.raises(MygptError, match=r"^a process of the study ended with -9$"):
+        time_side_by_side(recipe, Room(1, 1))
+
+
+@pytest.mark.fault(109)
+def test_probe_without_a_compiler_says_so(monkeypatch, text_file):
+    """With the line of `mygpt train`."""
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    recipe = Recipe.of(**TINY | {"threads": 1, "compile": True}, corpus=str(text_file))
+    with pytest.raises(MygptError, match=r"^compile: got true, and there is no compiler /nonexistent/c"):
+        time_side_by_side(recipe, Room(1, 1))
 
 
 def measured(seconds, memory=1, share=0.0):

@@ -169,7 +169,7 @@ def test_progress_of_a_run_is_passed_on(tmp_path):
     log.parent.mkdir()
     log.write_text("step     1: loss = 1.0\nat step 8 of 9: 10 tokens/s, 00:01 left\nstep     9: loss = 1.0\n")
     assert runner._progress(job) == f"{job.name}: at step 8 of 9: 10 tokens/s, 00:01 left"
-    log.write_text("step     1: loss = 1.0\n")
+    log.write_text(log.read_text() + "a library's line\n" * 10_000)  # more than is read
     assert runner._progress(job) == ""
 
 
@@ -335,6 +335,8 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
     (place / "full").mkdir()
     (place / "full" / "notes").write_text("mine")
     (place / "short.txt").write_text("short")
+    (place / "theirs").mkdir()
+    (place / "theirs" / "study.png").write_text("theirs")
     for name in ("...toml", "plan.json.toml"):
         (place / name).write_bytes((place / "small.toml").read_bytes())
     before = contents(place)
@@ -358,6 +360,9 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
         (["small.toml", "--set", "corpus=short.txt"], "the training part has 4 of the corpus's 5 characters"),
         (["small.toml", "--set", "val_split=0.1,0.2"], "[data] val_split: got 0.2, and small,val_split=0.1 has 0.1"),
         (["small.toml", "--set", "corpus=text.txt,python-docs"], "expected the same in all recipes of a study"),
+        (["small.toml", "--picture", "no/a.png"], "--picture: there is no folder no; make it, or choose another name"),
+        (["small.toml", "--picture", "a.png", "--no-picture"], "got --picture a.png and --no-picture; leave one out"),
+        (["small.toml", "--out", "theirs"], "theirs/study.png: exists, and has no mark of mygpt; choose another name"),
         (["small.toml", "--picture", "text.txt"], "text.txt: got the ending '.txt', expected .png, .svg or .pdf"),
         (["small.toml", "--side-by-side", "0"], "--side-by-side: got 0, expected at least 1"),
         (

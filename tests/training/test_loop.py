@@ -211,24 +211,32 @@ def test_fp32_products_stay_fp32(tiny, tmp_path, setting, matmul):
             torch.set_float32_matmul_precision(setting)
         assert model_bytes(train(tiny(**keys))) == expected
         assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # without bf16 instructions the bits show nothing
     finally:
         torch.backends.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
 
 
+LOWER_PRECISION = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "ONEDNN_VERBOSE": "1"}
+LOWER_PRECISION |= dict.fromkeys(("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"), "BF16")
+
+
 @pytest.mark.fault(107)
 def test_environment_does_not_lower_the_precision(tmp_path, text_file):
-    """TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which torch reads when it is imported."""
+    """Neither the variable that torch reads when it is imported, nor oneDNN's, which shows what it has computed."""
+    matmul = "onednn" if has_onednn_linear() else "blas"
     code = f"""
 import sys, torch
 from mygpt.recipe.tables import Recipe
 from mygpt.training.train import train
 assert torch.get_float32_matmul_precision() == "high"
-train(Recipe.of(**{TINY | {"corpus": str(text_file), "output": "run"}}))
+train(Recipe.of(**{TINY | {"corpus": str(text_file), "output": "run", "matmul": matmul}}))
 sys.exit(torch.get_float32_matmul_precision() != "highest")
 """
-    result = run_process([sys.executable, "-c", code], tmp_path, 60, {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"})
+    result = run_process([sys.executable, "-c", code], tmp_path, 60, LOWER_PRECISION)
     assert result.returncode == 0, result.stderr
+    assert ("inner_product" in result.stdout) == (matmul == "onednn")
+    assert "attr-fpmath" not in result.stdout
 
 
 @pytest.mark.fault(108)
