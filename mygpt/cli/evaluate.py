@@ -14,10 +14,9 @@ from mygpt.estimates import Estimate
 from mygpt.processes.environment import is_main_process
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import Recipe, check_recipe
-from mygpt.runs.files import MANIFEST_FILE
 from mygpt.runs.run import Run, find_model_file
 from mygpt.runs.schemas import ModelMetadata
-from mygpt.runs.steps import read_metadata
+from mygpt.runs.steps import manifest_of, read_metadata
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
 
 def _run_of(file: Path) -> Run | None:
     """The run in which a model file is a checkpoint's; None: it is in none."""
-    is_in_run = (file.parent.parent / RUN_FILE).exists() and (file.parent / MANIFEST_FILE).exists()
-    return Run(file.parent.parent) if is_in_run else None
+    return Run(file.parent.parent) if (file.parent.parent / RUN_FILE).exists() and manifest_of(file) else None
 
 
 def _is_own_text(path: Path, corpus: str) -> bool:

@@ -12,12 +12,12 @@ from mygpt.data.tokenizer import Tokenizer
 from mygpt.errors import DamagedCheckpointError, MismatchError
 from mygpt.model.gpt import GPT
 from mygpt.recipe.tables import ModelTable
-from mygpt.runs.files import MANIFEST_FILE, STATE_FILE, explain_disk_error
+from mygpt.runs.files import STATE_FILE, explain_disk_error
 from mygpt.runs.held_out import PREFIX
 from mygpt.runs.run import find_model_file
 from mygpt.runs.saver import Tensors, TrainingState
 from mygpt.runs.schemas import ModelMetadata, StateMetadata
-from mygpt.runs.steps import read_manifest, read_metadata, verify_file
+from mygpt.runs.steps import manifest_of, read_manifest, read_metadata, verify_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """The state that AdamW keeps of each parameter."""
@@ -45,8 +45,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         TokenizerError: its tokenizer needs a package that is not installed.
     """
     file = find_model_file(Path(path))
-    if (file.parent / MANIFEST_FILE).exists() or file != Path(path):
-        verify_file(file, read_manifest(file.parent, prefix=None))
+    manifest = manifest_of(file) if file == Path(path) else read_manifest(file.parent, prefix=None)
+    if manifest:
+        verify_file(file, manifest)
     metadata = read_metadata(file, ModelMetadata)
     tokenizer = tokenizer_from(metadata.tokenizer)
     weights = read_weights(file, metadata.model, tokenizer.vocab_size)

@@ -29,6 +29,7 @@ from mygpt.runs.steps import (
     prune,
     read_manifest,
     read_metadata,
+    saved_reasons,
     step_directories,
     verify_checkpoint,
 )
@@ -203,7 +204,7 @@ def _update(run: Path, start: Start) -> None:
         (run / files.BEST_FILE).unlink(missing_ok=True)
     if start.step:
         point_to(run, start.step, best)
-        prune(run, start.recipe.checkpoint.keep_last, start.step, best)
+        prune(run, start.recipe.checkpoint.keep_last, start.step, best, saved_reasons(run))
 
 
 def recipe_text(recipe: Recipe) -> str:

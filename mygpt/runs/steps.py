@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from mygpt.errors import DamagedCheckpointError, NewerFormatError
 from mygpt.runs import files
-from mygpt.runs.schemas import Manifest, T, parse_table, read_table
+from mygpt.runs.schemas import Manifest, Reason, T, parse_table, read_table
 
 TEMPORARY_REASONS = ("timed", "interrupted")
 """Reasons of checkpoints that are removed when their run saves the next."""
@@ -40,6 +40,14 @@ def read_manifest(directory: Path, prefix: str | None = "step-") -> Manifest:
     return manifest
 
 
+def manifest_of(file: Path) -> Manifest | None:
+    """The manifest beside a file, if it is one of the files that it names; None: it is not, or there is none."""
+    if not (file.parent / files.MANIFEST_FILE).exists():
+        return None
+    manifest = read_manifest(file.parent, prefix=None)
+    return manifest if file.name in manifest.files else None
+
+
 def verify_checkpoint(directory: Path, prefix: str = "step-") -> Manifest:
     """Compare every file of a checkpoint with its manifest, which is returned."""
     manifest = read_manifest(directory, prefix)
@@ -49,7 +57,7 @@ def verify_checkpoint(directory: Path, prefix: str = "step-") -> Manifest:
 
 
 def verify_file(file: Path, manifest: Manifest) -> None:
-    """Compare size and hash of a file with its manifest."""
+    """Compare size and hash of a file with the manifest that names it."""
     entry = manifest.files[file.name]  # type: ignore[index]
     with files.explain_disk_error(files.CANNOT_READ, file):
         size = files.regular(file).stat().st_size
@@ -77,24 +85,37 @@ def point_to(run: Path, newest: int, best: int | None) -> None:
         files.replace_text(run / files.BEST_FILE, f"step-{best:06d}\n")
 
 
-def prune(run: Path, keep_last: int, newest: int, best: int | None) -> None:
+def saved_reasons(run: Path) -> dict[int, Reason]:
+    """Why each checkpoint was saved, by its step, without entries that are damaged or hold other files."""
+    found = {step: _saved_reason(directory) for step, directory in step_directories(run).items()}
+    return {step: reason for step, reason in found.items() if reason}
+
+
+def _saved_reason(directory: Path) -> Reason | None:
+    with suppress(DamagedCheckpointError, NewerFormatError):
+        manifest = read_manifest(directory)
+        sizes = {
+            entry.name: entry.lstat().st_size for entry in directory.iterdir() if entry.name != files.MANIFEST_FILE
+        }
+        if sizes == {name: entry.bytes for name, entry in manifest.files.items()}:
+            return manifest.reason
+    return None
+
+
+def prune(run: Path, keep_last: int, newest: int, best: int | None, reasons: dict[int, Reason]) -> None:
     """Remove superseded checkpoints, up to step `newest`; entries that are damaged or hold other files stay.
 
     It keeps the newest, the best, and the `keep_last` newest scheduled ones (0: all). Without a `best` it also keeps
-    those that were the best of an earlier kind of evaluation.
+    those that were the best of an earlier kind of evaluation. `reasons` are what `saved_reasons` found; removed steps
+    are taken out of them.
     """
-    reasons = {}
-    for step, directory in step_directories(run).items():
-        with suppress(DamagedCheckpointError, NewerFormatError):
-            manifest = read_manifest(directory)
-            sizes = {
-                entry.name: entry.lstat().st_size for entry in directory.iterdir() if entry.name != files.MANIFEST_FILE
-            }
-            if step <= newest and sizes == {name: entry.bytes for name, entry in manifest.files.items()}:
-                reasons[step] = manifest.reason
-    scheduled = [step for step, reason in reasons.items() if reason == "scheduled"]
+    steps = sorted(step for step in reasons if step <= newest)
+    scheduled = [step for step in steps if reasons[step] == "scheduled"]
     kept = {newest, best, *scheduled[-keep_last:]}
     if best is None:
-        kept |= {step for step, reason in reasons.items() if reason == "best"}
-    for step in reasons.keys() - kept:
-        files.remove(step_directory(run, step))
+        kept |= {step for step in steps if reasons[step] == "best"}
+    for step in steps:
+        if step not in kept:
+            if _saved_reason(step_directory(run, step)):  # it may have changed since it was listed
+                files.remove(step_directory(run, step))
+            del reasons[step]
