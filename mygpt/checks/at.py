@@ -35,7 +35,7 @@ from mygpt.runs.records import Record
 from mygpt.runs.run import Run, Warn, check_output, named_checkpoint
 from mygpt.runs.schemas import HASH_OF_PATH, Manifest, ModelMetadata, Recreated
 from mygpt.runs.start import recipe_text
-from mygpt.runs.steps import read_manifest, read_metadata, step_directory, verify_checkpoint
+from mygpt.runs.steps import read_manifest, read_metadata, step_directories, step_directory, verify_checkpoint
 from mygpt.training.train import train
 
 
@@ -74,13 +74,15 @@ def recreate(
     start: Path | None = None,
     from_beginning: bool = False,
     check: bool = True,
+    keep_all: bool = True,
 ) -> Recreation:
     """Make `out` the run directory of `run` as it was after a step, with the bytes that its files had then.
 
     It begins with the nearest whole checkpoint at or before the step, or with the step directory `start`, of this run
     or of what `recreate` made of it; `from_beginning` uses no checkpoint. With `check`, all that the run has recorded
     of the steps that are trained again must come out the same. `run` is only read, and `out` appears when it is whole.
-    `inputs` are the paths of texts and of a model that have been moved; see `find_inputs`.
+    `inputs` are the paths of texts and of a model that have been moved; see `find_inputs`. Unless `keep_all`, it has no
+    checkpoint but that of the step.
     Every process of a launch has to call this.
 
     Raises:
@@ -110,6 +112,8 @@ def recreate(
             # Its notes speak of the place where it works; what has changed on the machine is returned.
             for until in train_parts(plan.parts, again, resume, is_quiet=True):
                 compared += check and compare_with_recorded(recorded, plan.first, until, again)
+                if not keep_all:
+                    keep_one(again, until)
         made = Run(again)
         origin = Recreated(run=str(files.real_path(run)), after_step=step)
         info = made.info.model_copy(update={"recipe": plan.recipe, "recreated": origin})
@@ -120,6 +124,16 @@ def recreate(
         check_free(run, out)
         publish_run(again, out)
     return Recreation(plan.first, records, compared, changes)
+
+
+def keep_one(run: Path, step: int) -> None:
+    """Remove all checkpoints of a run but that of a step."""
+    for other, directory in step_directories(run).items():
+        if other != step:
+            files.remove(directory)
+    best = run / files.BEST_FILE
+    if best.exists() and best.read_text().strip() != step_directory(run, step).name:
+        best.unlink()
 
 
 def plan_recreation(

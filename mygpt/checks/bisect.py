@@ -16,7 +16,7 @@ from mygpt.errors import CheckpointError, DamagedCheckpointError, InterruptedRun
 from mygpt.processes.environment import no_launcher, read_launched
 from mygpt.processes.signals import stop_on_signal
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS
-from mygpt.runs.files import MODEL_FILE, STATE_FILE, real_path
+from mygpt.runs.files import MODEL_FILE, STATE_FILE, real_path, remove
 from mygpt.runs.held_out import PREFIX
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import HASH_OF_PATH, read_table
@@ -141,6 +141,8 @@ def search(a: Side, b: Side, note: Note) -> Bisection:
         return identical(a, b, last)
 
     def is_same(step: int) -> bool:
+        for side in (a, b):
+            forget(side, low, high)
         same = is_same_state(*states(a, b, step))
         note(f"step {step}: {'the same' if same else 'different'}")
         return same
@@ -231,7 +233,7 @@ def state_after(side: Side, step: int) -> Path:
 def make_again(side: Side, step: int) -> Path:
     """Have `mygpt at` make a step again, from the nearest state that is at hand."""
     start, out = nearest_state(side, step), side.folder / f"{side.name}-{step}"
-    arguments = ["at", str(side.run.path), str(step), "--out", str(out)]
+    arguments = ["at", str(side.run.path), str(step), "--out", str(out), "--no-keep-all"]
     arguments += ["--start", str(start)] if start else ["--from-beginning"]
     if not side.is_recorded:
         arguments.append("--no-check")
@@ -242,6 +244,12 @@ def make_again(side: Side, step: int) -> Path:
     side.steps += step - (read_manifest(start).step if start else side.begun_after)
     side.made[step] = step_directory(out, step)
     return side.made[step]
+
+
+def forget(side: Side, low: int, high: int | None) -> None:
+    """Remove the states that were made again of steps outside the bounds: they fill the disk, and are of no use."""
+    for step in [step for step in side.made if not low <= step <= (high or step)]:
+        remove(side.made.pop(step).parent)
 
 
 def known_state(side: Side, step: int) -> Path | None:

@@ -21,7 +21,7 @@ from mygpt.runs.held_out import PREFIX, Difference, History, difference, load_hi
 from mygpt.runs.records import Record, read_records
 from mygpt.runs.run import Run, find_model_file
 from mygpt.runs.schemas import Manifest, ModelMetadata
-from mygpt.runs.steps import has_manifest, read_manifest, read_metadata, verify_file
+from mygpt.runs.steps import manifest_of, read_metadata, verify_file
 
 
 class TensorDifference(NamedTuple):
@@ -172,8 +172,8 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         compare_files(file_a, file_b),
         (metadata_a.step, metadata_b.step),
     )
-    if has_manifest(file_a) and has_manifest(file_b):
-        manifest_a, manifest_b = (read_manifest(file.parent, prefix=None) for file in (file_a, file_b))
+    manifest_a, manifest_b = manifest_of(file_a), manifest_of(file_b)
+    if manifest_a and manifest_b:
         comparison = comparison._replace(recipe=list(_compare_recipes(manifest_a, manifest_b)))
         held_out = held_out_text(manifest_a)
         is_evaluated = all(m.recipe is None or m.recipe.validation.val_every for m in (manifest_a, manifest_b))

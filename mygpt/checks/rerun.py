@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,11 +127,18 @@ def check_inputs(run: Run, parts: Sequence[Part], *, from_beginning: bool = Fals
             raise MismatchError(f"{initial.file}: has changed since {run.path} began with its weights; put it back")
 
 
-def train_parts(parts: Sequence[Part], output: Path, resume: str, *, is_quiet: bool = False) -> Iterator[int]:
+def train_parts(
+    parts: Sequence[Part],
+    output: Path,
+    resume: str,
+    *,
+    is_quiet: bool = False,
+    saved: Callable[[Path], None] = lambda _: None,
+) -> Iterator[int]:
     """Train the parts one after the other into the run `output`; yields the last step of each.
 
     The first part begins as `resume` says: "auto" continues a run that is there. Nothing is printed but progress and,
-    unless `is_quiet`, the notes of the first part.
+    unless `is_quiet`, the notes of the first part. `saved` is given each checkpoint; see `Saver`.
     """
     talk = sys.stderr
     for number, part in enumerate(parts):
@@ -140,7 +147,7 @@ def train_parts(parts: Sequence[Part], output: Path, resume: str, *, is_quiet: b
             stack.enter_context(redirect_stdout(nowhere))
             if number or is_quiet:  # later parts would warn of changes, which are the run's own
                 stack.enter_context(redirect_stderr(nowhere))
-            train_until(recipe, part.until, allow_changes=True, talk=talk)
+            train_until(recipe, part.until, allow_changes=True, talk=talk, saved=saved)
         yield part.until
         resume = "auto"
 

@@ -13,7 +13,7 @@ from mygpt.recipe.tables import TABLE_OF_KEY
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import HASH_OF_PATH, RunInfo
-from mygpt.runs.steps import verify_checkpoint
+from mygpt.runs.steps import read_manifest, verify_checkpoint
 
 
 class Verification(NamedTuple):
@@ -69,25 +69,31 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
         verify_checkpoint(directory)
     parts = list(parts_of(recorded, begun_after, until, find_inputs([recorded], inputs)))
     check_inputs(recorded, parts, from_beginning=not begun_after)
-    keeping_all = [part._replace(recipe=part.recipe.replace(keep_last=0)) for part in parts]
+    # Each checkpoint is compared when it is made: a long run again would fill the disk.
+    keeping_one = [part._replace(recipe=part.recipe.replace(keep_last=1)) for part in parts]
+    compared: dict[int, list[TensorDifference]] = {}
+
+    def compare(made: Path) -> None:
+        if recorded_one := checkpoints.get(step := read_manifest(made).step):
+            compared[step] = [] if any(compared.values()) else _compare_checkpoints(recorded_one, made)
+
     with tempfile.TemporaryDirectory(prefix="mygpt-verify-") as folder:
         again = Run(Path(folder) / "run")
         with explain_rerun(run, "stopped before anything was compared"):
-            for _ in train_parts(keeping_all, again.path, resume=str(recorded.origin or "auto")):
+            for _ in train_parts(keeping_one, again.path, resume=str(recorded.origin or "auto"), saved=compare):
                 pass
         if not is_main_process():
             return Verification(until, 0, 0, "", None, [], [])
-        trained = again.checkpoints
-        common = [step for step in checkpoints if step in trained]
-        compared_in_order = ((step, _compare_checkpoints(checkpoints[step], trained[step])) for step in common)
-        step, tensors = next(((step, tensors) for step, tensors in compared_in_order if tensors), (None, []))
-        compared = compare_records(records, again.records)
+        step, tensors = next(((step, tensors) for step, tensors in compared.items() if tensors), (None, []))
+        difference = compare_records(records, again.records)
         changes = _changes(recorded.info, again.info)
-        counts, repeatable = (compared.steps, len(common)), recorded.info.deterministic
-        return Verification(until, *counts, compared.difference, step, tensors, changes, repeatable)
+        counts, repeatable = (difference.steps, len(compared)), recorded.info.deterministic
+        return Verification(until, *counts, difference.difference, step, tensors, changes, repeatable)
 
 
 def _compare_checkpoints(a: Path, b: Path) -> list[TensorDifference]:
+    if read_manifest(a).files == read_manifest(b).files:
+        return []
     return [
         difference for name in (MODEL_FILE, STATE_FILE) for difference in compare_files(a / name, b / name).differences
     ]

@@ -18,7 +18,7 @@ from mygpt.recipe.tables import Recipe, check_recipe
 from mygpt.runs.changes import warn_of_code
 from mygpt.runs.run import Run, find_model_file
 from mygpt.runs.schemas import ModelMetadata
-from mygpt.runs.steps import has_manifest, read_metadata
+from mygpt.runs.steps import manifest_of, read_metadata
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
 
 def _run_of(file: Path) -> Run | None:
     """The run in which a model file is a checkpoint's; None: it is in none."""
-    is_in_run = has_manifest(file) and (file.parent.parent / RUN_FILE).exists()
-    return Run(file.parent.parent) if is_in_run else None
+    return Run(file.parent.parent) if (file.parent.parent / RUN_FILE).exists() and manifest_of(file) else None
 
 
 def _is_own_text(path: Path, corpus: str) -> bool:

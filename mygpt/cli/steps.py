@@ -33,6 +33,8 @@ class AtOptions(InputOptions):
     """Train all steps again, though there are checkpoints."""
     check: bool = True
     """Compare what is trained again with what the run has recorded of it."""
+    keep_all: bool = True
+    """Keep the checkpoints before STEP, too, as the run did."""
     json: bool = False
     """Print the answer as JSON."""
 
@@ -53,6 +55,7 @@ def at(options: AtOptions) -> None:
             start=options.start,
             from_beginning=options.from_beginning,
             check=options.check,
+            keep_all=options.keep_all,
         )
     if not is_main_process():
         return

@@ -13,7 +13,7 @@ from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import BEST_FILE, LATEST_FILE, MODEL_FILE, STEP_NAME, file_sha256
 from mygpt.runs.run import Run, find_model_file, named_checkpoint
 from mygpt.runs.schemas import Manifest, ModelMetadata
-from mygpt.runs.steps import TEMPORARY_REASONS, has_manifest, read_manifest, read_metadata, verify_file
+from mygpt.runs.steps import TEMPORARY_REASONS, manifest_of, read_metadata, verify_file
 
 FREE_MODEL_KEYS = {"dropout", "init"}
 """Keys of [model] in which a run may differ from the model that it begins with."""
@@ -54,8 +54,7 @@ def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
         file = find_model_file(Path(init_from))
     except CheckpointError as error:
         raise type(error)(f"init_from: {error}") from None
-    manifest = read_manifest(file.parent, prefix=None) if has_manifest(file) else None
-    if manifest:
+    if manifest := manifest_of(file):
         verify_file(file, manifest)
     metadata = read_metadata(file, ModelMetadata)
     other = [

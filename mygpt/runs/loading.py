@@ -12,12 +12,12 @@ from mygpt.data.tokenizer import Tokenizer
 from mygpt.errors import DamagedCheckpointError, MismatchError
 from mygpt.model.gpt import GPT
 from mygpt.recipe.tables import ModelTable
-from mygpt.runs.files import MANIFEST_FILE, STATE_FILE, explain_disk_error
+from mygpt.runs.files import STATE_FILE, explain_disk_error
 from mygpt.runs.held_out import PREFIX
 from mygpt.runs.run import find_model_file
 from mygpt.runs.saver import Tensors, TrainingState
 from mygpt.runs.schemas import ModelMetadata, StateMetadata
-from mygpt.runs.steps import has_manifest, read_manifest, read_metadata, verify_file
+from mygpt.runs.steps import manifest_of, read_metadata, verify_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """The state that AdamW keeps of each parameter."""
@@ -45,10 +45,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         TokenizerError: its tokenizer needs a package that is not installed.
     """
     file = find_model_file(Path(path))
-    if has_manifest(file):
-        verify_file(file, read_manifest(file.parent, prefix=None))
+    if manifest := manifest_of(file):
+        verify_file(file, manifest)
     metadata = read_metadata(file, ModelMetadata)
-    if not has_manifest(file) and file != Path(path):
+    if not manifest and file != Path(path):
         raise DamagedCheckpointError(f"{file.parent / MANIFEST_FILE}: is missing; name the file itself to do without")
     tokenizer = tokenizer_from(metadata.tokenizer)
     weights = read_weights(file, metadata.model, tokenizer.vocab_size)

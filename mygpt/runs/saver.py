@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import ModelTable, Recipe
 from mygpt.runs import files
 from mygpt.runs.schemas import End, FileEntry, Manifest, ModelMetadata, Reason, StateMetadata
-from mygpt.runs.steps import point_to, prune, step_directory
+from mygpt.runs.steps import point_to, prune, saved_reasons, step_directory
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -45,12 +45,16 @@ class Saver:
     tokenizer: Tokenizer
     corpus_sha256: str
     held_out_sha256: str | None = None
+    saved: Callable[[Path], None] = lambda _: None
+    """Is given each step directory, in the thread that writes, before those that it supersedes are removed."""
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _writing: Future[None] | None = None
     _reason: Reason = "scheduled"  # of what is being written
     # Kept from one save to the next: filling memory that the system has just handed out takes ten times longer.
     _copies: dict[str, torch.Tensor] = field(default_factory=dict)
     _saved_at: float = field(default_factory=time.monotonic)
+    _reasons: dict[int, Reason] | None = None
+    """Of the checkpoints that are there: reading all manifests at each save would take longer with each of them."""
 
     def __enter__(self) -> "Saver":
         return self
@@ -132,8 +136,12 @@ class Saver:
         write_checkpoint(step_directory(self.run, step), weights, metadata, state, manifest)
         with files.explain_disk_error(files.CANNOT_SAVE + files.MEND_DISK, self.run / files.LATEST_FILE):
             point_to(self.run, step, best)
+        self.saved(step_directory(self.run, step))
         with suppress(OSError):  # the next save, or the next start, tries again
-            prune(self.run, self.recipe.checkpoint.keep_last, step, best)
+            if self._reasons is None:
+                self._reasons = saved_reasons(self.run)
+            self._reasons[step] = manifest.reason
+            prune(self.run, self.recipe.checkpoint.keep_last, step, best, self._reasons)
             if files.is_directory(self.run / files.REPLACED_NAME):
                 files.remove(self.run / files.REPLACED_NAME)
 

@@ -31,6 +31,7 @@ from mygpt.runs.steps import (
     prune,
     read_manifest,
     read_metadata,
+    saved_reasons,
     step_directories,
     verify_checkpoint,
 )
@@ -206,7 +207,7 @@ def _update(run: Path, start: Start) -> None:
         if files.is_directory(run / files.REPLACED_NAME):
             files.remove(run / files.REPLACED_NAME)
         point_to(run, start.step, best)
-        prune(run, start.recipe.checkpoint.keep_last, start.step, best)
+        prune(run, start.recipe.checkpoint.keep_last, start.step, best, saved_reasons(run))
 
 
 def recipe_text(recipe: Recipe) -> str:

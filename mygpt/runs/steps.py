@@ -4,6 +4,7 @@ All that reads one raises DamagedCheckpointError for a file that is missing, or 
 NewerFormatError for a file that a later version of mygpt wrote.
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError, NewerFormatError
 from mygpt.runs import files
-from mygpt.runs.schemas import Manifest, T, parse_table, read_table
+from mygpt.runs.schemas import Manifest, Reason, T, parse_table, read_table
 
 TEMPORARY_REASONS = ("timed", "interrupted")
 """Reasons of checkpoints that are removed when their run saves the next."""
@@ -40,6 +41,14 @@ def read_manifest(directory: Path, prefix: str | None = "step-") -> Manifest:
     return manifest
 
 
+def manifest_of(file: Path) -> Manifest | None:
+    """The manifest beside a file, if it is one of the files that it names; None: it is not, or there is none."""
+    if not (file.parent / files.MANIFEST_FILE).exists():
+        return None
+    manifest = read_manifest(file.parent, prefix=None)
+    return manifest if file.name in manifest.files else None
+
+
 def verify_checkpoint(directory: Path, prefix: str = "step-") -> Manifest:
     """Compare every file of a checkpoint with its manifest, which is returned."""
     manifest = read_manifest(directory, prefix)
@@ -49,7 +58,7 @@ def verify_checkpoint(directory: Path, prefix: str = "step-") -> Manifest:
 
 
 def verify_file(file: Path, manifest: Manifest) -> None:
-    """Compare size and hash of a file with its manifest."""
+    """Compare size and hash of a file with the manifest that names it."""
     entry = manifest.files[file.name]  # type: ignore[index]
     with files.explain_disk_error(files.CANNOT_READ, file):
         size = files.regular(file).stat().st_size
@@ -57,11 +66,6 @@ def verify_file(file: Path, manifest: Manifest) -> None:
             raise DamagedCheckpointError(f"{file}: damaged: {size:,} bytes, expected {entry.bytes:,}")
         if files.file_sha256(file) != entry.sha256:
             raise DamagedCheckpointError(f"{file}: damaged: its sha256 is not the manifest's")
-
-
-def has_manifest(file: Path) -> bool:
-    """Whether a manifest beside a model file says what it must be; of a copy with another name it does not."""
-    return file.name == files.MODEL_FILE and (file.parent / files.MANIFEST_FILE).exists()
 
 
 def read_metadata(file: Path, kind: type[T]) -> T:
@@ -89,29 +93,40 @@ def point_to(run: Path, newest: int, best: int | None) -> None:
         files.replace_text(run / files.BEST_FILE, f"step-{best:06d}\n")
 
 
-def prune(run: Path, keep_last: int, newest: int, best: int | None) -> None:
-    """Remove superseded checkpoints."""
-    for directory in superseded(run, keep_last, newest, best):
-        files.remove(directory)
+def saved_reasons(run: Path) -> dict[int, Reason]:
+    """Why each checkpoint was saved, by its step, without entries that are damaged or hold other files."""
+    found = {step: _saved_reason(directory) for step, directory in step_directories(run).items()}
+    return {step: reason for step, reason in found.items() if reason}
 
 
-def superseded(run: Path, keep_last: int, newest: int, best: int | None) -> list[Path]:
-    """The checkpoints up to step `newest` that are not to be kept, without those that are damaged or hold other files.
+def _saved_reason(directory: Path) -> Reason | None:
+    with suppress(DamagedCheckpointError, NewerFormatError):
+        manifest = read_manifest(directory)
+        sizes = {
+            entry.name: entry.lstat().st_size for entry in directory.iterdir() if entry.name != files.MANIFEST_FILE
+        }
+        if sizes == {name: entry.bytes for name, entry in manifest.files.items()}:
+            return manifest.reason
+    return None
+
+
+def superseded(reasons: Mapping[int, Reason], keep_last: int, newest: int, best: int | None) -> set[int]:
+    """The steps up to `newest` that are not to be kept, of those with these reasons.
 
     To be kept are the newest, the best, and the `keep_last` newest scheduled ones (0: all); without a `best` also those
     that were the best of an earlier kind of evaluation.
     """
-    reasons = {}
-    for step, directory in step_directories(run).items():
-        with suppress(DamagedCheckpointError, NewerFormatError):
-            manifest = read_manifest(directory)
-            sizes = {
-                entry.name: entry.lstat().st_size for entry in directory.iterdir() if entry.name != files.MANIFEST_FILE
-            }
-            if step <= newest and sizes == {name: entry.bytes for name, entry in manifest.files.items()}:
-                reasons[step] = manifest.reason
-    scheduled = [step for step, reason in reasons.items() if reason == "scheduled"]
+    steps = sorted(step for step in reasons if step <= newest)
+    scheduled = [step for step in steps if reasons[step] == "scheduled"]
     kept = {newest, best, *scheduled[-keep_last:]}
     if best is None:
-        kept |= {step for step, reason in reasons.items() if reason == "best"}
-    return [step_directory(run, step) for step in reasons.keys() - kept]
+        kept |= {step for step in steps if reasons[step] == "best"}
+    return {*steps} - kept
+
+
+def prune(run: Path, keep_last: int, newest: int, best: int | None, reasons: dict[int, Reason]) -> None:
+    """Remove superseded checkpoints. `reasons` are what `saved_reasons` found; removed steps are taken out of them."""
+    for step in superseded(reasons, keep_last, newest, best):
+        if _saved_reason(step_directory(run, step)):  # it may have changed since it was listed
+            files.remove(step_directory(run, step))
+        del reasons[step]

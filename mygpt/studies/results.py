@@ -12,7 +12,7 @@ from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, TEMPORARY_NAME
 from mygpt.runs.held_out import load_history
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import ModelMetadata, StateMetadata
-from mygpt.runs.steps import read_metadata, step_directory, superseded
+from mygpt.runs.steps import read_metadata, saved_reasons, step_directory, superseded
 from mygpt.studies.analysis import CellResult, ComparisonResult, RunResult, compare_cells, mean_curve, unit_of
 from mygpt.studies.grid import STUDY_FILE
 
@@ -84,7 +84,7 @@ def is_settled(path: Path) -> bool:
         is_pointed_to = (run.latest, run.best) == (newest, best)
     except CheckpointError:
         return False
-    unneeded = superseded(path, run.recipe.checkpoint.keep_last, state.step, state.best_step)
+    unneeded = superseded(saved_reasons(path), run.recipe.checkpoint.keep_last, state.step, state.best_step)
     return is_pointed_to and not unneeded and not any(TEMPORARY_NAME.fullmatch(name) for name in os.listdir(path))
 
 

@@ -2,7 +2,7 @@
 
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -62,10 +62,11 @@ def train_until(
     overwrite: bool = False,
     allow_changes: bool = False,
     talk: TextIO | None = None,
+    saved: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """As `train`; with a `last_step` the run is saved after that step and ends early, as if it had been stopped.
 
-    Progress goes to `talk`; None: to stderr, as notes do.
+    Progress goes to `talk`; None: to stderr, as notes do. `saved` is given each checkpoint; see `Saver`.
     """
     check_recipe(recipe)
     launched = launched_processes()
@@ -110,7 +111,7 @@ def train_until(
                 warn=print_note,
             )
         start = share_start(start, recipe, channel)
-        return run_steps(accelerator, start, preflight, gradient_sum, last_step, stop, talk)
+        return run_steps(accelerator, start, preflight, gradient_sum, last_step, stop, talk, saved)
 
 
 @contextmanager
@@ -149,7 +150,8 @@ def run_steps(
     gradient_sum: GradientSum,
     last_step: int | None,
     stop: StopRequest,
-    talk: TextIO | None = None,
+    talk: TextIO | None,
+    saved: Callable[[Path], None],
 ) -> Path:
     """Build the parts, make the run directory ready, train, and say how it ended; returns the run directory.
 
@@ -192,7 +194,7 @@ def run_steps(
             last_step=last_step and min(steps, last_step),
             talk=talk,
         ) as recorder,
-        Saver(run, recipe, dataset.tokenizer, dataset.sha256, dataset.held_out_sha256) as saver,
+        Saver(run, recipe, dataset.tokenizer, dataset.sha256, dataset.held_out_sha256, saved) as saver,
     ):
         stop.graceful = True
         stopped = train_loop(parts, progress, min(steps, last_step or steps), recorder, saver, stop)

@@ -14,6 +14,7 @@ from support.forked import ARGUMENTS
 from support.forked import run as run_forked
 from support.runs import FLAGS, TINY, assert_same_run, contents, flags_of, steps_of
 
+from mygpt.checks import at
 from mygpt.checks.at import fork, recreate
 from mygpt.checks.compare import compare
 from mygpt.checks.verify import verify
@@ -44,6 +45,25 @@ def assert_is_step(run, step, expected):
     for file in ("model.safetensors", "state.safetensors"):
         assert (run / name / file).read_bytes() == (expected / name / file).read_bytes(), file
     assert not list(run.parent.glob(".tmp-*"))
+
+
+def test_checkpoints_on_the_way_are_removed_where_one_is_asked_for(place, tmp_path, call, monkeypatch):
+    """--no-keep-all keeps that of the step alone, and removes each of the others when it has been compared."""
+    counts, compare_one = [], at.compare_with_recorded
+
+    def count(run, first, step, again):
+        counts.append(len(steps_of(again)))
+        return compare_one(run, first, step, again)
+
+    monkeypatch.setattr(at, "compare_with_recorded", count)
+    for number, flags in enumerate(([], ["--no-keep-all"])):
+        counts.clear()
+        out = tmp_path / str(number)
+        assert call("at", place / "all", 6, "--out", out, "--from-beginning", *flags)[0] == 0
+        assert max(counts) == (2 if flags else 6)
+        assert steps_of(out) == ([6] if flags else [1, 2, 3, 4, 5, 6])
+        assert not (out / "best").exists() or Run(out).best
+        assert_is_step(out, 6, place / "all")
 
 
 @pytest.mark.parametrize("step", [1, 4, 10, 11, 12])

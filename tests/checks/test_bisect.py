@@ -122,6 +122,24 @@ def test_first_difference_on_the_way_forward_and_back(make, in_this_process):
     assert (exact.step, exact.value) == (1, "learning rate")
 
 
+def test_states_that_the_search_has_left_behind_are_removed(make, in_this_process, monkeypatch):
+    """Of each run there are two at most beside the one that is made: one on each side of the difference."""
+    keys = {"log_every": STEPS}  # what is recorded would tell at once
+    a, b = make("whole", **keys), make("late", **keys, schedule="wsd", min_lr=1e-4)
+    counts, make_again = [], module.make_again
+
+    def count(side, step):
+        made = make_again(side, step)
+        counts.append(len(list(side.folder.glob(f"{side.name}-*/step-*"))))
+        return made
+
+    monkeypatch.setattr(module, "make_again", count)
+    found = bisect(a, b)
+    assert (found.step, found.value) == (21, "learning rate")
+    assert len(counts) > 6
+    assert max(counts) <= 3
+
+
 def test_evaluation_that_draws_from_the_stream_is_found(make, in_this_process):
     """The step computes the same, and the next batch is another one."""
     keys = {"val_split": 0.2, "val_every": 8}

@@ -8,11 +8,13 @@ import pytest
 from support.checkpoints import rewrite
 from support.commands import needs_onednn
 from support.fault_points import disturb, send
+from support.runs import steps_of
 
 from mygpt.checks.compare import compare
 from mygpt.checks.verify import verify
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError
 from mygpt.processes import machine
+from mygpt.runs.saver import Saver
 from mygpt.training.train import train, train_until
 
 
@@ -30,6 +32,23 @@ def test_untouched_run_verifies(tiny, answer):
     train(recipe)
     assert answer("verify", run) == (0, "identical: 6 records and 3 checkpoints up to step 6\n")
     assert answer("verify", run, "--steps", 3) == (0, "identical: 3 records and 1 checkpoints up to step 3\n")
+
+
+def test_verifying_keeps_no_checkpoint_that_it_has_compared(tiny, answer, monkeypatch):
+    """However many the run has: the newest, and for a moment the one before."""
+    run, seen, write = train(tiny(save_every=1, keep_last=0)), [], Saver._write
+
+    def count(self, *arguments):
+        write(self, *arguments)
+        seen.append(len(steps_of(self.run)))
+
+    monkeypatch.setattr(Saver, "_write", count)
+    assert answer("verify", run) == (0, "identical: 6 records and 6 checkpoints up to step 6\n")
+    assert seen == [1] * 6
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"data_seed": 42', '"data_seed": 43'))
+    code, out = answer("verify", run)
+    assert code == 1
+    assert "the first checkpoint that differs is that of step 1\ntensor " in out
 
 
 def test_the_first_step_and_tensor_that_differ_are_named(tiny, answer):

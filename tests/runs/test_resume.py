@@ -12,7 +12,7 @@ from support.forked import run as run_forked
 from support.runs import FLAGS, assert_same_run, contents, steps_of
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError
-from mygpt.runs import files, saver
+from mygpt.runs import files, saver, steps
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
 from mygpt.runs.run import Run
@@ -32,6 +32,25 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tiny):
     assert steps_of(run) == sorted({10, 12, best})
     assert load_checkpoint(run).step == 12
     assert load_checkpoint(run / f"step-{best:06d}").step == best
+
+
+@pytest.mark.parametrize("keep_last", [0, 2])
+def test_a_save_reads_no_manifest_of_those_before(tiny, monkeypatch, keep_last):
+    """However many there are: a process reads each once, and those that it removes once more."""
+    train_until(tiny(steps=20, save_every=1, keep_last=0), 10)
+    read, read_manifest = [], steps.read_manifest
+    monkeypatch.setattr(steps, "read_manifest", lambda *args: read.append(args[0].name) or read_manifest(*args))
+    write, counts = Saver._write, []
+
+    def count(self, *arguments):
+        read.clear()
+        write(self, *arguments)
+        counts.append(len(read))
+
+    monkeypatch.setattr(Saver, "_write", count)
+    run = train(tiny(steps=20, save_every=1, keep_last=keep_last))
+    assert steps_of(run) == list(range(1, 21))[-keep_last:]
+    assert counts[1:] == [1 if keep_last else 0] * 9
 
 
 def test_checkpoints_by_the_clock(tiny, monkeypatch):
@@ -177,6 +196,20 @@ def test_tokens_are_counted_across_a_change_of_the_batch(tiny):
     train_until(tiny(save_every=2), 2)
     run = train(tiny(save_every=2, batch_size=2), allow_changes=True)
     assert [record.tokens for record in read_records(run)] == [64, 128, 160, 192, 224, 256]
+
+
+def test_model_file_of_another_name_is_not_that_of_the_manifest(tiny, tmp_path, call):
+    """A copy beside a checkpoint is a file of its own: to generate, compare, evaluate and begin with."""
+    run = train(tiny(val_split=0.2, val_every=3))
+    copy = run / "step-000006" / "copy.safetensors"
+    shutil.copy(run / "step-000006" / "model.safetensors", copy)
+    assert load_checkpoint(copy).step == 6
+    assert call("generate", "--checkpoint", copy, "--max-new-tokens", 2)[0] == 0
+    assert call("compare", copy, run)[0] == 0
+    code, _, err = call("eval", copy)
+    assert code == 2
+    assert "is in no run, whose held-out text could be evaluated; give one with --corpus" in err
+    train(tiny(init_from=str(copy), output=str(tmp_path / "more")))
 
 
 def test_checkpoint_may_be_copied_and_linked_for_generating(tiny, tmp_path, monkeypatch):
