@@ -12,7 +12,7 @@ from mygpt.data.tokenizer import Tokenizer
 from mygpt.errors import DamagedCheckpointError, MismatchError
 from mygpt.model.gpt import GPT
 from mygpt.recipe.tables import ModelTable
-from mygpt.runs.files import STATE_FILE, explain_disk_error
+from mygpt.runs.files import MANIFEST_FILE, STATE_FILE, explain_disk_error
 from mygpt.runs.held_out import PREFIX
 from mygpt.runs.run import find_model_file
 from mygpt.runs.saver import Tensors, TrainingState

@@ -68,7 +68,7 @@ def test_copy_of_a_model_under_another_name_is_a_model(tmp_path, source, text_fi
     alone = call("generate", "--checkpoint", step.parent / "step-000002", "--prompt", "a")
     assert call("generate", "--checkpoint", file, "--prompt", "a") == alone
     assert call("eval", file, "--corpus", text_file)[0] == 0
-    assert "is in no run, whose held-out text could be evaluated; give one with --corpus" in call("eval", file)[2]
+    assert "belongs to no run, so no text is held out; give a text with --corpus" in call("eval", file)[2]
     code, out, err = call("compare", file, step)
     assert (code, err) == (1, "")
     assert "verdict" not in out
