@@ -3,11 +3,13 @@
 import inspect
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mygpt.data.batches import BatchStream, Share, held_out_windows
+from mygpt.data.batches import BatchStream, Share, epoch_starts, held_out_windows, permute
+from mygpt.data.dataset import place_pieces
 from mygpt.recipe import seeds as derivations
 from mygpt.recipe.seeds import held_out_seed, micro_batch_dropout_seed, process_dropout_seed
 from mygpt.recipe.tables import ValidationTable
@@ -68,6 +70,40 @@ def test_held_out_windows_do_not_depend_on_the_data_seed():
     for seed in range(50):
         batch = torch.randint(0, len(DATA) - 9, (16,), generator=torch.Generator().manual_seed(seed))
         assert batch.tolist() != held_out[:16]
+
+
+def test_order_of_an_epoch_and_held_out_pieces_stay():
+    """What is drawn with these seeds is pinned, too: another order of windows would change published numbers."""
+    assert epoch_starts(np.arange(16), 41, 5, 42).tolist() == [
+        35,
+        25,
+        10,
+        20,
+        30,
+        15,
+        0,
+        5,
+        30,
+        15,
+        20,
+        10,
+        0,
+        25,
+        35,
+        5,
+    ]
+    assert permute(np.arange(3), 10**12, 7).tolist() == [162658157203, 61858532688, 502328675179]
+    assert [piece.start for piece in place_pieces(1000, 0.32)][::8] == [19, 220, 422, 743]
+
+
+def test_dropout_of_exact_sums_is_seeded_for_each_micro_batch(tiny, monkeypatch):
+    """By the data seed, the step and the number of the micro-batch."""
+    expected, seeded = [micro_batch_dropout_seed(7, step, index) for step in (1, 2) for index in (0, 1)], []
+    monkeypatch.setattr(
+        torch, "manual_seed", lambda value, original=torch.manual_seed: seeded.append(value) or original(value)
+    )
+    train(tiny(dropout=0.5, steps=2, reduction="exact", micro_batch_size=2, data_seed=7))
+    assert [seed for seed in seeded if seed in expected] == expected
 
 
 def test_dropout_depends_on_the_data_seed_alone(tiny, tmp_path):
