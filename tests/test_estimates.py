@@ -40,7 +40,11 @@ def crossed(residuals, total):
     return math.sqrt(seed), math.sqrt(window), seed, window, both * by_seed * by_window / unit
 
 
-@pytest.mark.parametrize("changes", [CHANGES, CHANGES[:, ::-1] * [[1], [-2], [1]], CHANGES * 0.1 + LENGTHS])
+@pytest.mark.parametrize(
+    "changes",
+    [CHANGES, CHANGES[:, ::-1] * [[1], [-2], [1]], CHANGES * 0.1 + LENGTHS, CHANGES - CHANGES.mean(0)],
+    ids=["more than either", "opposite seeds", "windows alone", "seeds alone"],
+)
 def test_crossed_estimate_is_the_published_formula(changes):
     """The variance over seeds, and over windows, less what is in both, and never less than either of the two."""
     mean = changes.mean(0).sum() / 15
@@ -75,6 +79,12 @@ def test_ratio_estimate_is_the_published_formula():
     stderr = math.sqrt((halves[0] ** 2 + halves[1] ** 2) * 2) / 15
     assert ratio_estimate(loss, LENGTHS, consecutive=True) == pytest.approx((0.5, stderr, 1))
     assert math.isnan(ratio_estimate(loss * math.nan, LENGTHS, consecutive=False).mean)
+    with np.errstate(invalid="ignore"):
+        assert math.isnan(ratio_estimate(np.array([math.inf, -math.inf]), LENGTHS[:2], consecutive=False).mean)
+    skewed, ones = np.arange(40.0) ** 6, np.ones(40)
+    dof = [ratio_estimate(skewed, ones, consecutive=consecutive).dof for consecutive in (True, False)]
+    assert dof == [2, student_dof(skewed - skewed.mean())]
+    assert dof[1] < 20
 
 
 def test_batches_of_consecutive_windows():
@@ -89,17 +99,19 @@ def test_skewness_costs_degrees_of_freedom():
     assert student_dof(np.full(4, 2.0)) == 3
     values = np.array([0.0] * 6 + [1.0] * 2)  # a share of 1/4 has the skewness 2 / sqrt(3)
     assert student_dof(values) == round(7 / (1 + 0.89 * 4 / 3))
+    assert student_dof(np.repeat(values, 10)) == round(79 / (1 + 0.89 * 4 / 3))
     assert student_dof(np.array([0.0] * 99 + [1.0])) == 1
 
 
 def test_mean_and_difference_of_independent_estimates():
     """The error of a mean is the sample's deviation over the root of n; of a difference, as Welch has it."""
     assert mean_estimate(np.array([1.0, 2.0, 6.0])) == pytest.approx((3, math.sqrt(7 / 3), 2))
+    assert mean_estimate(np.array([1.0, 3.0])) == pytest.approx((2, 1, 1))
     assert mean_estimate(np.array([1.0])) == (1, None, 0)
     a, b = Estimate(1.0, 0.3, 4), Estimate(3.0, 0.4, 9)
     found = difference_of_independent(a, b)
     assert found == pytest.approx((2, 0.5, 0.25**2 / (0.09**2 / 4 + 0.16**2 / 9)))
-    assert difference_of_independent(a, Estimate(3.0)) == difference_of_independent(Estimate(1.0), b._replace(mean=3))
+    assert difference_of_independent(a, Estimate(3.0)) == difference_of_independent(Estimate(1.0), b) == Estimate(2)
     assert difference_of_independent(a._replace(dof=None), b._replace(dof=None)).dof == math.inf
 
 

@@ -189,12 +189,25 @@ def test_mistake_in_a_parent_names_the_parent(tmp_path):
         ({"min_lr": 1e-4}, "min_lr"),
         ({"min_lr": 1e-2, "schedule": "linear"}, "min_lr"),
         ({"eps": 9e-12, "reduction": "exact"}, "eps"),
+        ({"wsd_decay": 3}, "wsd_decay"),
+        ({"wsd_decay": 5, "schedule": "wsd", "warmup": 6, "steps": 10}, "wsd_decay"),
+        ({"deterministic": False, "reduction": "exact"}, "deterministic"),
+        ({"matmul": "onednn", "precision": "bf16"}, "matmul"),
+        ({"val_split": 0.1, "val_corpus": "other.txt"}, "val_split"),
+        ({"hold_out": "pieces", "val_corpus": "other.txt"}, "hold_out"),
+        ({"patience": 2, "val_split": 0.1, "val_every": 5, "sampling": "shared-stream"}, "patience"),
     ],
 )
 def test_relations_between_keys_are_checked(keys, key):
     """Each relation names the key to change, in the table where it stands."""
     with pytest.raises(RecipeError, match=rf"^here \[{TABLE_OF_KEY[key]}\] {key}: got "):
         check_recipe(Recipe.of(**keys), source="here")
+
+
+def test_relations_between_keys_include_their_ends():
+    """Warmup and decay may take all steps, a window all positions; the last rate may be the first."""
+    check_recipe(Recipe.of(schedule="wsd", warmup=5, wsd_decay=5, steps=10, seq_len=32, max_seq_len=32))
+    check_recipe(Recipe.of(schedule="cosine", warmup=10, steps=10, lr=1e-3, min_lr=1e-3))
 
 
 def test_exact_sums_need_an_eps_above_their_rounding():
