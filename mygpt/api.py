@@ -16,7 +16,7 @@ from signal import SIGINT
 from typing import TYPE_CHECKING, Any
 
 from mygpt.errors import CheckpointError, InterruptedRunError, MygptError, RecipeError
-from mygpt.processes.environment import is_main_process, shorten_waits
+from mygpt.processes.environment import is_main_process, set_before_torch
 from mygpt.recipe import files
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe, check_recipe, lay_over, seed_keys
 from mygpt.runs import run as runs
@@ -139,7 +139,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
             the same call goes on.
         MygptError: anything that the user can act on, with the message that the command prints.
     """
-    shorten_waits()
+    set_before_torch()
     from mygpt.training.train import train
 
     if not isinstance(recipe, Recipe):

@@ -145,14 +145,11 @@ def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def compute_fp32_in_fp32() -> None:
-    """Have fp32 products computed in fp32, whatever torch's flags and oneDNN's variables say.
+    """Have fp32 products computed in fp32, whatever torch's flags say.
 
     Otherwise a GPU may compute them in TF32, and oneDNN on a CPU in bf16. Of torch's ways to say so, this one alone
-    sets the older and the newer flags alike; torch raises an error where they differ, and some versions warn. oneDNN
-    reads its own variables when it first computes.
+    sets the older and the newer flags alike; torch raises an error where they differ, and some versions warn.
     """
-    for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"):
-        os.environ.pop(name, None)
     with warnings.catch_warnings(action="ignore"):
         torch.set_float32_matmul_precision("highest")
 

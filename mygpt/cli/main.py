@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mygpt.cli.command import Command, dispatch
 from mygpt.errors import InterruptedRunError, MygptError, PeerError, printable
-from mygpt.processes.environment import is_main_process, local_rank, read_launched, shorten_waits
+from mygpt.processes.environment import is_main_process, local_rank, read_launched, set_before_torch
 
 USAGE = """\
 usage: mygpt COMMAND [ARGUMENTS]
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Kernels that mps lacks run on the CPU; torch reads this when it is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    shorten_waits()
+    set_before_torch()
     _make_streams_safe()
     try:
         code = dispatch(arguments, "mygpt", {name: partial(_run, name) for name in COMMANDS}, USAGE, OTHER_NAMES) or 0

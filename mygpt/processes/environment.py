@@ -108,10 +108,17 @@ LLVM's. By default it spins for so long that on a busy machine it takes the core
 Source: the libraries' manuals; chosen by scripts/benchmarks/busy.py."""
 
 
-def shorten_waits(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set `SHORT_WAITS` where OpenMP finds it when torch is imported, unless the user has said how threads wait."""
+LOWER_PRECISION = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+"""With these oneDNN computes fp32 products in bf16 or TF32."""
+
+
+def set_before_torch(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set what OpenMP and oneDNN read when torch is imported: `SHORT_WAITS`, unless the user has said how threads wait,
+    and no `LOWER_PRECISION`."""
     if not {"OMP_WAIT_POLICY", *SHORT_WAITS} & environ.keys():
         environ.update(SHORT_WAITS)
+    for name in LOWER_PRECISION:
+        environ.pop(name, None)
 
 
 def choose_threads(threads: int | None, local_processes: int, *, pinned: bool = False) -> int:

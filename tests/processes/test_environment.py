@@ -19,7 +19,7 @@ from mygpt.processes.environment import (
     choose_workers,
     ignored_settings,
     launched_processes,
-    shorten_waits,
+    set_before_torch,
 )
 from mygpt.processes.machine import choose_matmul, resolve_device, set_threads
 from mygpt.recipe.tables import RuntimeTable
@@ -125,11 +125,11 @@ def test_threads_that_are_right_are_not_set(monkeypatch):
 def test_waiting_threads_sleep_soon():
     """Unless the user has said how OpenMP's threads wait, in any of the three variables."""
     environ = {"PATH": "/bin"}
-    shorten_waits(environ)
+    set_before_torch(environ)
     assert environ == {"PATH": "/bin", **SHORT_WAITS}
     for own in ({"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}, {"KMP_BLOCKTIME": "200"}):
         environ = dict(own)
-        shorten_waits(environ)
+        set_before_torch(environ)
         assert environ == own
 
 

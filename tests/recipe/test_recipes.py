@@ -63,7 +63,7 @@ NOT_MEASURED = {"gpt2-124m", "shakespeare-10m"}
 )
 def test_output_of_a_changed_shipped_recipe_is_named_after_the_change(arguments, output, tmp_path):
     """So it does not collide with the run of the recipe itself. A recipe of one's own keeps its output."""
-    for target in ("hardened", FOLDER / "hardened.toml"):
+    for target in ("hardened", shipped_recipes()["hardened"]):
         recipe = parse_recipe([str(target), *arguments.split()], "mygpt train", TrainOptions)[0]
         assert recipe.checkpoint.output == f"checkpoints/{output}"
     shutil.copy(FOLDER / "hardened.toml", tmp_path / "mine.toml")

@@ -208,7 +208,7 @@ def test_model_file_of_another_name_is_not_that_of_the_manifest(tiny, tmp_path, 
     assert call("compare", copy, run)[0] == 0
     code, _, err = call("eval", copy)
     assert code == 2
-    assert "is in no run, whose held-out text could be evaluated; give one with --corpus" in err
+    assert "belongs to no run, so no text is held out; give a text with --corpus" in err
     train(tiny(init_from=str(copy), output=str(tmp_path / "more")))
 
 

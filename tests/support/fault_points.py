@@ -168,9 +168,9 @@ def forget(owner, name):
 def forget_stream(_count):
     original = state.restore
 
-    def restore(accelerator, path, gpt, stream, seed):
+    def restore(accelerator, path, gpt, optimizer, stream, seed):
         before = stream.state()
-        result = original(accelerator, path, gpt, stream, seed)
+        result = original(accelerator, path, gpt, optimizer, stream, seed)
         stream.set_state(before)
         return result
 

@@ -225,12 +225,13 @@ LOWER_PRECISION |= dict.fromkeys(("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FP
 def test_environment_does_not_lower_the_precision(tmp_path, text_file):
     """Neither the variable that torch reads when it is imported, nor oneDNN's, which shows what it has computed."""
     matmul = "onednn" if has_onednn_linear() else "blas"
+    keys = TINY | {"corpus": str(text_file), "output": "run", "matmul": matmul}
     code = f"""
-import sys, torch
-from mygpt.recipe.tables import Recipe
-from mygpt.training.train import train
-assert torch.get_float32_matmul_precision() == "high"
-train(Recipe.of(**{TINY | {"corpus": str(text_file), "output": "run", "matmul": matmul}}))
+import os, sys
+from mygpt import Recipe, train
+assert os.environ["ONEDNN_DEFAULT_FPMATH_MODE"] == "BF16"
+train(Recipe.of(**{keys}))
+import torch
 sys.exit(torch.get_float32_matmul_precision() != "highest")
 """
     result = run_process([sys.executable, "-c", code], tmp_path, 60, LOWER_PRECISION)
