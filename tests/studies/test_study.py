@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 from support.commands import MYGPT, wait_for
 from support.runs import TINY, assert_same_run, contents, flags_of
@@ -60,6 +62,13 @@ def run(place, *arguments):
     return subprocess.run(
         study_command(*arguments), cwd=place, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def kill_children(process):
+    """Kill the processes that this one has started, by their ids."""
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children():
+            child.kill()
 
 
 def runs_of(place):
@@ -249,7 +258,7 @@ def test_killed_study_continues_to_the_same_bytes(place, tmp_path):
         wait_for(lambda: runs_of(place), process)
         time.sleep(rng.uniform(0, 3))
         if number % 2:
-            subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
+            kill_children(process)
             time.sleep(1)
         process.kill()
         process.wait()
@@ -265,7 +274,7 @@ def test_run_that_is_killed_again_and_again_ends_the_study(place):
     """As Linux does where memory is short; the study says how it comes to need less."""
     process = start(place)
     while process.poll() is None:
-        subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
+        kill_children(process)
         time.sleep(0.05)
     assert process.returncode == 1
     message = (place / "err").read_text().splitlines()[-1]
