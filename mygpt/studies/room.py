@@ -219,8 +219,8 @@ def start_worker(task: Task, slot: Slot, output: int) -> "subprocess.Popen[str]"
         pass_fds=[] if task.reports is None else [task.reports],
     )
     assert process.stdin is not None
-    process.stdin.write(json.dumps(task) + "\n")
-    process.stdin.flush()
+    with suppress(BrokenPipeError):  # it has been killed already, which its exit code shows
+        os.write(process.stdin.fileno(), json.dumps(task).encode() + b"\n")
     return process
 
 
