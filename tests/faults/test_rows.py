@@ -8,7 +8,8 @@ from support.commands import REPOSITORY
 
 
 def test_every_fault_has_a_test_and_a_row():
-    """The numbers of the rows of docs/faults.md are the marks of the tests; none is given twice."""
+    """The numbers of the rows of docs/faults.md are the marks of the tests; none is given twice. The pages that say how
+    many there are know it."""
     marked = set()
     for path in Path(__file__).parents[1].rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -17,3 +18,5 @@ def test_every_fault_has_a_test_and_a_row():
     rows = re.findall(r"^\| (\d+) \|", (REPOSITORY / "docs" / "faults.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) > 85
     assert sorted(map(int, rows)) == sorted(marked)
+    for page in ("README.md", "docs/guide.md"):
+        assert f"{len(rows)} ways to fail" in (REPOSITORY / page).read_text(encoding="utf-8")
