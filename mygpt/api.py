@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from mygpt.runs.loading import Checkpoint
 
 
-FLAG = re.compile(r'(?<!\S)--([a-z][\w-]*)(?: (\d[\w.]*|"\w+"))?')
-"""A flag in a message, and its value if that is a number or quoted."""
+FLAG = re.compile(r'`[^`]*`|(?<!\S)--([a-z][\w-]*)(?: (\d[\w.]*|"\w+"))?')
+"""A flag in a message, and its value if that is a number or quoted; or a command, which keeps its flags."""
 
 
 @contextmanager
@@ -41,8 +41,8 @@ def _naming_keys() -> Iterator[None]:
     """Let errors name keys, which a program gives, and not flags: `val_split=0.1`, not `--val-split 0.1`."""
 
     def as_key(flag: re.Match[str]) -> str:
-        key = flag[1].replace("-", "_")
-        if key not in {*TABLE_OF_KEY, "overwrite", "allow_changes"}:
+        key = (flag[1] or "").replace("-", "_")
+        if key not in {*TABLE_OF_KEY, "overwrite"}:
             return flag[0]  # of a launcher, say
         return f"{key}={flag[2]}" if flag[2] else key
 
@@ -127,12 +127,11 @@ def load_recipe(path: str | PathLike[str], **keys: Any) -> Recipe:
 
 
 @_naming_keys()
-def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = False) -> Run:
+def train(recipe: Recipe, *, overwrite: bool = False) -> Run:
     """Train as `recipe` says, or continue its run if there is one; returns the run.
 
     It prints what `mygpt train` prints. With `overwrite` a run that is already in `recipe.checkpoint.output` is
-    replaced; with `allow_changes` one is continued though its recipe or text has changed. torch's threads and global
-    seeds are set, and stay so.
+    replaced. torch's threads and global seeds are set, and stay so.
 
     Raises:
         KeyboardInterrupt: of an interrupt, as by a notebook's stop button; the run is saved, if it has made a step, and
@@ -147,7 +146,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
         example = "the .recipe of the run" if isinstance(recipe, Run) else example
         raise RecipeError(f"train: got {recipe!r}, expected a recipe, such as {example}")
     try:
-        return Run(train(recipe, overwrite=overwrite, allow_changes=allow_changes))
+        return Run(train(recipe, overwrite=overwrite))
     except InterruptedRunError as stopped:
         if stopped.exit_code != 128 + SIGINT:
             raise

@@ -72,8 +72,8 @@ class DamagedCheckpointError(CheckpointError):
     exit_code = 1
 
 
-class NewerFormatError(CheckpointError):
-    """A checkpoint was written by a later version of mygpt."""
+class FormatError(CheckpointError):
+    """A checkpoint was written by another version of mygpt, in a format that this one does not read."""
 
     exit_code = 1
 

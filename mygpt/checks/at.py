@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from mygpt.checks.rerun import (
     explain_rerun,
     find_inputs,
     input_sha256,
+    moved_inputs,
     parts_of,
     pinned_recipe,
     train_parts,
@@ -25,9 +26,9 @@ from mygpt.processes.channel import connect
 from mygpt.processes.environment import is_main_process, launched_processes
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
 from mygpt.recipe.names import named_after
-from mygpt.recipe.tables import HARMLESS_KEYS, TABLE_OF_KEY, Recipe
+from mygpt.recipe.tables import HARMLESS_KEYS, Recipe
 from mygpt.runs import files
-from mygpt.runs.changes import Source, changed_keys, check_checkpoint
+from mygpt.runs.changes import Source, check_checkpoint
 from mygpt.runs.copying import copy_until, publish_run
 from mygpt.runs.initial import Initial, open_dataset
 from mygpt.runs.lock import locked
@@ -60,9 +61,9 @@ class Plan(NamedTuple):
     first: int
     """Its step."""
     parts: list[Part]
-    """What to train from there: each ends with a checkpoint that can be compared, or where the recipe changed."""
+    """What to train from there: each ends with a checkpoint that can be compared, or with a stretch of the run."""
     recipe: Recipe
-    """The recipe that trained the step."""
+    """That of the run, with the end that it had in view, and with what has been moved."""
 
 
 def recreate(
@@ -120,7 +121,7 @@ def recreate(
         files.replace_text(again / RUN_FILE, info.to_json())
         files.replace_text(again / RECIPE_FILE, recipe_text(plan.recipe))
         records = len(records_between(recorded, plan.first, step)) if check else 0
-        changes = describe_changes(recorded.info.recorded_at(step), info.recorded_at(step)) if plan.parts else []
+        changes = environment_changes(recorded, made, step) if plan.parts else []
         check_free(run, out)
         publish_run(again, out)
     return Recreation(plan.first, records, compared, changes)
@@ -146,8 +147,8 @@ def plan_recreation(
     warn: Warn,
 ) -> Plan:
     """Where to begin, and what to train from there; reads the run, and raises as `recreate` does."""
-    begun_after = check_step(run, step)
-    checkpoint = None
+    check_step(run, step)
+    begun_after, checkpoint = run.info.begun_after, None
     if start is not None:
         checkpoint = files.real_path(named_checkpoint(start))
         if not begun_after < verify_checkpoint(checkpoint).step <= step:
@@ -157,29 +158,22 @@ def plan_recreation(
     first = read_manifest(checkpoint).step if checkpoint else begun_after
     if checkpoint is None and (origin := run.origin):
         verify_checkpoint(origin)
-    parts = list(parts_of(run, first, step, inputs)) if first < step else []
-    check_inputs(run, parts, from_beginning=not first)
-    recipe = run.recipe_at(step)
-    if parts:
+    recipe, parts = run.recipe_for(step).replace(**moved_inputs(run, inputs)), []
+    if first < step:
+        parts = parts_of(run, first, step, inputs)
+        check_inputs(run, parts[-1].recipe, from_beginning=not first)
         check_processes(run, parts)
-        shown = keys_that_change_no_number(run, step)
-        parts[-1] = parts[-1]._replace(recipe=parts[-1].recipe.replace(**shown))
-        recipe = recipe.replace(**{key: parts[-1].recipe.flat()[key] for key in HASH_OF_PATH}, **shown)
-    elif checkpoint:
-        hashes = run.info.recorded_at(step)
-        moved = {key: inputs[hashes[name]] for key, name in HASH_OF_PATH.items() if hashes[name] in inputs}
-        recipe = Run(checkpoint.parent).recipe_of(checkpoint).replace(**moved)
+        recipe = recipe.replace(**{key: parts[-1].recipe.flat()[key] for key in HASH_OF_PATH})
     return Plan(checkpoint, first, list(split_at_checkpoints(run, first, parts)), recipe)
 
 
-def check_step(run: Run, step: int) -> int:
-    """Check that a run has trained a step itself; returns the step after which it began, which is 0 but of a branch.
+def check_step(run: Run, step: int) -> None:
+    """Check that a run has trained a step itself.
 
     Raises:
         CheckpointError: it has not.
     """
-    origin = run.info.origin
-    begun_after = origin.after_step if origin else 0
+    origin, begun_after = run.info.origin, run.info.begun_after
     last = max(run.records[-1].step, *run.checkpoints, begun_after)
     if not begun_after < step <= last:
         before = f"; its steps up to {begun_after} are those of the run of {origin.checkpoint}" if origin else ""
@@ -187,7 +181,6 @@ def check_step(run: Run, step: int) -> int:
             f"{run.path}: got step {step}, expected one from {begun_after + 1} to {last}, the last that it has "
             f"trained{before}"
         )
-    return begun_after
 
 
 def check_goes_on(run: Run, step: int, recipe: Recipe) -> None:
@@ -199,7 +192,7 @@ def check_goes_on(run: Run, step: int, recipe: Recipe) -> None:
     manifest = recorded_manifest(step_directory(run.path, step))
     if manifest is None or manifest.ended_by != "patience":
         return
-    was = run.recipe_at(step).validation.patience
+    was = run.info.stretch_of(step).patience
     if 0 < recipe.validation.patience <= was:
         raise RecipeError(
             f"[validation] patience: got {recipe.validation.patience}, with which {run.path} ended after step {step}; "
@@ -224,26 +217,12 @@ def check_processes(run: Run, parts: list[Part]) -> None:
     """Check that as many processes as trained these parts will train them again, where the bits depend on it."""
     processes = launched_processes().processes
     for part in parts:
-        recorded = run.info.recorded_at(part.until)
-        if recorded["reduction"] == "fast" and recorded["processes"] != processes:
+        recorded = run.info.stretch_of(part.until).environment.processes
+        if run.recipe.runtime.reduction == "fast" and recorded != processes:
             raise LaunchError(
-                f"{run.path}: step {part.until} was trained by {recorded['processes']} processes, on whose number the "
+                f"{run.path}: step {part.until} was trained by {recorded} processes, on whose number the "
                 f"last bits depend; here are {processes}: start as many, with accelerate launch -m mygpt"
             )
-
-
-def keys_that_change_no_number(run: Run, step: int) -> dict[str, object]:
-    """What was shown and kept when a step was trained, as the next checkpoint of these steps records it.
-
-    run.json records when other keys changed, and of these only the newest values.
-    """
-    end = min((resumed.after_step for resumed in run.info.history if resumed.after_step >= step), default=sys.maxsize)
-    for other, directory in run.checkpoints.items():
-        manifest = recorded_manifest(directory)
-        if step <= other <= end and manifest and manifest.recipe:
-            keys = HARMLESS_KEYS - {"output", "resume"}
-            return {key: value for key, value in manifest.recipe.flat().items() if key in keys}
-    return {}
 
 
 def split_at_checkpoints(run: Run, first: int, parts: list[Part]) -> Iterator[Part]:
@@ -279,10 +258,9 @@ def compare_with_recorded(run: Run, first: int, step: int, again: Path) -> bool:
     if not difference and manifest:
         difference = compare_with_manifest(run, manifest, step_directory(again, step))
     if difference:
-        was, now = (info.recorded_at(step) for info in (run.info, Run(again).info))
-        changes = ", ".join(describe_changes(was, now))
+        changes = ", ".join(environment_changes(run, Run(again), step))
         since = f"changed since: {changes}" if changes else "nothing that run.json records has changed since"
-        if not run.info.deterministic:
+        if not run.info.stretch_of(step).environment.deterministic:
             since = "the run had deterministic = false, so that its last bits are never the same"
         raise MismatchError(f"{run.path}: cannot be repeated here: {difference}; {since}", exit_code=1)
     return manifest is not None
@@ -297,12 +275,11 @@ def compare_with_manifest(run: Run, manifest: Manifest, again: Path) -> str:
     try:
         verify_checkpoint(recorded)
     except DamagedCheckpointError:
-        # The metadata of mygpt 0.1 say so, and the tensors that they go with cannot be read.
-        return "" if manifest.format == 1 else f"step {manifest.step}: its sha256 is not that of {recorded}"
+        return f"step {manifest.step}: its sha256 is not that of {recorded}"
     for name in (files.MODEL_FILE, files.STATE_FILE):
         for tensor in compare_files(recorded / name, again / name).differences:
             return f"step {manifest.step}: {tensor.name} differs from {recorded}: {tensor.text}"
-    return "" if manifest.format == 1 else f"step {manifest.step}: the metadata of {recorded} differ"
+    return f"step {manifest.step}: the metadata of {recorded} differ"
 
 
 def records_between(run: Run, first: int, step: int) -> list[Record]:
@@ -331,73 +308,62 @@ def workplace(folder: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def environment_changes(run: Run, again: Run, step: int) -> list[str]:
+    """How the environment differs in which a step was made again."""
+    return describe_changes(*(each.info.stretch_of(step).environment for each in (run, again)))
+
+
 def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
     """Train on from the state of `run` after a step with another recipe, into the run directory `output`.
 
-    `recipe` is the one that trained the next step of the run, but for the keys in which the fork is to differ. Threads,
-    `matmul` and text are those of the run, unless they are among these. A fork that is there is continued.
+    `recipe` is that of the run, but for the keys in which the fork is to differ. Threads, `matmul` and text are those
+    of the run, unless they are among these. A fork that is there is continued. It is a branch of what `recreate` makes
+    in the folder `origin` in it, so that it needs the run no more.
     Every process of a launch has to call this.
 
     Raises:
         MygptError: as `recreate` and `train` do; also if `output` is something else than this fork.
     """
     recorded, launched = Run(run), launched_processes()
-    base = recorded.recipe_at(step + 1)
-    pinned = pinned_recipe(recorded, base, step + 1)
-    was, wanted = base.flat(), recipe.flat()
+    pinned = pinned_recipe(recorded, step + 1)
+    was, wanted = recorded.recipe_for(step + 1).flat(), recipe.flat()
     pins = {key: pinned.flat()[key] for key in ("threads", "matmul", *HASH_OF_PATH) if wanted[key] == was[key]}
-    recipe = recipe.replace(output=str(output), resume="auto", **pins)
-    hashes = recorded.info.recorded_at(step + 1)
+    recipe = recipe.replace(output=str(output), **pins)
     given = {key: wanted[key] for key in HASH_OF_PATH if wanted[key] not in (None, was[key])}
     with connect(launched) as channel:
-        moved = {key: path for key, path in given.items() if input_sha256(key, path) == hashes[HASH_OF_PATH[key]]}
+        moved = {key: path for key, path in given.items() if input_sha256(key, path) == recorded.info.inputs[key]}
         if wanted["init_from"] != was["init_from"] and "init_from" not in moved:
             raise RecipeError("--init-from: a fork begins with the weights of its run; leave it out")
-        own = {"continues": is_main_process() and check_fork(recorded, step, recipe, output, moved)}
-        continues = channel.exchange(own, "fork")[0]["continues"]
-    if not continues:
-        recreate(run, step, output, moved)
-    return train(recipe, allow_changes=True)
+        own = {"begun_with": find_fork(recorded, step, recipe, output, moved) if is_main_process() else ""}
+        begun_with = channel.exchange(own, "fork")[0]["begun_with"]
+    if not begun_with:
+        begun_with = str(files.real_path(step_directory(output / files.ORIGIN_NAME, step)))
+        with locked(output) if is_main_process() else nullcontext():
+            recreate(run, step, output / files.ORIGIN_NAME, moved, keep_all=False)
+    return train(recipe.replace(resume=begun_with))
 
 
-def check_fork(run: Run, step: int, recipe: Recipe, output: Path, moved: Mapping[str, str]) -> bool:
-    """Check that the run can be forked after a step with this recipe; returns whether the fork has been begun."""
+def find_fork(run: Run, step: int, recipe: Recipe, output: Path, moved: Mapping[str, str]) -> str:
+    """The checkpoint with which the fork in `output` has begun; "": there is none, and there can be one."""
     check_step(run, step)
     if recipe.train.steps <= step:
         raise RecipeError(f"[train] steps: got {recipe.train.steps}, expected more than {step}; raise --steps")
-    if os.path.lexists(output):
-        check_is_fork(run, step, recipe, output)
-        return True
-    check_free(run.path, output)
+    origin, wanted = output / files.ORIGIN_NAME, Recreated(run=str(files.real_path(run.path)), after_step=step)
+    if os.path.lexists(origin / RUN_FILE) and Run(origin).info.recreated == wanted:
+        is_begun = os.path.lexists(output / RUN_FILE)  # which may have been moved since
+        return Run(output).recipe.checkpoint.resume if is_begun else str(files.real_path(step_directory(origin, step)))
+    if os.path.lexists(output) and not Run(output).has_no_steps:
+        raise CheckpointError(
+            f"output: {output} is there already, and no fork of {run.path} after step {step}; choose another --output"
+        )
+    check_free(run.path, origin)
     check_goes_on(run, step, recipe)
     plan = plan_recreation(run, step, inputs=find_inputs([run], moved), warn=lambda _: None)
     data, was = recipe.data, plan.recipe.data
     if (data.corpus, data.val_corpus) == (was.corpus, was.val_corpus):  # the fork does not differ in its text
-        check_inputs(run, [Part(plan.recipe, step)])
+        check_inputs(run, plan.recipe)
     check_model(run, recipe, plan)
-    for resumed in run.info.history:
-        keys = ", ".join(name for name in resumed.changed if name in TABLE_OF_KEY)
-        if resumed.after_step > step and keys:
-            print_note(f"{run.path} went on after step {resumed.after_step} with another {keys}; the fork does not")
-    return False
-
-
-def check_is_fork(run: Run, step: int, recipe: Recipe, output: Path) -> None:
-    """Check that `output` is what `recreate` made of this run and step, continued with this recipe or not at all."""
-    there = Run(output)
-    wanted = Recreated(run=str(files.real_path(run.path)), after_step=step)
-    is_run = os.path.lexists(output / RUN_FILE)
-    if not is_run or there.info.recreated != wanted:
-        raise CheckpointError(
-            f"output: {output} is there already, and no fork of {run.path} after step {step}; choose another --output"
-        )
-    if max(there.checkpoints, default=step) == step:
-        return  # nothing has been trained since that would be lost
-    for trained_with in (there.recipe_at(step + 1), there.recipe):
-        for key, (old, new) in changed_keys(trained_with, recipe):
-            raise CheckpointError(
-                f"output: {output} is a fork with {key} = {old}, and this one has {new}; choose another --output"
-            )
+    return ""
 
 
 def check_model(run: Run, recipe: Recipe, plan: Plan) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mygpt.checks.compare import TensorDifference, compare_files
-from mygpt.checks.rerun import find_inputs, input_sha256, recorded_hashes
+from mygpt.checks.rerun import find_inputs, input_sha256
 from mygpt.checks.trace import BEFORE, Trace
 from mygpt.errors import CheckpointError, DamagedCheckpointError, InterruptedRunError, LaunchError, MygptError
 from mygpt.processes.environment import no_launcher, read_launched
@@ -19,7 +19,7 @@ from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS
 from mygpt.runs.files import MODEL_FILE, STATE_FILE, real_path, remove
 from mygpt.runs.held_out import PREFIX
 from mygpt.runs.run import Run
-from mygpt.runs.schemas import HASH_OF_PATH, read_table
+from mygpt.runs.schemas import read_table
 from mygpt.runs.steps import read_manifest, step_directory, verify_checkpoint
 
 Note = Callable[[str], None]
@@ -106,8 +106,8 @@ def bisect(
             )
             find_inputs([side.run for side in sides], inputs)
             for side in sides:
-                hashes = {key: recorded_hashes(side.run, key) for key in inputs}
-                side.inputs = {key: path for key, path in inputs.items() if input_sha256(key, path) in hashes[key]}
+                hashes = side.run.info.inputs
+                side.inputs = {key: path for key, path in inputs.items() if input_sha256(key, path) == hashes[key]}
             return search(*sides, note)
     except SystemExit as stopped:  # by a signal, which also ends the process that makes a step again
         message = "stopped before the first difference was found; the runs are as they were"
@@ -116,12 +116,12 @@ def bisect(
 
 def open_side(name: str, path: Path, python: str | None, folder: Path, *, is_recorded: bool) -> Side:
     run = Run(path)
-    begun_after = run.info.origin.after_step if run.info.origin else 0
+    begun_after = run.info.begun_after
     last = max(run.records[-1].step, *run.checkpoints, begun_after)
-    recorded = run.info.recorded_at(last)
-    if recorded["processes"] > 1 and recorded["reduction"] == "fast":
+    processes = run.info.stretch_of(last).environment.processes
+    if processes > 1 and run.recipe.runtime.reduction == "fast":
         raise LaunchError(
-            f"{path}: was trained by {recorded['processes']} processes with fast sums, whose last bits one process "
+            f"{path}: was trained by {processes} processes with fast sums, whose last bits one process "
             'does not repeat; bisect runs with reduction = "exact", or of one process'
         )
     return Side(name, run, python, folder, is_recorded, begun_after, last)
@@ -356,9 +356,9 @@ def check_loss(side: Side, step: int, traced: Trace) -> None:
         MygptError: they differ.
     """
     recorded = next((record for record in side.run.records if record.step == step), None)
-    compiled = side.run.recipe_at(step).runtime.compile
-    if side.is_recorded and recorded and not compiled and recorded.loss != traced.loss:
-        was = side.run.info.recorded_at(step)
+    environment = side.run.info.stretch_of(step).environment
+    if side.is_recorded and recorded and not environment.compile and recorded.loss != traced.loss:
+        was = environment.values()
         changes = ", ".join(
             f"{name} {was[name]} -> {now}" for name, now in traced.environment.items() if was.get(name, now) != now
         )
@@ -401,10 +401,10 @@ def call(side: Side, module: str, arguments: list[str], *, makes: Path) -> None:
 
 def recipe_differences(a: Side, b: Side, step: int) -> list[str]:
     """The keys in which the recipes that trained a step differ, with their values, and whether the texts do."""
-    recipes = ({k: v for k, v in side.run.recipe_at(step).flat().items() if k not in PATH_KEYS} for side in (a, b))
+    recipes = ({k: v for k, v in side.run.recipe_for(step).flat().items() if k not in PATH_KEYS} for side in (a, b))
     lines = [line for line in differences_between(*recipes) if line.split()[0] not in HARMLESS_KEYS]
-    was, now = (side.run.info.recorded_at(step) for side in (a, b))
-    return lines + [f"{key}: another one" for key, name in HASH_OF_PATH.items() if was[name] != now[name]]
+    was, now = (side.run.info.inputs for side in (a, b))
+    return lines + [f"{key}: another one" for key, sha256 in was.items() if sha256 != now[key]]
 
 
 def differences_between(a: dict[str, object], b: dict[str, object]) -> list[str]:

@@ -11,7 +11,7 @@ from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, TIMING_FILE
 from mygpt.runs.held_out import load_history
 from mygpt.runs.records import Timing, read_until
 from mygpt.runs.run import Run
-from mygpt.runs.schemas import ModelMetadata, StateMetadata
+from mygpt.runs.schemas import ModelMetadata
 from mygpt.runs.steps import read_manifest, read_metadata
 
 
@@ -42,8 +42,7 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
                 end += f", of which the records after step {last.step} are missing"
             ended_early = manifest.ended_by == "patience"
             if history and ended_early:
-                best = read_metadata(checkpoint / STATE_FILE, StateMetadata).best
-                end = early_end_line(history, recipe.validation.patience, best)
+                end = early_end_line(history, recipe.validation.patience, run.best_until(manifest.step))
     yield f"run: {end}", True
     kind, loss = ("training", last.loss) if last.val is None else ("held-out", last.val)
     guess = ""
@@ -58,7 +57,10 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
     judged = list(place_lines(recipe.expected, records, run.info.corpus_sha256))
     timings = read_until(path / TIMING_FILE, Timing, last.step)
     if is_over and timings:
-        judged += [(line, True) for line in outcome_lines(recipe.expected, last, timings[-1], run.info.processes)]
+        judged += [
+            (line, True)
+            for line in outcome_lines(recipe.expected, last, timings[-1], run.info.stretches[-1].environment.processes)
+        ]
     yield from judged
     if not judged:
         yield "expected: the recipe has no expected losses; `mygpt study` measures those of other seeds", True

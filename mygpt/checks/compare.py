@@ -19,9 +19,9 @@ from mygpt.runs.changes import RESOLVED_KEYS, differing_keys
 from mygpt.runs.files import STATE_FILE
 from mygpt.runs.held_out import PREFIX, Difference, History, difference, load_history
 from mygpt.runs.records import Record, read_records
-from mygpt.runs.run import Run, find_model_file
-from mygpt.runs.schemas import Manifest, ModelMetadata
-from mygpt.runs.steps import manifest_of, read_metadata, verify_file
+from mygpt.runs.run import Run, find_model_file, run_of
+from mygpt.runs.schemas import ModelMetadata
+from mygpt.runs.steps import read_manifest, read_metadata, verify_file
 
 
 class TensorDifference(NamedTuple):
@@ -172,22 +172,23 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         compare_files(file_a, file_b),
         (metadata_a.step, metadata_b.step),
     )
-    manifest_a, manifest_b = manifest_of(file_a), manifest_of(file_b)
-    if manifest_a and manifest_b:
-        comparison = comparison._replace(recipe=list(_compare_recipes(manifest_a, manifest_b)))
-        held_out = held_out_text(manifest_a)
-        is_evaluated = all(m.recipe is None or m.recipe.validation.val_every for m in (manifest_a, manifest_b))
+    run_a, run_b = run_of(file_a), run_of(file_b)
+    if run_a and run_b:
+        comparison = comparison._replace(recipe=list(_compare_recipes(run_a, run_b)))
+        is_evaluated = all(run.recipe.validation.val_every for run in (run_a, run_b))
         histories: list[History | None] = [None]
         comparison = comparison._replace(not_comparable="a checkpoint has no held-out loss")
-        if is_evaluated and (held_out is None or held_out != held_out_text(manifest_b)):
+        if is_evaluated and run_a.info.held_out_text != run_b.info.held_out_text:
             comparison = comparison._replace(not_comparable="they were evaluated on different texts")
         elif is_evaluated:
             histories = [load_history(file.with_name(STATE_FILE)) for file in (file_a, file_b)]
         if all(histories):
-            for file, manifest in ((file_a, manifest_a), (file_b, manifest_b)):
-                verify_file(file.with_name(STATE_FILE), manifest)  # a flipped bit would be a verdict
+            for file in (file_a, file_b):
+                verify_file(
+                    file.with_name(STATE_FILE), read_manifest(file.parent, None)
+                )  # a flipped bit would be a verdict
             same_tokens = metadata_a.tokenizer == metadata_b.tokenizer
-            same_text = held_out_part(manifest_a) == held_out_part(manifest_b)
+            same_text = _held_out_part(run_a) == _held_out_part(run_b)
             last = [history.last for history in histories if history]
             change = difference(*last, same_tokens=same_tokens, same_text=same_text)
             steps, population = (last[0].step, last[1].step), last[0].windows.population
@@ -196,7 +197,8 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     if not ((Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists()):
         return comparison
     infos = [Run(Path(run)).info for run in (a, b)]
-    was, now = (info.environment() for info in infos)
+    steps = (metadata_a.step, metadata_b.step)
+    was, now = (info.stretch_of(step).environment for info, step in zip(infos, steps, strict=True))
     if infos[0].init_sha256 != infos[1].init_sha256:
         comparison = comparison._replace(recipe=[*comparison.recipe, "init_from: other initial weights"])
     return comparison._replace(
@@ -208,32 +210,26 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
                 for run, metadata in ((a, metadata_a), (b, metadata_b))
             )
         ),
-        environment=[f"{name} {was.get(name)} against {new}" for name, new in now.items() if was.get(name) != new],
+        environment=[f"{name} {old} against {new}" for name, (old, new) in was.changes(now).items()],
     )
 
 
-def _compare_recipes(a: Manifest, b: Manifest) -> Iterator[str]:
-    if None not in (a.corpus_sha256, b.corpus_sha256) and a.corpus_sha256 != b.corpus_sha256:
+def _compare_recipes(a: Run, b: Run) -> Iterator[str]:
+    if a.info.corpus_sha256 != b.info.corpus_sha256:
         yield "corpus: another text"
-    if a.held_out_sha256 != b.held_out_sha256 and held_out_text(a) != held_out_text(b):
+    if a.info.held_out_sha256 != b.info.held_out_sha256 and a.info.held_out_text != b.info.held_out_text:
         yield "val_corpus: another text"
-    if a.recipe and b.recipe:
-        # The model and the environment have lines of their own.
-        elsewhere = HARMLESS_KEYS | RESOLVED_KEYS | {*ModelTable.model_fields}
-        for key, values in differing_keys(a.recipe, b.recipe):
-            if key not in elsewhere:
-                yield "{} {} against {}".format(key, *("absent" if value is None else value for value in values))
+    # The model and the environment have lines of their own.
+    elsewhere = HARMLESS_KEYS | RESOLVED_KEYS | {*ModelTable.model_fields}
+    for key, values in differing_keys(a.recipe, b.recipe):
+        if key not in elsewhere:
+            yield "{} {} against {}".format(key, *("absent" if value is None else value for value in values))
 
 
-def held_out_text(manifest: Manifest) -> str | None:
-    """The hash of the text that is held out, or of which a part is; None: it is not known."""
-    return manifest.held_out_sha256 or manifest.corpus_sha256
-
-
-def held_out_part(manifest: Manifest) -> tuple[object, ...]:
+def _held_out_part(run: Run) -> tuple[object, ...]:
     """What names the part of a text that is held out, apart from the text itself."""
-    data = manifest.recipe.data if manifest.recipe and not manifest.held_out_sha256 else None
-    return (data.val_split, data.hold_out) if data else ()
+    data = run.recipe.data
+    return () if data.val_corpus else (data.val_split, data.hold_out)
 
 
 def compare_files(a: Path, b: Path, without: str | None = None) -> TensorComparison:

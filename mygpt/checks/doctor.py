@@ -57,7 +57,8 @@ def describe(
 ) -> Iterator[tuple[str, str]]:
     """The lines of a diagnosis."""
     info, reports, table = preflight.info, preflight.reports, recipe.train
-    versions = ", ".join(f"{name} {info.versions[name]}" for name in ("mygpt", "torch", "accelerate", "python"))
+    environment = info.stretches[0].environment
+    versions = ", ".join(f"{name} {environment.versions[name]}" for name in ("mygpt", "torch", "accelerate", "python"))
     yield "versions", f"{versions}"
     nodes = len({entry.node for entry in reports})
     count = f"{launched.processes} process{'es' * (launched.processes > 1)}"
@@ -72,9 +73,9 @@ def describe(
     if info.init_sha256:
         yield "begins with", f"{recipe.train.init_from}, sha256 {info.init_sha256[:12]}{everywhere}"
     windows = f"{table.batch_size} windows of {table.seq_len} tokens"
-    yield "batch", f"{windows} a step, {info.micro_batch_size} to a micro-batch"
+    yield "batch", f"{windows} a step, {environment.micro_batch_size} to a micro-batch"
     for rank, entry in enumerate(reports):
-        own = len(Share(info.micro_batch_size, rank, launched.processes).micro_batches(table.batch_size))
+        own = len(Share(environment.micro_batch_size, rank, launched.processes).micro_batches(table.batch_size))
         threads = entry.environment["threads"]
         yield (
             f"rank {rank}",

@@ -19,8 +19,9 @@ from mygpt.recipe.tables import Recipe
 from mygpt.runs.held_out import Evaluation
 from mygpt.runs.initial import open_dataset
 from mygpt.runs.records import perplexity
-from mygpt.runs.schemas import Manifest, ModelMetadata
-from mygpt.runs.steps import read_manifest, read_metadata
+from mygpt.runs.run import Run
+from mygpt.runs.schemas import ModelMetadata, RunInfo
+from mygpt.runs.steps import read_metadata
 from mygpt.training.evaluate import evaluate
 from mygpt.training.gradient_sum import gradient_sum_for
 from mygpt.training.parts import build_parts, open_accelerator
@@ -72,7 +73,7 @@ def evaluate_saved(recipe: Recipe, *, is_own_text: bool) -> Evaluated:
             raise
         raise type(error)(f"{error}; say with --corpus where the text of the run is now") from None
     if is_own_text:
-        check_text(dataset, read_manifest(file.parent, prefix=None), recipe)
+        check_text(dataset, Run(file.parent.parent).info, recipe)
     set_up(runtime, device)
     gradient_sum = gradient_sum_for(recipe, max_workers=choose_workers(runtime.threads, 1))
     with no_launcher(), open_accelerator(runtime, device, gradient_sum.accumulation_steps) as accelerator:
@@ -92,16 +93,14 @@ def evaluate_saved(recipe: Recipe, *, is_own_text: bool) -> Evaluated:
     )
 
 
-def check_text(dataset: Dataset, manifest: Manifest, recipe: Recipe) -> None:
-    """Check that the held-out text is that of the checkpoint with this manifest.
+def check_text(dataset: Dataset, info: RunInfo, recipe: Recipe) -> None:
+    """Check that the held-out text is that of the run.
 
     Raises:
         MismatchError: it is not.
     """
-    key, found, wanted = "corpus", dataset.sha256, manifest.corpus_sha256
-    if manifest.held_out_sha256:
-        key, found, wanted = "val_corpus", dataset.held_out_sha256 or "", manifest.held_out_sha256
-    if wanted is not None and found != wanted:
+    key, found = ("val_corpus", dataset.held_out_sha256) if info.held_out_sha256 else ("corpus", dataset.sha256)
+    if found != info.held_out_text:
         path = recipe.flat()[key]
         raise MismatchError(f"{path}: has changed since the model was trained; put it back, or give --corpus")
 

@@ -1,4 +1,4 @@
-"""Running steps of a recorded run again: with which recipes, threads and products, and what has changed since."""
+"""Running steps of a recorded run again: with which ends, threads and products, and what has changed since."""
 
 import os
 import sys
@@ -15,12 +15,12 @@ from mygpt.recipe.tables import NAMED_CORPORA, Recipe
 from mygpt.runs.files import COPY_NAME, file_sha256, real_path
 from mygpt.runs.initial import find_initial
 from mygpt.runs.run import Run, find_model_file
-from mygpt.runs.schemas import HASH_OF_PATH
+from mygpt.runs.schemas import Environment
 from mygpt.training.train import train_until
 
 
 class Part(NamedTuple):
-    """Steps of a run that were trained with one recipe."""
+    """Steps of a run that were trained in one stretch."""
 
     recipe: Recipe
     until: int
@@ -41,10 +41,11 @@ def find_inputs(runs: Sequence[Run], given: Mapping[str, str]) -> Inputs:
     inputs = {}
     for key, path in given.items():
         found, flag = input_sha256(key, path), f"--{key.replace('_', '-')}"
-        if not any(found in recorded_hashes(run, key) for run in runs):
-            wanted = {str(sha256)[:12] for run in runs for sha256 in recorded_hashes(run, key)}
+        wanted = {sha256 for run in runs if (sha256 := run.info.inputs[key])}
+        if found not in wanted:
             names = " and ".join(str(run.path) for run in runs)
-            problem = f"{path} has the sha256 {found[:12]}, expected {' or '.join(sorted(wanted))}, which {names} read"
+            expected = " or ".join(sorted(sha256[:12] for sha256 in wanted))
+            problem = f"{path} has the sha256 {found[:12]}, expected {expected}, which {names} read"
             raise MismatchError(f"{flag}: {problem if wanted else f'{names} read no {key}; leave it out'}")
         inputs[found] = path if path in NAMED_CORPORA else os.path.realpath(path)
     return inputs
@@ -55,76 +56,73 @@ def input_sha256(key: str, path: str) -> str:
     return file_sha256(find_model_file(Path(path))) if key == "init_from" else corpus_sha256(path)
 
 
-def recorded_hashes(run: Run, key: str) -> set[str]:
-    """The hashes of all that this key of the run has named."""
-    steps = (*(resumed.after_step for resumed in run.info.history), sys.maxsize)
-    return {run.info.recorded_at(step)[HASH_OF_PATH[key]] for step in steps} - {None}
+def parts_of(run: Run, first: int, until: int, inputs: Mapping[str, str] = {}) -> list[Part]:
+    """The steps from `first` + 1 to `until`, stretch by stretch."""
+    ends = [stretch.after_step for stretch in run.info.stretches_until(until) if stretch.after_step > first]
+    return [Part(pinned_recipe(run, end, inputs), end) for end in (*ends, until)]
 
 
-def parts_of(run: Run, first: int, until: int, inputs: Mapping[str, str] = {}) -> Iterator[Part]:
-    """The parts of the steps from `first` + 1 to `until`, with the threads and, if possible here, `matmul` of each."""
-    ends = [resumed.after_step for resumed in run.info.before(until) if resumed.after_step > first]
-    for end in [*ends, until]:
-        yield Part(pinned_recipe(run, run.recipe_at(end), end, inputs), end)
-
-
-def pinned_recipe(run: Run, recipe: Recipe, step: int, inputs: Mapping[str, str] = {}) -> Recipe:
-    """The recipe that trained a step, with the threads and `matmul` that were used, if it would choose others here, and
-    with the `inputs` that this step has read."""
-    recorded, runtime = run.info.recorded_at(step), recipe.runtime
+def pinned_recipe(run: Run, step: int, inputs: Mapping[str, str] = {}) -> Recipe:
+    """The recipe that trains a step again: with the end that was in view, with what its environment had and would not
+    be chosen here, if that can be had, and with the `inputs` that the run has read."""
+    stretch, recipe = run.info.stretch_of(step), run.recipe_for(step)
+    recorded, launched = stretch.environment, read_launched()
+    pins: dict[str, Any] = {"compile": recorded.compile, "deterministic": recorded.deterministic}
+    if resolve_device(recipe.runtime.device, recipe.runtime.precision).type != recorded.device:
+        pins["device"] = "cpu" if recorded.device == "cpu" else "auto"
+    is_exact = recipe.runtime.reduction == "exact"
+    if is_exact or recorded.processes == launched.processes:
+        pins["micro_batch_size"] = recorded.micro_batch_size
+    runtime = recipe.replace(**pins).runtime
     device = resolve_device(runtime.device, runtime.precision)
-    pins: dict[str, Any] = {}
-    now = run.info.recorded_at(sys.maxsize)
-    for key, name in HASH_OF_PATH.items():
-        if recorded[name] == now[name]:
-            pins[key] = run.recipe.flat()[key]  # it may have been moved since
+    pinned = is_exact and device.type == "cpu"
+    if choose_threads(runtime.threads, launched.local_processes, pinned=pinned) != recorded.threads:
+        pins["threads"] = recorded.threads
+    if not has_matmul(recorded.matmul, device):
+        pins["matmul"] = "auto"
+    elif choose_matmul(runtime, device) != recorded.matmul:
+        pins["matmul"] = recorded.matmul
     if (init_from := recipe.train.init_from) and not os.path.lexists(init_from):
         copy = real_path(run.path).parents[1] / os.path.basename(init_from)  # that of a study, which has been moved
         pins |= {"init_from": str(copy)} if COPY_NAME.fullmatch(copy.name) and copy.exists() else {}
-    pins |= {key: inputs[recorded[name]] for key, name in HASH_OF_PATH.items() if recorded[name] in inputs}
-    is_one = runtime.reduction == "exact" and device.type == "cpu"
-    if choose_threads(runtime.threads, read_launched().local_processes, pinned=is_one) != recorded["threads"]:
-        pins["threads"] = recorded["threads"]
-    if not has_matmul(recorded["matmul"], device):
-        pins["matmul"] = "auto"
-    elif choose_matmul(runtime, device) != recorded["matmul"]:
-        pins["matmul"] = recorded["matmul"]
-    return recipe.replace(**pins)
+    return recipe.replace(**pins, **moved_inputs(run, inputs))
 
 
-def check_inputs(run: Run, parts: Sequence[Part], *, from_beginning: bool = False) -> None:
-    """Check that the texts of each part are those of its steps, and `from_beginning` the initial weights, too.
+def moved_inputs(run: Run, inputs: Inputs) -> dict[str, str]:
+    """Where the `inputs` are now that the run has read, by key."""
+    return {key: inputs[sha256] for key, sha256 in run.info.inputs.items() if sha256 and sha256 in inputs}
+
+
+def check_inputs(run: Run, recipe: Recipe, *, from_beginning: bool = False) -> None:
+    """Check that the texts of a recipe are those that the run has read, and `from_beginning` the initial weights, too.
 
     Raises:
         MismatchError: one has changed since.
         CorpusError, CheckpointError: it cannot be read.
     """
-    for number, part in enumerate(parts):
-        data, recorded = part.recipe.data, run.info.recorded_at(part.until)
-        for path, name, use in (
-            (data.corpus, "corpus_sha256", "was trained on"),
-            (data.val_corpus, "held_out_sha256", "held out"),
-        ):
-            flag = "--corpus" if name == "corpus_sha256" else "--val-corpus"
-            way_on = f"say with {flag} where it is now (sha256 {str(recorded[name])[:12]})"
-            try:
-                sha256 = corpus_sha256(path) if path else None
-            except CorpusError as error:
-                text = "the text on which it was trained" if path == data.corpus else "the text that it held out"
-                raise type(error)(f"{run.path}: {text} cannot be read: {error}; {way_on}") from None
-            if sha256 != recorded[name]:
-                problem = f"{use} another text than {path} is now"
-                raise MismatchError(f"{run.path}: {problem}; put the text back, or {way_on}")
+    for key, use in (("corpus", "was trained on"), ("val_corpus", "held out")):
+        path, recorded = recipe.flat()[key], run.info.inputs[key]
+        way_on = f"say with --{key.replace('_', '-')} where it is now (sha256 {str(recorded)[:12]})"
         try:
-            initial = find_initial(part.recipe, continues=False) if from_beginning and not number else None
-        except CheckpointError as error:
-            weights = f"the weights that it began with (sha256 {str(recorded['init_sha256'])[:12]})"
-            where = "say with --init-from where they are now"
-            raise CheckpointError(
-                f"{run.path}: {weights} cannot be read, and step 1 needs them: {error}; {where}"
-            ) from None
-        if initial and initial.sha256 != recorded["init_sha256"]:
-            raise MismatchError(f"{initial.file}: has changed since {run.path} began with its weights; put it back")
+            sha256 = corpus_sha256(path) if path else None
+        except CorpusError as error:
+            text = "the text on which it was trained" if key == "corpus" else "the text that it held out"
+            raise type(error)(f"{run.path}: {text} cannot be read: {error}; {way_on}") from None
+        if sha256 != recorded:
+            problem = f"{use} another text than {path} is now"
+            raise MismatchError(f"{run.path}: {problem}; put the text back, or {way_on}")
+    if not from_beginning:
+        return
+    try:
+        initial = find_initial(recipe, continues=False)
+    except CheckpointError as error:
+        weights = f"the weights that it began with (sha256 {str(run.info.init_sha256)[:12]})"
+        where = "say with --init-from where they are now"
+        raise CheckpointError(
+            f"{run.path}: {weights} cannot be read, and step 1 needs them: {error}; {where}"
+        ) from None
+    if initial and initial.sha256 != run.info.init_sha256:
+        raise MismatchError(f"{initial.file}: has changed since {run.path} began with its weights; put it back")
 
 
 def train_parts(
@@ -147,7 +145,7 @@ def train_parts(
             stack.enter_context(redirect_stdout(nowhere))
             if number or is_quiet:  # later parts would warn of changes, which are the run's own
                 stack.enter_context(redirect_stderr(nowhere))
-            train_until(recipe, part.until, allow_changes=True, talk=talk, saved=saved)
+            train_until(recipe, part.until, talk=talk, saved=saved)
         yield part.until
         resume = "auto"
 
@@ -163,6 +161,7 @@ def explain_rerun(run: Path, when_stopped: str) -> Iterator[None]:
         raise NonFiniteError(f"running {run} again failed: {str(error).split(';')[0]}") from None
 
 
-def describe_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What has changed between two machines, as `RunInfo.recorded` describes them."""
-    return [f"{name} {was[name]} -> {new}" for name, new in now.items() if was.get(name, new) != new]
+def describe_changes(was: Environment, now: Environment) -> list[str]:
+    """What has changed between two environments; the commit, too."""
+    commits = {} if was.git_commit == now.git_commit else {"git_commit": (was.git_commit, now.git_commit)}
+    return [f"{name} {old} -> {new}" for name, (old, new) in (was.changes(now) | commits).items()]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from mygpt.checks.hooks import watch
-from mygpt.checks.rerun import Part, check_inputs, find_inputs, pinned_recipe
+from mygpt.checks.rerun import check_inputs, find_inputs, pinned_recipe
 from mygpt.data.batches import Batch
 from mygpt.errors import MygptError, print_note
 from mygpt.processes.environment import no_launcher
@@ -78,23 +78,22 @@ def trace_step(
     Raises:
         MygptError: the run or its text cannot be read.
     """
-    recipe = pinned_recipe(run, run.recipe_at(step), step, inputs)
-    check_inputs(run, [Part(recipe, step)], from_beginning=checkpoint is None)
+    recipe = pinned_recipe(run, step, inputs)
+    check_inputs(run, recipe, from_beginning=checkpoint is None)
     recipe = recipe.replace(compile=False, activation_checkpointing=False)
     device = resolve_device(recipe.runtime.device, recipe.runtime.precision)
     settings = set_up(recipe.runtime, device)
     gradient_sum, values = gradient_sum_for(recipe), Values(wanted)
     dataset = open_dataset(recipe)
     with no_launcher(), open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
-        begun_with = run.info.recorded_at(step)["init_sha256"]
+        begun_with = run.info.init_sha256
         parts, _ = build_parts(recipe, accelerator, dataset, gradient_sum, checkpoint, init_sha256=begun_with)
         for name, weight in parts.gpt.state_dict().items():
             values.see(name + BEFORE, weight)
         batch = parts.stream.batch()
         loss = see_step(parts, batch, step, values)
     environment = {**describe_environment(device), "threads": settings.threads}
-    for name in ("command", "launch_id", "git_commit", "platform"):
-        del environment[name]
+    del environment["git_commit"]
     environment |= {"matmul": choose_matmul(recipe.runtime, device), **environment.pop("versions")}
     return Trace(values=values.digests, loss=loss, environment=environment), values.kept
 

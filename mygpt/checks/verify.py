@@ -9,10 +9,8 @@ from mygpt.checks.compare import TensorDifference, compare_files, compare_record
 from mygpt.checks.rerun import check_inputs, describe_changes, explain_rerun, find_inputs, parts_of, train_parts
 from mygpt.errors import CheckpointError
 from mygpt.processes.environment import is_main_process
-from mygpt.recipe.tables import TABLE_OF_KEY
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.run import Run
-from mygpt.runs.schemas import HASH_OF_PATH, RunInfo
 from mygpt.runs.steps import read_manifest, verify_checkpoint
 
 
@@ -31,7 +29,7 @@ class Verification(NamedTuple):
     tensors: list[TensorDifference]
     """The tensors that differ in that checkpoint."""
     changes: list[str]
-    """Differences in versions, processor or threads, between then and now or within the run."""
+    """Differences in versions, processor or threads, between then and now."""
     is_repeatable: bool = True
     """Whether the run used only kernels that give the same bits every time."""
 
@@ -45,8 +43,8 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
 
     `inputs` are the paths of texts and of a model that have been moved; see `find_inputs`.
 
-    Uses the recorded threads and `matmul`; the number of processes is the launcher's. Where the run continued with
-    another recipe, so does this; a branch begins after the same checkpoint again.
+    Uses the recorded threads and `matmul`, stretch by stretch; the number of processes is the launcher's. A branch
+    begins after the same checkpoint again.
 
     Raises:
         CheckpointError: there is no run, or nothing recorded of these steps.
@@ -55,7 +53,7 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
         NonFiniteError: a loss or gradient is not finite.
     """
     recorded = Run(run)
-    begun_after = recorded.info.origin.after_step if recorded.info.origin else 0
+    begun_after = recorded.info.begun_after
     records, checkpoints = recorded.records, recorded.checkpoints
     last = max(records[-1].step, *checkpoints, begun_after)
     until = min(steps or last, last)
@@ -67,8 +65,8 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
         )
     for directory in checkpoints.values():
         verify_checkpoint(directory)
-    parts = list(parts_of(recorded, begun_after, until, find_inputs([recorded], inputs)))
-    check_inputs(recorded, parts, from_beginning=not begun_after)
+    parts = parts_of(recorded, begun_after, until, find_inputs([recorded], inputs))
+    check_inputs(recorded, parts[-1].recipe, from_beginning=not begun_after)
     # Each checkpoint is compared when it is made: a long run again would fill the disk.
     keeping_one = [part._replace(recipe=part.recipe.replace(keep_last=1)) for part in parts]
     compared: dict[int, list[TensorDifference]] = {}
@@ -86,8 +84,9 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
             return Verification(until, 0, 0, "", None, [], [])
         step, tensors = next(((step, tensors) for step, tensors in compared.items() if tensors), (None, []))
         difference = compare_records(records, again.records)
-        changes = _changes(recorded.info, again.info)
-        counts, repeatable = (difference.steps, len(compared)), recorded.info.deterministic
+        pairs = [[run.info.stretch_of(part.until).environment for run in (recorded, again)] for part in parts]
+        changes = list(dict.fromkeys(change for was, now in pairs for change in describe_changes(was, now)))
+        counts, repeatable = (difference.steps, len(compared)), all(was.deterministic for was, _ in pairs)
         return Verification(until, *counts, difference.difference, step, tensors, changes, repeatable)
 
 
@@ -96,14 +95,4 @@ def _compare_checkpoints(a: Path, b: Path) -> list[TensorDifference]:
         return []
     return [
         difference for name in (MODEL_FILE, STATE_FILE) for difference in compare_files(a / name, b / name).differences
-    ]
-
-
-def _changes(info: RunInfo, now: RunInfo) -> list[str]:
-    return describe_changes(info.recorded(), now.recorded()) + [
-        f"{name} {old} -> {new}, in the run itself, after step {resumed.after_step}"
-        for resumed in info.resumed
-        if resumed.checkpoint is None  # no step of a branch was trained with the old value
-        for name, (old, new) in resumed.changed.items()
-        if name not in {*TABLE_OF_KEY, *HASH_OF_PATH.values()}  # the recipe and the texts were repeated
     ]

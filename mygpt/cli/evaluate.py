@@ -13,12 +13,11 @@ from mygpt.cli.train import announce_threads
 from mygpt.errors import CheckpointError, MygptError, RecipeError, print_note
 from mygpt.estimates import Estimate
 from mygpt.processes.environment import is_main_process
-from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import Recipe, check_recipe
 from mygpt.runs.changes import warn_of_code
-from mygpt.runs.run import Run, find_model_file
+from mygpt.runs.run import Run, find_model_file, run_of
 from mygpt.runs.schemas import ModelMetadata
-from mygpt.runs.steps import manifest_of, read_metadata
+from mygpt.runs.steps import read_metadata
 
 
 @dataclass(frozen=True)
@@ -77,21 +76,13 @@ def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
     print(f"errors: they say how well this estimates the loss on {found.population}")
 
 
-def _run_of(file: Path) -> Run | None:
-    """The run in which a model file is a checkpoint's; None: it is in none."""
-    return Run(file.parent.parent) if (file.parent.parent / RUN_FILE).exists() and manifest_of(file) else None
-
-
 def _is_own_text(path: Path, corpus: str) -> bool:
     """Whether a corpus is the text of which the run of the model at `path` has held something out."""
     from mygpt.data.dataset import corpus_sha256
 
-    file = find_model_file(path)
-    if (run := _run_of(file)) is None:
+    if (run := run_of(find_model_file(path))) is None:
         return False
-    recorded = run.info.recorded_at(read_metadata(file, ModelMetadata).step)
-    name = "held_out_sha256" if recorded["held_out_sha256"] else "corpus_sha256"
-    return run.recipe_of(file.parent).data.has_held_out and corpus_sha256(corpus) == recorded[name]
+    return run.recipe.data.has_held_out and corpus_sha256(corpus) == run.info.held_out_text
 
 
 def _recipe_for(path: Path, corpus: str | None, *, is_own_text: bool = False, **keys: Any) -> Recipe:
@@ -108,9 +99,9 @@ def _recipe_for(path: Path, corpus: str | None, *, is_own_text: bool = False, **
     file = find_model_file(path)
     metadata = read_metadata(file, ModelMetadata)
     recipe = Recipe.of(**metadata.model.model_dump(), seq_len=metadata.model.max_seq_len)
-    if run := _run_of(file):
+    if run := run_of(file):
         warn_of_code(run, metadata.step, print_note)
-        recipe = run.recipe_of(file.parent).replace(threads=run.info.recorded_at(metadata.step)["threads"])
+        recipe = run.recipe.replace(threads=run.info.stretch_of(metadata.step).environment.threads)
     elif corpus is None:
         raise CheckpointError(f"{path}: belongs to no run, so no text is held out; give a text with --corpus")
     if is_own_text:

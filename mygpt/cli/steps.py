@@ -155,16 +155,16 @@ def describe(difference: "TensorDifference | None") -> str:
 
 
 def load_base(options: ForkOptions) -> Recipe:
-    """The recipe that trained the step after the one at which a fork begins."""
+    """The recipe of the run of which this is a fork, as it trained the step after that of the fork."""
     run = Run(options.fork_of)
-    return run.recipe_at(step_named(run, options.after) + 1)
+    return run.recipe_for(step_named(run, options.after) + 1)
 
 
 def announce_recorded_threads(run: Path, step: int, recipe: Recipe | None = None) -> None:
     """Set the threads that trained a step, or those of a `recipe` that has others, where torch finds them."""
     recorded = Run(run)
-    base = recorded.recipe_at(step)
+    base = recorded.recipe
     recipe = recipe or base
     if recipe.runtime.threads == base.runtime.threads:
-        recipe = recipe.replace(threads=recorded.info.recorded_at(step)["threads"])
+        recipe = recipe.replace(threads=recorded.info.stretch_of(step).environment.threads)
     announce_threads(recipe)

@@ -22,8 +22,6 @@ usage: mygpt recipe show RECIPE.toml|TEXT_FILE [FLAGS]   print the resolved reci
 class TrainOptions:
     overwrite: bool = False
     """Replace the run that is already in the output directory, which stays there until the first checkpoint."""
-    allow_changes: bool = False
-    """Continue a run though its recipe or corpus has changed since it was saved."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def train(arguments: list[str]) -> None:
     announce_threads(recipe)
     from mygpt.training.train import train
 
-    train(recipe, overwrite=options.overwrite, allow_changes=options.allow_changes)
+    train(recipe, overwrite=options.overwrite)
 
 
 def doctor(arguments: list[str]) -> None:

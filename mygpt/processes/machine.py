@@ -17,7 +17,7 @@ from mygpt import __version__
 from mygpt.compat import has_onednn_linear, missing_for_compiler
 from mygpt.disk import code_sha256
 from mygpt.errors import LaunchError
-from mygpt.processes.environment import asks_for_cpu, choose_threads, launch_id, local_rank
+from mygpt.processes.environment import asks_for_cpu, choose_threads, local_rank
 from mygpt.recipe.tables import RuntimeTable
 
 RECORDED_PACKAGES = ("torch", "accelerate", "safetensors", "numpy")
@@ -206,18 +206,15 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """What the bits of a result depend on (versions, code, processor, accelerator), and commit, command and launch."""
+    """What the bits of a result depend on: versions, code, processor, accelerator; and the commit."""
     return {
         "versions": {"mygpt": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
-        "platform": platform.platform(),
         "cpu": cpu().get("model name") or platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "accelerator": torch.cuda.get_device_name(local_rank()) if device.type == "cuda" else None,
         "git_commit": _git_commit(),
         "code_sha256": code_sha256(),
-        "command": tuple(sys.argv),
-        "launch_id": launch_id(),
     }
 
 

@@ -1,6 +1,7 @@
 """The checks before step 1: device and corpus on each process, and that all processes agree."""
 
 import platform
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,11 +10,11 @@ import torch
 from mygpt.data.dataset import Dataset
 from mygpt.errors import LaunchError
 from mygpt.processes.channel import Channel
-from mygpt.processes.environment import Launched, ignored_settings, is_sharded, local_rank
+from mygpt.processes.environment import Launched, ignored_settings, is_sharded, launch_id, local_rank
 from mygpt.processes.machine import choose_matmul, describe_environment, has_bf16_products, resolve_device, set_up
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
 from mygpt.runs.initial import Initial, find_initial, open_dataset
-from mygpt.runs.schemas import HASH_OF_PATH, RunInfo
+from mygpt.runs.schemas import FORMAT, HASH_OF_PATH, Environment, RunInfo, Stretch
 
 SLOWEST_READING = 20e6
 """Bytes a second from a disk that is slow, but works."""
@@ -39,6 +40,7 @@ class Preflight(NamedTuple):
     device: torch.device
     dataset: Dataset
     info: RunInfo
+    """Of a run that begins here and now."""
     reports: list[ProcessReport]
     """Of all processes, by rank."""
     initial: Initial | None
@@ -66,7 +68,7 @@ def run_preflight(
     # One process of a machine hashes what all of them map.
     initial = find_initial(recipe, continues=continues)
     dataset = open_dataset(recipe, initial, verify=not local_rank())
-    info = RunInfo(
+    environment = Environment(
         **describe_environment(device),
         device=device.type,
         matmul=choose_matmul(runtime, device),
@@ -75,21 +77,29 @@ def run_preflight(
         processes=launched.processes,
         sharded=is_sharded(),
         micro_batch_size=micro_batch_size,
-        reduction=runtime.reduction,
         deterministic=is_deterministic,
+    )
+    steps, patience = recipe.train.steps, recipe.validation.patience
+    info = RunInfo(
+        format=FORMAT,
+        platform=platform.platform(),
+        command=tuple(sys.argv),
+        launch_id=launch_id(),
         corpus_sha256=dataset.sha256,
         held_out_sha256=dataset.held_out_sha256,
         init_sha256=initial and initial.sha256,
+        recipe=recipe,
+        stretches=(Stretch(after_step=0, steps=steps, patience=patience, environment=environment),),
     )
     # Only the main process uses output and resume; what is read, and the threads, are compared by content and number.
     not_compared = ("output", "resume", "threads", *HASH_OF_PATH)
     own = ProcessReport(
         node=platform.node(),
-        device=info.accelerator or f"{device.type} ({info.cpu}, {info.cpu_capability})",
+        device=environment.accelerator or f"{device.type} ({environment.cpu}, {environment.cpu_capability})",
         backend="nccl" if device.type == "cuda" else "gloo",
-        inputs={key: getattr(info, name) for key, name in HASH_OF_PATH.items()},
+        inputs=info.inputs,
         recipe={key: value for key, value in recipe.flat().items() if key not in not_compared},
-        environment=info.environment(),
+        environment=environment.values(),
     )
     # While one process of each machine hashes a prepared corpus, the others wait.
     hashing = dataset.bytes / SLOWEST_READING if dataset.check_unchanged else 0.0
@@ -157,7 +167,7 @@ def check_alike(reports: Sequence[ProcessReport], *, exact: bool) -> None:
     compare("device: differs", kinds, "set device in the recipe, or mend the machine that has lost its own")
     if exact and len(set(kinds)) == 1:
         # With a GPU, the processor computes nothing.
-        ignored = {"git_commit", *(("cpu", "cpu_capability", "threads") if kinds[0] == "cuda" else ())}
+        ignored = ("cpu", "cpu_capability", "threads") if kinds[0] == "cuda" else ()
         remedy = 'exact sums need machines that compute the same bits: make them alike, or use reduction = "fast"'
         for name in [name for name in machines[0] if name not in ignored]:
             compare(f"{name}: differs", [machine.get(name) for machine in machines], remedy)

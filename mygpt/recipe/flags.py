@@ -47,10 +47,9 @@ def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -
     target = arguments[0] if has_target_first else _parse_flags(arguments, prog, Recipe(), options).target
     loaded = load_target(target)
     flags = _parse_flags(arguments, prog, loaded, options)
-    recipe, others = _lay_over(loaded, flags, arguments, source=target), getattr(flags, "run", None)
-    if not getattr(others, "allow_changes", False):  # which is for the run that is there
-        recipe = with_own_output(target, loaded, recipe, keys_given(arguments) | SEED_KEYS)
-    return recipe, others
+    recipe = _lay_over(loaded, flags, arguments, source=target)
+    recipe = with_own_output(target, loaded, recipe, keys_given(arguments) | SEED_KEYS)
+    return recipe, getattr(flags, "run", None)
 
 
 def parse_changes(arguments: list[str], prog: str, options: type, load: Callable[[Any], Recipe]) -> tuple[Recipe, Any]:

@@ -354,7 +354,7 @@ STUDY_KEYS = {"output", "resume", "threads", *ExpectedTable.model_fields, *SEED_
 SPEED_KEYS = {*RuntimeTable.model_fields, "micro_batch_size"}
 """Keys that change how long training takes, and losses hardly at all."""
 
-UNNAMED_KEYS = HARMLESS_KEYS | SPEED_KEYS - {"precision", "loss_chunk"} | {"steps", "patience"}
+UNNAMED_KEYS = HARMLESS_KEYS | SPEED_KEYS - {"precision", "loss_chunk", "reduction"} | {"steps", "patience"}
 """Keys with which a run can be continued, so that a change of them does not change the name of its output."""
 
 

@@ -1,6 +1,7 @@
-"""What has changed since a checkpoint, in recipe, text and machine: refused, warned of, recorded."""
+"""What has changed since a checkpoint, in recipe, text and machine: refused in a run, and warned of."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,25 +14,17 @@ from mygpt.errors import MismatchError, RecipeError
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, TABLE_OF_KEY, Recipe
 from mygpt.runs.files import MODEL_FILE
 from mygpt.runs.run import Run, Warn
-from mygpt.runs.schemas import CODE_CHARACTERS, HASH_OF_PATH, ModelMetadata, RunInfo
+from mygpt.runs.schemas import CODE_CHARACTERS, Environment, ModelMetadata, RunInfo
 from mygpt.runs.steps import read_metadata
 
-# Keys of which run.json has the resolved value or the content, which is compared instead.
-RESOLVED_KEYS = {
-    "device",
-    "threads",
-    "micro_batch_size",
-    "compile",
-    "matmul",
-    "reduction",
-    "deterministic",
-    *PATH_KEYS,
-}
-# Keys that shift the training batches with sampling = "shared-stream", and otherwise change no weight.
-EVALUATION_KEYS = {"val_every", "eval_batches", "sampling"}
+RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "matmul", "deterministic", *PATH_KEYS}
+"""Keys of which run.json has the resolved value or the content, which is compared instead."""
 
-# Keys that choose where a run ends; `steps` is also the length of a schedule.
-ENDING_KEYS = {"steps", "patience"}
+MAY_CHANGE = HARMLESS_KEYS | RESOLVED_KEYS | {"steps", "patience"}
+"""Keys that may change in a run. Another value of any other key makes another run."""
+
+KEPT_BY_BRANCHES = {"init_seed", "init_from"}
+"""Keys that say nothing of a run that begins with the weights of a checkpoint."""
 
 OTHER_INPUT = {
     "corpus": "[data] corpus: {now} is not the text that {where} was trained on",
@@ -39,9 +32,6 @@ OTHER_INPUT = {
     "init_from": "[train] init_from: {now} is not what {where} began with: {was}",
 }
 """The message for each key that names something else than when a run was trained."""
-
-Changes = dict[str, tuple[Any, Any]]
-"""Old and new value by name."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +46,10 @@ class Source:
 
     @cached_property
     def trained_with(self) -> Recipe:
-        """The recipe that trained the checkpoint, which need not be the run's newest."""
-        return self.run.recipe_of(self.checkpoint) if self.checkpoint else self.run.recipe
+        """The recipe, with the end that the run had in view when it trained the checkpoint."""
+        return self.run.recipe_for(
+            read_metadata(self.checkpoint / MODEL_FILE, ModelMetadata).step if self.checkpoint else 0
+        )
 
 
 def check_checkpoint(source: Source, recipe: Recipe, tokenizer: TokenizerMetadata, *, may_end: bool) -> int:
@@ -91,40 +83,54 @@ def check_checkpoint(source: Source, recipe: Recipe, tokenizer: TokenizerMetadat
     return step
 
 
-def check_changes(
-    source: Source, step: int, recipe: Recipe, info: RunInfo, *, allow_changes: bool, warn: Warn
-) -> Changes:
-    """Return what has changed since `step` was trained, with a warning; without `allow_changes` a change that matters
-    raises RecipeError, and another text MismatchError."""
-    old, before = source.trained_with, source.run.info.recorded_at(step)
-    keys = dict(changed_keys(old, recipe))
-    recorded = {name: (before[name], now) for name, now in info.recorded().items() if before.get(name, now) != now}
-    where = source.checkpoint or source.run.path
-    problems = [
-        f"[{TABLE_OF_KEY[key]}] {key}: {where} was trained with {key} = {_shown(was)}, you gave {_shown(new)}"
-        for key, (was, new) in keys.items()
-    ]
-    other_inputs = [key for key, name in HASH_OF_PATH.items() if name in recorded]
-    for key in other_inputs:
-        was, now = old.flat()[key], recipe.flat()[key]
-        before_it = "with other content" if was == now else was or "nothing"
-        problems.append(OTHER_INPUT[key].format(now=now or "nothing", was=before_it, where=where))
-        keys[key] = (was, now)
-    if problems and not allow_changes:
-        way_out = "choose another --output, --overwrite the run, or continue it with --allow-changes"
-        if not source.in_place:
-            way_out = "set it so, or branch off with --allow-changes"
-        kind = MismatchError if other_inputs else RecipeError
-        raise kind("\n".join(f"{problem}; {way_out}" for problem in problems))
-    for key, (was, new) in keys.items():
-        before_it = was
-        if key in other_inputs:
-            before_it = "other weights" if key == "init_from" else "another text"
-        warn(f"from step {step + 1} on: [{TABLE_OF_KEY[key]}] {key} = {new}, before {before_it}")
-    follows = {"micro_batch_size"} if "batch_size" in keys else set()
-    _warn_of_last_bits({name: recorded[name] for name in recorded if name not in follows}, recipe, info, warn)
-    evaluation = {key: values for key, values in differing_keys(old, recipe) if key in EVALUATION_KEYS}
-    return keys | evaluation | recorded
+def check_unchanged(source: Source, step: int, recipe: Recipe, info: RunInfo) -> None:
+    """Check that a run can go on after a step with this recipe and these inputs.
+
+    Raises:
+        RecipeError, MismatchError: its recipe, or what it read, is another; with the command that branches off.
+    """
+    was, now, where = source.run.recipe.flat(), recipe.flat(), source.checkpoint or source.run.path
+    problems = {
+        key: f"[{TABLE_OF_KEY[key]}] {key}: {where} was trained with {key} = {_shown(old)}, you gave {_shown(new)}"
+        for key, (old, new) in differing_keys(source.run.recipe, recipe)
+        if key not in MAY_CHANGE
+    }
+    inputs = [key for key, sha256 in info.inputs.items() if sha256 != source.run.info.inputs[key]]
+    for key in inputs:
+        before = "with other content" if was[key] == now[key] else was[key] or "nothing"
+        problems[key] = OTHER_INPUT[key].format(now=now[key] or "nothing", was=before, where=where)
+    if not problems:
+        return
+    way_on = "choose another --output, or --overwrite the run"
+    if source.checkpoint and not KEPT_BY_BRANCHES & problems.keys():
+        command = _fork_command(source.run.path, step, {key: now[key] for key in problems})
+        if any(was[key] == now[key] for key in inputs):  # a fork would look for the old text there
+            command = f"--resume {shlex.quote(str(where))} --output NEW, beside your flags,"
+        way_on = f"{command} goes on from there in a run of its own; or {way_on}"
+    kind = MismatchError if inputs else RecipeError
+    raise kind("\n".join(problems.values()) + f"; one run has one recipe: {way_on}")
+
+
+def _fork_command(run: Path, step: int, keys: dict[str, Any]) -> str:
+    """The command that goes on after a step of a run with other values for these keys."""
+    flags = []
+    for key, value in keys.items():
+        name = key.replace("_", "-")
+        flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return f"`{shlex.join(['mygpt', 'fork', str(run), str(step), *flags])}`"
+
+
+def warn_of_branch(source: Source, step: int, recipe: Recipe, info: RunInfo, warn: Warn) -> None:
+    """Warn of what is changed in a branch that begins after a step of another run."""
+    changed = {key: old for key, (old, _) in differing_keys(source.trained_with, recipe) if key not in MAY_CHANGE}
+    inputs = source.run.info.inputs
+    changed |= {key: "another text" for key, sha256 in info.inputs.items() if sha256 != inputs[key]}
+    for key, old in changed.items():
+        warn(f"from step {step + 1} on: [{TABLE_OF_KEY[key]}] {key} = {recipe.flat()[key]}, before {old}")
+    before, now = source.run.info.stretch_of(step).environment, info.stretches[0].environment
+    if "batch_size" in changed:  # the micro-batch follows
+        before = before.model_copy(update={"micro_batch_size": now.micro_batch_size})
+    warn_of_last_bits(before, now, recipe, warn)
 
 
 def _shown(value: Any) -> str:
@@ -134,31 +140,24 @@ def _shown(value: Any) -> str:
 
 def warn_of_code(run: Run, step: int, warn: Warn) -> None:
     """Warn if another code of mygpt than this one trained a step of the run."""
-    trained_by = run.info.recorded_at(step)
-    if trained_by.get("code", now := code_sha256()[:CODE_CHARACTERS]) != now:
-        which = f"{trained_by['mygpt']}, commit {trained_by['git_commit'] or 'unknown'}"
+    trained_by = run.info.stretch_of(step).environment
+    if trained_by.code != code_sha256()[:CODE_CHARACTERS]:
+        which = f"{trained_by.versions.get('mygpt')}, commit {trained_by.git_commit or 'unknown'}"
         warn(f"mygpt's code is another than that which trained {run.path} ({which}): numbers may differ")
 
 
-def _warn_of_last_bits(recorded: Changes, recipe: Recipe, info: RunInfo, warn: Warn) -> None:
-    inexact = {name: values for name, values in recorded.items() if name in info.environment() and name != "code"}
-    if info.reduction == "exact" and "reduction" not in recorded:
-        inexact.pop("processes", None)  # exact sums are the same on any number of processes
-    if not inexact:
+def warn_of_last_bits(before: Environment, now: Environment, recipe: Recipe, warn: Warn) -> None:
+    """Warn if steps in another environment than before may have other last bits."""
+    changed = before.changes(now)
+    changed.pop("code", None)  # see `warn_of_code`
+    if recipe.runtime.reduction == "exact":
+        changed.pop("processes", None)  # exact sums are the same on any number of processes
+    if not changed:
         return
-    changes = ", ".join(f"{name} {was} -> {new}" for name, (was, new) in inexact.items())
+    changes = ", ".join(f"{name} {was} -> {new}" for name, (was, new) in changed.items())
     warn(f"the last bits may differ from those of a run that was never interrupted: {changes}")
-    if recipe.model.dropout and {"processes", "reduction", "device"} & inexact.keys():
-        warn("and dropout drops other activations from here on: its masks depend on processes, reduction and device")
-
-
-def changed_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """The keys that differ between two recipes and change more than the last bits, with old and new value."""
-    harmless = HARMLESS_KEYS | RESOLVED_KEYS | ENDING_KEYS  # a change of steps is looked at by itself
-    validations = (old.validation, new.validation)
-    if all(table.sampling != "shared-stream" or not table.val_every for table in validations):
-        harmless |= EVALUATION_KEYS
-    return ((key, values) for key, values in differing_keys(old, new) if key not in harmless)
+    if recipe.model.dropout and {"processes", "device"} & changed.keys():
+        warn("and dropout drops other activations from here on: its masks depend on processes and device")
 
 
 def differing_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -167,14 +166,17 @@ def differing_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, A
     return ((key, (was, values[key])) for key, was in old.flat().items() if was != values[key])
 
 
-def window_names(old: Recipe, new: Recipe) -> set[str]:
-    """The names on which held-out windows depend: losses over other windows cannot be compared."""
+def has_same_windows(source: Source, recipe: Recipe, info: RunInfo) -> bool:
+    """Whether evaluations of a branch are over the held-out windows of its source: others cannot be compared."""
+    old, was = source.trained_with, source.run.info
     names = {"sampling", "val_split", "hold_out", "seq_len"}
-    # With a val_corpus of its own, other training text changes no window.
-    names |= {"held_out_sha256"} if old.data.val_corpus and new.data.val_corpus else {"corpus_sha256", "val_corpus"}
-    if any(recipe.validation.sampling != "full" for recipe in (old, new)):
+    if any(recipe.validation.sampling != "full" for recipe in (old, recipe)):
         names |= {"eval_batches", "batch_size"}
-    return names
+    # With a val_corpus of its own, other training text changes no window.
+    same_text = was.held_out_sha256 == info.held_out_sha256
+    if not (was.held_out_sha256 and info.held_out_sha256):
+        same_text = same_text and was.corpus_sha256 == info.corpus_sha256
+    return same_text and not names & dict(differing_keys(old, recipe)).keys()
 
 
 def warn_of_steps(old: Recipe, recipe: Recipe, step: int, warn: Warn) -> None:

@@ -5,14 +5,13 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from mygpt.errors import DamagedCheckpointError, NewerFormatError
+from mygpt.errors import DamagedCheckpointError, FormatError
 from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
 from mygpt.runs import files
 from mygpt.runs.records import Record, Timing, cut_after
 from mygpt.runs.run import Run
-from mygpt.runs.schemas import StateMetadata
 from mygpt.runs.start import recipe_text
-from mygpt.runs.steps import point_to, read_metadata, step_directory, verify_checkpoint
+from mygpt.runs.steps import point_to, step_directory, verify_checkpoint
 
 
 def copy_until(checkpoint: Path, target: Path) -> None:
@@ -25,9 +24,13 @@ def copy_until(checkpoint: Path, target: Path) -> None:
         DamagedCheckpointError: a file cannot be read or written.
     """
     run = Run(checkpoint.parent)
-    step, recipe = verify_checkpoint(checkpoint).step, run.recipe_of(checkpoint)
-    info = run.info.model_copy(update={"recipe": recipe, "resumed": run.info.before(step)})
-    best = read_metadata(checkpoint / files.STATE_FILE, StateMetadata).best_step
+    step = verify_checkpoint(checkpoint).step
+    recipe, origin = run.recipe_for(step), run.info.origin
+    if origin:
+        origin = origin.model_copy(update={"checkpoint": str(files.real_path(run.path / origin.checkpoint))})
+    stretches = run.info.stretches_until(step)
+    info = run.info.model_copy(update={"recipe": recipe, "origin": origin, "stretches": stretches})
+    best = run.best_until(step) if recipe.keeps_best else None
     with files.explain_disk_error(files.CANNOT_WRITE, target):
         target.mkdir()
         files.replace_text(target / RUN_FILE, info.to_json())
@@ -38,11 +41,11 @@ def copy_until(checkpoint: Path, target: Path) -> None:
         cut_after(target / METRICS_FILE, Record, step)
         cut_after(target / files.TIMING_FILE, Timing, step)
         _copy_step(checkpoint, target)
-        if best not in (None, step):
-            with suppress(DamagedCheckpointError, NewerFormatError):
-                verify_checkpoint(step_directory(run.path, best))
-                _copy_step(step_directory(run.path, best), target)
-        point_to(target, step, best)
+        if best and best.step != step:
+            with suppress(DamagedCheckpointError, FormatError):
+                verify_checkpoint(step_directory(run.path, best.step))
+                _copy_step(step_directory(run.path, best.step), target)
+        point_to(target, step, best.step if best else None)
 
 
 def publish_run(run: Path, target: Path) -> None:

@@ -31,16 +31,19 @@ LOCK_FILE = ".lock"
 REPLACED_NAME = "replaced-run"
 """Of the directory with the run that `--overwrite` replaces; see mygpt/runs/replacing.py."""
 
+ORIGIN_NAME = "origin"
+"""Of the directory, in that of a fork, with the run as it was after the step after which the fork begins."""
+
 METADATA_KEY = "mygpt"
 """The only metadata key of a safetensors file: with several keys safetensors orders them at random."""
 
 STEP_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})")
 FAILED_NAME = re.compile(r"failed-step-(\d{6,})")
-TEMPORARY_NAME = re.compile(r"\.tmp-(step-\d{6,}|failed-step-\d{6,}|old-.*|[a-z]+(\.[a-z]+)?)")
+TEMPORARY_NAME = re.compile(r"\.tmp-(step-\d{6,}|failed-step-\d{6,}|old-.*|at-.*|[a-z]+(\.[a-z]+)?)")
 
 # All that a run writes into its directory. Replacing a run removes nothing else.
 RUN_ENTRY = re.compile(
-    rf"recipe\.toml|run\.json|metrics\.jsonl|timing\.jsonl|latest|best"
+    rf"recipe\.toml|run\.json|metrics\.jsonl|timing\.jsonl|latest|best|{ORIGIN_NAME}"
     rf"|{STEP_NAME.pattern}|{FAILED_NAME.pattern}|{TEMPORARY_NAME.pattern}"
 )
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError, RecipeError
-from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE, load_recipe
-from mygpt.recipe.tables import PATH_KEYS, TABLE_OF_KEY, Recipe
+from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError
+from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
+from mygpt.recipe.tables import Recipe
 from mygpt.runs import files
-from mygpt.runs.records import Record, read_records
-from mygpt.runs.schemas import RunInfo, read_table
-from mygpt.runs.steps import read_manifest, step_directories, verify_checkpoint
+from mygpt.runs.records import Record, read_records, read_until
+from mygpt.runs.schemas import Best, RunInfo, Stretch, read_table
+from mygpt.runs.steps import manifest_of, read_manifest, step_directories, verify_checkpoint
 
 Warn = Callable[[str], None]
 
@@ -23,7 +23,7 @@ class Run:
     """A run directory, to be read. run.json and the recipe are read once, when they are first needed.
 
     Raises CheckpointError if there is no run, DamagedCheckpointError for a file that cannot be read, and
-    NewerFormatError for a file that a later version of mygpt wrote.
+    FormatError for a file that another version of mygpt wrote.
     """
 
     path: Path
@@ -48,16 +48,8 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The newest recipe."""
-        if self.info.recipe is not None:
-            return self.info.recipe.replace(output=str(self.path))
-        try:
-            return load_recipe(self.path / RECIPE_FILE)
-        except RecipeError as error:
-            raise DamagedCheckpointError(
-                f"{self.path}: its recipe cannot be read, so that it cannot be continued: {error}; mend it, choose "
-                "another --output, or --overwrite the run"
-            ) from None
+        """The recipe, with the newest end."""
+        return self.info.recipe.replace(output=str(self.path))
 
     @property
     def records(self) -> list[Record]:
@@ -100,7 +92,7 @@ class Run:
         """The step directory of another run after which this one began, or None; MismatchError if it has changed."""
         if (begun := self.info.origin) is None:
             return None
-        path = Path(begun.checkpoint or "")
+        path = self.path / begun.checkpoint
         try:
             found = files.file_sha256(path / files.MANIFEST_FILE)
         except (OSError, ValueError):
@@ -116,8 +108,8 @@ class Run:
     def newest_checkpoint(self, warn: Warn = lambda _: None) -> Path | None:
         """The newest whole step directory; None: there are no step directories.
 
-        `latest` is not read: if the run was killed just before `latest` was replaced, there is a newer checkpoint. A
-        newer format is an error, since falling back would discard that checkpoint.
+        `latest` is not read: if the run was killed just before `latest` was replaced, there is a newer checkpoint.
+        Another format is an error, since falling back would discard that checkpoint.
         """
         directories = self.checkpoints.values()
         for directory in reversed(directories):
@@ -135,28 +127,27 @@ class Run:
             )
         return None
 
-    def recipe_at(self, step: int) -> Recipe:
-        """The recipe that trained a step: the one that was replaced when the run next continued, or the newest."""
-        later = [resumed for resumed in self.info.history if resumed.after_step >= step]
-        if later and later[0].recipe is not None:
-            return later[0].recipe
-        # mygpt 0.1 recorded no recipes, but the old value of each key that changed.
-        keys = {name: was for resumed in reversed(later) for name, (was, _) in resumed.changed.items()}
-        return self.recipe.replace(**{name: was for name, was in keys.items() if name in TABLE_OF_KEY})
+    def recipe_of(self, stretch: Stretch) -> Recipe:
+        """The recipe with the end that the run had in view in this stretch."""
+        return self.recipe.replace(steps=stretch.steps, patience=stretch.patience)
 
-    def recipe_of(self, checkpoint: Path) -> Recipe:
-        """The recipe that trained one of its checkpoints, with the paths that its manifest leaves out."""
-        manifest, paths = read_manifest(checkpoint), self.recipe.checkpoint
-        recipe = self.recipe_at(manifest.step)
-        if manifest.recipe is None:
-            return recipe
-        read = {key: value for key, value in recipe.flat().items() if key in PATH_KEYS}
-        return manifest.recipe.replace(**read, output=paths.output, resume=paths.resume)
+    def recipe_for(self, step: int) -> Recipe:
+        """As `recipe_of`, of the stretch that trained a step."""
+        return self.recipe_of(self.info.stretch_of(step))
 
     def ended_with(self, checkpoint: Path) -> bool:
-        """Whether the run ended with this checkpoint; in format 1, whether it is the last step of the newest recipe."""
-        manifest = read_manifest(checkpoint)
-        return manifest.step == self.recipe.train.steps if manifest.finished is None else manifest.finished
+        """Whether the run ended with this checkpoint."""
+        return read_manifest(checkpoint).finished
+
+    def best_until(self, step: int) -> Best | None:
+        """The evaluation up to a step with the lowest held-out loss, of those whose checkpoint is there."""
+        records, checkpoints = read_until(self.path / METRICS_FILE, Record, step), self.checkpoints
+        evaluated = [
+            Best(step=record.step, val=record.val)
+            for record in records
+            if record.val is not None and record.step in checkpoints
+        ]
+        return min(evaluated, key=lambda best: best.val, default=None)
 
     def pointed_by(self, pointer: str) -> Path:
         """The step directory that the file `latest` or `best` names; OSError if there is no such file."""
@@ -237,6 +228,11 @@ def find_model_file(path: Path) -> Path:
         raise CheckpointError(f"{str(path)!r}: not a path: {error}") from None
 
 
+def run_of(file: Path) -> Run | None:
+    """The run in which a model file is a checkpoint's; None: it is in none."""
+    return Run(file.parent.parent) if (file.parent.parent / RUN_FILE).exists() and manifest_of(file) else None
+
+
 def _is_safetensors(path: Path) -> bool:
     """Whether a file has the beginning of one in that format: 8 bytes, and then a JSON object."""
     with path.open("rb") as file:
@@ -281,9 +277,9 @@ def _output_problem(run: Path, replace: bool) -> str:
 
 
 def _entries(run: Path) -> list[Path]:
-    """The entries of a directory, without a lock and the temporary files of a process."""
+    """The entries of a directory, without a lock, the origin of a fork, and the temporary files of a process."""
     return [
         entry
         for entry in run.iterdir()
-        if entry.name != files.LOCK_FILE and not files.TEMPORARY_NAME.fullmatch(entry.name)
+        if entry.name not in (files.LOCK_FILE, files.ORIGIN_NAME) and not files.TEMPORARY_NAME.fullmatch(entry.name)
     ]

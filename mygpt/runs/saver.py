@@ -43,8 +43,6 @@ class Saver:
     run: Path
     recipe: Recipe
     tokenizer: Tokenizer
-    corpus_sha256: str
-    held_out_sha256: str | None = None
     saved: Callable[[Path], None] = lambda _: None
     """Is given each step directory, in the thread that writes, before those that it supersedes are removed."""
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
@@ -65,9 +63,14 @@ class Saver:
             print_note(f"mygpt: {unsaved}")  # the error that is being raised would hide it
 
     def save(
-        self, weights: Tensors, state: TrainingState, reason: Reason = "scheduled", ended_by: End | None = None
+        self,
+        weights: Tensors,
+        state: TrainingState,
+        reason: Reason = "scheduled",
+        ended_by: End | None = None,
+        best: int | None = None,
     ) -> None:
-        """Save the weights and state of a step as `run`/step-NNNNNN, and point `latest` (and `best`) there.
+        """Save the weights and state of a step as `run`/step-NNNNNN, and point `latest` there, and `best` to that step.
 
         `ended_by` says why the run ends with this step; None: it does not.
 
@@ -82,12 +85,9 @@ class Saver:
             reason=reason,
             finished=ended_by is not None,
             ended_by=ended_by,
-            recipe=self.recipe,
-            corpus_sha256=self.corpus_sha256,
-            held_out_sha256=self.held_out_sha256,
             files={},
         )
-        self._writing = self._thread.submit(self._write, *copies, manifest)
+        self._writing = self._thread.submit(self._write, *copies, manifest, best)
         self._reason, self._saved_at = reason, time.monotonic()
 
     def is_due(self) -> bool:
@@ -126,9 +126,8 @@ class Saver:
             torch.cuda.synchronize()
         return {name: self._copies[prefix + name] for name in tensors}
 
-    def _write(self, weights: Tensors, state: TrainingState, manifest: Manifest) -> None:
-        step, best = state.metadata.step, state.metadata.best_step
-        metrics = self.run / METRICS_FILE
+    def _write(self, weights: Tensors, state: TrainingState, manifest: Manifest, best: int | None) -> None:
+        step, metrics = manifest.step, self.run / METRICS_FILE
         with files.explain_disk_error(files.CANNOT_SAVE + files.MEND_DISK, metrics):
             if metrics.exists():  # a resumed run continues the records up to this step
                 files.sync(metrics)

@@ -2,19 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from mygpt.data.tokenizer import TokenizerMetadata
-from mygpt.errors import DamagedCheckpointError, NewerFormatError
-from mygpt.recipe.tables import PATH_KEYS, TABLE_OF_KEY, Count, ModelTable, Recipe, Table
+from mygpt.errors import DamagedCheckpointError, FormatError
+from mygpt.recipe.tables import Count, CountOrOff, ModelTable, Recipe, Table
 from mygpt.runs.files import read_bytes
 
-FORMAT: Final = 2
-"""Format of checkpoints, raised when an older mygpt could not read newer ones. Format 1, of mygpt 0.1, can be read: its
-manifests lack recipe, corpus_sha256 and finished."""
-
+FORMAT: Final = 3
+"""Format of run.json and of checkpoints. No other one is read."""
 
 HASH_OF_PATH = {"corpus": "corpus_sha256", "val_corpus": "held_out_sha256", "init_from": "init_sha256"}
 """For keys that name what is read, the hash of that in run.json: it counts, and not the path."""
@@ -23,15 +21,12 @@ HASH_OF_PATH = {"corpus": "corpus_sha256", "val_corpus": "held_out_sha256", "ini
 class _Metadata(Table):
     """Metadata of a checkpoint's file, as canonical JSON: equal values are equal text."""
 
-    left_out: ClassVar[dict[str, Any]] = {}
-    """Fields that are not written."""
-
-    format: Literal[1, 2] = FORMAT
+    format: Literal[3] = FORMAT
     step: Annotated[int, Field(ge=0)]
     """The optimizer step after which it was saved."""
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(exclude=self.left_out), sort_keys=True, separators=(",", ":"))
+        return json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
 
 
 class ModelMetadata(_Metadata):
@@ -84,16 +79,10 @@ class StateMetadata(_Metadata):
 
     processes: Annotated[int, Field(ge=1)] | None
     """How many processes' dropout generators it holds; None with reduction = "exact", which needs none."""
-    best: Best | None = None
-    """Only with `save_best` or `patience`."""
     held_out: HeldOutMetadata | None = None
     """None before the first evaluation."""
     optimizer: Annotated[OptimizerMetadata | None, Field(exclude_if=lambda value: value is None)] = None
     """None: AdamW, with the tensors MOMENTS of every parameter (runs/loading.py)."""
-
-    @property
-    def best_step(self) -> int | None:
-        return self.best.step if self.best else None
 
 
 class FileEntry(Table):
@@ -109,45 +98,81 @@ Reason = Literal["scheduled", "best", "timed", "interrupted", "failed"]
 
 
 class Manifest(_Metadata):
-    """manifest.json: why a checkpoint was saved, with which recipe, and what its files must be."""
-
-    left_out: ClassVar[dict[str, Any]] = {
-        "recipe": {
-            **{table: {key for key in PATH_KEYS if TABLE_OF_KEY[key] == table} for table in ("data", "train")},
-            "checkpoint": {"output", "resume"},
-        }
-    }
+    """manifest.json: why a checkpoint was saved, and what its files must be."""
 
     reason: Reason
     """scheduled: by `save_every`, or the last step. best: the lowest held-out loss so far. timed: by
     `save_seconds`. interrupted: by a signal. failed: before a step that was not finite. Those of "best", "timed" and
     "interrupted" are removed once superseded."""
-    finished: bool | None = None
-    """Whether the run ended with this step, and not by a signal; None in format 1."""
+    finished: bool
+    """Whether the run ended with this step, and not by a signal."""
     ended_by: End | None = None
-    """Why the run ended with this step; None: it did not, or an older mygpt wrote this."""
-    recipe: Recipe | None = None
-    """The recipe that trained this step; None in format 1. Its paths (PATH_KEYS, output, resume) are not written,
-    so that the same run gives the same bytes in any directory: as read, they hold meaningless defaults."""
-    corpus_sha256: str | None = None
-    """Of the training text; None in format 1."""
-    held_out_sha256: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
-    """Of `val_corpus`; None: there is none."""
+    """Why the run ended with this step; None: it did not."""
     files: dict[Literal["model.safetensors", "state.safetensors"], FileEntry]
 
 
-class Resumed(Table):
-    """A point at which a run continued with changes, or branched off another run."""
+CODE_CHARACTERS = 12
+"""Of the hash of mygpt's code, where it is compared and shown."""
+
+
+class Environment(Table):
+    """All that the last bits of a result depend on beside the recipe, as it was found or resolved."""
+
+    versions: dict[str, str]
+    cpu: str
+    cpu_capability: str
+    accelerator: str | None
+    git_commit: str | None
+    code_sha256: str
+    """Of mygpt's own Python files."""
+    device: str
+    compile: bool
+    threads: Annotated[int, Field(ge=1, le=1024)]
+    matmul: Literal["blas", "onednn"]
+    """What computed products on a CPU."""
+    processes: Count
+    sharded: bool
+    """Whether each process held a part of the weights (FSDP)."""
+    micro_batch_size: Count
+    """Windows per forward pass on one process."""
+    deterministic: bool
+    """Whether the same run gives the same bits again."""
+
+    @property
+    def code(self) -> str:
+        """The beginning of `code_sha256`."""
+        return self.code_sha256[:CODE_CHARACTERS]
+
+    def values(self) -> dict[str, Any]:
+        """All but the commit, which changes no bits by itself, by name."""
+        fields = self.model_dump(exclude={"versions", "git_commit", "code_sha256"})
+        return {**self.versions, "code": self.code, **fields}
+
+    def changes(self, now: Self) -> dict[str, tuple[Any, Any]]:
+        """The `values` that differ in another environment: the old and the new one, by name."""
+        was = self.values()
+        return {name: (was.get(name), new) for name, new in now.values().items() if was.get(name) != new}
+
+
+class Stretch(Table):
+    """Steps of a run that were trained in one environment, with one end in view."""
 
     after_step: Annotated[int, Field(ge=0)]
-    checkpoint: str | None = None
-    """The step directory of the other run, absolute; None: it continued after a checkpoint of its own."""
-    manifest_sha256: str | None = None
-    """Of that step directory's manifest.json, and so of all that is in it."""
-    changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
-    """Old and new value by name: of recipe keys, of `environment`, of git_commit and the hashes of what was read."""
-    recipe: Recipe | None = None
-    """The recipe that trained the steps before; None if mygpt 0.1 wrote this."""
+    """The step after which it begins. It ends where the next one begins."""
+    steps: Count
+    """How many the run was to have: schedules depend on it."""
+    patience: CountOrOff
+    environment: Environment
+
+
+class Origin(Table):
+    """The checkpoint of another run with which a branch began."""
+
+    checkpoint: str
+    """Its step directory: absolute, or relative to the run if it lies in it."""
+    manifest_sha256: str
+    """Of its manifest.json, and so of all that is in it."""
+    after_step: Annotated[int, Field(ge=0)]
 
 
 class Recreated(Table):
@@ -158,100 +183,58 @@ class Recreated(Table):
     after_step: Annotated[int, Field(ge=1)]
 
 
-CODE_CHARACTERS = 12
-"""Of the hash of mygpt's code, where it is compared and shown."""
-
-
 class RunInfo(Table):
-    """run.json: all that the bits of a run depend on beside its recipe, and its history."""
+    """run.json: the recipe of a run, and all else that its bits depend on."""
 
     model_config = ConfigDict(extra="ignore")
 
-    versions: dict[str, str]
+    format: Literal[3]
     platform: str
-    cpu: str
-    cpu_capability: str
-    accelerator: str | None
-    git_commit: str | None
-    code_sha256: str | None = None
-    """Of mygpt's own Python files; None: an older mygpt wrote this."""
     command: tuple[str, ...]
-    launch_id: str | None = None
-    """Of the Slurm job or torchrun's launch that began the run; None: it had no id, or an older mygpt wrote this."""
-    device: str
-    compile: bool
-    threads: Annotated[int, Field(ge=1, le=1024)]
-    matmul: Literal["blas", "onednn"] = "blas"
-    """What computed products on a CPU."""
-    processes: Count
-    sharded: bool = False
-    """Whether each process held a part of the weights (FSDP)."""
-    micro_batch_size: Count
-    """Windows per forward pass on one process."""
-    reduction: Literal["fast", "exact"] = "fast"
-    deterministic: bool = True
-    """Whether the same run gives the same bits again."""
+    launch_id: str | None
+    """Of the Slurm job or torchrun's launch that began the run; None: it had no id."""
     corpus_sha256: str
-    held_out_sha256: str | None = None
+    held_out_sha256: str | None
     """Of `val_corpus`; None: there is none."""
-    init_sha256: str | None = None
+    init_sha256: str | None
     """Of the model file that `init_from` named; None: the weights were random."""
-    recipe: Recipe | None = None
-    """The newest recipe, as in recipe.toml, but replaced atomically with `resumed`. None if mygpt 0.1 wrote this."""
-    resumed: tuple[Resumed, ...] = ()
+    recipe: Recipe
+    """As in recipe.toml, but replaced atomically with `stretches`."""
+    origin: Origin | None = None
+    """Only of a branch."""
     recreated: Recreated | None = None
-    """Only of a run that `mygpt at` or `mygpt fork` made."""
+    """Only of a run that `mygpt at` made."""
+    stretches: Annotated[tuple[Stretch, ...], Field(min_length=1)]
+    """By step."""
 
     def to_json(self) -> str:
+        absent = {name for name in ("origin", "recreated") if getattr(self, name) is None}
         # The output is the directory in which this file lies.
-        output = {"checkpoint": {"output"}}
-        resumed = {"__all__": {"recipe": output}} if self.resumed else True
-        left_out = {"recipe": output, "resumed": resumed, "recreated": self.recreated is None}
-        return self.model_dump_json(indent=2, exclude={name: part for name, part in left_out.items() if part}) + "\n"
-
-    def environment(self) -> dict[str, Any]:
-        """All that the last bits of a result depend on, by name."""
-        names = (
-            *("cpu", "cpu_capability", "accelerator", "matmul"),
-            *("device", "compile", "threads", "processes", "sharded", "micro_batch_size", "reduction", "deterministic"),
-        )
-        code = {"code": self.code_sha256[:CODE_CHARACTERS]} if self.code_sha256 else {}
-        return {**self.versions, **code, **{name: getattr(self, name) for name in names}}
-
-    def recorded(self) -> dict[str, Any]:
-        """All that is compared when a run is continued, by name."""
-        hashes = {name: getattr(self, name) for name in HASH_OF_PATH.values()}
-        return {**self.environment(), "git_commit": self.git_commit, **hashes}
-
-    def recorded_at(self, step: int) -> dict[str, Any]:
-        """`recorded`, with the values that held when `step` was trained."""
-        values = self.recorded()
-        for resumed in self.before(step):
-            values |= {name: now for name, (_, now) in resumed.changed.items() if name in values}
-        return values
-
-    def before(self, step: int) -> tuple[Resumed, ...]:
-        """The part of the history before `step` was trained."""
-        return tuple(resumed for resumed in self.history if resumed.after_step < step)
+        left_out: dict[str, Any] = {"recipe": {"checkpoint": {"output"}}, **dict.fromkeys(absent, True)}
+        return self.model_dump_json(indent=2, exclude=left_out) + "\n"
 
     @property
-    def codes(self) -> list[str | None]:
-        """The code of mygpt that trained it, and each other one with which it continued; None: it is not known."""
-        changes = (resumed.changed["code"] for resumed in self.history if "code" in resumed.changed)
-        return [self.environment().get("code"), *(now for _, now in changes)]
+    def inputs(self) -> dict[str, str | None]:
+        """The hash of what each key of `HASH_OF_PATH` named."""
+        return {key: getattr(self, name) for key, name in HASH_OF_PATH.items()}
 
     @property
-    def history(self) -> tuple[Resumed, ...]:
-        """`resumed` by step, without the abandoned continuations that mygpt 0.1 left there."""
-        kept: list[Resumed] = []
-        for resumed in self.resumed:
-            kept = [entry for entry in kept if entry.after_step < resumed.after_step] + [resumed]
-        return tuple(kept)
+    def held_out_text(self) -> str:
+        """The hash of the text that is held out, or of which a part is."""
+        return self.held_out_sha256 or self.corpus_sha256
 
     @property
-    def origin(self) -> Resumed | None:
-        """The point at which this run branched off another one; None: it did not."""
-        return self.resumed[0] if self.resumed and self.resumed[0].checkpoint else None
+    def begun_after(self) -> int:
+        """The step after which the run began: 0, but of a branch."""
+        return self.origin.after_step if self.origin else 0
+
+    def stretches_until(self, step: int) -> tuple[Stretch, ...]:
+        """Those that trained the steps up to this one."""
+        return self.stretches[:1] + tuple(stretch for stretch in self.stretches[1:] if stretch.after_step < step)
+
+    def stretch_of(self, step: int) -> Stretch:
+        """The one that trained a step, or that would train it."""
+        return self.stretches_until(step)[-1]
 
 
 T = TypeVar("T", bound=Table)
@@ -262,7 +245,7 @@ def read_table(kind: type[T], file: Path) -> T:
 
     Raises:
         DamagedCheckpointError: it cannot be read, or holds something else.
-        NewerFormatError: a later version of mygpt wrote it.
+        FormatError: another version of mygpt wrote it.
     """
     return parse_table(kind, read_bytes(file), file)
 
@@ -272,13 +255,16 @@ def parse_table(kind: type[T], text: str | bytes, file: Path) -> T:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        problem = error.errors()[0]
-    where = ".".join(map(str, problem["loc"]))
+        problems = error.errors()
+    # A file of another format can differ in many fields: its format says why.
+    problem = next((problem for problem in problems if problem["loc"] == ("format",)), problems[0])
+    where, found = ".".join(map(str, problem["loc"])), problem["input"]
     if problem["type"] == "extra_forbidden":
-        raise NewerFormatError(f"{file}: has {where}, which this mygpt does not know; use a newer mygpt")
-    if where == "format" and isinstance(problem["input"], int) and problem["input"] > FORMAT:
-        raise NewerFormatError(
-            f"{file}: of format {problem['input']}, and this mygpt reads up to {FORMAT}; use a newer mygpt"
-        )
+        raise FormatError(f"{file}: has {where}, which this mygpt does not know; use a newer mygpt")
+    if where == "format" and (problem["type"] == "missing" or isinstance(found, int)):
+        is_newer = isinstance(found, int) and found > FORMAT
+        shown = found if isinstance(found, int) else "1 or 2"
+        way_on = "use a newer mygpt" if is_newer else "use the mygpt that wrote it, or train the run again"
+        raise FormatError(f"{file}: of format {shown}, and this mygpt reads format {FORMAT}; {way_on}")
     metadata = "" if file.suffix == ".json" else "metadata "
     raise DamagedCheckpointError(f"{file}: damaged: {metadata}{where or 'content'}: {problem['msg']}")

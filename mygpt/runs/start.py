@@ -14,23 +14,23 @@ from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, NAMED_CORPORA, PATH_KEYS, Recipe
 from mygpt.runs import files
 from mygpt.runs.changes import (
-    Changes,
     Source,
-    check_changes,
     check_checkpoint,
+    check_unchanged,
+    has_same_windows,
+    warn_of_branch,
     warn_of_code,
+    warn_of_last_bits,
     warn_of_steps,
-    window_names,
 )
 from mygpt.runs.replacing import set_aside_run
 from mygpt.runs.run import Run, Warn, named_checkpoint
-from mygpt.runs.schemas import HASH_OF_PATH, Resumed, RunInfo, StateMetadata
+from mygpt.runs.schemas import HASH_OF_PATH, Best, Origin, RunInfo, Stretch
 from mygpt.runs.steps import (
     TEMPORARY_REASONS,
     point_to,
     prune,
     read_manifest,
-    read_metadata,
     saved_reasons,
     step_directories,
     verify_checkpoint,
@@ -54,12 +54,12 @@ class Start(NamedTuple):
     """To be written as recipe.toml."""
     info: RunInfo
     """To be written as run.json."""
-    keeps_best: bool = False
-    """Whether the checkpoint's best evaluation is of this run, and over the same held-out windows as later ones."""
-    keeps_history: bool = False
-    """Whether earlier evaluations are over the same held-out windows as later ones; also those of a branch's source."""
     is_complete: bool = False
     """Whether the run is over, so that nothing will be trained."""
+    best: Best | None = None
+    """The best evaluation so far, if the recipe keeps its checkpoint."""
+    keeps_history: bool = True
+    """Whether the evaluations up to the checkpoint are over the same held-out windows as later ones."""
     waits_anew: bool = False
     """Whether early stopping was off up to here, so that the evaluations so far do not count."""
 
@@ -71,19 +71,18 @@ def find_start(
     *,
     overwrite: bool = False,
     is_restart: bool = False,
-    allow_changes: bool = False,
     warn: Warn,
 ) -> Start:
     """Decide where a run of `recipe` begins, touching nothing.
 
-    `info` describes the environment, and `tokenizer` is that of the corpus. Changes since the checkpoint are
-    refused unless with `allow_changes`; those on which only the last bits depend cost a warning. When a launcher
-    restarts the command, `overwrite` spares the run that this same command has begun.
+    `info` is that of a run that begins here and now, and `tokenizer` that of the corpus. A run that goes on has the
+    recipe with which it began; changes on which only the last bits depend cost a warning. When a launcher restarts the
+    command, `overwrite` spares the run that this same command has begun.
 
     Raises:
         CheckpointError: there is a run that `resume` does not allow to continue, or nothing where it points.
-        RecipeError: the recipe differs from the one that the checkpoint was trained with.
-        MismatchError: the architecture or the corpus does.
+        RecipeError: the recipe is not that of the run.
+        MismatchError: the architecture or the corpus is not.
         DamagedCheckpointError: there are checkpoints, and none of them is whole.
     """
     run, recipe = Run(Path(recipe.checkpoint.output)), self_contained(recipe)
@@ -99,60 +98,81 @@ def find_start(
                     f"init_from: {init_from} is in the run that --overwrite would remove; {ANOTHER_OUTPUT}"
                 )
         return Start(None, 0, False, overwrite, recipe, info)
-    in_place, checkpoint = source.in_place, source.checkpoint
-    if not in_place and files.real_path(source.run.path) == files.real_path(run.path):
+    if source.in_place:
+        return _continue(source, recipe, info, tokenizer, warn)
+    return _branch(source, recipe, info, tokenizer, overwrite, warn)
+
+
+def _continue(source: Source, recipe: Recipe, info: RunInfo, tokenizer: TokenizerMetadata, warn: Warn) -> Start:
+    """The start of a run that goes on, or is over."""
+    run, checkpoint = source.run, source.checkpoint
+    is_over = checkpoint is not None and run.ended_with(checkpoint)
+    step = check_checkpoint(source, recipe, tokenizer, may_end=is_over)
+    check_unchanged(source, step, recipe, info)
+    if checkpoint is None:
+        return Start(None, 0, True, False, recipe, info)
+    warn_of_code(run, step, warn)
+    stretches, before = run.info.stretches_until(step), run.info.stretch_of(step)
+    is_complete = is_over and not _ends_later(checkpoint, source.trained_with, recipe)
+    if is_complete:  # only keys that train nothing, and paths, can change
+        values = {key: recipe.flat()[key] for key in (*HARMLESS_KEYS, *PATH_KEYS)}
+        recipe = source.trained_with.replace(**values)
+    else:
+        steps, patience = recipe.train.steps, recipe.validation.patience
+        now = Stretch(after_step=step, steps=steps, patience=patience, environment=info.stretches[0].environment)
+        # A run that was only killed and continued records nothing. Later stretches belong to a continuation that this
+        # one replaces.
+        if now.model_copy(update={"after_step": before.after_step}) != before:
+            stretches += (now,)
+        warn_of_last_bits(before.environment, now.environment, recipe, warn)
+        warn_of_steps(source.trained_with, recipe, step, warn)
+    recipe = recipe.replace(resume=run.recipe.checkpoint.resume)  # where the run began stays on record
+    info = run.info.model_copy(update={"recipe": recipe, "stretches": stretches})
+    best = run.best_until(step) if recipe.keeps_best else None
+    waits_anew = recipe.validation.patience > 0 == before.patience
+    return Start(checkpoint, step, True, False, recipe, info, is_complete, best, waits_anew=waits_anew)
+
+
+def _branch(
+    source: Source, recipe: Recipe, info: RunInfo, tokenizer: TokenizerMetadata, overwrite: bool, warn: Warn
+) -> Start:
+    """The start of a run that begins with the checkpoint of another."""
+    run, checkpoint, output = source.run, source.checkpoint, files.real_path(Path(recipe.checkpoint.output))
+    assert checkpoint is not None
+    is_own = output in checkpoint.parents  # as of a fork
+    if files.real_path(run.path) == output or (overwrite and is_own):
         raise CheckpointError(
             f"resume: {recipe.checkpoint.resume} is in the run that --overwrite would remove; {ANOTHER_OUTPUT}"
         )
-    if not in_place and checkpoint and read_manifest(checkpoint).reason in TEMPORARY_REASONS:
+    if not is_own and read_manifest(checkpoint).reason in TEMPORARY_REASONS:
         warn(f"resume: {checkpoint} is removed when its run saves the next checkpoint: `verify` needs it")
-    is_over = in_place and checkpoint is not None and run.ended_with(checkpoint)
-    is_complete = is_over and not _ends_later(source, recipe)
-    step = check_checkpoint(source, recipe, tokenizer, may_end=is_over)
-    init_seed = source.trained_with.train.init_seed
-    if checkpoint and allow_changes and recipe.train.init_seed != init_seed:
-        warn(f"init_seed: stays {init_seed}: the weights are those of {checkpoint}")
-        recipe = recipe.replace(init_seed=init_seed)
-    init_sha256 = source.run.info.init_sha256
-    if checkpoint and allow_changes and info.init_sha256 != init_sha256:
-        init_from = source.trained_with.train.init_from
+    step = check_checkpoint(source, recipe, tokenizer, may_end=False)
+    seed, init_from = run.recipe.train.init_seed, run.recipe.train.init_from
+    if recipe.train.init_seed != seed:
+        warn(f"init_seed: stays {seed}: the weights are those of {checkpoint}")
+        recipe = recipe.replace(init_seed=seed)
+    if info.init_sha256 != run.info.init_sha256:
         warn(f"init_from: stays {init_from or 'nothing'}: the weights are those of {checkpoint}")
         recipe = recipe.replace(init_from=init_from)
-        info = info.model_copy(update={"init_sha256": init_sha256, "recipe": recipe})
-    if checkpoint:
-        warn_of_code(source.run, step, warn)
-    quiet_if_complete: Warn = (lambda _: None) if is_complete else warn
-    changed = check_changes(source, step, recipe, info, allow_changes=allow_changes, warn=quiet_if_complete)
-    if checkpoint is None:
-        return Start(None, 0, True, False, recipe, info)
-    if is_complete:
-        return _complete(source, checkpoint, step, recipe, changed)
-    keeps_best = _keeps_best(source, checkpoint, recipe, changed, warn)
-    if source.trained_with.validation.patience != recipe.validation.patience:
-        changed["patience"] = (source.trained_with.validation.patience, recipe.validation.patience)
-    if source.trained_with.train.steps != recipe.train.steps:
-        changed["steps"] = (source.trained_with.train.steps, recipe.train.steps)
-        warn_of_steps(source.trained_with, recipe, step, warn)
-    resumed = Resumed(after_step=step, changed=changed, recipe=source.trained_with)
-    if in_place:
-        recipe = recipe.replace(resume=run.recipe.checkpoint.resume)  # where the run began stays on record
-        # A run that was only killed and continued records nothing. Records of later steps belong to a continuation that
-        # this one replaces.
-        info, history = run.info, run.info.before(step) + ((resumed,) if changed else ())
-    else:
-        sha256 = files.file_sha256(checkpoint / files.MANIFEST_FILE)
-        history = (resumed.model_copy(update={"checkpoint": str(checkpoint), "manifest_sha256": sha256}),)
-    info = info.model_copy(update={"recipe": recipe, "resumed": history})
-    keeps_history = not window_names(source.trained_with, recipe) & changed.keys()
-    start = Start(checkpoint, step, in_place, overwrite, recipe, info, keeps_best, keeps_history)
-    return start._replace(waits_anew=recipe.validation.patience > 0 == source.trained_with.validation.patience)
+        info = info.model_copy(update={"init_sha256": run.info.init_sha256})
+    warn_of_code(run, step, warn)
+    warn_of_branch(source, step, recipe, info, warn)
+    warn_of_steps(source.trained_with, recipe, step, warn)
+    origin = Origin(
+        checkpoint=str(checkpoint.relative_to(output) if is_own else checkpoint),
+        manifest_sha256=files.file_sha256(checkpoint / files.MANIFEST_FILE),
+        after_step=step,
+    )
+    first = info.stretches[0].model_copy(update={"after_step": step})
+    info = info.model_copy(update={"recipe": recipe, "origin": origin, "stretches": (first,)})
+    keeps_history = has_same_windows(source, recipe, info)
+    waits_anew = recipe.validation.patience > 0 == source.trained_with.validation.patience
+    return Start(checkpoint, step, False, overwrite, recipe, info, keeps_history=keeps_history, waits_anew=waits_anew)
 
 
-def _ends_later(source: Source, recipe: Recipe) -> bool:
+def _ends_later(checkpoint: Path, was: Recipe, recipe: Recipe) -> bool:
     """Whether `recipe` has another end than the run, which is over."""
-    was = source.trained_with
-    assert source.checkpoint is not None
-    if read_manifest(source.checkpoint).ended_by == "patience":
+    if read_manifest(checkpoint).ended_by == "patience":
         patience = recipe.validation.patience
         return patience == 0 or patience > was.validation.patience
     return recipe.train.steps != was.train.steps
@@ -180,7 +200,9 @@ def _create(run: Path, start: Start) -> None:
         set_aside_run(run)
         print_note(f"the run that is replaced stays in {run / files.REPLACED_NAME} until the first checkpoint")
     for entry in run.iterdir():
-        is_kept = entry.name in (RUN_FILE, RECIPE_FILE) or files.FAILED_NAME.fullmatch(entry.name)
+        is_kept = entry.name in (RUN_FILE, RECIPE_FILE) or bool(files.FAILED_NAME.fullmatch(entry.name))
+        if entry.name == files.ORIGIN_NAME:
+            is_kept = start.info.origin is not None and start.info.origin.checkpoint.startswith(files.ORIGIN_NAME)
         if files.RUN_ENTRY.fullmatch(entry.name) and not is_kept:
             files.remove(entry)
     # A directory without recipe.toml is a run that was killed while it was made.
@@ -195,9 +217,7 @@ def _update(run: Path, start: Start) -> None:
     """Record how the run continues, and finish what a killed process left half done."""
     files.replace_text(run / RUN_FILE, start.info.to_json())
     files.replace_text(run / RECIPE_FILE, recipe_text(start.recipe))
-    best = None
-    if start.checkpoint and start.keeps_best:
-        best = read_metadata(start.checkpoint / files.STATE_FILE, StateMetadata).best_step
+    best = start.best.step if start.best else None
     for entry in run.iterdir():
         if files.TEMPORARY_NAME.fullmatch(entry.name):
             files.remove(entry)
@@ -281,30 +301,3 @@ def _named_source(path: Path, warn: Warn) -> Source:
         raise CheckpointError(f'resume: got {str(path)!r}, expected "auto", "never", or a run or step directory')
     verify_checkpoint(path)
     return Source(Run(path.parent), path, in_place=False)
-
-
-def _complete(source: Source, checkpoint: Path, step: int, recipe: Recipe, changed: Changes) -> Start:
-    """The start of a run that is over: of its recipe only keys that train nothing, and paths, change."""
-    run, values = source.run, {key: value for key, value in recipe.flat().items() if key in HARMLESS_KEYS}
-    values |= {key: recipe.flat()[key] for key, name in HASH_OF_PATH.items() if name not in changed}
-    recipe = source.trained_with.replace(**values | {"resume": run.recipe.checkpoint.resume})
-    info = run.info.model_copy(update={"recipe": recipe, "resumed": run.info.before(step)})
-    return Start(checkpoint, step, True, False, recipe, info, keeps_best=True, keeps_history=True, is_complete=True)
-
-
-def _keeps_best(source: Source, checkpoint: Path, recipe: Recipe, changed: Changes, warn: Warn) -> bool:
-    """Whether later evaluations can be compared with the checkpoint's best: it is of this run and of equal windows."""
-    if not recipe.keeps_best:
-        return False  # lower losses that have no checkpoint may follow
-    keeps = source.in_place and not window_names(source.trained_with, recipe) & changed.keys()
-    validation = recipe.validation
-    if validation.sampling == "own-stream" and validation.val_every and read_manifest(checkpoint).format == 1:
-        keeps = False
-        warn(
-            "the held-out windows of own-stream are not those of mygpt 0.1: losses before and after differ by that, too"
-        )
-    if source.in_place and not keeps and read_metadata(checkpoint / files.STATE_FILE, StateMetadata).best:
-        warn("`best` begins again: earlier losses are over other held-out windows, and cannot be compared with later")
-    elif source.in_place and not source.trained_with.keeps_best and validation.val_every:
-        warn("`best` begins here: of lower held-out losses before there is no checkpoint")
-    return keeps

@@ -1,7 +1,7 @@
 """Step directories: finding, reading, verifying and pruning the checkpoints of a run.
 
 All that reads one raises DamagedCheckpointError for a file that is missing, or is not as it was saved, and
-NewerFormatError for a file that a later version of mygpt wrote.
+FormatError for a file that another version of mygpt wrote.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from mygpt.errors import CheckpointError, DamagedCheckpointError, NewerFormatError
+from mygpt.errors import CheckpointError, DamagedCheckpointError, FormatError
 from mygpt.runs import files
 from mygpt.runs.schemas import Manifest, Reason, T, parse_table, read_table
 
@@ -100,7 +100,7 @@ def saved_reasons(run: Path) -> dict[int, Reason]:
 
 
 def _saved_reason(directory: Path) -> Reason | None:
-    with suppress(DamagedCheckpointError, NewerFormatError):
+    with suppress(DamagedCheckpointError, FormatError):
         manifest = read_manifest(directory)
         sizes = {
             entry.name: entry.lstat().st_size for entry in directory.iterdir() if entry.name != files.MANIFEST_FILE

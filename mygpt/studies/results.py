@@ -11,8 +11,8 @@ from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, TEMPORARY_NAME, read_bytes
 from mygpt.runs.held_out import load_history
 from mygpt.runs.run import Run
-from mygpt.runs.schemas import ModelMetadata, StateMetadata
-from mygpt.runs.steps import read_metadata, saved_reasons, step_directory, superseded
+from mygpt.runs.schemas import ModelMetadata
+from mygpt.runs.steps import read_manifest, read_metadata, saved_reasons, step_directory, superseded
 from mygpt.studies.analysis import CellResult, ComparisonResult, RunResult, compare_cells, mean_curve, unit_of
 from mygpt.studies.grid import STUDY_FILE
 
@@ -79,12 +79,12 @@ def is_settled(path: Path) -> bool:
     try:
         newest = run.newest_checkpoint()
         assert newest is not None
-        state = read_metadata(newest / STATE_FILE, StateMetadata)
-        best = None if state.best_step is None else step_directory(path, state.best_step)
-        is_pointed_to = (run.latest, run.best) == (newest, best)
+        step = read_manifest(newest).step
+        best = run.best_until(step) if run.recipe.keeps_best else None
+        is_pointed_to = (run.latest, run.best) == (newest, step_directory(path, best.step) if best else None)
     except CheckpointError:
         return False
-    unneeded = superseded(saved_reasons(path), run.recipe.checkpoint.keep_last, state.step, state.best_step)
+    unneeded = superseded(saved_reasons(path), run.recipe.checkpoint.keep_last, step, best.step if best else None)
     return is_pointed_to and not unneeded and not any(TEMPORARY_NAME.fullmatch(name) for name in os.listdir(path))
 
 

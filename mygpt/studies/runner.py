@@ -188,9 +188,8 @@ def _check_inputs(jobs: Sequence[Job], hashes: Mapping[str, Mapping[str, str | N
         MismatchError: one was not.
     """
     for job in (job for job in jobs if (job.path / RUN_FILE).exists()):
-        info = Run(job.path).info
-        for key, name in HASH_OF_PATH.items():
-            if getattr(info, name) != hashes[job.cell.name][key]:
+        for key, sha256 in Run(job.path).info.inputs.items():
+            if sha256 != hashes[job.cell.name][key]:
                 problem = "was trained on another text than" if key == "corpus" else f"had another {key} than"
                 now = job.cell.recipe.flat()[key]
                 raise MismatchError(f"{job.path}: {problem} {now}; choose another --out")
@@ -202,10 +201,10 @@ def _check_code(jobs: Sequence[Job], *, will_train: bool) -> None:
     Raises:
         MismatchError: it has not.
     """
-    codes: set[str | None] = {code_sha256()[:CODE_CHARACTERS]} if will_train else set()
+    codes = {code_sha256()[:CODE_CHARACTERS]} if will_train else set[str]()
     for job in jobs:
         if (job.path / RUN_FILE).exists() and (Run(job.path).checkpoints or has_failed(job.path)):
-            codes |= {*Run(job.path).info.codes}
+            codes |= {stretch.environment.code for stretch in Run(job.path).info.stretches}
             if len(codes) > 1:
                 other = "this one" if will_train else "other steps of the study"
                 raise MismatchError(

@@ -114,9 +114,6 @@ def _write(run: Path, parts: Parts, problem: str, weights: Tensors, state: Train
         step=step,
         reason="failed",
         finished=False,
-        recipe=recipe,
-        corpus_sha256=dataset.sha256,
-        held_out_sha256=dataset.held_out_sha256,
         files={},
     )
     write_checkpoint(

@@ -107,4 +107,5 @@ def save(parts: Parts, progress: Progress, saver: Saver, reason: Reason) -> None
     if parts.gradient_sum.is_exact:
         check_agreement(parts, weights, state, f"step {progress.step}", REMEDY_WHEN_SAVING)
     if parts.accelerator.is_main_process:
-        saver.save(weights, state, reason, progress.end(parts.recipe))
+        best = progress.best.step if progress.best else None
+        saver.save(weights, state, reason, progress.end(parts.recipe), best)

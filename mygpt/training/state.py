@@ -14,18 +14,18 @@ from mygpt.errors import DamagedCheckpointError, MismatchError, MygptError
 from mygpt.model.gpt import GPT
 from mygpt.processes.machine import set_dropout_generator_state
 from mygpt.recipe.seeds import batch_seed_after, process_dropout_seed
-from mygpt.recipe.tables import Recipe, TrainTable
+from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.held_out import PREFIX, Evaluation, History, read_history, remember
 from mygpt.runs.loading import MOMENTS, NUMBERS, read_state, read_weights
+from mygpt.runs.run import Run
 from mygpt.runs.saver import Tensors
 from mygpt.runs.schemas import Best, End, OptimizerMetadata, StateMetadata
-from mygpt.runs.steps import read_manifest
 
 
 @dataclass
 class Progress:
-    """How far a run has come; saved and restored as a whole."""
+    """How far a run has come."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -58,9 +58,7 @@ class Progress:
     def metadata(self, processes: int | None, optimizer: OptimizerMetadata | None) -> StateMetadata:
         """For a state file with the dropout generators of so many processes, and this state of the optimizer."""
         held_out = self.history.metadata() if self.history else None
-        return StateMetadata(
-            step=self.step, processes=processes, best=self.best, held_out=held_out, optimizer=optimizer
-        )
+        return StateMetadata(step=self.step, processes=processes, held_out=held_out, optimizer=optimizer)
 
     def tensors(self) -> Tensors:
         """For a state file."""
@@ -129,9 +127,8 @@ def restore(
         raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: {stray} is of no parameter or group")
     gpt.load_state_dict(weights)
     name = dropout_name(accelerator.device, accelerator.process_index)
-    trained_with = read_manifest(checkpoint).recipe
-    before = trained_with.train if trained_with else TrainTable()
-    is_reseeded = (trained_with is not None and before.data_seed != data_seed) or before.order != stream.order
+    before = Run(checkpoint.parent).recipe.train
+    is_reseeded = (before.data_seed, before.order) != (data_seed, stream.order)
     try:
         if is_reseeded:
             stream.reseed(batch_seed_after(data_seed, metadata.step))
@@ -153,7 +150,7 @@ def restore(
         history = read_history(metadata.held_out, {k: v.numpy() for k, v in tensors.items() if k.startswith(PREFIX)})
     except (KeyError, ValueError) as error:
         raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: no held-out losses: {error}") from None
-    return Progress(metadata.step, metadata.best, history), values
+    return Progress(metadata.step, None, history), values
 
 
 def dropout_name(device: torch.device, process: int) -> str:

@@ -38,12 +38,11 @@ MOST_CHARACTERS = 20
 """How many of the characters that only the held-out text has are shown."""
 
 
-def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = False) -> Path:
+def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
     """Train as `recipe` says, and return the run directory; a run that is there is continued.
 
     To be called by every process that a launcher started. Whatever can be wrong with the recipe, the corpus and the
-    output is found before anything is written. With `overwrite` a run that is already there is replaced; with
-    `allow_changes` one is continued though its recipe or corpus has changed.
+    output is found before anything is written. With `overwrite` a run that is already there is replaced.
 
     It is meant to have its process to itself: it sets torch's threads, how memory is freed, the precision of fp32
     products, global seeds and, on CUDA, deterministic algorithms, and leaves them set. In the main thread it takes
@@ -52,7 +51,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, allow_changes: bool = Fals
     Raises:
         MygptError: anything that the user can act on.
     """
-    return train_until(recipe, None, overwrite=overwrite, allow_changes=allow_changes)
+    return train_until(recipe, None, overwrite=overwrite)
 
 
 def train_until(
@@ -60,7 +59,6 @@ def train_until(
     last_step: int | None,
     *,
     overwrite: bool = False,
-    allow_changes: bool = False,
     talk: TextIO | None = None,
     saved: Callable[[Path], None] = lambda _: None,
 ) -> Path:
@@ -107,7 +105,6 @@ def train_until(
                 preflight.dataset.tokenizer.metadata,
                 overwrite=overwrite,
                 is_restart=is_restart(),
-                allow_changes=allow_changes,
                 warn=print_note,
             )
         start = share_start(start, recipe, channel)
@@ -168,8 +165,7 @@ def run_steps(
         preflight.reports,
         init_sha256=preflight.info.init_sha256,
     )
-    if not start.keeps_best:
-        progress.best = None
+    progress.best = start.best
     if not start.keeps_history:
         progress.history = None
     has_less_patience = progress.has_stopped_early(recipe) and not start.is_complete
@@ -194,7 +190,7 @@ def run_steps(
             last_step=last_step and min(steps, last_step),
             talk=talk,
         ) as recorder,
-        Saver(run, recipe, dataset.tokenizer, dataset.sha256, dataset.held_out_sha256, saved) as saver,
+        Saver(run, recipe, dataset.tokenizer, saved) as saver,
     ):
         stop.graceful = True
         stopped = train_loop(parts, progress, min(steps, last_step or steps), recorder, saver, stop)

@@ -66,7 +66,7 @@ def measure(recipe: Recipe, options: Options, accelerator: Accelerator, device: 
 
     train(3)
     root = Path(tempfile.mkdtemp(prefix="mygpt-saving-", dir=options.folder))
-    saver = Saver(root, recipe.replace(keep_last=1), tokenizer, corpus_sha256="0" * 64)
+    saver = Saver(root, recipe.replace(keep_last=1), tokenizer)
 
     def save_mygpt() -> Callable[[], None]:
         progress.step += 1

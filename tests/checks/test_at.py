@@ -8,14 +8,14 @@ import signal
 
 import pytest
 from support.checkpoints import fit_manifest, rewrite
-from support.commands import BIN, MYGPT, TESTS, free_port, run_process, torchrun
+from support.commands import BIN, MYGPT, free_port, run_process, torchrun
 from support.fault_points import disturb, send
 from support.forked import ARGUMENTS
 from support.forked import run as run_forked
 from support.runs import FLAGS, TINY, assert_same_run, contents, flags_of, steps_of
 
 from mygpt.checks import at
-from mygpt.checks.at import fork, recreate
+from mygpt.checks.at import recreate
 from mygpt.checks.compare import compare
 from mygpt.checks.verify import verify
 from mygpt.errors import InterruptedRunError
@@ -79,7 +79,7 @@ def test_any_step_has_the_bytes_that_it_had(place, tmp_path, step):
     assert made.records == step - made.first
     info = Run(tmp_path / "at").info
     assert (info.recreated.run, info.recreated.after_step) == (str(place / "run"), step)
-    assert info.resumed == ()
+    assert info.stretches == Run(place / "run").info.stretches
     assert Run(tmp_path / "at").recipe == Run(place / "run").recipe.replace(output=str(tmp_path / "at"))
 
 
@@ -130,11 +130,11 @@ def test_machine_that_does_not_repeat_the_run_is_an_error(place, tmp_path, call,
         rewrite(file, tensors=lambda values: values["norm.bias"][0].add_(1))
         message = r"step 3: norm\.bias differs from .*step-000003: 1 of 16"
     else:
-        rewrite(file, metadata=lambda values: values.update(best=None))
+        rewrite(file, metadata=lambda values: values.update(held_out=None))
         message = r"step 3: the metadata of .*step-000003 differ"
     fit_manifest(file)
     info = json.loads((run / "run.json").read_text())
-    info["versions"]["torch"] = "2.9.0"
+    info["stretches"][0]["environment"]["versions"]["torch"] = "2.9.0"
     (run / "run.json").write_text(json.dumps(info))
     at = ("at", run, 4, "--from-beginning", "--out", tmp_path / "at")
     code, _, err = call(*at)
@@ -159,46 +159,35 @@ def test_progress_is_told_while_steps_are_made_again(place, tmp_path, capsys, mo
     assert ends[-1] == 11
 
 
-def test_steps_of_a_run_that_changed_have_their_recipes(tiny, tmp_path):
-    """Also threads, and a checkpoint after which the recipe changed."""
-    keys = {"save_every": 4, "dropout": 0.1}
-    train(tiny(steps=4, **keys))
-    run = train(tiny(steps=8, lr=1e-4, threads=2, **keys), allow_changes=True)
-    every = tmp_path / "all"
-    train(tiny(steps=4, **keys | {"save_every": 1}, output=str(every)))
-    train(tiny(steps=8, lr=1e-4, threads=2, **keys | {"save_every": 1}, output=str(every)), allow_changes=True)
+def test_steps_of_a_run_that_changed_are_made_with_their_stretches(tiny, tmp_path):
+    """With their threads and the schedule of their end; also at a checkpoint after which these changed."""
+    keys = {"save_every": 4, "dropout": 0.1, "schedule": "linear"}
+    for folder, every in (("run", 4), ("all", 1)):
+        for steps, threads in ((4, 1), (8, 2)):
+            last = keys | {"save_every": every, "output": str(tmp_path / folder)}
+            train(tiny(steps=steps, threads=threads, **last))
+    run, every = tmp_path / "run", tmp_path / "all"
     for step in (3, 4, 6):
         out = tmp_path / f"at-{step}"
         recreate(run, step, out)
         assert_is_step(out, step, every)
-        assert Run(out).recipe.optimizer.lr == (1e-4 if step > 4 else 1e-3)
-        assert [resumed.after_step for resumed in Run(out).info.resumed] == ([4] if step > 4 else [])
+        assert Run(out).recipe.train.steps == (8 if step > 4 else 4)
+        assert [stretch.after_step for stretch in Run(out).info.stretches] == ([0, 4] if step > 4 else [0])
     recreate(run, 7, tmp_path / "whole", from_beginning=True)
     assert_is_step(tmp_path / "whole", 7, every)
-    assert list(Run(tmp_path / "whole").info.resumed[0].changed) == ["lr", "threads", "steps"]
+    found = [(s.after_step, s.steps, s.environment.threads) for s in Run(tmp_path / "whole").info.stretches]
+    assert found == [(0, 4, 1), (4, 8, 2)]
 
 
-def test_best_is_kept_as_it_was_kept_then(tiny, tmp_path):
-    """A key that changes no number is not in run.json's history: the next checkpoint says what it was."""
+def test_keys_that_change_no_number_may_have_changed(tiny, tmp_path):
+    """Keeping the best from a later step on changes no byte of a checkpoint."""
     keys = {"save_every": 4, "val_split": 0.2, "val_every": 1, "steps": 8}
     train_until(tiny(**keys), 4)
     run = train(tiny(**keys, save_best=True))
-    recreate(run, 3, tmp_path / "at")
-    assert_is_step(tmp_path / "at", 3, train_until(tiny(**keys, output=str(tmp_path / "before")), 3))
-    assert not Run(tmp_path / "at").recipe.checkpoint.save_best
-    recreate(run, 6, tmp_path / "later")
-    assert Run(tmp_path / "later").recipe.checkpoint.save_best
-
-
-def test_run_of_mygpt_0_1_is_made_again(tmp_path, monkeypatch):
-    """Its format has no recipes in the manifests, and names its text by a relative path."""
-    monkeypatch.chdir(shutil.copytree(TESTS / "support" / "format-1", tmp_path / "old"))
-    run = tmp_path / "old" / "run"
-    assert recreate(run, 2, tmp_path / "copied").first == 2
-    assert_is_step(tmp_path / "copied", 2, run)
-    os.truncate(run / "step-000006" / "state.safetensors", 100)
-    made = recreate(run, 5, tmp_path / "at", check=False)
-    assert (made.first, load_checkpoint(tmp_path / "at").step) == (4, 5)
+    for step in (3, 6):
+        recreate(run, step, tmp_path / str(step))
+        assert_is_step(tmp_path / str(step), step, train_until(tiny(**keys, output=str(tmp_path / "before")), step))
+        shutil.rmtree(tmp_path / "before")
 
 
 def test_steps_of_a_branch_begin_after_its_origin(tiny, tmp_path, call):
@@ -296,22 +285,24 @@ def test_killed_command_leaves_nothing_that_looks_like_a_result(place, tmp_path,
 
 
 def test_fork_that_changes_nothing_ends_as_its_run(place, tmp_path, call):
-    """With the same bytes; its default name has the run and the step."""
+    """With the same bytes; its default name has the run and the step, after which it begins."""
     run = shutil.copytree(place / "run", tmp_path / "run")
     assert call("fork", run, 7)[0] == 0
-    assert_same_run(tmp_path / "run-at-7", run)
-    assert contents(tmp_path / "run-at-7" / "step-000012") == contents(run / "step-000012")
-    assert not Run(tmp_path / "run-at-7").info.resumed
+    made = tmp_path / "run-at-7"
+    assert_same_run(made, run)
+    assert contents(made / "step-000012") == contents(run / "step-000012")
+    assert Run(made).info.origin.checkpoint == "origin/step-000007"
+    assert_is_step(made / "origin", 7, place / "all")
 
 
 def test_fork_differs_in_its_keys_alone(place, tmp_path, call):
-    """It is the run up to its step; run.json says what changed after it; it can be verified, and compared."""
+    """It has the records up to its step; it can be verified, and compared, and moved, also without its run."""
     run = shutil.copytree(place / "run", tmp_path / "run")
     code, _, err = call("fork", run, 7, "--lr", 5e-4, "--steps", 14)
     assert code == 0
     made = tmp_path / "run-at-7-steps=14-lr=0.0005"
-    (resumed,) = Run(made).info.resumed
-    assert (resumed.after_step, resumed.changed) == (7, {"lr": (1e-3, 5e-4), "steps": (12, 14)})
+    (stretch,) = Run(made).info.stretches
+    assert (stretch.after_step, stretch.steps, Run(made).recipe.optimizer.lr) == (7, 14, 5e-4)
     assert "from step 8 on: [optimizer] lr = 0.0005, before 0.001" in err
     records, others = ((path / "metrics.jsonl").read_text().splitlines() for path in (run, made))
     assert [a == b for a, b in zip(records, others, strict=False)] == [True] * 7 + [False] * 5
@@ -322,9 +313,18 @@ def test_fork_differs_in_its_keys_alone(place, tmp_path, call):
     assert code == 0
     assert "is complete" in err
     assert contents(made) == before
-    code, _, err = call("fork", run, 7, "--lr", 1e-4, "--output", made)
+    code, _, err = call("fork", run, 7, "--lr", 1e-4, "--steps", 14, "--output", made)
     assert code == 2
-    assert "is a fork with lr = 0.0005, and this one has 0.0001; choose another --output" in err
+    assert "was trained with lr = 0.0005, you gave 0.0001; one run has one recipe" in err
+    code, _, err = call("train", made / "recipe.toml", "--overwrite")
+    assert code == 2
+    assert "is in the run that --overwrite would remove" in err
+    moved = made.rename(tmp_path / "moved")
+    shutil.rmtree(run)
+    assert verify(moved).identical
+    recreate(moved, 9, tmp_path / "at")
+    assert Run(tmp_path / "at").origin == moved / "origin" / "step-000007"
+    assert call("train", moved / "recipe.toml", "--steps", 15)[0] == 0
 
 
 def test_fork_is_named_after_the_keys_that_were_given(tiny, tmp_path, call):
@@ -361,14 +361,13 @@ def test_fork_with_other_batches_or_seeds_is_named_and_warned_of_what_changes(ti
     assert (tmp_path / "run-at-2-batch_size=2-data_seed=7").is_dir()
 
 
-def test_fork_begins_with_the_recipe_of_its_step(tiny, tmp_path, capsys):
-    """Not with the newest: later changes of the run are named, and not repeated."""
-    train(tiny(steps=4, save_every=2))
-    run = train(tiny(steps=8, save_every=2, lr=1e-4), allow_changes=True)
-    recipe = Run(run).recipe_at(3)
-    made = fork(run, 2, recipe.replace(steps=8), tmp_path / "fork")
-    assert f"{run} went on after step 4 with another lr, steps; the fork does not" in capsys.readouterr().err
-    assert_same_run(made, train(tiny(steps=8, save_every=2, output=str(tmp_path / "whole"))))
+def test_fork_begins_with_the_end_of_its_step(tiny, tmp_path, call):
+    """Not with the newest, whose schedule is another one."""
+    train(tiny(steps=4, save_every=2, schedule="linear"))
+    run = train(tiny(steps=8, save_every=2, schedule="linear"))
+    assert call("fork", run, 2, "--output", tmp_path / "fork")[0] == 0
+    whole = train(tiny(steps=4, save_every=2, schedule="linear", output=str(tmp_path / "whole")))
+    assert_same_run(tmp_path / "fork", whole)
 
 
 @pytest.mark.fault(85)
@@ -384,7 +383,7 @@ def test_killed_fork_is_continued(folder, forked_run, point, count):
     assert run_forked(FORK, here, point, count, command="fork") == -signal.SIGKILL
     assert run_forked(FORK, here, command="fork") == 0
     assert_same_run(here / "fork", undisturbed / "fork")
-    assert Run(here / "fork").info.resumed[0].changed == {"lr": (1e-3, 5e-4)}
+    assert Run(here / "fork").recipe.optimizer.lr == 5e-4
     assert contents(here / "run") == contents(undisturbed / "run")
 
 

@@ -75,7 +75,8 @@ def test_changes_since_the_run_are_listed(tiny, answer):
     """Versions and processor; the threads are set as in the run."""
     run = train(tiny())
     info = json.loads((run / "run.json").read_text())
-    info["versions"]["torch"], info["cpu"] = "2.9.0", "another"
+    environment = info["stretches"][0]["environment"]
+    environment["versions"]["torch"], environment["cpu"] = "2.9.0", "another"
     (run / "run.json").write_text(json.dumps(info))
     code, out = answer("verify", run)
     assert code == 0

@@ -779,8 +779,8 @@ def test_run_in_epochs_by_documents_continues_to_the_same_bytes(tiny, tmp_path, 
     changed = keys | {"data_seed": 7, "steps": 84, "save_every": 1, "resume": str(whole / "step-000078")}
     for name, stop in (("x", 81), ("y", 84)):
         branch = tiny(**changed, output=str(tmp_path / name))
-        train_until(branch, stop, allow_changes=True)
-        train(branch, allow_changes=True)
+        train_until(branch, stop)
+        train(branch)
     weights = [(tmp_path / name / "step-000084" / "model.safetensors").read_bytes() for name in ("x", "y")]
     assert weights[0] == weights[1]
     with pytest.raises(CorpusError, match='hold_out: got "documents", and python-docs is one text'):

@@ -11,6 +11,7 @@ from support.runs import contents
 from mygpt.errors import CheckpointError, MismatchError, RecipeError
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
+from mygpt.runs.run import Run
 from mygpt.training.train import train, train_until
 
 
@@ -99,7 +100,7 @@ def test_another_architecture_names_the_key(interrupted, tiny, tmp_path):
             MismatchError,
             match=rf"\[model\] num_layers: .*step-000004 has num_layers = 2, you gave 3; {way_out}",
         ) as caught:
-            train(tiny(save_every=2, num_layers=3, **keys), allow_changes=True)
+            train(tiny(save_every=2, num_layers=3, **keys))
         assert caught.value.exit_code == 2
     assert contents(run) == before
     assert not (tmp_path / "other").exists()
@@ -147,12 +148,14 @@ def test_newer_format_is_named(interrupted, name):
     directory = run / "step-000004"
     if name == "manifest.json":
         manifest = json.loads((directory / name).read_text())
-        (directory / name).write_text(json.dumps(manifest | {"format": 3}))
+        (directory / name).write_text(json.dumps(manifest | {"format": 4}))
     else:
-        rewrite(directory / name, metadata=lambda values: values.update(format=3))
+        rewrite(directory / name, metadata=lambda values: values.update(format=4))
         fit_manifest(directory / name)
     before = contents(run)
-    with pytest.raises(CheckpointError, match=rf"{name}: of format 3, and this mygpt reads up to 2") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: of format 4, and this mygpt reads format 3; use a newer mygpt"
+    ) as caught:
         train(recipe)
     assert caught.value.exit_code == 1
     assert contents(run) == before
@@ -171,20 +174,20 @@ def test_non_finite_weights_are_refused(interrupted):
 
 
 @pytest.mark.fault(36)
-def test_changed_corpus_is_refused_unless_allowed(interrupted, tiny, tmp_path, text):
-    """The same characters in another order; no flag allows other characters."""
+def test_changed_corpus_is_refused(interrupted, tiny, tmp_path, text):
+    """The same characters in another order; a branch may train on, but not on other characters."""
     recipe, run = interrupted
     other = tmp_path / "other.txt"
     other.write_text(text[10_000:] + text[:10_000], encoding="utf-8", newline="")
     changed = tiny(save_every=2, corpus=str(other))
-    with pytest.raises(MismatchError, match=r"corpus: .*other\.txt is not the text that .*--allow-changes") as caught:
+    with pytest.raises(MismatchError, match=r"corpus: .*other\.txt is not the text that .*`mygpt fork") as caught:
         train(changed)
     assert caught.value.exit_code == 2
-    train(changed, allow_changes=True)
-    assert (run / "latest").read_text() == "step-000006\n"
+    branch = {"resume": str(run), "output": str(tmp_path / "branch")}
+    assert Run(train(changed.replace(**branch))).is_finished
     other.write_text("abc" * 1000)
     with pytest.raises(MismatchError, match="its characters are not the vocabulary of"):
-        train(tiny(save_every=2, corpus=str(other), steps=8), allow_changes=True)
+        train(tiny(save_every=2, corpus=str(other), steps=8, **branch), overwrite=True)
     # The same text under another name is the same corpus.
     other.write_text(text, encoding="utf-8", newline="")
     train(recipe, overwrite=True)
@@ -195,7 +198,10 @@ def test_changed_corpus_is_refused_unless_allowed(interrupted, tiny, tmp_path, t
 @pytest.mark.parametrize(
     ("keys", "answer"),
     [
-        ({"lr": 3e-4}, r"\[optimizer\] lr: .* was trained with lr = 0\.001, you gave 0\.0003; .*--allow-changes"),
+        (
+            {"lr": 3e-4},
+            r"\[optimizer\] lr: .* was trained with lr = 0\.001, you gave 0\.0003; .*`mygpt fork .*--lr 0\.0003`",
+        ),
         ({"batch_size": 8, "data_seed": 1}, r"with batch_size = 4, you gave 8.*\n.*with data_seed = 42, you gave 1"),
         (
             {"val_split": 0.1, "val_every": 2},
@@ -229,9 +235,9 @@ def test_changes_of_the_last_bits_are_reported(interrupted, tiny, capsys, keys, 
     )
     ((name, now),) = keys.items()
     was = {"threads": 1, "micro_batch_size": 4}[name]
-    info = json.loads((run / "run.json").read_text())
-    (resumed,) = info["resumed"]
-    assert (resumed["after_step"], resumed["changed"]) == (4, {name: [was, now]})
+    stretches = json.loads((run / "run.json").read_text())["stretches"]
+    found = [(stretch["after_step"], stretch["environment"][name]) for stretch in stretches]
+    assert found == [(0, was), (4, now)]
 
 
 @pytest.mark.fault(37)

@@ -25,7 +25,7 @@ def test_branch_continues_as_its_source_would(tiny, tmp_path, point):
     assert contents(source) == before
     assert_same_run(branch, whole)
     assert steps_of(branch) == [6]
-    (begun,) = Run(branch).info.resumed
+    begun = Run(branch).info.origin
     assert (begun.after_step, Path(begun.checkpoint)) == (4, source / "step-000004")
 
 
@@ -69,16 +69,16 @@ def test_lost_or_changed_source_is_named(tiny, tmp_path):
     source = train_until(tiny(save_every=2, output=str(tmp_path / "source")), 4)
     branch = tiny(resume=str(source), output=str(tmp_path / "branch"), lr=1e30)
     with pytest.raises(NonFiniteError):
-        train(branch, allow_changes=True)
+        train(branch)
     with pytest.raises(NonFiniteError):  # not that the output holds a run
-        train(branch, allow_changes=True)
+        train(branch)
     manifest = source / "step-000004" / "manifest.json"
     manifest.write_text(manifest.read_text() + " ")
     with pytest.raises(MismatchError, match=r"the checkpoint after which .*branch began is another now"):
-        train(branch, allow_changes=True)
+        train(branch)
     manifest.unlink()
     with pytest.raises(MismatchError, match=r"the checkpoint after which .*branch began is gone"):
-        train(branch, allow_changes=True)
+        train(branch)
 
 
 def test_branch_with_another_data_seed_sees_other_batches(tiny, tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_branch_with_another_data_seed_sees_other_batches(tiny, tmp_path, capsys
     weights = set()
     for seed in (42, 7, 8):
         keys = {"init_seed": seed, "data_seed": seed, "output": str(tmp_path / str(seed)), "resume": str(run)}
-        branch = train(tiny(**keys), allow_changes=True)
+        branch = train(tiny(**keys))
         weights.add((branch / "step-000006" / "model.safetensors").read_bytes())
         assert f"init_seed: stays 0: the weights are those of {run}" in capsys.readouterr().err
         assert Run(branch).recipe.train.init_seed == 0
@@ -99,7 +99,7 @@ def test_advice_for_a_branch_helps(tiny, tmp_path):
     """It has its own output already: another output, or --overwrite, would not help."""
     run = train_until(tiny(save_every=2), 4)
     branch = {"output": str(tmp_path / "branch"), "resume": str(run)}
-    for keys in ({"lr": 5e-4}, {"num_layers": 3}, {"steps": 4}):
+    for keys in ({"num_layers": 3}, {"steps": 4}):
         with pytest.raises(MygptError) as caught:
             train(tiny(**branch, **keys))
         assert "--output" not in str(caught.value)

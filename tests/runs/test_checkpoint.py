@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from support.checkpoints import TABLE, TOKENIZER, rewrite, save, small_gpt
 
-from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError, NewerFormatError
+from mygpt.errors import CheckpointError, DamagedCheckpointError, FormatError, MismatchError
 from mygpt.runs.files import METADATA_KEY
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.run import find_model_file
@@ -127,7 +127,7 @@ def test_damaged_files_are_refused(run, damage):
     # Weights of another program, alone, are a mistake and no damage: tests/runs/test_initial.py.
     for path, problem in ((run, "damaged: "), *([] if damage == "foreign" else [(alone, "")])):
         with pytest.raises(
-            (DamagedCheckpointError, NewerFormatError, MismatchError), match=rf"model\.safetensors: {problem}"
+            (DamagedCheckpointError, FormatError, MismatchError), match=rf"model\.safetensors: {problem}"
         ) as caught:
             load_checkpoint(path)
         assert caught.value.exit_code == 1

@@ -80,7 +80,7 @@ def test_other_tokenizer_cannot_continue_a_run(tiny, tmp_path, keys, call):
     with pytest.raises(
         MismatchError, match=r"\[data\] tokenizer: .* has the tokenizer bpe \w{12}, you gave bpe \w{12}; "
     ):
-        train(tiny(**EVALUATED, **changed), allow_changes=True)
+        train(tiny(**EVALUATED, **changed))
     b = train(tiny(**EVALUATED, **keys["byte"], output=str(tmp_path / "other")))
     result = compare(a, b)
     assert not result.identical

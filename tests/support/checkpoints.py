@@ -34,7 +34,7 @@ def save(run, gpt, step, config=TABLE, tokenizer=TOKENIZER):
     gpt.load_state_dict(before)
     tensors = optimizer_state(optimizer, gpt, optimizer.param_groups)
     tensors |= {"generator.stream": torch.Generator().get_state(), "generator.cpu.0": torch.get_rng_state()}
-    with Saver(run, Recipe(model=config), tokenizer, corpus_sha256="0" * 64) as saver:
+    with Saver(run, Recipe(model=config), tokenizer) as saver:
         saver.save(gpt.state_dict(), TrainingState(tensors, StateMetadata(step=step, processes=1)))
         saver.wait()
     return run / f"step-{step:06d}" / "model.safetensors"

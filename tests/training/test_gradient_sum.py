@@ -213,10 +213,8 @@ def test_exact_runs_move_between_numbers_of_processes(text_file, tmp_path, capfd
     train(moved)
     assert capfd.readouterr().out == printed
     assert contents(tmp_path / "moved", without=["run.json"]) == contents(whole, without=["run.json"])
-    assert [resumed.changed for resumed in Run(tmp_path / "moved").info.resumed] == [
-        {"processes": (3, 2)},
-        {"processes": (2, 1)},
-    ]
+    stretches = Run(tmp_path / "moved").info.stretches
+    assert [(stretch.after_step, stretch.environment.processes) for stretch in stretches] == [(0, 3), (3, 2), (8, 1)]
     # And it verifies on a third number.
     again = run_process([BIN / "torchrun", "--nproc-per-node", 4, "-m", "mygpt", "verify", "moved"], tmp_path)
     assert again.returncode == 0, again.stderr
