@@ -17,7 +17,6 @@ from mygpt.processes.environment import no_launcher, read_launched
 from mygpt.processes.signals import stop_on_signal
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS
 from mygpt.runs.files import MODEL_FILE, STATE_FILE, real_path, remove
-from mygpt.runs.held_out import PREFIX
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import read_table
 from mygpt.runs.steps import read_manifest, step_directory, verify_checkpoint
@@ -286,13 +285,12 @@ def is_same_state(a: Path, b: Path) -> bool:
 def state_differences(a: Path, b: Path) -> Iterator[TensorDifference]:
     """The tensors of two step directories that differ.
 
-    Evaluations are left out, which follow from the weights. Only one may have a generator: runs on several processes,
-    and those with exact sums, keep others.
+    Only one may have a generator: runs on several processes, and those with exact sums, keep others.
     """
     if read_manifest(a).files == read_manifest(b).files:
         return
     for name in (MODEL_FILE, STATE_FILE):
-        for difference in compare_files(a / name, b / name, without=PREFIX).differences:
+        for difference in compare_files(a / name, b / name).differences:
             if not (difference.name.startswith("generator.") and difference.text.startswith("only in")):
                 yield difference
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from mygpt.data.build import tokenizer_from
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.reports.outcome import early_end_line, outcome_lines, place_lines, verdict_line
-from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, TIMING_FILE
-from mygpt.runs.held_out import load_history
+from mygpt.runs.files import FAILED_NAME, MODEL_FILE, TIMING_FILE
+from mygpt.runs.held_out import Evaluation, read_evaluations
 from mygpt.runs.records import Timing, read_until
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import ModelMetadata
@@ -30,19 +30,20 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
     records, checkpoint = [] if failures and not has_records(path) else run.records, run.newest_checkpoint()
     if not records:
         return
-    last, history, is_over, ended_early = records[-1], None, False, False
+    last, is_over, ended_early = records[-1], False, False
+    evaluations: list[Evaluation] = []
     end = f"step {last.step} of {recipe.train.steps}, not complete"
     if checkpoint is not None:
-        history = load_history(checkpoint / STATE_FILE)
-        is_over = run.ended_with(checkpoint)
+        manifest = read_manifest(checkpoint)
+        evaluations = read_evaluations(path, manifest.step)
+        is_over = manifest.finished
         if is_over:
-            manifest = read_manifest(checkpoint)
             end = f"complete after {manifest.step} steps"
             if last.step < manifest.step:  # records were lost
                 end += f", of which the records after step {last.step} are missing"
             ended_early = manifest.ended_by == "patience"
-            if history and ended_early:
-                end = early_end_line(history, recipe.validation.patience, run.best_until(manifest.step))
+            if evaluations and ended_early:
+                end = early_end_line(evaluations, recipe.validation.patience, run.best_until(manifest.step))
     yield f"run: {end}", True
     kind, loss = ("training", last.loss) if last.val is None else ("held-out", last.val)
     guess = ""
@@ -50,10 +51,10 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
         vocab_size = tokenizer_from(read_metadata(checkpoint / MODEL_FILE, ModelMetadata).tokenizer).vocab_size
         guess = f"; guessing at random among {vocab_size:,} tokens gives {math.log(vocab_size):.4f}"
     yield f"loss: {kind} {loss:.4f} at step {last.step}{guess}", True
-    if history is None and recipe.validation.val_every:
+    if not evaluations and recipe.validation.val_every:
         yield "verdict: none, because no checkpoint has a held-out loss yet", True
     else:
-        yield verdict_line(history, records, recipe.data, ended_early=ended_early), True
+        yield verdict_line(evaluations, records, recipe.data, ended_early=ended_early), True
     judged = list(place_lines(recipe.expected, records, run.info.corpus_sha256))
     timings = read_until(path / TIMING_FILE, Timing, last.step)
     if is_over and timings:

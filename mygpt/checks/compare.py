@@ -17,11 +17,11 @@ from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, ModelTable
 from mygpt.runs.changes import RESOLVED_KEYS, differing_keys
 from mygpt.runs.files import STATE_FILE
-from mygpt.runs.held_out import PREFIX, Difference, History, difference, load_history
+from mygpt.runs.held_out import Difference, difference, read_evaluations
 from mygpt.runs.records import Record, read_records
 from mygpt.runs.run import Run, find_model_file, run_of
 from mygpt.runs.schemas import ModelMetadata
-from mygpt.runs.steps import read_manifest, read_metadata, verify_file
+from mygpt.runs.steps import read_metadata
 
 
 class TensorDifference(NamedTuple):
@@ -176,33 +176,27 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     if run_a and run_b:
         comparison = comparison._replace(recipe=list(_compare_recipes(run_a, run_b)))
         is_evaluated = all(run.recipe.validation.val_every for run in (run_a, run_b))
-        histories: list[History | None] = [None]
         comparison = comparison._replace(not_comparable="a checkpoint has no held-out loss")
+        last = [
+            read_evaluations(run.path, step)[-1:] for run, step in zip((run_a, run_b), comparison.steps, strict=True)
+        ]
         if is_evaluated and run_a.info.held_out_text != run_b.info.held_out_text:
             comparison = comparison._replace(not_comparable="they were evaluated on different texts")
-        elif is_evaluated:
-            histories = [load_history(file.with_name(STATE_FILE)) for file in (file_a, file_b)]
-        if all(histories):
-            for file in (file_a, file_b):
-                verify_file(
-                    file.with_name(STATE_FILE), read_manifest(file.parent, None)
-                )  # a flipped bit would be a verdict
+        elif all(last):
+            (of_a,), (of_b,) = last
             same_tokens = metadata_a.tokenizer == metadata_b.tokenizer
             same_text = _held_out_part(run_a) == _held_out_part(run_b)
-            last = [history.last for history in histories if history]
-            change = difference(*last, same_tokens=same_tokens, same_text=same_text)
-            steps, population = (last[0].step, last[1].step), last[0].windows.population
-            held_out_comparison = HeldOutComparison(steps, change, population)
-            comparison = comparison._replace(held_out=held_out_comparison, not_comparable=None)
+            change = difference(of_a, of_b, same_tokens=same_tokens, same_text=same_text)
+            found = HeldOutComparison((of_a.step, of_b.step), change, of_a.windows.population)
+            comparison = comparison._replace(held_out=found, not_comparable=None)
     if not ((Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists()):
         return comparison
     infos = [Run(Path(run)).info for run in (a, b)]
-    steps = (metadata_a.step, metadata_b.step)
-    was, now = (info.stretch_of(step).environment for info, step in zip(infos, steps, strict=True))
+    was, now = (info.stretch_of(step).environment for info, step in zip(infos, comparison.steps, strict=True))
     if infos[0].init_sha256 != infos[1].init_sha256:
         comparison = comparison._replace(recipe=[*comparison.recipe, "init_from: other initial weights"])
     return comparison._replace(
-        state=compare_files(file_a.with_name(STATE_FILE), file_b.with_name(STATE_FILE), without=PREFIX),
+        state=compare_files(file_a.with_name(STATE_FILE), file_b.with_name(STATE_FILE)),
         records=compare_records(
             # A run that was killed, or still goes on, has later ones than those of its newest checkpoint.
             *(
@@ -232,8 +226,8 @@ def _held_out_part(run: Run) -> tuple[object, ...]:
     return () if data.val_corpus else (data.val_split, data.hold_out)
 
 
-def compare_files(a: Path, b: Path, without: str | None = None) -> TensorComparison:
-    """Compare the tensors of two safetensors files by name, without those whose names begin so.
+def compare_files(a: Path, b: Path) -> TensorComparison:
+    """Compare the tensors of two safetensors files by name.
 
     Raises:
         DamagedCheckpointError: one of them cannot be read.
@@ -241,10 +235,7 @@ def compare_files(a: Path, b: Path, without: str | None = None) -> TensorCompari
     differences, values = [], 0
     try:
         with safe_open(a, framework="numpy") as tensors_a, safe_open(b, framework="numpy") as tensors_b:
-            names_a, names_b = (
-                {name for name in tensors.keys() if without is None or not name.startswith(without)}  # noqa: SIM118
-                for tensors in (tensors_a, tensors_b)
-            )
+            names_a, names_b = ({*tensors.keys()} for tensors in (tensors_a, tensors_b))
             for name in sorted(names_a | names_b):
                 if name not in names_a & names_b:
                     differences.append(TensorDifference(name, problem=f"only in {a if name in names_a else b}"))

@@ -77,7 +77,7 @@ def evaluate_saved(recipe: Recipe, *, is_own_text: bool) -> Evaluated:
     set_up(runtime, device)
     gradient_sum = gradient_sum_for(recipe, max_workers=choose_workers(runtime.threads, 1))
     with no_launcher(), open_accelerator(runtime, device, gradient_sum.accumulation_steps) as accelerator:
-        parts, _ = build_parts(recipe, accelerator, dataset, gradient_sum)
+        parts = build_parts(recipe, accelerator, dataset, gradient_sum)
         evaluation = evaluate(parts, step)
     windows = evaluation.windows
     return Evaluated(

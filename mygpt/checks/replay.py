@@ -63,8 +63,7 @@ def replay(path: Path, device: torch.device) -> Finding:
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             return Finding(failed, [], f"the weights of {name}, {_count(weight)}, already before the step")
-    if failed.threads is not None:
-        set_threads(failed.threads, failed.processes)
+    set_threads(failed.threads, failed.processes)
     make_deterministic(device)
     generators = read_tensors(directory / STATE_FILE)
     states = [generators.get(dropout_name(device, process)) for process in range(failed.processes)]
@@ -82,7 +81,7 @@ def replay(path: Path, device: torch.device) -> Finding:
     gradient_sum = gradient_sum_for(recipe)
     with no_launcher(), open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
         dataset = Dataset(tokenizer, tokens.flatten(), tokens.new_empty(0), "")  # not drawn from: see `batch`
-        parts, _ = build_parts(recipe, accelerator, dataset, gradient_sum)
+        parts = build_parts(recipe, accelerator, dataset, gradient_sum)
         parts.gpt.load_state_dict(weights)
         watch = Watch(parts.gpt, failed, states)
         batch = Batch(*(part.to(device) for part in (tokens[:, :-1], tokens[:, 1:])))
@@ -182,9 +181,6 @@ def _find_failed(path: Path) -> Path:
 
 def _read_failed_step(file: Path, max_seq_len: int, tokenizer: Tokenizer) -> FailedStep:
     failed = read_table(FailedStep, file)
-    if not failed.tokens:  # as in older records
-        ids = (tuple(tokenizer.encode(text, name=str(file)).tolist()) for text in failed.windows)
-        failed = failed.model_copy(update={"tokens": tuple(ids)})
     windows, length = failed.tokens, len(failed.tokens[0])
     if len(windows) != len(failed.windows) or any(token >= tokenizer.vocab_size for ids in windows for token in ids):
         raise DamagedCheckpointError(f"{file}: damaged: its tokens are not those of its windows")

@@ -116,15 +116,15 @@ def time_step(recipe: Recipe, device: torch.device, dataset: Dataset, seconds: f
     set_up(recipe.runtime, device)
     gradient_sum = gradient_sum_for(recipe, max_workers=choose_workers(recipe.runtime.threads, 1))
     with open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
-        parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum)
+        parts, step = build_parts(recipe, accelerator, dataset, gradient_sum), 0
         durations: list[float] = []
         warm_at = None
         while warm_at is None or time.perf_counter() - warm_at < seconds or len(durations) < 3:
-            if progress.step == 3:
+            if step == 3:
                 warm_at = time.perf_counter()
             started_at = time.perf_counter()
-            progress.step += 1
-            loss, *_ = train_step(parts, parts.stream.batch(), progress.step)
+            step += 1
+            loss, *_ = train_step(parts, parts.stream.batch(), step)
             parts.scheduler.step()
             loss.item()  # waits for the device
             if warm_at is not None:

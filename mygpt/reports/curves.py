@@ -255,7 +255,6 @@ def _held_out(run: _Loaded, unit: Unit) -> dict[int, tuple[float, float]]:
             value = perplexity(value)
             stderr = stderr and stderr * value
         if value is not None and math.isfinite(value):
-            # Records of mygpt 0.1 lack the degrees of freedom: they get the normal quantile.
             margin = student_quantile(record.val_dof or math.inf) * stderr if stderr else 0.0
             found[record.step] = value, margin
     return found

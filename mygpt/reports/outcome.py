@@ -1,20 +1,22 @@
 """What a complete run came to: a verdict on its held-out loss, and how close it came to what its recipe expects."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 
 from mygpt.estimates import Estimate, Floats, difference_of_independent, mean_estimate, student_quantile
-from mygpt.recipe.tables import DataTable, ExpectedTable
-from mygpt.runs.held_out import History
+from mygpt.recipe.tables import DataTable, ExpectedTable, Recipe
+from mygpt.runs.held_out import Evaluation, change_between, last_improvement
 from mygpt.runs.records import Record, Timing
 from mygpt.runs.schemas import Best
 
 FALSE_ALARMS = 0.01
 """Runs that are called not normal though only their seed is another one, at most this share of them."""
+MARK_SPACING = 1.1
+"""The ratio of the steps of two marks at least: see `_begin_of_end`."""
 AROUND = 100
 """Steps over which training losses are averaged, since one is that of a single batch."""
 FEWEST_RECORDS = 10
@@ -22,7 +24,7 @@ FEWEST_RECORDS = 10
 
 
 def verdict_line(
-    history: History | None, records: Sequence[Record], data: DataTable, *, ended_early: bool = False
+    evaluations: Sequence[Evaluation], records: Sequence[Record], data: DataTable, *, ended_early: bool = False
 ) -> str:
     """Whether the held-out loss was still falling at the end of a run, flat, or rising, and the evidence.
 
@@ -31,24 +33,22 @@ def verdict_line(
     the windows stand for, and on this run: another seed may end otherwise. Of a run that `ended_early` it is about what
     came after its last improvement.
     """
-    if history is None:
+    if not evaluations:
         return f"verdict: none, because no held-out loss was measured; {data.flags_that_evaluate} measures it"
-    last, lowest = history.last.step, history.lowest
-    first = max(history.marks[0], history.reference) if ended_early else history.marks[0]
+    last, lowest = evaluations[-1].step, _lowest(evaluations).step
+    first = _begin_of_end([evaluation.step for evaluation in evaluations])
+    if ended_early:
+        first = max(first, last_improvement(evaluations).step)
     if first == last:
         return f"verdict: none, because the held-out loss was measured only once, after step {last}; lower val_every"
-    evaluated = [(record.step, record.val) for record in records if record.val is not None]
-    losses = {step: val for step, val in evaluated if history.first <= step <= last}
-    if not {lowest, first, last} <= losses.keys():  # records were lost
-        losses = {step: summary.val for step, summary in history.summaries.items()}
-    rise = _rise(history, losses)
+    rise = _rise(evaluations)
     if rise and rise.mean > 0 and rise.is_beyond_doubt:
         in_training = difference_of_independent(*(training_loss(records, step) for step in (lowest, last)))
         if in_training.mean > 0 and in_training.is_beyond_doubt:
             both = f"held-out loss {rise.text()} by step {last}, and the training loss rises, too"
             return f"verdict: getting worse since step {lowest}: {both}"
         return f"verdict: overfitting since step {lowest}: held-out loss {rise.text()} by step {last}"
-    change = _change_at_end(history, losses, first)
+    change = _change_at_end(evaluations, first)
     if change.mean < 0 and change.is_beyond_doubt:
         rate = change.scaled(100 / (last - first))
         return f"verdict: still improving: held-out loss {rate.text()} per 100 steps from step {first} to {last}"
@@ -57,14 +57,27 @@ def verdict_line(
     return f"verdict: flat from step {first} to {last}: held-out loss {change.text()}"
 
 
-def _rise(history: History, losses: Mapping[int, float]) -> Estimate | None:
+def _lowest(evaluations: Sequence[Evaluation]) -> Evaluation:
+    return min(evaluations, key=lambda evaluation: evaluation.loss.mean)
+
+
+def _begin_of_end(steps: Sequence[int]) -> int:
+    """The step of an evaluation from which to the last is a tenth to a sixth of the run, or one evaluation."""
+    before, mark = steps[0], steps[0]
+    for step in steps:
+        if step >= MARK_SPACING * mark:
+            before, mark = mark, step
+    return before
+
+
+def _rise(evaluations: Sequence[Evaluation]) -> Estimate | None:
     """By how much the held-out loss is above its lowest at the end; None: the lowest is too near to the end to tell.
 
     From enough evaluations it is the mean of the last ones less that of those around the lowest. The lowest itself is
     left out then: it was chosen for being low.
     """
-    steps, values = list(losses), np.array(list(losses.values()))
-    count, at = len(steps), steps.index(history.lowest)
+    values, lowest = np.array([evaluation.loss.mean for evaluation in evaluations]), _lowest(evaluations)
+    count, at = len(values), evaluations.index(lowest)
     several = max(3, count // 10) if count >= 7 else 1
     if at >= count - several:
         return None
@@ -75,23 +88,23 @@ def _rise(history: History, losses: Mapping[int, float]) -> Estimate | None:
     mean = float(values[-several:].mean() - values[near].mean())
     # The median, since the place at which a curve turns is no noise; that of a squared normal number is 0.455.
     noise = float(np.median(_second_differences(values) ** 2)) / 0.455 / 6 if count > 2 else 0.0
-    paired = history.difference(history.lowest, history.last.step)
+    paired = change_between(lowest, evaluations[-1])
     dof = min(paired.dof or math.inf, max(1, count - 2))
     return Estimate(mean, math.sqrt((paired.stderr or 0) ** 2 + noise * (1 / several + 1 / len(near))), dof)
 
 
-def _change_at_end(history: History, losses: Mapping[int, float], first: int) -> Estimate:
+def _change_at_end(evaluations: Sequence[Evaluation], first: int) -> Estimate:
     """By how much the held-out loss changed from step `first` to the end: means of some evaluations up to each."""
-    steps, values = list(losses), np.array(list(losses.values()))
-    at = steps.index(first)
-    several = max(1, min(at + 1, (len(steps) - 1 - at) // 2))
+    values = np.array([evaluation.loss.mean for evaluation in evaluations])
+    at = [evaluation.step for evaluation in evaluations].index(first)
+    several = max(1, min(at + 1, (len(values) - 1 - at) // 2))
     mean = float(values[-several:].mean() - values[at + 1 - several : at + 1].mean())
     noise = 0.0
-    if len(steps) > 2:
+    if len(values) > 2:
         # A loss that falls ever more slowly has positive second differences: only noise makes negative ones, and half
         # of what it makes.
         noise = float(np.mean(np.minimum(_second_differences(values), 0) ** 2)) * 2 / 6
-    paired = history.difference(first, history.last.step)
+    paired = change_between(evaluations[at], evaluations[-1])
     return Estimate(mean, math.sqrt((paired.stderr or 0) ** 2 + noise * 2 / several), paired.dof)
 
 
@@ -100,13 +113,34 @@ def _second_differences(values: Floats) -> Floats:
     return np.diff(values[len(values) // 3 :] if len(values) >= 6 else values, 2)
 
 
-def early_end_line(history: History, patience: int, best: Best | None) -> str:
+def closing_lines(
+    recipe: Recipe,
+    evaluations: Sequence[Evaluation],
+    records: Sequence[Record],
+    corpus_sha256: str,
+    *,
+    ended_early: bool,
+    best: Best | None,
+    last: tuple[Record, Timing] | None,
+    processes: int,
+) -> Iterator[str]:
+    """What a complete run came to. `last` is its last record, if it was made just now."""
+    if evaluations and ended_early:
+        yield early_end_line(evaluations, recipe.validation.patience, best)
+    yield verdict_line(evaluations, records, recipe.data, ended_early=ended_early)
+    for line, _ in place_lines(recipe.expected, records, corpus_sha256):
+        yield line
+    if last:
+        yield from outcome_lines(recipe.expected, *last, processes)
+
+
+def early_end_line(evaluations: Sequence[Evaluation], patience: int, best: Best | None) -> str:
     """Why early stopping ended a run, and which checkpoint is the best."""
-    evaluations = f"the last {patience} held-out losses are" if patience > 1 else "the last held-out loss is"
+    waited_for = f"the last {patience} held-out losses are" if patience > 1 else "the last held-out loss is"
     rest = f"; `best` is step {best.step}, with a held-out loss of {best.val:.4f}" if best else ""
     return (
-        f"ended early, after step {history.last.step}: {evaluations} not lower beyond doubt than "
-        f"that of step {history.reference}{rest}"
+        f"ended early, after step {evaluations[-1].step}: {waited_for} not lower beyond doubt than "
+        f"that of step {last_improvement(evaluations).step}{rest}"
     )
 
 

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from mygpt.errors import DamagedCheckpointError, print_note
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.files import CANNOT_WRITE, TIMING_FILE, explain_disk_error, sync
-from mygpt.runs.records import Record, Timing, cut_after
+from mygpt.runs.files import CANNOT_WRITE, EVALUATIONS_FILE, TIMING_FILE, explain_disk_error, sync
+from mygpt.runs.records import LINES, EvaluationLine, Record, Timing, cut_after
 
 PROGRESS_SECONDS = 30.0
 """Between lines on the progress of a run, where there is no bar."""
@@ -24,7 +24,7 @@ Sink = Callable[[Record, Timing, bool], None]
 
 
 class Recorder:
-    """Makes the records of a run, and gives each to all sinks: metrics.jsonl, timing.jsonl, stdout, the progress bar.
+    """Makes the records of a run, and gives each to all sinks: its files, stdout, the progress bar.
 
     The bar is on `talk`, which is stderr, if that is a terminal; else a thread prints a line there every
     `PROGRESS_SECONDS`. They are about the steps up to `last_step`, which is the recipe's unless it is given; with a
@@ -57,11 +57,13 @@ class Recorder:
         self.last: tuple[Record, Timing] | None = None
         """The newest record of this process."""
         self._sinks: list[Sink] = []
-        self._files: list[tuple[Path, TextIO]] = []
+        self._files: dict[str, TextIO] = {}
+        self._run = run
         elapsed = 0.0
         if is_main:
             records = cut_after(run / METRICS_FILE, Record, step, is_complete=is_complete)
             timings = cut_after(run / TIMING_FILE, Timing, step, is_complete=is_complete)
+            evaluations = cut_after(run / EVALUATIONS_FILE, EvaluationLine, step, is_complete=is_complete)
             for record in records:
                 if is_printed(record.step, recipe, evaluated=record.val is not None):
                     print(step_line(record, recipe))
@@ -70,12 +72,15 @@ class Recorder:
             if step - (last.step if last else 0) >= recipe.train.log_every:
                 end = f"its last record is of step {last.step}" if last else "it has no record"
                 print_note(f"{run / METRICS_FILE}: {end}, and the checkpoint is of step {step}")
+            evaluated = [record.step for record in records if record.val is not None]
+            if recipe.validation.patience and len(evaluations) < len(evaluated):
+                print_note(f"{run / EVALUATIONS_FILE}: has {len(evaluations)} of {len(evaluated)} evaluations")
             if last:  # 0 except after a change of the batch size
                 self._tokens_before = last.tokens - last.step * self._tokens_per_step
             elapsed = timings[-1].elapsed_seconds if timings else 0.0
             with explain_disk_error(CANNOT_WRITE, run):
-                paths = (run / METRICS_FILE, run / TIMING_FILE)
-                self._files = [(path, path.open("a", encoding="utf-8")) for path in paths]
+                names = LINES if recipe.validation.val_every else (METRICS_FILE, TIMING_FILE)
+                self._files = {name: (run / name).open("a", encoding="utf-8") for name in names}
                 sync(run)  # or a power failure may leave a checkpoint without its records
             self._sinks = [self._append, self._show]
         disable = None if is_main else True  # None: unless `talk` is a terminal
@@ -94,7 +99,7 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._bar.close()
-        for _path, file in self._files:
+        for file in self._files.values():
             with suppress(OSError):  # a full disk, which `record` has reported
                 file.close()
 
@@ -112,7 +117,7 @@ class Recorder:
         self._step += 1
         self._bar.update()
 
-    def record(self, step: int, *, printed: bool, **values: Any) -> None:
+    def record(self, step: int, *, printed: bool, evaluation: EvaluationLine | None = None, **values: Any) -> None:
         """Record a step, and print it if `printed`. `values` are fields of `Record`.
 
         Raises:
@@ -133,6 +138,8 @@ class Recorder:
             seconds_left=round((self._recipe.train.steps - step) * seconds_per_step, 1),
         )
         self.last = record, timing
+        if self._files and evaluation:
+            self._write(EVALUATIONS_FILE, evaluation)
         for sink in self._sinks:
             sink(record, timing, printed)
 
@@ -151,14 +158,17 @@ class Recorder:
             before, printed_at = step, now
 
     def _append(self, record: Record, timing: Timing, _printed: bool) -> None:
-        for (path, file), line in zip(self._files, (record, timing), strict=True):
-            try:
-                file.write(line.model_dump_json(exclude_none=True) + "\n")
-                file.flush()
-            except OSError as error:
-                raise DamagedCheckpointError(
-                    f"{path}: cannot be written: {error.strerror}; make room, and the same command continues"
-                ) from None
+        self._write(METRICS_FILE, record)
+        self._write(TIMING_FILE, timing)
+
+    def _write(self, name: str, line: Record | Timing | EvaluationLine) -> None:
+        try:
+            self._files[name].write(line.model_dump_json(exclude_none=True) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            raise DamagedCheckpointError(
+                f"{self._run / name}: cannot be written: {error.strerror}; make room, and the same command continues"
+            ) from None
 
     def _show(self, record: Record, timing: Timing, printed: bool) -> None:
         share = f", {timing.mfu:.0%} of peak" if timing.mfu else ""

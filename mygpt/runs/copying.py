@@ -6,9 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from mygpt.errors import DamagedCheckpointError, FormatError
-from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
+from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
 from mygpt.runs import files
-from mygpt.runs.records import Record, Timing, cut_after
+from mygpt.runs.records import LINES, cut_after
 from mygpt.runs.run import Run
 from mygpt.runs.start import recipe_text
 from mygpt.runs.steps import point_to, step_directory, verify_checkpoint
@@ -35,11 +35,10 @@ def copy_until(checkpoint: Path, target: Path) -> None:
         target.mkdir()
         files.replace_text(target / RUN_FILE, info.to_json())
         files.replace_text(target / RECIPE_FILE, recipe_text(recipe))
-        for name in (METRICS_FILE, files.TIMING_FILE):
+        for name, kind in LINES.items():
             if (run.path / name).is_file():
                 shutil.copyfile(run.path / name, target / name)
-        cut_after(target / METRICS_FILE, Record, step)
-        cut_after(target / files.TIMING_FILE, Timing, step)
+            cut_after(target / name, kind, step)
         _copy_step(checkpoint, target)
         if best and best.step != step:
             with suppress(DamagedCheckpointError, FormatError):

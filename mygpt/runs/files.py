@@ -1,8 +1,8 @@
 """Names of the files in a run directory, and safe ways to read, write and remove them.
 
-A run directory holds the resolved recipe, run.json, metrics.jsonl, timing.jsonl, one directory `step-NNNNNN` per
-checkpoint, the files `latest` and `best`, which name one of these, and `.lock`. A step directory is written as
-`.tmp-step-NNNNNN` and renamed when it is complete; before it is deleted it is renamed to `.tmp-old-NNNNNN`.
+A run directory holds the resolved recipe, run.json, metrics.jsonl, timing.jsonl, evaluations.jsonl, one directory
+`step-NNNNNN` per checkpoint, the files `latest` and `best`, which name one of these, and `.lock`. A step directory is
+written as `.tmp-step-NNNNNN` and renamed when it is complete; before it is deleted it is renamed to `.tmp-old-NNNNNN`.
 """
 
 import errno
@@ -25,6 +25,7 @@ MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
 MANIFEST_FILE = "manifest.json"
 TIMING_FILE = "timing.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 LATEST_FILE = "latest"
 BEST_FILE = "best"
 LOCK_FILE = ".lock"
@@ -43,7 +44,7 @@ TEMPORARY_NAME = re.compile(r"\.tmp-(step-\d{6,}|failed-step-\d{6,}|old-.*|at-.*
 
 # All that a run writes into its directory. Replacing a run removes nothing else.
 RUN_ENTRY = re.compile(
-    rf"recipe\.toml|run\.json|metrics\.jsonl|timing\.jsonl|latest|best|{ORIGIN_NAME}"
+    rf"recipe\.toml|run\.json|metrics\.jsonl|timing\.jsonl|evaluations\.jsonl|latest|best|{ORIGIN_NAME}"
     rf"|{STEP_NAME.pattern}|{FAILED_NAME.pattern}|{TEMPORARY_NAME.pattern}"
 )
 

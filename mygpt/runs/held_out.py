@@ -1,30 +1,27 @@
-"""Evaluations of the held-out loss, window by window, and what a run remembers of them.
+"""Evaluations of the held-out loss, window by window: those of a run, and how two of them are compared.
 
 The windows' losses are what a paired comparison needs: how a loss differs between two models varies far less from
 window to window than the loss itself.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from mygpt.errors import DamagedCheckpointError
 from mygpt.estimates import Estimate, difference_of_independent, ratio_estimate
-from mygpt.runs.schemas import Evaluated, HeldOutMetadata, StateMetadata
-from mygpt.runs.steps import read_metadata
+from mygpt.runs.files import EVALUATIONS_FILE
+from mygpt.runs.records import EvaluationLine, WindowsLine, read_until
+from mygpt.runs.schemas import Stretch
 
 LN_2 = math.log(2)
-PREFIX = "held_out."
-"""Of the names of tensors in a state file."""
-MARK_SPACING = 1.1
-"""The ratio of the steps of two marks at least: see `History.marks`."""
 
 Array = npt.NDArray[Any]
 
@@ -93,138 +90,90 @@ class Evaluation:
         windows = self.windows
         return ratio_estimate(windows.summed(self.losses), windows.summed(lengths), consecutive=windows.consecutive)
 
-    def summary(self) -> Evaluated:
-        return Evaluated(step=self.step, val=self.loss.mean, stderr=self.loss.stderr, dof=self.loss.dof)
 
-
-@dataclass(frozen=True)
-class History:
-    """What a run remembers of its evaluations: enough for early stopping, and for the verdict at its end."""
-
-    last: Evaluation
-    summaries: Mapping[int, Evaluated]
-    """The evaluations that are remembered, by step."""
-    losses: Mapping[int, Array]
-    """Their windows' losses, by step: of all if they have the same windows, else of the last alone."""
-    lowest: int
-    """The step of the lowest held-out loss."""
-    marks: tuple[int, ...]
-    """Up to two steps, the second later than the first by a tenth at least. From the first to the last evaluation is a
-    tenth to a sixth of the run, or one evaluation."""
-    first: int
-    """The step of the first evaluation over these windows."""
-    reference: int
-    """The step of the last evaluation that was better than the reference before it, beyond doubt: below it by more
-    than the margin of a 95% interval for their difference."""
-    waited: int = 0
-    """Evaluations since the reference."""
-
-    def difference(self, before: int, after: int) -> Estimate:
-        """By how much the held-out loss differs between two remembered steps, in nats; below 0: it fell.
-
-        Over the same windows it is the paired difference, otherwise that of independent estimates.
-        """
-        if {before, after} <= self.losses.keys():
-            windows, change = self.last.windows, self.losses[after].astype(np.float64) - self.losses[before]
-            lengths = windows.summed(windows.tokens)
-            return ratio_estimate(windows.summed(change), lengths, consecutive=windows.consecutive)
-        return difference_of_independent(*(_estimate(self.summaries[step]) for step in (before, after)))
-
-    def metadata(self) -> HeldOutMetadata:
-        return HeldOutMetadata(
-            consecutive=self.last.windows.consecutive,
-            piece_tokens=self.last.windows.piece_tokens,
-            evaluations=tuple(self.summaries.values()),
-            lowest=self.lowest,
-            marks=self.marks,
-            first=self.first,
-            reference=self.reference,
-            waited=self.waited,
-        )
-
-    def arrays(self) -> dict[str, Array]:
-        """The arrays of a state file, by name."""
-        windows = self.last.windows
-        return {
-            f"{PREFIX}starts": windows.starts,
-            f"{PREFIX}tokens": windows.tokens,
-            f"{PREFIX}bytes": windows.bytes,
-            **{f"{PREFIX}losses.{step}": losses for step, losses in self.losses.items()},
-        }
-
-
-def remember(history: History | None, evaluation: Evaluation, *, same_windows: bool) -> History:
-    """The history after one more evaluation; `same_windows`: every evaluation of the run has the same."""
-    step = evaluation.step
-    if history is None or (same_windows and not evaluation.windows.same_as(history.last.windows)):
-        return History(evaluation, {step: evaluation.summary()}, {step: evaluation.losses}, step, (step,), step, step)
-    # Everything that was known, and the new evaluation; what is of no use any more is forgotten at the end.
-    losses = {**(history.losses if same_windows else {}), step: evaluation.losses}
-    known = replace(
-        history, last=evaluation, summaries={**history.summaries, step: evaluation.summary()}, losses=losses
+def evaluation_line(evaluation: Evaluation, before: Evaluation | None) -> EvaluationLine:
+    """An evaluation as evaluations.jsonl has it after the one `before`."""
+    windows = evaluation.windows
+    if before and windows.same_as(before.windows):
+        return EvaluationLine.of(evaluation.step, None, evaluation.losses.tobytes())
+    line = WindowsLine(
+        starts=windows.starts.astype(np.int64).tobytes(),
+        tokens=windows.tokens.astype(np.int32).tobytes(),
+        bytes=windows.bytes.astype(np.int32).tobytes(),
+        consecutive=windows.consecutive,
+        piece_tokens=windows.piece_tokens,
     )
-    if evaluation.loss.mean < history.summaries[history.lowest].val:
-        known = replace(known, lowest=step)
-    if step >= MARK_SPACING * history.marks[-1]:
-        known = replace(known, marks=(*history.marks[-1:], step))
-    change = known.difference(history.reference, step)
-    is_better = change.mean < 0 and change.is_beyond_doubt
-    reference, waited = (step, 0) if is_better else (history.reference, history.waited + 1)
-    known = replace(known, reference=reference, waited=waited)
-    kept = {step, known.lowest, *known.marks, known.reference}
-    return replace(
-        known,
-        summaries={at: summary for at, summary in known.summaries.items() if at in kept},
-        losses={at: values for at, values in known.losses.items() if at in kept},
-    )
+    return EvaluationLine.of(evaluation.step, line, evaluation.losses.tobytes())
 
 
-def read_history(metadata: HeldOutMetadata | None, arrays: Mapping[str, Array]) -> History | None:
-    """The history in a state file; None: the run had not been evaluated when it was saved.
+def evaluations_of(lines: Iterable[EvaluationLine]) -> list[Evaluation]:
+    """The evaluations that the first lines of an evaluations.jsonl hold, up to a line that does not fit."""
+    found: list[Evaluation] = []
+    for line in lines:
+        if line.windows:
+            starts, tokens, lengths = line.windows.starts, line.windows.tokens, line.windows.bytes
+            arrays = (np.frombuffer(starts, "<i8"), np.frombuffer(tokens, "<i4"), np.frombuffer(lengths, "<i4"))
+            windows = Windows(*arrays, line.windows.consecutive, line.windows.piece_tokens)
+        elif found:
+            windows = found[-1].windows
+        losses = np.frombuffer(line.losses, "<f4")
+        if not (line.windows or found) or len(losses) != len(windows.starts):
+            break
+        found.append(Evaluation(line.step, windows, losses))
+    return found
+
+
+def read_evaluations(run: Path, step: int) -> list[Evaluation]:
+    """The evaluations of a run up to a step. Only reads: the run may be training.
 
     Raises:
-        KeyError, ValueError: the arrays are not those of the metadata.
+        DamagedCheckpointError: a line is not as it was written.
     """
-    if metadata is None:
-        return None
-    starts, tokens, lengths = (arrays[PREFIX + name] for name in ("starts", "tokens", "bytes"))
-    windows = Windows(starts, tokens, lengths, metadata.consecutive, metadata.piece_tokens)
-    prefix = f"{PREFIX}losses."
-    losses = {int(name.removeprefix(prefix)): array for name, array in arrays.items() if name.startswith(prefix)}
-    summaries = {summary.step: summary for summary in metadata.evaluations}
-    last = max(summaries)
-    named = {metadata.lowest, metadata.reference, *metadata.marks}
-    if any(len(array) != len(windows.starts) for array in (tokens, lengths, *losses.values())) or not (
-        last in losses and {*losses, *named} <= summaries.keys() and metadata.marks
-    ):
-        raise ValueError("the held-out losses are not those of their windows")
-    windows.summed(tokens)  # a ValueError if pieces have other numbers of windows
-    evaluation = Evaluation(last, windows, losses[last])
-    return History(
-        evaluation,
-        summaries,
-        losses,
-        metadata.lowest,
-        metadata.marks,
-        metadata.first,
-        metadata.reference,
-        metadata.waited,
-    )
+    file = run / EVALUATIONS_FILE
+    lines = read_until(file, EvaluationLine, step, strict=True)
+    found = evaluations_of(lines)
+    if len(found) < len(lines):
+        raise DamagedCheckpointError(f"{file}: damaged: line {len(found) + 1} is of other windows than the one before")
+    return found
 
 
-def load_history(state_file: Path) -> History | None:
-    """As `read_history`, from a state file.
+def change_between(before: Evaluation, after: Evaluation) -> Estimate:
+    """By how much the held-out loss of a run changed, in nats per token: paired where the windows are the same."""
+    if before.windows.same_as(after.windows):
+        changes = paired_changes(before, after, "tokens", same_tokens=True)
+        assert changes is not None
+        return ratio_estimate(changes.changes, changes.lengths, consecutive=changes.consecutive)
+    return difference_of_independent(before.loss, after.loss)
 
-    Raises:
-        DamagedCheckpointError: it cannot be read.
+
+def last_improvement(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The last one that is better than the improvement before it, beyond doubt: below it by more than the margin of a
+    95% interval for their difference. The first one is an improvement."""
+    improved, *others = evaluations
+    for evaluation in others:
+        change = change_between(improved, evaluation)
+        if change.mean < 0 and change.is_beyond_doubt:
+            improved = evaluation
+    return improved
+
+
+def count_waiting(evaluations: Sequence[Evaluation], counted_after: int) -> int:
+    """How many have brought no improvement in a row, of those after a step."""
+    improved = last_improvement(evaluations).step if evaluations else 0
+    return sum(evaluation.step > max(improved, counted_after) for evaluation in evaluations)
+
+
+def count_from(stretches: Sequence[Stretch], evaluations: Sequence[Evaluation]) -> int:
+    """The step after which early stopping counts evaluations.
+
+    It is where early stopping was turned on, or where less patience than before would have ended the run at once.
     """
-    metadata = read_metadata(state_file, StateMetadata)
-    try:
-        with safe_open(state_file, framework="numpy") as tensors:
-            names = [name for name in tensors.keys() if name.startswith(PREFIX)]  # noqa: SIM118 - it is no dict
-            return read_history(metadata.held_out, {name: tensors.get_tensor(name) for name in names})
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise DamagedCheckpointError(f"{state_file}: damaged: no held-out losses: {error}") from None
+    counted_after = 0
+    for before, now in pairwise(stretches):
+        known = [evaluation for evaluation in evaluations if evaluation.step <= now.after_step]
+        if now.patience and (not before.patience or count_waiting(known, counted_after) >= now.patience):
+            counted_after = now.after_step
+    return counted_after
 
 
 class Difference(NamedTuple):
@@ -306,7 +255,3 @@ def _common_pieces(a: Evaluation, b: Evaluation, unit: Literal["tokens", "bytes"
     edges = np.linspace(0, min(end[-1] for end in ends), min(len(a.losses), len(b.losses)) + 1)
     of_a, of_b = (np.diff(np.interp(edges, end, loss)) for end, loss in zip(ends, losses, strict=True))
     return of_b - of_a, np.diff(edges)
-
-
-def _estimate(summary: Evaluated) -> Estimate:
-    return Estimate(summary.val, summary.stderr, summary.dof)

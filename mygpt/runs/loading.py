@@ -13,7 +13,6 @@ from mygpt.errors import DamagedCheckpointError, MismatchError
 from mygpt.model.gpt import GPT
 from mygpt.recipe.tables import ModelTable
 from mygpt.runs.files import MANIFEST_FILE, STATE_FILE, explain_disk_error
-from mygpt.runs.held_out import PREFIX
 from mygpt.runs.run import find_model_file
 from mygpt.runs.saver import Tensors, TrainingState
 from mygpt.runs.schemas import ModelMetadata, StateMetadata
@@ -110,8 +109,7 @@ def read_state(directory: Path, weights: Tensors) -> TrainingState:
         what = "what its metadata say" if metadata.optimizer else "of its weight's shape"
         raise DamagedCheckpointError(f"{file}: damaged: {name} is missing, or not {what}")
     for name, tensor in tensors.items():
-        is_known = name in moments or name.startswith(PREFIX)
-        if not is_known and (tensor.dtype != torch.uint8 or tensor.dim() != 1):
+        if name not in moments and (tensor.dtype != torch.uint8 or tensor.dim() != 1):
             raise DamagedCheckpointError(f"{file}: damaged: {name} is no generator's state")
     return TrainingState(tensors, metadata)
 

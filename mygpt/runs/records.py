@@ -1,16 +1,18 @@
-"""metrics.jsonl and timing.jsonl: the records of a run, and how they are read and continued."""
+"""metrics.jsonl, timing.jsonl and evaluations.jsonl: the records of a run, and how they are read and continued."""
 
 import math
 import os
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError, print_note
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Table
-from mygpt.runs.files import CANNOT_READ, explain_disk_error, set_aside
+from mygpt.runs.files import CANNOT_READ, EVALUATIONS_FILE, TIMING_FILE, explain_disk_error, set_aside
 
 
 def perplexity(loss: float) -> float:
@@ -62,6 +64,55 @@ class Timing(Table):
     """Until the last step, if the rest goes as fast as this process has gone so far."""
 
 
+class WindowsLine(Table):
+    """The held-out windows of an evaluation; see `Windows` in runs/held_out.py. Arrays are little-endian, in base64."""
+
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    starts: bytes
+    """int64."""
+    tokens: bytes
+    """int32."""
+    bytes: bytes
+    """int32."""
+    consecutive: bool
+    piece_tokens: Annotated[int, Field(ge=0)]
+
+
+class EvaluationLine(Table):
+    """One line of evaluations.jsonl: the held-out loss of each window after a step."""
+
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    step: int
+    windows: WindowsLine | None = None
+    """None: those of the line before."""
+    losses: bytes
+    """float32, little-endian, in base64: the total loss of each window, in nats."""
+    crc32: int
+    """Of the arrays in the order above: no record is as small as that of a flipped bit."""
+
+    @classmethod
+    def of(cls, step: int, windows: WindowsLine | None, losses: bytes) -> Self:
+        return cls(step=step, windows=windows, losses=losses, crc32=cls._checksum(windows, losses))
+
+    @staticmethod
+    def _checksum(windows: WindowsLine | None, losses: bytes) -> int:
+        return zlib.crc32(b"".join([windows.starts, windows.tokens, windows.bytes] if windows else []) + losses)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        windows, count = self.windows, len(self.losses) // 4
+        lengths = [len(windows.starts) // 2, len(windows.tokens), len(windows.bytes)] if windows else []
+        if self.crc32 != self._checksum(windows, self.losses) or any(length != 4 * count for length in lengths):
+            raise ValueError("its losses are not as they were written")
+        return self
+
+
+LINES: Final[Mapping[str, Any]] = {METRICS_FILE: Record, TIMING_FILE: Timing, EVALUATIONS_FILE: EvaluationLine}
+"""The files of a run to which lines are added, and what these hold."""
+
+
 def read_records(run: Path) -> list[Record]:
     """The records of a run directory, without a last line that a killed run left unfinished.
 
@@ -88,17 +139,20 @@ def read_records(run: Path) -> list[Record]:
     return records
 
 
-_Line = TypeVar("_Line", Record, Timing)
+_Line = TypeVar("_Line", Record, Timing, EvaluationLine)
 
 
-def read_until(path: Path, kind: type[_Line], step: int) -> list[_Line]:
+def read_until(path: Path, kind: type[_Line], step: int, *, strict: bool = False) -> list[_Line]:
     """The records up to `step`, or up to a line that is no record. Only reads: the run may be training.
 
     Raises:
-        DamagedCheckpointError: the file cannot be read.
+        DamagedCheckpointError: the file cannot be read, or, if `strict`, a whole line is no record.
     """
     with explain_disk_error(CANNOT_READ, path):
-        return _scan(path, kind, step)[0] if path.exists() else []
+        records, _, follows = _scan(path, kind, step) if path.exists() else ([], 0, "")
+    if strict and follows == "damage":
+        raise DamagedCheckpointError(f"{path}: damaged: line {len(records) + 1} is no record")
+    return records
 
 
 def cut_after(path: Path, kind: type[_Line], step: int, *, is_complete: bool = False) -> list[_Line]:

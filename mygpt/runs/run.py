@@ -11,7 +11,7 @@ from mygpt.errors import CheckpointError, DamagedCheckpointError, MismatchError
 from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
 from mygpt.recipe.tables import Recipe
 from mygpt.runs import files
-from mygpt.runs.records import Record, read_records, read_until
+from mygpt.runs.records import LINES, Record, read_records, read_until
 from mygpt.runs.schemas import Best, RunInfo, Stretch, read_table
 from mygpt.runs.steps import manifest_of, read_manifest, step_directories, verify_checkpoint
 
@@ -82,8 +82,7 @@ class Run:
     def has_no_steps(self) -> bool:
         """Whether the run was killed before its first step, so that replacing it loses nothing."""
         return all(
-            entry.name in (RUN_FILE, RECIPE_FILE)
-            or (entry.name in (METRICS_FILE, files.TIMING_FILE) and entry.stat().st_size == 0)
+            entry.name in (RUN_FILE, RECIPE_FILE) or (entry.name in LINES and entry.stat().st_size == 0)
             for entry in _entries(self.path)
         )
 

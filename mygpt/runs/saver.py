@@ -127,10 +127,12 @@ class Saver:
         return {name: self._copies[prefix + name] for name in tensors}
 
     def _write(self, weights: Tensors, state: TrainingState, manifest: Manifest, best: int | None) -> None:
-        step, metrics = manifest.step, self.run / METRICS_FILE
-        with files.explain_disk_error(files.CANNOT_SAVE + files.MEND_DISK, metrics):
-            if metrics.exists():  # a resumed run continues the records up to this step
-                files.sync(metrics)
+        step = manifest.step
+        # A resumed run continues the records up to this step.
+        for records in (self.run / METRICS_FILE, self.run / files.EVALUATIONS_FILE):
+            with files.explain_disk_error(files.CANNOT_SAVE + files.MEND_DISK, records):
+                if records.exists():
+                    files.sync(records)
         metadata = model_metadata(self.recipe.model, self.tokenizer, step)
         write_checkpoint(step_directory(self.run, step), weights, metadata, state, manifest)
         with files.explain_disk_error(files.CANNOT_SAVE + files.MEND_DISK, self.run / files.LATEST_FILE):

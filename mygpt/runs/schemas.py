@@ -43,28 +43,6 @@ class Best(Table):
     val: float
 
 
-class Evaluated(Best):
-    """An evaluation: the held-out loss in nats per token, and its standard error."""
-
-    stderr: Annotated[float, Field(ge=0)] | None
-    dof: Annotated[float, Field(gt=0)] | None
-
-
-class HeldOutMetadata(Table):
-    """What a run remembers of its evaluations; see `History` in runs/held_out.py."""
-
-    consecutive: bool
-    piece_tokens: Annotated[int, Field(ge=0)] = 0
-    """See `Windows` there."""
-    evaluations: Annotated[tuple[Evaluated, ...], Field(min_length=1)]
-    """By step; the last is the newest."""
-    lowest: int
-    marks: tuple[int, ...]
-    first: int = 0
-    reference: int
-    waited: int
-
-
 class OptimizerMetadata(Table):
     """What a state file holds of an optimizer."""
 
@@ -79,8 +57,6 @@ class StateMetadata(_Metadata):
 
     processes: Annotated[int, Field(ge=1)] | None
     """How many processes' dropout generators it holds; None with reduction = "exact", which needs none."""
-    held_out: HeldOutMetadata | None = None
-    """None before the first evaluation."""
     optimizer: Annotated[OptimizerMetadata | None, Field(exclude_if=lambda value: value is None)] = None
     """None: AdamW, with the tensors MOMENTS of every parameter (runs/loading.py)."""
 

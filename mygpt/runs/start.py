@@ -10,7 +10,7 @@ import tomli_w
 
 from mygpt.data.tokenizer import TokenizerMetadata
 from mygpt.errors import CheckpointError, print_note
-from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
+from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, NAMED_CORPORA, PATH_KEYS, Recipe
 from mygpt.runs import files
 from mygpt.runs.changes import (
@@ -23,6 +23,8 @@ from mygpt.runs.changes import (
     warn_of_last_bits,
     warn_of_steps,
 )
+from mygpt.runs.held_out import count_from, evaluations_of
+from mygpt.runs.records import LINES, EvaluationLine, read_until
 from mygpt.runs.replacing import set_aside_run
 from mygpt.runs.run import Run, Warn, named_checkpoint
 from mygpt.runs.schemas import HASH_OF_PATH, Best, Origin, RunInfo, Stretch
@@ -58,10 +60,10 @@ class Start(NamedTuple):
     """Whether the run is over, so that nothing will be trained."""
     best: Best | None = None
     """The best evaluation so far, if the recipe keeps its checkpoint."""
-    keeps_history: bool = True
-    """Whether the evaluations up to the checkpoint are over the same held-out windows as later ones."""
-    waits_anew: bool = False
-    """Whether early stopping was off up to here, so that the evaluations so far do not count."""
+    evaluations: tuple[EvaluationLine, ...] = ()
+    """Those so far that are over the same held-out windows as later ones."""
+    counted_after: int = 0
+    """The step after which early stopping counts evaluations."""
 
 
 def find_start(
@@ -112,25 +114,20 @@ def _continue(source: Source, recipe: Recipe, info: RunInfo, tokenizer: Tokenize
     if checkpoint is None:
         return Start(None, 0, True, False, recipe, info)
     warn_of_code(run, step, warn)
-    stretches, before = run.info.stretches_until(step), run.info.stretch_of(step)
     is_complete = is_over and not _ends_later(checkpoint, source.trained_with, recipe)
     if is_complete:  # only keys that train nothing, and paths, can change
         values = {key: recipe.flat()[key] for key in (*HARMLESS_KEYS, *PATH_KEYS)}
-        recipe = source.trained_with.replace(**values)
+        recipe, stretches = source.trained_with.replace(**values), run.info.stretches_until(step)
     else:
-        steps, patience = recipe.train.steps, recipe.validation.patience
-        now = Stretch(after_step=step, steps=steps, patience=patience, environment=info.stretches[0].environment)
-        # A run that was only killed and continued records nothing. Later stretches belong to a continuation that this
-        # one replaces.
-        if now.model_copy(update={"after_step": before.after_step}) != before:
-            stretches += (now,)
-        warn_of_last_bits(before.environment, now.environment, recipe, warn)
+        stretches = _stretches(run.info, step, info)
+        warn_of_last_bits(run.info.stretch_of(step).environment, info.stretches[0].environment, recipe, warn)
         warn_of_steps(source.trained_with, recipe, step, warn)
     recipe = recipe.replace(resume=run.recipe.checkpoint.resume)  # where the run began stays on record
     info = run.info.model_copy(update={"recipe": recipe, "stretches": stretches})
     best = run.best_until(step) if recipe.keeps_best else None
-    waits_anew = recipe.validation.patience > 0 == before.patience
-    return Start(checkpoint, step, True, False, recipe, info, is_complete, best, waits_anew=waits_anew)
+    evaluations = tuple(read_until(run.path / files.EVALUATIONS_FILE, EvaluationLine, step))
+    counted_after = count_from(stretches, evaluations_of(evaluations))
+    return Start(checkpoint, step, True, False, recipe, info, is_complete, best, evaluations, counted_after)
 
 
 def _branch(
@@ -163,11 +160,24 @@ def _branch(
         manifest_sha256=files.file_sha256(checkpoint / files.MANIFEST_FILE),
         after_step=step,
     )
-    first = info.stretches[0].model_copy(update={"after_step": step})
-    info = info.model_copy(update={"recipe": recipe, "origin": origin, "stretches": (first,)})
-    keeps_history = has_same_windows(source, recipe, info)
-    waits_anew = recipe.validation.patience > 0 == source.trained_with.validation.patience
-    return Start(checkpoint, step, False, overwrite, recipe, info, keeps_history=keeps_history, waits_anew=waits_anew)
+    stretches = _stretches(run.info, step, info)
+    info = info.model_copy(update={"recipe": recipe, "origin": origin, "stretches": stretches})
+    evaluations: tuple[EvaluationLine, ...] = ()
+    if has_same_windows(source, recipe, info):
+        evaluations = tuple(read_until(run.path / files.EVALUATIONS_FILE, EvaluationLine, step))
+    counted_after = count_from(stretches, evaluations_of(evaluations))
+    return Start(checkpoint, step, False, overwrite, recipe, info, evaluations=evaluations, counted_after=counted_after)
+
+
+def _stretches(trained: RunInfo, step: int, here: RunInfo) -> tuple[Stretch, ...]:
+    """Those of a run that goes on after a step as `here`, or of a branch of it.
+
+    A run that was only killed and continued records nothing. Later stretches belong to a continuation that this one
+    replaces.
+    """
+    before, now = trained.stretch_of(step), here.stretches[0]
+    is_same = now.model_copy(update={"after_step": before.after_step}) == before
+    return trained.stretches_until(step) + (() if is_same else (now.model_copy(update={"after_step": step}),))
 
 
 def _ends_later(checkpoint: Path, was: Recipe, recipe: Recipe) -> bool:
@@ -207,8 +217,9 @@ def _create(run: Path, start: Start) -> None:
             files.remove(entry)
     # A directory without recipe.toml is a run that was killed while it was made.
     files.replace_text(run / RUN_FILE, start.info.to_json())
-    for name in (METRICS_FILE, files.TIMING_FILE):  # a branch begins with the records of its source
-        if start.checkpoint is not None and (start.checkpoint.parent / name).is_file():
+    for name in LINES:  # a branch begins with the records of its source
+        is_kept = name != files.EVALUATIONS_FILE or bool(start.evaluations)
+        if start.checkpoint is not None and is_kept and (start.checkpoint.parent / name).is_file():
             shutil.copyfile(start.checkpoint.parent / name, run / name)
     files.replace_text(run / RECIPE_FILE, recipe_text(start.recipe))
 

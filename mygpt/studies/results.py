@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError
-from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, TEMPORARY_NAME, read_bytes
-from mygpt.runs.held_out import load_history
+from mygpt.runs.files import FAILED_NAME, MODEL_FILE, TEMPORARY_NAME, read_bytes
+from mygpt.runs.held_out import read_evaluations
 from mygpt.runs.run import Run
 from mygpt.runs.schemas import ModelMetadata
 from mygpt.runs.steps import read_manifest, read_metadata, saved_reasons, step_directory, superseded
@@ -98,12 +98,12 @@ def read_cell(name: str, folder: Path, paths: Mapping[int, Path], failures: Mapp
     for seed, path in paths.items():
         with explain_damage(path):
             checkpoint = Run(path).newest_checkpoint()
-            history = load_history(checkpoint / STATE_FILE) if checkpoint else None
-            if checkpoint is None or history is None:
+            evaluations = read_evaluations(path, read_manifest(checkpoint).step) if checkpoint else []
+            if checkpoint is None or not evaluations:
                 raise CheckpointError(f"{path}: has no held-out loss at its end")
             tokenizer = json.dumps(read_metadata(checkpoint / MODEL_FILE, ModelMetadata).model_dump()["tokenizer"])
             curve = tuple((record.step, record.val) for record in Run(path).records if record.val is not None)
-            runs[seed] = RunResult(history.last, curve, str(path.relative_to(folder)))
+            runs[seed] = RunResult(evaluations[-1], curve, str(path.relative_to(folder)))
     return CellResult(name, runs, dict(failures), tokenizer)
 
 

@@ -1,7 +1,6 @@
 """Keep a step whose loss or gradient is not finite, so that `mygpt replay` can look into it."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +16,6 @@ from mygpt.runs.schemas import Manifest
 from mygpt.training.gradient_sum import RANGE
 from mygpt.training.parts import Parts
 from mygpt.training.pending import Measured, NonFiniteStep
-from mygpt.training.state import Progress
 
 BATCH_FILE = "batch.json"
 REMEDY = "lower lr, or add warmup and clipping (max_grad_norm) where there is none"
@@ -32,30 +30,30 @@ class FailedStep(Table):
     """Where the windows begin in the training part of the corpus, in tokens."""
     windows: Annotated[tuple[str, ...], Field(min_length=1)]
     """Their text: that of seq_len tokens, and of the one after."""
-    tokens: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = ()
-    """The ids of these tokens; none in older records, whose text gives them."""
+    tokens: Annotated[tuple[tuple[Annotated[int, Field(ge=0)], ...], ...], Field(min_length=1)]
+    """The ids of these tokens."""
     micro_batch_size: Count
     processes: Count
     """Each computed its share of the windows, and drew dropout from its own generator."""
-    dropout_seeds: tuple[int, ...] = ()
+    dropout_seeds: tuple[int, ...]
     """One per micro-batch with reduction = "exact", which uses them in place of these generators."""
     device: str
     precision: Literal["fp32", "bf16"]
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads of the process that wrote this; None in older records."""
-    matmul: Literal["blas", "onednn"] = "blas"
-    loss_chunk: Annotated[int, Field(ge=0)] = 0
-    compile: bool = False
-    activation_checkpointing: bool = False
+    threads: Annotated[int, Field(ge=1, le=1024)]
+    """CPU threads of the process that wrote this."""
+    matmul: Literal["blas", "onednn"]
+    loss_chunk: Annotated[int, Field(ge=0)]
+    compile: bool
+    activation_checkpointing: bool
 
 
-def report_failed_step(parts: Parts, progress: Progress, failed: NonFiniteStep) -> NonFiniteError:
+def report_failed_step(parts: Parts, failed: NonFiniteStep) -> NonFiniteError:
     """Keep the failed step with the state before it in the run directory; returns the error to raise.
 
     Every process has to call this.
     """
     run = Path(parts.recipe.checkpoint.output)
-    weights, state = parts.capture(replace(progress, step=failed.step - 1), failed.before)
+    weights, state = parts.capture(failed.step - 1, failed.before)
     problem, remedy = describe_problem(failed.measured, parts.gradient_sum.micro_batches), REMEDY
     if failed.measured.out_of_range:
         remedy += '; or, if they are numbers, use reduction = "fast"'

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from mygpt.processes.signals import StopRequest
 from mygpt.recipe.tables import Recipe
 from mygpt.reports.recorder import Recorder, due, is_printed
+from mygpt.runs.held_out import evaluation_line
 from mygpt.runs.saver import Saver
 from mygpt.runs.schemas import Reason
 from mygpt.training.agreement import REMEDY_WHEN_SAVING, check_agreement
@@ -53,13 +54,13 @@ def train_loop(
     """
     pending, stopped, first = PendingSteps(parts.accelerator), 0, progress.step + 1
     while progress.step < last_step and not progress.has_stopped_early(parts.recipe) and not stopped:
-        before, lr = parts.generators(), parts.learning_rate
+        generators, lr = parts.generators(), parts.learning_rate
         update = train_step(parts, parts.stream.batch(), progress.step + 1)
         parts.scheduler.step()
         progress.step += 1
         if progress.step == first:
             parts.optimizer_state()  # raises now, and not at the first save, what cannot be saved
-        pending.add(progress.step, before, update)
+        pending.add(progress.step, generators, update)
         recorder.step_done()
 
         now = due_after(progress.step, parts.recipe, last_step)
@@ -70,15 +71,16 @@ def train_loop(
         reading, is_best = pending.read(stop.pending(), save=is_time_to_save), False
         if reading.non_finite:
             saver.wait()
-            raise report_failed_step(parts, progress, reading.non_finite)
+            raise report_failed_step(parts, reading.non_finite)
         stopped = reading.stop
         if now.record:
             values: dict[str, Any] = {"loss": reading.last.loss, "grad_norm": reading.last.grad_norm, "lr": lr}
             if now.evaluation:
                 with recorder.paused():
                     evaluation = evaluate(parts, progress.step)
+                before = progress.evaluations[-1] if progress.evaluations else None
+                values |= record_values(evaluation) | {"evaluation": evaluation_line(evaluation, before)}
                 is_best = progress.observe(evaluation, parts.recipe)
-                values |= record_values(evaluation)
             recorder.record(progress.step, printed=now.line, **values)
         is_last = progress.end(parts.recipe) is not None
         is_interrupted = bool(stopped) or progress.step == last_step
@@ -103,7 +105,7 @@ def save(parts: Parts, progress: Progress, saver: Saver, reason: Reason) -> None
     Raises:
         DisagreementError: with exact sums, the processes do not hold the same weights.
     """
-    weights, state = parts.capture(progress)
+    weights, state = parts.capture(progress.step)
     if parts.gradient_sum.is_exact:
         check_agreement(parts, weights, state, f"step {progress.step}", REMEDY_WHEN_SAVING)
     if parts.accelerator.is_main_process:

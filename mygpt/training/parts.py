@@ -43,11 +43,11 @@ from mygpt.runs.files import file_sha256
 from mygpt.runs.loading import read_weights
 from mygpt.runs.run import find_model_file
 from mygpt.runs.saver import Tensors, TrainingState
+from mygpt.runs.schemas import StateMetadata
 from mygpt.training.gradient_sum import GradientSum
 from mygpt.training.optim import build_optimizer, build_scheduler
 from mygpt.training.state import (
     GeneratorStates,
-    Progress,
     as_tensor,
     describe_optimizer,
     dropout_name,
@@ -100,8 +100,8 @@ class Parts:
         if states.dropout is not None:
             set_dropout_generator_state(self.accelerator.device, states.dropout)
 
-    def capture(self, progress: Progress, generators: GeneratorStates | None = None) -> tuple[Tensors, TrainingState]:
-        """Weights and training state, as a checkpoint holds them. Every process has to call this.
+    def capture(self, step: int, generators: GeneratorStates | None = None) -> tuple[Tensors, TrainingState]:
+        """Weights and training state after a step, as a checkpoint holds them. Every process has to call this.
 
         `generators` are the generator states to save in place of the current ones. Of dropout it holds those of all
         processes or, where it is seeded for each micro-batch, none: then nothing depends on the number of processes.
@@ -116,8 +116,8 @@ class Parts:
             states = accelerator.gather(generators.dropout.to(accelerator.device)).cpu()
             for process, state in enumerate(states.chunk(processes)):
                 tensors[dropout_name(accelerator.device, process)] = state
-        tensors |= progress.tensors()
-        metadata = progress.metadata(processes, describe_optimizer(self.optimizer, self.gpt, optimizer))
+        described = describe_optimizer(self.optimizer, self.gpt, optimizer)
+        metadata = StateMetadata(step=step, processes=processes, optimizer=described)
         return gather(accelerator, self.gpt.state_dict()), TrainingState(tensors, metadata)
 
     def optimizer_state(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def build_parts(
     checkpoint: Path | None = None,
     reports: Sequence[ProcessReport] = (),
     init_sha256: str | None = None,
-) -> tuple[Parts, Progress]:
+) -> Parts:
     """Build the parts of a run from the beginning, or as they were after a checkpoint (a step directory).
 
     `init_sha256` is the hash of the model file that `init_from` must name, if that is known.
@@ -163,9 +163,9 @@ def build_parts(
         device=device,
         check=dataset.check_unchanged,
     )
-    progress = Progress()
+    steps_done = 0
     if checkpoint:
-        progress, values = restore(accelerator, checkpoint, gpt, optimizer, stream, table.data_seed)
+        steps_done, values = restore(accelerator, checkpoint, gpt, optimizer, stream, table.data_seed)
     else:
         if recipe.train.init_from:
             file = find_model_file(Path(recipe.train.init_from))
@@ -175,7 +175,7 @@ def build_parts(
                 raise MismatchError(f"init_from: {file} is not what the run began with: {sha256}; put it back")
         # Only dropout draws from the global generator, and the windows of each process need different masks.
         torch.manual_seed(process_dropout_seed(table.data_seed, accelerator.process_index))
-    scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, table.steps, steps_done=progress.step)
+    scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, table.steps, steps_done=steps_done)
     if recipe.runtime.compile:
         gpt.compile()
     model, optimizer, scheduler = gradient_sum.prepare(accelerator, gpt, optimizer, scheduler)
@@ -187,7 +187,7 @@ def build_parts(
         first = [rows[: gradient_sum.micro_batch_size] for rows in stream.batch()]
         settle_buckets(accelerator, model, optimizer, *first)
         parts.set_generators(before)
-    return parts, progress
+    return parts
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Capture and restore what a run needs beside the weights: progress, optimizer state and generator states."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from accelerate import Accelerator
@@ -16,11 +16,12 @@ from mygpt.processes.machine import set_dropout_generator_state
 from mygpt.recipe.seeds import batch_seed_after, process_dropout_seed
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
-from mygpt.runs.held_out import PREFIX, Evaluation, History, read_history, remember
+from mygpt.runs.held_out import Evaluation, count_waiting, evaluations_of
 from mygpt.runs.loading import MOMENTS, NUMBERS, read_state, read_weights
 from mygpt.runs.run import Run
 from mygpt.runs.saver import Tensors
-from mygpt.runs.schemas import Best, End, OptimizerMetadata, StateMetadata
+from mygpt.runs.schemas import Best, End, OptimizerMetadata
+from mygpt.runs.start import Start
 
 
 @dataclass
@@ -31,13 +32,26 @@ class Progress:
     """Optimizer steps done."""
     best: Best | None = None
     """The evaluation with the lowest held-out loss, where the recipe keeps its checkpoint."""
-    history: History | None = None
-    """What is remembered of evaluations; None: there was none."""
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """So far, over the same kind of held-out windows."""
+    counted_after: int = 0
+    """The step after which early stopping counts evaluations."""
+    waited: int = 0
+    """How many of these have brought no improvement in a row; counted only with `patience`."""
+
+    @classmethod
+    def at(cls, start: Start) -> Self:
+        """That of a run that begins there."""
+        evaluations, waited = evaluations_of(start.evaluations), 0
+        if start.recipe.validation.patience:
+            waited = count_waiting(evaluations, start.counted_after)
+        return cls(start.step, start.best, evaluations, start.counted_after, waited)
 
     def observe(self, evaluation: Evaluation, recipe: Recipe) -> bool:
         """Take the evaluation after `step`; returns whether the recipe keeps it as the best so far."""
-        same_windows = recipe.validation.sampling != "shared-stream"
-        self.history = remember(self.history, evaluation, same_windows=same_windows)
+        self.evaluations.append(evaluation)
+        if recipe.validation.patience:
+            self.waited = count_waiting(self.evaluations, self.counted_after)
         val = evaluation.loss.mean
         if not recipe.keeps_best or (self.best is not None and val >= self.best.val):
             return False
@@ -46,24 +60,13 @@ class Progress:
 
     def has_stopped_early(self, recipe: Recipe) -> bool:
         """Whether `patience` evaluations have brought no improvement beyond doubt."""
-        patience = recipe.validation.patience
-        return patience > 0 and self.history is not None and self.history.waited >= patience
+        return 0 < recipe.validation.patience <= self.waited
 
     def end(self, recipe: Recipe) -> End | None:
         """Why the run ends here; None: it does not."""
         if self.step == recipe.train.steps:
             return "steps"
         return "patience" if self.has_stopped_early(recipe) else None
-
-    def metadata(self, processes: int | None, optimizer: OptimizerMetadata | None) -> StateMetadata:
-        """For a state file with the dropout generators of so many processes, and this state of the optimizer."""
-        held_out = self.history.metadata() if self.history else None
-        return StateMetadata(step=self.step, processes=processes, held_out=held_out, optimizer=optimizer)
-
-    def tensors(self) -> Tensors:
-        """For a state file."""
-        arrays = self.history.arrays() if self.history else {}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class GeneratorStates(NamedTuple):
@@ -96,10 +99,10 @@ def restore(
     optimizer: torch.optim.Optimizer,
     stream: BatchStream,
     data_seed: int,
-) -> tuple[Progress, dict[str, Any]]:
+) -> tuple[int, dict[str, Any]]:
     """Put the weights and generators of a run into the state of a checkpoint.
 
-    Returns its progress, and the optimizer's state, which can be loaded once Accelerate has wrapped the optimizer.
+    Returns its step, and the optimizer's state, which can be loaded once Accelerate has wrapped the optimizer.
 
     On another kind of device or number of processes dropout goes on with generators seeded from `data_seed`; with
     another `data_seed` or order than the checkpoint's, batches do, too.
@@ -146,11 +149,7 @@ def restore(
             torch.manual_seed(process_dropout_seed(data_seed, accelerator.process_index, metadata.step))
     except (KeyError, RuntimeError, TypeError) as error:
         raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: no generator's state: {error}") from None
-    try:
-        history = read_history(metadata.held_out, {k: v.numpy() for k, v in tensors.items() if k.startswith(PREFIX)})
-    except (KeyError, ValueError) as error:
-        raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: no held-out losses: {error}") from None
-    return Progress(metadata.step, None, history), values
+    return metadata.step, values
 
 
 def dropout_name(device: torch.device, process: int) -> str:

@@ -4,11 +4,9 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from accelerate import Accelerator
 from pydantic import TypeAdapter
 
 from mygpt.data.dataset import Dataset, is_prepared
@@ -20,7 +18,7 @@ from mygpt.processes.preflight import Preflight, run_preflight
 from mygpt.processes.signals import StopRequest, stop_on_signal
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import PATH_KEYS, Recipe, TrainTable, check_recipe
-from mygpt.reports.outcome import early_end_line, outcome_lines, place_lines, verdict_line
+from mygpt.reports.outcome import closing_lines
 from mygpt.reports.recorder import Recorder, header_lines
 from mygpt.runs.lock import locked
 from mygpt.runs.records import Record, read_until
@@ -30,9 +28,10 @@ from mygpt.runs.saver import Saver
 from mygpt.runs.start import Start, begin_run, find_start
 from mygpt.runs.steps import step_directory
 from mygpt.training.agreement import REMEDY_AFTER_RESUMING, REMEDY_AT_START, check_agreement
-from mygpt.training.gradient_sum import GradientSum, gradient_sum_for
+from mygpt.training.gradient_sum import gradient_sum_for
 from mygpt.training.loop import train_loop
 from mygpt.training.parts import Parts, build_parts, open_accelerator
+from mygpt.training.state import Progress
 
 MOST_CHARACTERS = 20
 """How many of the characters that only the held-out text has are shown."""
@@ -88,18 +87,37 @@ def train_until(
             open_accelerator(recipe.runtime, preflight.device, gradient_sum.accumulation_steps)
         )
         check_joined(launched.processes, accelerator.num_processes)
-
         start = None
         if accelerator.is_main_process:
-            for text in preflight.notes:
-                print_note(text)
-            run = Path(recipe.checkpoint.output)
-            check_output(run, replace=overwrite or recipe.checkpoint.resume != "never")
-            stack.enter_context(locked(run))
-            if put_back(run, partial_only=overwrite) and not overwrite:
-                print_note(f"{run}: the run that was to be replaced is back; the new one had no checkpoint")
-            stack.enter_context(put_back_if_unsaved(run))
-            start = find_start(
+            start = stack.enter_context(decide_start(recipe, preflight, overwrite=overwrite))
+        start = share_start(start, recipe, channel)
+        parts = build_parts(
+            start.recipe,
+            accelerator,
+            preflight.dataset,
+            gradient_sum,
+            start.checkpoint,
+            preflight.reports,
+            init_sha256=preflight.info.init_sha256,
+        )
+        prepare_run(start, parts, preflight.dataset)
+        run = run_steps(start, parts, stop, last_step, talk, saved)
+        del parts  # the model must be gone before the process group ends
+        return run
+
+
+@contextmanager
+def decide_start(recipe: Recipe, preflight: Preflight, *, overwrite: bool) -> Iterator[Start]:
+    """Where the run begins, for the main process, which holds the run directory meanwhile."""
+    run = Path(recipe.checkpoint.output)
+    for text in preflight.notes:
+        print_note(text)
+    check_output(run, replace=overwrite or recipe.checkpoint.resume != "never")
+    with locked(run):
+        if put_back(run, partial_only=overwrite) and not overwrite:
+            print_note(f"{run}: the run that was to be replaced is back; the new one had no checkpoint")
+        with put_back_if_unsaved(run):
+            yield find_start(
                 recipe,
                 preflight.info,
                 preflight.dataset.tokenizer.metadata,
@@ -107,8 +125,6 @@ def train_until(
                 is_restart=is_restart(),
                 warn=print_note,
             )
-        start = share_start(start, recipe, channel)
-        return run_steps(accelerator, start, preflight, gradient_sum, last_step, stop, talk, saved)
 
 
 @contextmanager
@@ -140,45 +156,27 @@ def share_start(start: Start | None, recipe: Recipe, channel: Channel) -> Start:
     return start._replace(recipe=start.recipe.replace(**paths))
 
 
+def prepare_run(start: Start, parts: Parts, dataset: Dataset) -> None:
+    """Check that all processes begin alike, make the run directory ready, and print what will be trained."""
+    if parts.gradient_sum.is_exact:
+        remedy = REMEDY_AFTER_RESUMING if start.checkpoint else REMEDY_AT_START
+        check_agreement(parts, *parts.capture(start.step), f"before step {start.step + 1}", remedy)
+    if parts.accelerator.is_main_process:
+        begin_run(start)
+        print_header(start, parts, dataset)
+
+
 def run_steps(
-    accelerator: Accelerator,
     start: Start,
-    preflight: Preflight,
-    gradient_sum: GradientSum,
-    last_step: int | None,
+    parts: Parts,
     stop: StopRequest,
+    last_step: int | None,
     talk: TextIO | None,
     saved: Callable[[Path], None],
 ) -> Path:
-    """Build the parts, make the run directory ready, train, and say how it ended; returns the run directory.
-
-    The model must be gone before the process group ends: no caller may hold the parts.
-    """
-    recipe, is_main, dataset = start.recipe, accelerator.is_main_process, preflight.dataset
-    steps, run = recipe.train.steps, Path(recipe.checkpoint.output)
-    parts, progress = build_parts(
-        recipe,
-        accelerator,
-        dataset,
-        gradient_sum,
-        start.checkpoint,
-        preflight.reports,
-        init_sha256=preflight.info.init_sha256,
-    )
-    progress.best = start.best
-    if not start.keeps_history:
-        progress.history = None
-    has_less_patience = progress.has_stopped_early(recipe) and not start.is_complete
-    if progress.history and (start.waits_anew or has_less_patience):
-        # What it has waited so far does not end it.
-        progress.history = replace(progress.history, waited=0)
-    if gradient_sum.is_exact:
-        remedy = REMEDY_AFTER_RESUMING if start.checkpoint else REMEDY_AT_START
-        check_agreement(parts, *parts.capture(progress), f"before step {progress.step + 1}", remedy)
-
-    if is_main:
-        begin_run(start)
-        print_header(start, parts, dataset)
+    """Train, and say how it ended; returns the run directory."""
+    recipe, progress, is_main = start.recipe, Progress.at(start), parts.accelerator.is_main_process
+    run, until = Path(recipe.checkpoint.output), min(recipe.train.steps, last_step or recipe.train.steps)
     with (
         Recorder(
             recipe,
@@ -187,35 +185,36 @@ def run_steps(
             step=progress.step,
             is_complete=start.is_complete,
             peak_tokens_per_second=peak_tokens_per_second(parts) if is_main else None,
-            last_step=last_step and min(steps, last_step),
+            last_step=until,
             talk=talk,
         ) as recorder,
-        Saver(run, recipe, dataset.tokenizer, saved) as saver,
+        Saver(run, recipe, parts.dataset.tokenizer, saved) as saver,
     ):
         stop.graceful = True
-        stopped = train_loop(parts, progress, min(steps, last_step or steps), recorder, saver, stop)
-    accelerator.wait_for_everyone()
+        stopped = train_loop(parts, progress, until, recorder, saver, stop)
+    parts.accelerator.wait_for_everyone()
 
-    if stopped and progress.end(recipe) is None:  # a run that a signal found at its last step is complete
+    ended_by = progress.end(recipe)
+    if stopped and ended_by is None:  # a run that a signal found at its last step is complete
         number = signal.Signals(stopped)
         raise InterruptedRunError(
             f"stopped by {number.name}; saved {step_directory(run, progress.step)}, and the same command continues",
             exit_code=128 + number,
         )
     if is_main and last_step is None:
-        ended_early = progress.end(recipe) == "patience"
-        way_on = "patience" if ended_early else "steps"
-        end = f"{run} is complete; raise --{way_on} to train on, or --overwrite it to start again"
+        end = f"{run} is complete; raise --{ended_by} to train on, or --overwrite it to start again"
         print_note(f"saved {run}" if progress.step > start.step else end)
-        if progress.history and ended_early:
-            print_note(early_end_line(progress.history, recipe.validation.patience, progress.best))
-        records = read_until(run / METRICS_FILE, Record, progress.step)
-        print_note(verdict_line(progress.history, records, recipe.data, ended_early=ended_early))
-        for line, _ in place_lines(recipe.expected, records, dataset.sha256):
+        for line in closing_lines(
+            recipe,
+            progress.evaluations,
+            read_until(run / METRICS_FILE, Record, progress.step),
+            parts.dataset.sha256,
+            ended_early=ended_by == "patience",
+            best=progress.best,
+            last=recorder.last,
+            processes=parts.accelerator.num_processes,
+        ):
             print_note(line)
-        if recorder.last:
-            for line in outcome_lines(recipe.expected, *recorder.last, processes=accelerator.num_processes):
-                print_note(line)
     return run
 
 

@@ -7,6 +7,7 @@ steps on the same share of the batch without communication, and once with exact 
 train` would set. Read the ratios.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -114,12 +115,11 @@ def stepper(recipe: Recipe, accelerator: Accelerator, dataset: Dataset, way: str
     gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
     if way == "alone":
         gradient_sum = AloneSum(recipe.train, launched.rank, launched.processes)
-    parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum)
+    parts, steps = build_parts(recipe, accelerator, dataset, gradient_sum), itertools.count(1)
 
     def step() -> None:
         accelerator.gradient_accumulation_steps = gradient_sum.accumulation_steps
-        progress.step += 1
-        train_step(parts, parts.stream.batch(), progress.step)
+        train_step(parts, parts.stream.batch(), next(steps))
         parts.scheduler.step()
 
     return step

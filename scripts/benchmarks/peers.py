@@ -15,6 +15,7 @@ process to the end of its first step.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -157,11 +158,10 @@ def mygpt(size: Size, tokens: Path, device: torch.device, **keys: Any) -> Iterat
     gradient_sum = gradient_sum_for(recipe)
     with open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
         dataset = Dataset(tokenizer, data, data[:0], "")
-        parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum)
+        parts, steps = build_parts(recipe, accelerator, dataset, gradient_sum), itertools.count(1)
 
         def step() -> None:
-            progress.step += 1
-            train_step(parts, parts.stream.batch(), progress.step)
+            train_step(parts, parts.stream.batch(), next(steps))
             parts.scheduler.step()
 
         yield step

@@ -9,6 +9,7 @@ each save the loop trains for a few steps, whose time tells what writing beside 
 done: mygpt's is then hashed and synced to the disk, the other's is with the system.
 """
 
+import itertools
 import shutil
 import statistics
 import sys
@@ -56,7 +57,7 @@ def measure(recipe: Recipe, options: Options, accelerator: Accelerator, device: 
     tokenizer = CharTokenizer("".join(map(chr, range(0x10000, 0x10000 + options.vocab))))
     tokens = torch.randint(0, options.vocab, (100_000,))
     dataset = Dataset(tokenizer, tokens, tokens.new_empty(0), "0" * 64)
-    parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum_for(recipe))
+    parts, steps = build_parts(recipe, accelerator, dataset, gradient_sum_for(recipe)), itertools.count(1)
 
     def train(count: int) -> float:
         started_at = time.perf_counter()
@@ -69,8 +70,7 @@ def measure(recipe: Recipe, options: Options, accelerator: Accelerator, device: 
     saver = Saver(root, recipe.replace(keep_last=1), tokenizer)
 
     def save_mygpt() -> Callable[[], None]:
-        progress.step += 1
-        saver.save(*parts.capture(progress))
+        saver.save(*parts.capture(next(steps)))
         return saver.wait
 
     def save_accelerate() -> Callable[[], None]:

@@ -6,6 +6,7 @@ The contenders take turns, a block of steps each, in one process: read the ratio
 is the model FLOPs utilisation; see `GPT.flops_per_token` and `peak_flops`.
 """
 
+import itertools
 import statistics
 import sys
 import time
@@ -68,11 +69,10 @@ def main() -> None:
 
 
 def mygpt_step(recipe: Recipe, accelerator: Accelerator, dataset: Dataset) -> Callable[[], None]:
-    parts, progress = build_parts(recipe, accelerator, dataset, gradient_sum_for(recipe))
+    parts, steps = build_parts(recipe, accelerator, dataset, gradient_sum_for(recipe)), itertools.count(1)
 
     def step() -> None:
-        progress.step += 1
-        train_step(parts, parts.stream.batch(), progress.step)
+        train_step(parts, parts.stream.batch(), next(steps))
         parts.scheduler.step()
 
     return step

@@ -193,15 +193,15 @@ def test_records_after_the_compared_checkpoint_are_left_out(tiny, tmp_path):
     assert before.totals[0] == 3
 
 
-def test_damaged_state_is_not_compared(tiny, tmp_path):
+def test_damaged_evaluations_are_not_compared(tiny, tmp_path):
     """One bit of a held-out loss would give a verdict that is nonsense."""
     for name in ("a", "b"):
         train(tiny(**HELD_OUT, lr=1e-3 if name == "a" else 1e-4, output=str(tmp_path / name)))
-    file = tmp_path / "b" / "step-000006" / "state.safetensors"
+    file = tmp_path / "b" / "evaluations.jsonl"
     content = bytearray(file.read_bytes())
-    content[-3] ^= 0x40
+    content[content.rindex(b'"losses"') + 20] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DamagedCheckpointError, match=r"state\.safetensors: damaged: its sha256 is not the manifest's"):
+    with pytest.raises(DamagedCheckpointError, match=r"evaluations\.jsonl: damaged: line \d is no record"):
         compare(tmp_path / "a", tmp_path / "b")
 
 

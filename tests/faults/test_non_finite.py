@@ -205,19 +205,6 @@ def test_replay_needs_no_other_process(fail_at_step_5, monkeypatch, variables):
     assert variables.items() <= os.environ.items()
 
 
-def test_older_record_of_a_failed_step_is_replayed(fail_at_step_5):
-    """A batch.json without the settings that the first version did not record still reads, as if nothing differed."""
-    _, run = fail_at_step_5(infinite_loss)
-    file = run / "failed-step-000005" / "batch.json"
-    batch = json.loads(file.read_text())
-    for key in ("threads", "matmul", "compile", "activation_checkpointing"):
-        del batch[key]
-    file.write_text(json.dumps(batch))
-    found = replay(run, CPU)
-    assert (found.failed.threads, found.not_repeated) == (None, ())
-    assert found.non_finite
-
-
 @pytest.mark.fault(59)
 def test_failed_step_keeps_the_weights_before_it(tiny, tmp_path):
     """There was no update: they are the weights after the step before."""

@@ -11,7 +11,9 @@ from support.forked import EVERYTHING, LONG, start
 from support.runs import FLAGS, contents
 from support.threads import together
 
+from mygpt.runs.records import EvaluationLine
 from mygpt.runs.run import Run
+from mygpt.runs.schemas import Best
 from mygpt.runs.start import Start
 from mygpt.training.train import share_start
 
@@ -173,10 +175,10 @@ def test_all_processes_get_the_whole_start(exact_run, tiny, monkeypatch):
         "overwrite": True,
         "recipe": tiny(corpus="/elsewhere.txt", lr=0.25, output="/a/run", tokenizer="byte"),
         "info": info,
-        "keeps_best": True,
-        "keeps_history": True,
         "is_complete": True,
-        "waits_anew": True,
+        "best": Best(step=4, val=2.5),
+        "evaluations": (EvaluationLine.of(2, None, bytes(range(200))),),
+        "counted_after": 2,
     }
     assert values.keys() == {*Start._fields}, "a new field needs a value here that is not its default"
     start = Start(**values)

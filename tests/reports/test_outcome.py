@@ -13,7 +13,6 @@ from mygpt.recipe.files import load_recipe
 from mygpt.recipe.flags import parse_recipe
 from mygpt.recipe.tables import DataTable, ExpectedTable, Recipe, check_recipe
 from mygpt.reports.outcome import outcome_lines, place_lines, verdict_line
-from mygpt.runs.held_out import remember
 from mygpt.runs.records import Record, Timing, read_records
 from mygpt.training.train import train, train_until
 
@@ -125,14 +124,14 @@ def records(losses, held_out=()):
     return [Record(step=s, loss=loss, lr=0.1, tokens=s, val=val.get(s)) for s, loss in enumerate(losses, 1)]
 
 
-def history_of(*losses):
+def evaluations_with(*losses):
     """Evaluations after every 10 steps; their windows differ from the mean in nearly the same way."""
-    history = None
+    found = []
     for number, loss in enumerate(losses, 1):
         rng = np.random.default_rng(number)
         noise = np.linspace(-1, 1, 50) + 0.01 * rng.standard_normal(50)
-        history = remember(history, evaluation_of(loss + noise, step=10 * number), same_windows=True)
-    return history
+        found.append(evaluation_of(loss + noise, step=10 * number))
+    return found
 
 
 FALLING = np.linspace(4, 2, 300)
@@ -153,18 +152,18 @@ TURNS = [2 + np.exp(-0.8 * number) + 0.05 * number for number in range(1, 11)]
 def test_verdict_names_the_evidence(held_out, training, verdict):
     """Improving, flat, overfitting or diverging, with the steps, the change and its error."""
     assert re.match(
-        f"verdict: {verdict}", verdict_line(history_of(*held_out), records(training, held_out), DataTable())
+        f"verdict: {verdict}", verdict_line(evaluations_with(*held_out), records(training, held_out), DataTable())
     )
 
 
 def test_verdict_on_an_early_end_is_about_what_came_after_the_last_improvement():
     """Not on the whole last part of the run, in which it may have improved: that would contradict why it ended."""
     held_out = [*np.linspace(5, 2.3, 28), 2.3, 2.3]
-    history = history_of(*held_out)
+    evaluations = evaluations_with(*held_out)
     known = records(FALLING, held_out)
-    assert (history.reference, history.marks[0]) == (280, 260)
-    assert "still improving" in verdict_line(history, known, DataTable())
-    assert "flat from step 280 to 300" in verdict_line(history, known, DataTable(), ended_early=True)
+    assert "still improving: held-out loss -0.6" in (line := verdict_line(evaluations, known, DataTable()))
+    assert line.endswith("from step 260 to 300")
+    assert "flat from step 280 to 300" in verdict_line(evaluations, known, DataTable(), ended_early=True)
 
 
 def test_verdict_without_held_out_text_says_how_to_get_one():
@@ -174,7 +173,7 @@ def test_verdict_without_held_out_text_says_how_to_get_one():
         (DataTable(val_split=0.1), "--val-every 500"),
     ):
         line = f"verdict: none, because no held-out loss was measured; {flags} measures it"
-        assert verdict_line(None, records(FALLING), data) == line
+        assert verdict_line([], records(FALLING), data) == line
 
 
 def test_every_complete_run_ends_with_a_verdict(tiny, capsys):
@@ -325,15 +324,16 @@ def verdicts(curve, noise, *, evaluations, same_windows=True, runs=100):
     """How many of `runs` with this curve, and noise from evaluation to evaluation, have which verdict."""
     counts = Counter()
     for seed in range(runs):
-        rng, history, known = np.random.default_rng(seed), None, []
+        rng, found, known = np.random.default_rng(seed), [], []
         hard = rng.standard_normal(50) * 0.5
         for step in range(1, evaluations + 1):
             loss = curve(step / evaluations) + rng.normal(0, noise)
             windows = hard if same_windows else rng.standard_normal(50) * 0.5
-            evaluation = evaluation_of(loss + windows + 0.01 * rng.standard_normal(50), step=step)
-            history = remember(history, evaluation, same_windows=same_windows)
+            starts = None if same_windows else np.arange(50) + step
+            evaluation = evaluation_of(loss + windows + 0.01 * rng.standard_normal(50), step=step, starts=starts)
+            found.append(evaluation)
             known.append(Record(step=step, loss=3 - step / evaluations, lr=0.1, tokens=1, val=evaluation.loss.mean))
-        counts[verdict_line(history, known, DataTable()).split()[1].strip(":")] += 1
+        counts[verdict_line(found, known, DataTable()).split()[1].strip(":")] += 1
     return counts
 
 

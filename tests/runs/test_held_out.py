@@ -1,16 +1,25 @@
-"""Evaluations window by window: what a run remembers, paired differences, early stopping."""
+"""Evaluations window by window: the file of a run, paired differences, early stopping."""
+
+import json
 
 import numpy as np
 import pytest
-from support.checkpoints import rewrite
 from support.commands import torchrun
 from support.runs import EXACT, assert_same_run, evaluation_of, flags_of
 
 from mygpt.checks.compare import compare
 from mygpt.errors import DamagedCheckpointError, RecipeError
 from mygpt.recipe.tables import Recipe, check_recipe
-from mygpt.runs.held_out import difference, load_history, read_history, remember
-from mygpt.runs.records import read_records
+from mygpt.runs.held_out import (
+    change_between,
+    count_waiting,
+    difference,
+    evaluation_line,
+    evaluations_of,
+    last_improvement,
+    read_evaluations,
+)
+from mygpt.runs.records import EvaluationLine, read_records
 from mygpt.runs.run import Run
 from mygpt.runs.steps import read_manifest
 from mygpt.training.train import train, train_until
@@ -19,26 +28,45 @@ NOISE = np.random.default_rng(0).standard_normal(40)
 EVALUATED = {"val_split": 0.2, "val_every": 2, "sampling": "own-stream", "eval_batches": 3}
 
 
-def history_of(*losses, same_windows=True, every=10):
-    """The history of evaluations with these mean losses, whose windows all differ from the mean in the same way."""
-    history = None
-    for number, loss in enumerate(losses, 1):
-        jitter = np.random.default_rng(number).standard_normal(40) * 0.01
-        evaluation = evaluation_of(loss + NOISE + jitter, step=number * every)
-        history = remember(history, evaluation, same_windows=same_windows)
-    return history
+def evaluations_with(*losses, every=10):
+    """Evaluations with these mean losses, whose windows all differ from the mean in the same way."""
+    jitters = (np.random.default_rng(number).standard_normal(40) * 0.01 for number in range(1, 1 + len(losses)))
+    steps = range(every, every * (len(losses) + 1), every)
+    return [evaluation_of(x + NOISE + jitter, step=n) for x, jitter, n in zip(losses, jitters, steps, strict=True)]
 
 
-def test_losses_of_the_last_evaluation_are_in_the_checkpoint(tiny, tmp_path):
-    """With their windows; they come to the recorded loss and error."""
-    run = train(tiny(**EVALUATED, steps=6))
-    history = load_history(run / "step-000006" / "state.safetensors")
-    assert len(history.last.losses) == 3 * 4
-    record = read_records(run)[-1]
-    loss, bits = history.last.loss, history.last.bits_per_byte
-    assert (loss.mean, loss.stderr, loss.dof) == (record.val, record.val_stderr, record.val_dof)
-    assert (bits.mean, bits.stderr) == (record.val_bits_per_byte, record.val_bits_per_byte_stderr)
-    assert load_history(train(tiny(output=str(tmp_path / "none"))) / "step-000006" / "state.safetensors") is None
+@pytest.mark.parametrize("sampling", ["own-stream", "shared-stream", "full"])
+def test_every_evaluation_is_kept_window_by_window(tiny, tmp_path, sampling):
+    """In a file of the run, which can be read up to any step; they come to the recorded values."""
+    run = train(tiny(**EVALUATED | {"sampling": sampling}, steps=6))
+    evaluations = read_evaluations(run, 6)
+    assert [evaluation.step for evaluation in evaluations] == [2, 4, 6]
+    assert [evaluation.step for evaluation in read_evaluations(run, 5)] == [2, 4]
+    records = [record for record in read_records(run) if record.val is not None]
+    for evaluation, record in zip(evaluations, records, strict=True):
+        loss, bits = evaluation.loss, evaluation.bits_per_byte
+        assert (loss.mean, loss.stderr, loss.dof) == (record.val, record.val_stderr, record.val_dof)
+        assert (bits.mean, bits.stderr) == (record.val_bits_per_byte, record.val_bits_per_byte_stderr)
+    lines = list(map(json.loads, (run / "evaluations.jsonl").read_text().splitlines()))
+    assert [line["step"] for line in lines if "windows" in line] == ([2, 4, 6] if sampling == "shared-stream" else [2])
+    without = train(tiny(output=str(tmp_path / "none")))
+    assert read_evaluations(without, 6) == []
+    assert not (without / "evaluations.jsonl").exists()
+
+
+def test_lines_are_read_as_they_were_written():
+    """Windows are there once as long as they stay the same."""
+    evaluations = evaluations_with(3.0, 2.5)
+    evaluations += [evaluation_of(NOISE + 2, step=30, starts=np.arange(40) + 7), evaluation_of(NOISE, step=40)]
+    pairs = zip(evaluations, [None, *evaluations[:-1]], strict=True)
+    lines = [evaluation_line(evaluation, before) for evaluation, before in pairs]
+    assert [line.windows is None for line in lines] == [False, True, False, False]
+    again = evaluations_of(EvaluationLine.model_validate_json(line.model_dump_json()) for line in lines)
+    for evaluation, other in zip(evaluations, again, strict=True):
+        assert evaluation.step == other.step
+        assert evaluation.windows.same_as(other.windows)
+        assert np.array_equal(evaluation.losses, other.losses)
+    assert [len(evaluations_of(lines[first:])) for first in (0, 1, 2)] == [4, 0, 2]
 
 
 def test_paired_error_is_that_of_the_differences():
@@ -74,32 +102,21 @@ def test_models_with_other_windows_are_paired_piece_by_piece():
     assert difference(long, shifted, same_tokens=False).bits_per_byte.mean == pytest.approx(0.5 / np.log(2))
 
 
-def test_history_survives_a_state_file_and_forgets_what_it_needs_no_more():
-    """It holds the last, the lowest, the reference and two marks, however many there were."""
-    history = history_of(*np.linspace(5, 3, 50), 3.5)
-    assert len(history.losses) <= 5
-    assert (history.lowest, history.reference, history.waited) == (500, 500, 1)
-    first, second = history.marks
-    assert 1.1 * first <= second <= 510
-    assert 0.8 * 510 < first < 510 / 1.1
-    again = read_history(history.metadata(), history.arrays())
-    assert again.metadata() == history.metadata()
-    assert all(np.array_equal(again.losses[step], losses) for step, losses in history.losses.items())
-    assert again.difference(first, 510) == history.difference(first, 510)
-
-
-def test_history_of_random_windows_keeps_summaries_alone():
-    """Windows that are others each time cannot be paired: differences are those of independent estimates."""
-    history = history_of(5, 4, 3, same_windows=False)
-    assert history.losses.keys() == {30}
-    assert history.difference(20, 30).stderr == pytest.approx(2**0.5 * history.last.loss.stderr, rel=0.01)
+def test_changes_within_a_run_are_paired_where_windows_are_the_same():
+    """Otherwise they are those of independent estimates."""
+    before, after = evaluations_with(4, 3)
+    assert change_between(before, after).stderr == pytest.approx(0.0022, rel=0.3)
+    other = evaluation_of(3 + NOISE, starts=np.arange(40) + 7)
+    assert change_between(before, other).stderr == pytest.approx(2**0.5 * other.loss.stderr, rel=0.01)
 
 
 def test_improvement_must_be_beyond_doubt():
     """Small steps count together: each is below its error, and the second from the reference is not."""
-    assert history_of(3.0, 2.999).waited == 1
-    history = history_of(3.0, 2.999, 2.99)
-    assert (history.reference, history.waited) == (30, 0)
+    assert count_waiting(evaluations_with(3.0, 2.999), 0) == 1
+    evaluations = evaluations_with(3.0, 2.999, 2.99)
+    assert (last_improvement(evaluations).step, count_waiting(evaluations, 0)) == (30, 0)
+    assert [count_waiting(evaluations_with(3.0, 3.5, 3.5, 3.5), after) for after in (0, 20, 40)] == [3, 2, 0]
+    assert count_waiting([], 0) == 0
 
 
 def losses_at(monkeypatch, losses):
@@ -196,39 +213,59 @@ def test_patience_needs_evaluations_of_the_same_windows(tiny, keys, expected):
         check_recipe(tiny(**keys))
 
 
-@pytest.mark.parametrize("damage", ["shorter", "missing", "unknown"])
-def test_damaged_losses_are_found(tiny, damage):
-    """A state whose losses do not fit its windows or its metadata is refused, and a run falls back or stops."""
-    run = train_until(tiny(**EVALUATED), 4)
+@pytest.mark.parametrize("damage", ["bit", "gap", "text"])
+def test_damaged_evaluations_are_found(tiny, call, damage):
+    """A flipped bit would be a verdict: commands that read them say so. The run goes on with those before."""
+    run = train_until(tiny(**EVALUATED, patience=5), 4)
+    file = run / "evaluations.jsonl"
+    first, second = file.read_text().splitlines(keepends=True)
+    at = second.index('"losses"') + 30
+    flipped = second[:at] + ("B" if second[at] == "A" else "A") + second[at + 1 :]
+    broken = flipped if damage == "bit" else "scribble\n"
+    file.write_text(second if damage == "gap" else first + broken)
+    line = 1 if damage == "gap" else 2
+    with pytest.raises(DamagedCheckpointError, match=rf"evaluations\.jsonl: damaged: line {line} is"):
+        read_evaluations(run, 4)
+    code, _, err = call("check", run)
+    assert (code, err.count("\n")) == (1, 1)
+    train(tiny(**EVALUATED, patience=5))
+    if damage != "gap":
+        assert (run / "damaged-evaluations.jsonl-1").exists()
+        assert [evaluation.step for evaluation in read_evaluations(run, 6)] == [2, 6]
 
-    def change(tensors):
-        name = next(name for name in tensors if name.startswith("held_out.losses."))
-        if damage == "shorter":
-            tensors[name] = tensors[name][:-1].clone()
-        elif damage == "missing":
-            del tensors["held_out.tokens"]
-        else:
-            tensors["held_out.losses.3"] = tensors[name].clone()
 
-    rewrite(run / "step-000004" / "state.safetensors", tensors=change)
-    with pytest.raises(DamagedCheckpointError, match="no held-out losses"):
-        load_history(run / "step-000004" / "state.safetensors")
+def test_lost_evaluations_are_said(tiny, capsys):
+    """Where early stopping counts them."""
+    run = train_until(tiny(**EVALUATED, patience=5), 4)
+    (run / "evaluations.jsonl").unlink()
+    train(tiny(**EVALUATED, patience=5))
+    assert "evaluations.jsonl: has 0 of 2 evaluations" in capsys.readouterr().err
+    assert [evaluation.step for evaluation in read_evaluations(run, 6)] == [6]
+
+
+@pytest.mark.parametrize(("keys", "kept"), [({"lr": 1e-4}, [2, 4, 6, 8]), ({"eval_batches": 5}, [6, 8])])
+def test_branch_begins_with_the_evaluations_of_its_source(tiny, tmp_path, keys, kept):
+    """Up to its step, if they are over the same windows."""
+    source = train(tiny(**EVALUATED, save_every=2))
+    branch = EVALUATED | {"resume": str(source / "step-000004"), "output": str(tmp_path / "branch"), "steps": 8} | keys
+    train_until(tiny(**branch), 5)
+    run = train(tiny(**branch))
+    assert [evaluation.step for evaluation in read_evaluations(run, 8)] == kept
 
 
 def test_pieces_are_compared_piece_by_piece(tiny, tmp_path):
-    """Of two runs that hold out the same pieces, in windows of other lengths; and a run's history keeps them."""
+    """Of two runs that hold out the same pieces, in windows of other lengths; and of one run."""
     keys = {"val_split": 0.2, "val_every": 3, "sampling": "full", "hold_out": "pieces"}
     runs = [train(tiny(**keys, seq_len=length, output=str(tmp_path / str(length)))) for length in (16, 8)]
-    a, b = (load_history(run / "step-000006" / "state.safetensors") for run in runs)
-    assert (a.last.windows.piece_tokens, len(a.last.windows.starts)) == (125, 32 * 8)
-    nats, bits, manner = difference(a.last, b.last, same_tokens=True)
+    (before, a), (_, b) = (read_evaluations(run, 6) for run in runs)
+    assert (a.windows.piece_tokens, len(a.windows.starts)) == (125, 32 * 8)
+    nats, bits, manner = difference(a, b, same_tokens=True)
     assert manner == "paired over 32 pieces"
-    assert nats.mean == pytest.approx(b.last.loss.mean - a.last.loss.mean)
-    assert bits.mean == pytest.approx(b.last.bits_per_byte.mean - a.last.bits_per_byte.mean)
-    assert a.difference(3, 6).mean == pytest.approx(read_records(runs[0])[-1].val - read_records(runs[0])[2].val)
+    assert nats.mean == pytest.approx(b.loss.mean - a.loss.mean)
+    assert bits.mean == pytest.approx(b.bits_per_byte.mean - a.bits_per_byte.mean)
+    changed = read_records(runs[0])[-1].val - read_records(runs[0])[2].val
+    assert change_between(before, a).mean == pytest.approx(changed)
     assert compare(*runs).held_out.population == "unseen passages of this text"
-    again = read_history(a.metadata(), a.arrays())
-    assert again.last.loss == a.last.loss
 
 
 def test_early_stopping_is_the_same_on_any_number_of_processes(folder):

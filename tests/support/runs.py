@@ -76,9 +76,11 @@ def model_bytes(run: Path) -> bytes:
 
 
 def assert_same_run(run: Path, expected: Path):
-    """The newest weights and state, and the records, have the bytes of the run in `expected`."""
+    """The newest weights and state, records and evaluations have the bytes of the run in `expected`."""
     step = (expected / "latest").read_text().strip()
-    for name in (f"{step}/model.safetensors", f"{step}/state.safetensors", "metrics.jsonl"):
+    names = [f"{step}/model.safetensors", f"{step}/state.safetensors", "metrics.jsonl"]
+    names += ["evaluations.jsonl"] if (expected / "evaluations.jsonl").exists() else []
+    for name in names:
         assert (run / name).read_bytes() == (expected / name).read_bytes(), name
 
 

@@ -133,7 +133,7 @@ def test_nothing_waits_for_the_device_between_readings(tiny, reduction):
     gradient_sum, device = gradient_sum_for(recipe), torch.device("cuda")
     dataset = load_dataset(recipe.data, recipe.train.seq_len)
     with open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
-        parts, _ = build_parts(recipe, accelerator, dataset, gradient_sum)
+        parts = build_parts(recipe, accelerator, dataset, gradient_sum)
         for step in range(1, 9):
             # The first steps make the optimizer's state and choose kernels.
             torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")

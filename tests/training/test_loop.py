@@ -133,11 +133,13 @@ def test_run_directory_holds_recipe_environment_and_records(tiny):
     """The resolved recipe, the environment, and one record per logged step."""
     recipe = tiny(val_split=0.1, val_every=3, log_every=2, max_grad_norm=1.0)
     run = train(recipe)
-    names = {".lock", "recipe.toml", "run.json", "metrics.jsonl", "timing.jsonl", "latest", "step-000006"}
+    records = {"metrics.jsonl", "timing.jsonl", "evaluations.jsonl"}
+    names = {".lock", "recipe.toml", "run.json", "latest", "step-000006"} | records
     assert {path.name for path in run.iterdir()} == names
     info = json.loads((run / "run.json").read_text())
-    assert info["threads"] == 1
-    assert info["versions"]["torch"] == metadata.version("torch")
+    (stretch,) = info["stretches"]
+    assert stretch["environment"]["threads"] == 1
+    assert stretch["environment"]["versions"]["torch"] == metadata.version("torch")
     assert len(info["corpus_sha256"]) == 64
     records = read_records(run)
     assert [record.step for record in records] == [1, 2, 3, 4, 6]
@@ -171,7 +173,7 @@ def test_accumulated_gradients_equal_the_gradient_of_the_whole_batch():
         dataset = Dataset(CharTokenizer("abcdefghijkl"), tokens, tokens[:0], sha256="")
         gradient_sum = gradient_sum_for(recipe)
         with open_accelerator(recipe.runtime, torch.device("cpu"), gradient_sum.accumulation_steps) as accelerator:
-            parts, _ = build_parts(recipe, accelerator, dataset, gradient_sum)
+            parts = build_parts(recipe, accelerator, dataset, gradient_sum)
             parts.gpt.double()
             update = train_step(parts, parts.stream.batch(), 1)
         return [*update, *parts.gpt.parameters()]

@@ -96,7 +96,7 @@ def test_metadata_of_adamw_are_as_ever(tiny):
     with safe_open(state, framework="numpy") as tensors:
         metadata = json.loads(tensors.metadata()["mygpt"])
         moments = {name.rpartition(".")[2] for name in tensors.keys() if name.startswith("optimizer.")}  # noqa: SIM118
-    assert metadata.keys() == {"format", "step", "processes", "best", "held_out"}
+    assert metadata.keys() == {"format", "step", "processes"}
     assert moments == {"exp_avg", "exp_avg_sq", "step"}
 
 
