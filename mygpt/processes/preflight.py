@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -105,20 +105,23 @@ def run_preflight(
     hashing = dataset.bytes / SLOWEST_READING if dataset.check_unchanged else 0.0
     reports = [ProcessReport(**report) for report in channel.exchange(own._asdict(), extra_seconds=hashing)]
     check_alike(reports, exact=exact)
-    notes = ignored_settings(runtime.precision)
+    notes = ignored_settings(runtime.precision) + ([initial.note] if initial and initial.note else [])
+    return Preflight(device, dataset, info, reports, initial, [*notes, *doubtful_settings(info, device)])
+
+
+def doubtful_settings(info: RunInfo, device: torch.device) -> Iterator[str]:
+    """Settings of a run that may not be as the user meant them, a sentence each."""
     if info.held_out_sha256 == info.corpus_sha256:
-        notes.append("val_corpus: is the text that is trained on: its loss says nothing about unseen text")
-    if initial and initial.note:
-        notes.append(initial.note)
-    if runtime.precision == "bf16" and device.type == "cpu" and not has_bf16_products():
-        notes.append("precision: bf16 is slower than fp32 here: this processor has no instructions for it")
-    micro_batches = recipe.train.batch_size // micro_batch_size
-    if micro_batches < launched.processes:
-        notes.append(
-            f"{micro_batches} of {launched.processes} processes have a micro-batch in each step, the others nothing to "
-            "do: lower micro_batch_size, which changes the last bits, or start fewer"
+        yield "val_corpus: is the text that is trained on: its loss says nothing about unseen text"
+    if info.recipe.runtime.precision == "bf16" and device.type == "cpu" and not has_bf16_products():
+        yield "precision: bf16 is slower than fp32 here: this processor has no instructions for it"
+    environment = info.stretches[0].environment
+    micro_batches = info.recipe.train.batch_size // environment.micro_batch_size
+    if micro_batches < environment.processes:
+        yield (
+            f"{micro_batches} of {environment.processes} processes have a micro-batch in each step, the others nothing "
+            "to do: lower micro_batch_size, which changes the last bits, or start fewer"
         )
-    return Preflight(device, dataset, info, reports, initial, notes)
 
 
 def check_sharding(recipe: Recipe, device: torch.device) -> None:

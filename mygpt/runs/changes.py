@@ -15,7 +15,7 @@ from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, TABLE_OF_KEY, Recipe
 from mygpt.runs.files import MODEL_FILE
 from mygpt.runs.run import Run, Warn
 from mygpt.runs.schemas import CODE_CHARACTERS, Environment, ModelMetadata, RunInfo
-from mygpt.runs.steps import read_metadata
+from mygpt.runs.steps import read_manifest, read_metadata
 
 RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "matmul", "deterministic", *PATH_KEYS}
 """Keys of which run.json has the resolved value or the content, which is compared instead."""
@@ -47,9 +47,7 @@ class Source:
     @cached_property
     def trained_with(self) -> Recipe:
         """The recipe, with the end that the run had in view when it trained the checkpoint."""
-        return self.run.recipe_for(
-            read_metadata(self.checkpoint / MODEL_FILE, ModelMetadata).step if self.checkpoint else 0
-        )
+        return self.run.recipe_for(read_manifest(self.checkpoint).step if self.checkpoint else 0)
 
 
 def check_checkpoint(source: Source, recipe: Recipe, tokenizer: TokenizerMetadata, *, may_end: bool) -> int:

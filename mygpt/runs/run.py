@@ -12,7 +12,7 @@ from mygpt.recipe.files import METRICS_FILE, RECIPE_FILE, RUN_FILE
 from mygpt.recipe.tables import Recipe
 from mygpt.runs import files
 from mygpt.runs.records import LINES, Record, read_records, read_until
-from mygpt.runs.schemas import Best, RunInfo, Stretch, read_table
+from mygpt.runs.schemas import Best, RunInfo, read_table
 from mygpt.runs.steps import manifest_of, read_manifest, step_directories, verify_checkpoint
 
 Warn = Callable[[str], None]
@@ -126,13 +126,10 @@ class Run:
             )
         return None
 
-    def recipe_of(self, stretch: Stretch) -> Recipe:
-        """The recipe with the end that the run had in view in this stretch."""
-        return self.recipe.replace(steps=stretch.steps, patience=stretch.patience)
-
     def recipe_for(self, step: int) -> Recipe:
-        """As `recipe_of`, of the stretch that trained a step."""
-        return self.recipe_of(self.info.stretch_of(step))
+        """The recipe with the end that the run had in view when it trained a step."""
+        stretch = self.info.stretch_of(step)
+        return self.recipe.replace(steps=stretch.steps, patience=stretch.patience)
 
     def ended_with(self, checkpoint: Path) -> bool:
         """Whether the run ended with this checkpoint."""

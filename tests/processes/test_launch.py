@@ -61,7 +61,7 @@ def test_any_number_of_processes_trains_on_the_same_batches(text_file, tmp_path)
     assert_close_records(*runs, "loss", "val", "val_stderr", abs=5e-5)
     assert_close_records(*runs, "grad_norm", rel=1e-4)
     assert max(difference.max_abs for difference in compare(*runs).weights.differences) < 1e-3
-    assert Run(runs[0]).info.processes == 3
+    assert Run(runs[0]).info.stretches[0].environment.processes == 3
 
 
 @pytest.mark.slow
