@@ -23,14 +23,10 @@ GPT2_VOCAB_SIZE = 50_257
 PIECES = 32
 """With hold_out = "pieces". With 30 an interval from their losses, of which each counts as one number, held the truth
 in 93 to 97% of cases on every text that was tried."""
-MAX_ON_DEVICE = 1 << 30
-"""Bytes of a prepared corpus up to which a GPU gets it whole; of a larger one it gets the windows of each batch."""
-MAX_COMPARED = 1 << 30
-"""Bytes of a prepared corpus up to which its documents are compared when a run starts: the other processes wait."""
-MAX_ENCODED_AGAIN = 1 << 28
-"""Bytes of text up to which a prepared held-out text of another tokenizer is encoded again, in memory."""
-BLOCK = 1 << 20
-"""Tokens searched at a time."""
+MAX_ON_DEVICE = 1 << 30  # bytes of a prepared corpus; of a larger one a GPU gets the windows of each batch
+MAX_COMPARED = 1 << 30  # bytes of a prepared corpus whose documents are compared at the start: other processes wait
+MAX_ENCODED_AGAIN = 1 << 28  # bytes of a prepared held-out text of another tokenizer, which is encoded again in memory
+BLOCK = 1 << 20  # tokens searched at a time
 
 
 class Dataset(NamedTuple):
