@@ -118,19 +118,15 @@ class BatchStream:
         check: Callable[[], None] | None = None,
     ):
         self.data = data
-        self.device = device
-        """Where batches go; None: where the data is."""
-        self.check = check
-        """Called before each batch, to see that the data can still be read."""
+        self.device = device  # where batches go; None: where the data is
+        self.check = check  # called before each batch, to see that the data can still be read
         self.batch_size = batch_size
         self.seq_len = seq_len
         self.share = share
         self.order = order
         self.seed = seed
-        self.generator = torch.Generator().manual_seed(seed)
-        """What random windows are drawn with; "shared-stream" evaluation draws from it too."""
-        self._drawn = 0
-        """Windows that have been taken in the order of epochs."""
+        self.generator = torch.Generator().manual_seed(seed)  # "shared-stream" evaluation draws from it, too
+        self._drawn = 0  # windows taken in the order of epochs
 
     def state(self) -> torch.Tensor:
         """The position in the stream, uint8 (bytes,)."""

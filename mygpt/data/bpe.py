@@ -112,11 +112,7 @@ class BPETokenizer(Tokenizer):
 
 
 def _parse(json_text: str, name: str) -> dict[str, Any]:
-    """The settings in a tokenizer.json, called `name`.
-
-    Raises:
-        TokenizerError: it is something else, or that of another kind of tokenizer, with which the library may panic.
-    """
+    """The settings in a tokenizer.json, called `name`; with another kind of tokenizer the library may panic."""
     try:
         settings = json.loads(json_text)
     except (ValueError, RecursionError):
@@ -147,11 +143,7 @@ def _does_nothing(normalizer: Any) -> bool:
 
 
 def _check_settings(settings: Any, name: str) -> None:
-    """Refuse what makes an encoding change texts; the library has read the settings, so that they have the right types.
-
-    Raises:
-        TokenizerError: the tokenizer.json, called `name`, has it.
-    """
+    """Refuse what makes an encoding change texts. The library has read the settings: they have the right types."""
     model = settings["model"]
     if model.get("dropout"):
         raise TokenizerError(f"{name}: its dropout gives other ids each time; remove it")

@@ -33,7 +33,6 @@ from mygpt.data.prepared import (
     TOKENS_FILE,
     TYPES,
     Manifest,
-    SourceEntry,
     header,
     type_name,
 )
@@ -120,7 +119,9 @@ def prepare(
                 raise CorpusError(f"{partial}: in the way of the folder to work in; remove it, or choose another --out")
             make_directory(partial)
             try:
-                return _prepare(sources, partial, out, choice, field, workers or core_count(), progress)
+                tokenizer, trained_on = _tokenizer(partial, sources, choice, field)
+                workers = workers or core_count()
+                manifest = _write_tokens(partial, sources, tokenizer, trained_on, field, workers, progress)
             except MygptError as error:
                 if kept := _kept_bytes(partial):
                     how = f"mend this, and the command continues after the {kept:,} bytes of text that {partial} keeps"
@@ -128,6 +129,13 @@ def prepare(
                 _clear(partial)
                 partial.rmdir()
                 raise
+            replace_bytes(partial / MANIFEST_FILE, manifest.to_json().encode())
+            for name in (SETTINGS_FILE, JOURNAL_FILE):
+                (partial / name).unlink(missing_ok=True)
+            sync(partial)
+            partial.rename(out)
+            sync(out.parent)
+            return manifest
     except MygptError:
         _remove_empty(missing)
         raise
@@ -146,33 +154,9 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def _prepare(
-    sources: Sequence[Path],
-    partial: Path,
-    out: Path,
-    choice: TokenizerChoice,
-    field: str,
-    workers: int,
-    progress: Progress,
-) -> Manifest:
-    tokenizer, trained_on = _tokenizer(partial, sources, choice, field)
-    manifest = _write_tokens(partial, sources, tokenizer, trained_on, field, workers, progress)
-    replace_bytes(partial / MANIFEST_FILE, manifest.to_json().encode())
-    for name in (SETTINGS_FILE, JOURNAL_FILE):
-        (partial / name).unlink(missing_ok=True)
-    sync(partial)
-    partial.rename(out)
-    sync(out.parent)
-    return manifest
-
-
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Keep other commands from preparing `out` meanwhile; the kernel frees the lock of a killed command.
-
-    Raises:
-        CorpusError: another command prepares it, or has.
-    """
+    """Keep other commands from preparing `out` meanwhile; the kernel frees the lock of a killed command."""
     path = out.with_name(f".tmp-{out.name}.lock")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
@@ -421,7 +405,7 @@ def _write_tokens(
         text_bytes=text_bytes,
         tokens_sha256=file_sha256(partial / TOKENS_FILE),
         field=field,
-        sources=tuple(SourceEntry(**source._asdict()) for source in read),
+        sources=tuple(read),
     )
 
 

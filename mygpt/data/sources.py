@@ -19,7 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, AnyStr, NamedTuple
+from typing import IO, Annotated, Any, AnyStr, NamedTuple
+
+from pydantic import Field
 
 from mygpt.data.formats import (
     COMPRESSED,
@@ -34,6 +36,7 @@ from mygpt.data.formats import (
     prepare_command,
 )
 from mygpt.errors import CorpusError, print_note
+from mygpt.recipe.tables import Table
 
 BLOCK = 1 << 20  # bytes read at a time
 ZSTD_BLOCK = 1 << 9  # compressed; what they stand for is in memory at once, and can be thirty thousand times as much
@@ -58,12 +61,15 @@ NULL = Piece("", is_last=True)
 """Stands for a document whose text is null: it is no document."""
 
 
-class Source(NamedTuple):
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Source(Table):
     """A file that was read, as a manifest names it."""
 
     path: str
     bytes: int
-    sha256: str
+    sha256: Sha256
 
 
 class NoFieldError(CorpusError):
@@ -158,9 +164,6 @@ def _files_in(folder: Path, field: str) -> list[Path]:
     """The files of known endings in a folder and those in it, but for hidden ones, as what mygpt is still writing.
 
     Links to folders are not followed: they may lead in a circle. A note counts what is left out.
-
-    Raises:
-        CorpusError: a folder cannot be read, or there are no such files.
     """
 
     def refuse(error: OSError) -> None:
@@ -212,11 +215,7 @@ def _has_field(file: Path, field: str) -> bool:
 
 
 def _each_content_once(files: Sequence[Path], field: str) -> list[Path]:
-    """The files without those that hold, decompressed, the same bytes as one before; notes name these.
-
-    Raises:
-        CorpusError: see `find_sources`.
-    """
+    """The files without those that hold, decompressed, the same bytes as one before; notes name these."""
     kept: list[Path] = []
     copies: list[str] = []
     alike: dict[tuple[Form, bytes], list[Path]] = {}
@@ -288,7 +287,7 @@ def read_pieces(file: Path, field: str, done: list[Source]) -> Iterator[Piece]:
                 pass
     except OSError as error:
         raise CorpusError(f"{file}: cannot be read: {error.strerror or error}") from None
-    done.append(Source(name_in_manifest(file), hashing.size, hashing.hash.hexdigest()))
+    done.append(Source(path=name_in_manifest(file), bytes=hashing.size, sha256=hashing.hash.hexdigest()))
 
 
 def name_in_manifest(file: Path) -> str:
@@ -314,11 +313,7 @@ class _Hashing(io.RawIOBase):
 
 
 def _decompressed(file: Path, raw: _Hashing) -> Iterator[bytes]:
-    """The blocks of a file's content.
-
-    Raises:
-        CorpusError: it is not what its ending says, or is cut short.
-    """
+    """The blocks of a file's content."""
     stream: Any = io.BufferedReader(raw, BLOCK)
     ending = find_compression(file, stream.peek(4))
     try:
