@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mygpt import get_batch
 from mygpt.data.batches import BatchStream, Share, consecutive_windows, held_out_windows, windows
 from mygpt.data.dataset import BLOCK, after_last, gaps_between, load_dataset, place_pieces, split
+from mygpt.data.tokenizer import ByteTokenizer
 from mygpt.errors import CorpusError
 from mygpt.recipe.tables import DataTable, ValidationTable
 
@@ -30,6 +31,16 @@ def test_parts_too_short_for_a_window_are_refused(val_split):
     data = DATA[:9] if val_split == 0 else DATA
     with pytest.raises(CorpusError, match=r"part has \d+ of the corpus's"):
         split(data, val_split, seq_len=9)
+
+
+def test_short_part_is_measured_in_what_its_tokenizer_makes(tmp_path):
+    """Bytes of another run's tokenizer are tokens, though the recipe's own would be characters."""
+    (tmp_path / "a.txt").write_text("short")
+    table = DataTable(corpus=str(tmp_path / "a.txt"))
+    with pytest.raises(CorpusError, match="the training part has 5 of the corpus's 5 characters"):
+        load_dataset(table, 16)
+    with pytest.raises(CorpusError, match="the training part has 5 of the corpus's 5 tokens"):
+        load_dataset(table, 16, tokenizer=ByteTokenizer())
 
 
 def test_get_batch_is_the_course_batch():
