@@ -148,20 +148,12 @@ def is_prepared(corpus: str) -> bool:
 
 
 def corpus_sha256(corpus: str) -> str:
-    """The hash that a dataset of this corpus has; of a prepared one as its manifest says.
-
-    Raises:
-        CorpusError: it cannot be read.
-    """
+    """The hash that a dataset of this corpus has; raises CorpusError if it cannot be read."""
     return read_manifest(Path(corpus)).tokens_sha256 if is_prepared(corpus) else load_corpus(corpus).sha256
 
 
 def check_kind(table: DataTable, tokenizer: Tokenizer, owner: str) -> None:
-    """Check that the recipe does not ask for another kind of tokenizer than the one that `owner` brings.
-
-    Raises:
-        CorpusError: it does.
-    """
+    """Raises CorpusError if the recipe asks for another kind of tokenizer than the one that `owner` brings."""
     kind = tokenizer.metadata.type
     is_gpt2 = kind == "bpe" and tokenizer.vocab_size == GPT2_VOCAB_SIZE
     fits = table.tokenizer in ("char", kind) or (table.tokenizer == "gpt2" and is_gpt2)
@@ -258,11 +250,7 @@ def _document_hashes(tokens: torch.Tensor, end_of_text: int) -> Iterator[bytes]:
 
 
 def make_tokenizer(table: DataTable, text: str) -> Tokenizer:
-    """The tokenizer that the recipe asks for, of this text.
-
-    Raises:
-        TokenizerError: see `load_dataset`.
-    """
+    """The tokenizer that the recipe asks for, of this text; raises TokenizerError as `load_dataset` does."""
     if table.tokenizer == "char":
         return CharTokenizer(text)
     if table.tokenizer == "byte":

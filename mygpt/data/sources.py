@@ -132,7 +132,7 @@ def decode_text(file: Path, raw: bytes) -> str:
     Raises:
         CorpusError: see `read_pieces`; or it has to be prepared.
     """
-    form, compression, _ = _identify(file, io.BytesIO(raw))
+    form, compression, _ = identify(file, raw)
     if compression or form != "text":
         name = COMPRESSED[compression][1] if compression else form
         way = "" if compression or form == "Parquet" else "copy it to a .txt to take it as it is, or "
@@ -140,23 +140,19 @@ def decode_text(file: Path, raw: bytes) -> str:
     return "".join(piece.text for piece in _text(file, [raw]))
 
 
-def identify(file: Path) -> Content:
-    """What a file holds.
+def identify(file: Path, content: bytes | None = None) -> Content:
+    """What a file holds, whose `content` may be known.
 
     Raises:
         CorpusError: it cannot be read, or is no text.
     """
     try:
-        with file.open("rb") as raw:
-            return _identify(file, raw)
+        with file.open("rb") if content is None else io.BytesIO(content) as raw:
+            compression = find_compression(file, raw.read(HEAD))
+            raw.seek(0)
+            head, _ = _peek(_decompressed(file, _Hashing(raw)))
     except OSError as error:
         raise CorpusError(f"{file}: cannot be read: {error.strerror or error}") from None
-
-
-def _identify(file: Path, raw: IO[bytes]) -> Content:
-    compression = find_compression(file, raw.read(HEAD))
-    raw.seek(0)
-    head, _ = _peek(_decompressed(file, _Hashing(raw)))
     return Content(find_form(file, head), compression, head)
 
 
