@@ -1,10 +1,9 @@
 """Windows of tokens: the stream of training batches, a process's share of them, and the held-out windows."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from mygpt.recipe.seeds import epoch_seed, held_out_seed
@@ -80,53 +79,23 @@ def _copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-EPOCH_BYTES = 24
-"""What the state of a stream in epochs has beside that of its generator."""
+EPOCH_BYTES = 24  # of the state of a stream in epochs, beside that of its generator
 
 
-def epoch_starts(indices: npt.NDArray[np.int64], tokens: int, seq_len: int, seed: int) -> npt.NDArray[np.int64]:
-    """Where the windows with these `indices` (n,) begin, if every window of the text is taken once per epoch.
-
-    A pure function of index and seed: nothing is kept of the order, however long the text is.
-    """
-    count = (tokens - 1) // seq_len
-    starts = np.empty(len(indices), dtype=np.int64)
-    for epoch in range(int(indices[0]) // count, int(indices[-1]) // count + 1):
-        own = indices // count == epoch
-        starts[own] = permute(indices[own] % count, count, epoch_seed(seed, epoch)) * seq_len
-    return starts
+def epoch_starts(first: int, count: int, tokens: int, seq_len: int, seed: int) -> torch.Tensor:
+    """Where `count` windows begin, from number `first` on, if every window of the text is taken once per epoch."""
+    size = (tokens - 1) // seq_len
+    numbers = torch.arange(first, first + count)
+    orders = [
+        _epoch_order(size, epoch_seed(seed, epoch))[numbers[numbers // size == epoch] % size]
+        for epoch in range(first // size, (first + count - 1) // size + 1)
+    ]
+    return torch.cat(orders) * seq_len
 
 
-def permute(indices: npt.NDArray[np.int64], size: int, seed: int) -> npt.NDArray[np.int64]:
-    """The images of `indices` (n,) under a permutation of range(size), which `seed` chooses.
-
-    A Feistel network over the next even power of two, walked until it arrives below `size`. Source: Black & Rogaway,
-    "Ciphers with arbitrary finite domains" (2002).
-    """
-    half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = _mix(np.array([(seed << 8) + number for number in range(ROUNDS)], dtype=np.uint64) * GOLDEN)
-    values = indices.astype(np.uint64)
-    walking = np.ones(len(values), dtype=bool)
-    while walking.any():
-        left, right = values[walking] >> half, values[walking] & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right + key) & mask)
-        values[walking] = (left << half) | right
-        walking = values >= size
-    return values.astype(np.int64)
-
-
-ROUNDS = 8
-"""Of the Feistel network: four look random, and small domains need more."""
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Scatter 64-bit numbers. Source: Steele et al., "Fast splittable pseudorandom number generators" (2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+@lru_cache(maxsize=1)  # 8 bytes a window
+def _epoch_order(windows: int, seed: int) -> torch.Tensor:
+    return torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
 
 
 class BatchStream:
@@ -149,19 +118,15 @@ class BatchStream:
         check: Callable[[], None] | None = None,
     ):
         self.data = data
-        self.device = device
-        """Where batches go; None: where the data is."""
-        self.check = check
-        """Called before each batch, to see that the data can still be read."""
+        self.device = device  # where batches go; None: where the data is
+        self.check = check  # called before each batch, to see that the data can still be read
         self.batch_size = batch_size
         self.seq_len = seq_len
         self.share = share
         self.order = order
         self.seed = seed
-        self.generator = torch.Generator().manual_seed(seed)
-        """What random windows are drawn with; "shared-stream" evaluation draws from it too."""
-        self._drawn = 0
-        """Windows that have been taken in the order of epochs."""
+        self.generator = torch.Generator().manual_seed(seed)  # "shared-stream" evaluation draws from it, too
+        self._drawn = 0  # windows taken in the order of epochs
 
     def state(self) -> torch.Tensor:
         """The position in the stream, uint8 (bytes,)."""
@@ -199,9 +164,9 @@ class BatchStream:
         """Where the windows of the next global batch begin, (batch_size,)."""
         if self.order == "random":
             return draw_starts(self.data, self.batch_size, self.seq_len, self.generator)
-        indices = np.arange(self._drawn, self._drawn + self.batch_size)
+        first = self._drawn
         self._drawn += self.batch_size
-        return torch.from_numpy(epoch_starts(indices, len(self.data), self.seq_len, self.seed))
+        return epoch_starts(first, self.batch_size, len(self.data), self.seq_len, self.seed)
 
     def batch(self) -> Batch:
         """This process's share of the next global batch."""

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,44 +19,15 @@ from mygpt.data.tokenizer import END_OF_TEXT, BPEMetadata, Tokenizer, id_type
 from mygpt.errors import TokenizerError, printable
 from mygpt.recipe.reading import decode_utf8, read_file
 
-PIECE = 1 << 16
-"""Characters encoded as one string, or a few more: the library's memory and time grow faster than the string."""
-
-BATCH = 32
-"""Pieces encoded at a time: the library takes hundreds of bytes of memory for each token."""
-
-CONTEXT = 256
-"""Characters to either side of a place by which is decided whether a text may be cut there."""
-
-SPACE = re.compile(r"[^\S\x1c-\x1f]+")
-"""White space as the library has it: Python counts four control characters more."""
-
-MAX_SPACE = CONTEXT // 2
-"""White space of more characters is not cut at, since the context would not show where it begins and ends."""
-
-MAX_PIECE = 1 << 20
-"""Characters after which a text that has no place to cut is cut all the same, to bound memory."""
-
-MAX_VOCAB_SIZE = 1 << 20
-"""Tokens of an encoding that is trained here: the library takes memory for all of them at once."""
-
-MAX_ID = 1 << 24
-"""The largest id of a token: the table of tokens has a place for each smaller one, too."""
-
-MAX_WORD = 1 << 10
-"""Characters of a word on which an encoding is trained as a whole: time grows with the square of a word."""
-
-LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_WORD + 1},}}|(?<!\s)\s{{{MAX_WORD + 1},}}")
-"""Where a longer word may be. It may also have many short ones, as Chinese has between its white space."""
-
+PIECE = 1 << 16  # characters, or a few more, that are one string of the library: its memory and time grow faster
+BATCH = 32  # pieces encoded at a time: the library takes hundreds of bytes of memory for each token
+CONTEXT = 256  # characters to either side of a place by which is decided whether a text may be cut there
+SPACE = re.compile(rf"(?<!\s)\s{{1,{CONTEXT // 2}}}(?!\s)")  # of a longer run the context shows no beginning or end
+MAX_PIECE = 1 << 20  # characters after which a text that has no place to cut is cut all the same, to bound memory
+MAX_VOCAB_SIZE = 1 << 20  # of a trained encoding: the library takes memory for all tokens at once
+MAX_ID = 1 << 24  # of a token: the table of tokens has a place for each smaller one, too
+MAX_WORD = 1 << 12  # bytes of a word on which an encoding is trained: time grows with the square of a word
 FILE = "the tokenizer.json of the tokenizers library"
-
-MIN_FREQUENCY = 2
-"""How often a pair must occur to become a token: a token that occurs once saves nothing."""
-
-BYTES = sorted({*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)})
-"""The bytes that a byte-level vocabulary writes as the character of the same number; the others follow from U+0100."""
-
 PROBE = (
     "".join(map(chr, (*range(0x180), 0x2028, 0x3000, 0x1F600))) + "  a  b\r\n\n c\t\td's 'LL 12345 \u0301e\u0301  \n "
 )
@@ -90,18 +61,25 @@ class BPETokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
         self.metadata = BPEMetadata(json_text=json_text)
-        self._added = [token for token in added if token["content"] not in _ordinary_tokens(settings["model"])]
+        ordinary = _ordinary_tokens(settings["model"])
+        self._added = [token for token in added if token["content"] not in ordinary]
         self._special = {token["content"]: token["id"] for token in self._added if token.get("special")}
         self.end_of_text = self._special.get(END_OF_TEXT)
-        self._id_type = id_type(self._vocab_size())
-        self._check(name)
+        self._id_type = id_type(self.vocab_size)
+        try:
+            ids = self._tokenizer.encode_batch_fast([PROBE], add_special_tokens=False)[0].ids
+        except Exception as error:  # as above
+            raise TokenizerError(f"{name}: cannot encode texts: {printable(str(error))}") from None
+        if b"".join(self.tokens[token] for token in ids) != PROBE.encode():
+            raise TokenizerError(f"{name}: changes texts, as by a space that it adds; expected one that does not")
 
     @cached_property
     def tokens(self) -> list[bytes]:
         byte_of = {character: byte for byte, character in _byte_characters().items()}
         added = {token["id"]: token["content"] for token in self._added}
-        tokens = [b""] * self._vocab_size()
-        for text, token in self._tokenizer.get_vocab(with_added_tokens=True).items():
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        tokens = [b""] * (max(vocab.values()) + 1)
+        for text, token in vocab.items():
             is_bytes = token not in added and all(character in byte_of for character in text)
             tokens[token] = bytes(byte_of[character] for character in text) if is_bytes else text.encode()
         return tokens
@@ -132,24 +110,9 @@ class BPETokenizer(Tokenizer):
         words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         return words, self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-    def _vocab_size(self) -> int:
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-
-    def _check(self, name: str) -> None:
-        try:
-            ids = self._tokenizer.encode_batch_fast([PROBE], add_special_tokens=False)[0].ids
-        except Exception as error:  # as above
-            raise TokenizerError(f"{name}: cannot encode texts: {printable(str(error))}") from None
-        if b"".join(self.tokens[token] for token in ids) != PROBE.encode():
-            raise TokenizerError(f"{name}: changes texts, as by a space that it adds; expected one that does not")
-
 
 def _parse(json_text: str, name: str) -> dict[str, Any]:
-    """The settings in a tokenizer.json, called `name`.
-
-    Raises:
-        TokenizerError: it is something else, or that of another kind of tokenizer, with which the library may panic.
-    """
+    """The settings in a tokenizer.json, called `name`; with another kind of tokenizer the library may panic."""
     try:
         settings = json.loads(json_text)
     except (ValueError, RecursionError):
@@ -180,11 +143,7 @@ def _does_nothing(normalizer: Any) -> bool:
 
 
 def _check_settings(settings: Any, name: str) -> None:
-    """Refuse what makes an encoding change texts; the library has read the settings, so that they have the right types.
-
-    Raises:
-        TokenizerError: the tokenizer.json, called `name`, has it.
-    """
+    """Refuse what makes an encoding change texts. The library has read the settings: they have the right types."""
     model = settings["model"]
     if model.get("dropout"):
         raise TokenizerError(f"{name}: its dropout gives other ids each time; remove it")
@@ -231,17 +190,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     if vocab_size > MAX_VOCAB_SIZE:
         raise TokenizerError(f"vocab_size: got {vocab_size}, expected at most {MAX_VOCAB_SIZE}")
     tokenizer = library.Tokenizer(library.models.BPE())
-    tokenizer.pre_tokenizer = _gpt2_words()
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(
+        [_gpt2_words(), library.pre_tokenizers.FixedLength(length=MAX_WORD)]
+    )
     tokenizer.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=MIN_FREQUENCY,
+        min_frequency=2,  # a token that occurs once saves nothing
         special_tokens=[END_OF_TEXT],
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    pieces = (piece for text in texts for piece in cut_words(text))
-    tokenizer.train_from_iterator((part for piece in pieces for part in _without_long_words(piece)), trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in cut_words(text)), trainer)
+    tokenizer.pre_tokenizer = _gpt2_words()
     if (got := tokenizer.get_vocab_size()) < vocab_size:
         raise TokenizerError(f"vocab_size: got {vocab_size}, and the text allows {got}: lower it, or give more text")
     return BPETokenizer(tokenizer.to_str(), name="tokenizer")
@@ -311,17 +272,6 @@ def cut_words(text: str) -> Iterator[str]:
     return cut(text, lambda part: ([word for word, _ in words.pre_tokenize_str(part)],))
 
 
-def _without_long_words(text: str) -> Iterator[str]:
-    """The text in pieces: words of more than `MAX_WORD` characters are cut after so many, and others are left whole."""
-    start = 0
-    for run in LONG_RUN.finditer(text):
-        for _, (first, last) in _gpt2_words().pre_tokenize_str(run[0]):
-            for end in range(run.start() + first + MAX_WORD, run.start() + last, MAX_WORD):
-                yield text[start:end]
-                start = end
-    yield text[start:]
-
-
 def _gpt2_words() -> Any:
     return _library().pre_tokenizers.ByteLevel(add_prefix_space=False)
 
@@ -341,16 +291,10 @@ def cut(text: str, parse: Callable[[str], Sequence[list[Any]]], size: int | None
         parts = zip(parse(before + after), parse(before), parse(after), strict=True)
         return all(whole == first + second for whole, first, second in parts)
 
-    def places(first: int, last: int) -> Iterator[int]:
-        for space in SPACE.finditer(text, first, last):
-            start, end = space.span()
-            is_whole = end < last and not (start == first and SPACE.match(text[first - 1]))
-            if is_whole and end - start <= MAX_SPACE:
-                yield from (start, end)
-
     while len(text) - start > size + CONTEXT:
         last = min(len(text) - CONTEXT, start + size + MAX_PIECE)
-        end = next(filter(may_end, places(start + size, last)), None)
+        places = (place for space in SPACE.finditer(text, start + size) for place in space.span())
+        end = next(filter(may_end, takewhile(last.__ge__, places)), None)
         if end is None:
             if last < start + size + MAX_PIECE:
                 break  # the text may go on
@@ -362,9 +306,10 @@ def cut(text: str, parse: Callable[[str], Sequence[list[Any]]], size: int | None
 
 @cache
 def _byte_characters() -> dict[int, str]:
-    """The character that stands for each byte in a byte-level vocabulary."""
-    others = (byte for byte in range(256) if byte not in BYTES)
-    return {byte: chr(byte) for byte in BYTES} | {byte: chr(256 + index) for index, byte in enumerate(others)}
+    """The character that stands for each byte in a byte-level vocabulary: that of its number, or one from U+0100 on."""
+    own = sorted({*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)})
+    others = sorted({*range(0x100)} - {*own})
+    return {byte: chr(byte) for byte in own} | {byte: chr(0x100 + index) for index, byte in enumerate(others)}
 
 
 def _library() -> ModuleType:

@@ -23,14 +23,10 @@ GPT2_VOCAB_SIZE = 50_257
 PIECES = 32
 """With hold_out = "pieces". With 30 an interval from their losses, of which each counts as one number, held the truth
 in 93 to 97% of cases on every text that was tried."""
-MAX_ON_DEVICE = 1 << 30
-"""Bytes of a prepared corpus up to which a GPU gets it whole; of a larger one it gets the windows of each batch."""
-MAX_COMPARED = 1 << 30
-"""Bytes of a prepared corpus up to which its documents are compared when a run starts: the other processes wait."""
-MAX_ENCODED_AGAIN = 1 << 28
-"""Bytes of text up to which a prepared held-out text of another tokenizer is encoded again, in memory."""
-BLOCK = 1 << 20
-"""Tokens searched at a time."""
+MAX_ON_DEVICE = 1 << 30  # bytes of a prepared corpus; of a larger one a GPU gets the windows of each batch
+MAX_COMPARED = 1 << 30  # bytes of a prepared corpus whose documents are compared at the start: other processes wait
+MAX_ENCODED_AGAIN = 1 << 28  # bytes of a prepared held-out text of another tokenizer, which is encoded again in memory
+BLOCK = 1 << 20  # tokens searched at a time
 
 
 class Dataset(NamedTuple):
@@ -105,40 +101,45 @@ def load_dataset(
         check_kind(table, tokenizer, "init_from")
     if table.val_corpus:
         return _load_two(table, table.val_corpus, seq_len, tokenizer, verify=verify, only_held_out=only_held_out)
-    if is_prepared(table.corpus):
-        return _load_prepared(table, seq_len, tokenizer, verify=verify)
-    corpus = load_corpus(table.corpus)
-    if table.hold_out == "documents":
+    whole = _read_corpus(table, tokenizer, verify=verify)
+    tokenizer, tokens, is_text = whole.tokenizer, whole.train, whole.check_unchanged is None
+    if table.hold_out == "documents" and is_text:
         raise CorpusError(
             f'hold_out: got "documents", and {table.corpus} is one text; prepare it with `mygpt data prepare`'
         )
-    tokenizer, tokens = encode(table, corpus.text, tokenizer)
+    if table.hold_out == "pieces" and not is_text:
+        raise CorpusError(f'hold_out: got "pieces", and {table.corpus} is prepared; hold out "documents" or "tokens"')
+    if table.hold_out == "documents" and tokenizer.end_of_text is None:
+        raise CorpusError(f'{table.corpus}: its tokenizer has no token between documents; set hold_out = "tokens"')
     if table.hold_out == "pieces" and table.val_split:
         pieces = place_pieces(len(tokens), table.val_split)
         val = torch.cat([tokens[piece.start : piece.stop] for piece in pieces])
         train = torch.cat([tokens[gap.start : gap.stop] for gap in gaps_between(pieces, len(tokens))])
-        _check_lengths(
-            {"training part": len(train), "first held-out piece": len(pieces[0])}, len(tokens), seq_len, table.tokenizer
-        )
-        return Dataset(tokenizer, train, val, corpus.sha256, piece_tokens=len(pieces[0]))
-    return Dataset(tokenizer, *split(tokens, table.val_split, seq_len, table.tokenizer), corpus.sha256)
+        lengths = {"training part": len(train), "first held-out piece": len(pieces[0])}
+        _check_lengths(lengths, len(tokens), seq_len, tokenizer.metadata.type)
+        return whole._replace(train=train, val=val, piece_tokens=len(pieces[0]))
+    end_of_text = tokenizer.end_of_text if table.hold_out == "documents" else None
+    train, val = split(tokens, table.val_split, seq_len, tokenizer.metadata.type, end_of_text)
+    return whole._replace(train=train, val=val)
 
 
-def encode(
-    table: DataTable, text: str, tokenizer: Tokenizer | None, further_text: str = ""
-) -> tuple[Tokenizer, torch.Tensor]:
-    """The tokens of the corpus's text, and what they are of: the `tokenizer`, or the one that the recipe asks for.
+def _read_corpus(table: DataTable, tokenizer: Tokenizer | None, *, verify: bool, further_text: str = "") -> Dataset:
+    """The corpus, all of it as the training part, in tokens of the `tokenizer` or of its own.
 
     `further_text` will be encoded, too: characters that only it has are among the tokens.
-
-    Raises:
-        CorpusError, TokenizerError: see `load_dataset`.
     """
+    if is_prepared(table.corpus):
+        prepared, tokens = _open_tokens(Path(table.corpus), tokenizer, verify=verify)
+        check_kind(table, prepared.tokenizer, table.corpus)
+        sha256, check = prepared.manifest.tokens_sha256, prepared.check_unchanged
+        return Dataset(prepared.tokenizer, tokens, tokens[:0], sha256, check)
+    text, sha256 = load_corpus(table.corpus)
     if tokenizer is None:
         tokenizer = CharTokenizer(text + further_text) if table.tokenizer == "char" else make_tokenizer(table, text)
         if tokenizer.vocab_size < 2:
             raise CorpusError(f"{table.corpus}: has a single distinct character; expected a text to learn from")
-    return tokenizer, torch.from_numpy(tokenizer.encode(text, name=table.corpus))
+    tokens = torch.from_numpy(tokenizer.encode(text, name=table.corpus))
+    return Dataset(tokenizer, tokens, tokens[:0], sha256)
 
 
 def is_prepared(corpus: str) -> bool:
@@ -147,20 +148,12 @@ def is_prepared(corpus: str) -> bool:
 
 
 def corpus_sha256(corpus: str) -> str:
-    """The hash that a dataset of this corpus has; of a prepared one as its manifest says.
-
-    Raises:
-        CorpusError: it cannot be read.
-    """
+    """The hash that a dataset of this corpus has; raises CorpusError if it cannot be read."""
     return read_manifest(Path(corpus)).tokens_sha256 if is_prepared(corpus) else load_corpus(corpus).sha256
 
 
 def check_kind(table: DataTable, tokenizer: Tokenizer, owner: str) -> None:
-    """Check that the recipe does not ask for another kind of tokenizer than the one that `owner` brings.
-
-    Raises:
-        CorpusError: it does.
-    """
+    """Raises CorpusError if the recipe asks for another kind of tokenizer than the one that `owner` brings."""
     kind = tokenizer.metadata.type
     is_gpt2 = kind == "bpe" and tokenizer.vocab_size == GPT2_VOCAB_SIZE
     fits = table.tokenizer in ("char", kind) or (table.tokenizer == "gpt2" and is_gpt2)
@@ -198,59 +191,35 @@ def _load_two(
 
     A prepared `val_corpus` of another tokenizer than the corpus's is decoded and encoded.
     """
-    checks: list[Callable[[], None]] = []
     val_text = None if is_prepared(val_corpus) else load_corpus(val_corpus)
-    train, sha256 = None, ""
-    if tokenizer and only_held_out:
-        pass
-    elif is_prepared(table.corpus):
-        prepared, train = _open_tokens(Path(table.corpus), tokenizer, verify=verify)
-        tokenizer, sha256 = prepared.tokenizer, prepared.manifest.tokens_sha256
-        check_kind(table, tokenizer, table.corpus)
-        checks.append(prepared.check_unchanged)
-    else:
-        corpus = load_corpus(table.corpus)
-        tokenizer, train = encode(table, corpus.text, tokenizer, val_text.text if val_text else "")
-        sha256 = corpus.sha256
+    corpus = None
+    if not (tokenizer and only_held_out):
+        corpus = _read_corpus(table, tokenizer, verify=verify, further_text=val_text.text if val_text else "")
+        tokenizer = corpus.tokenizer
     if val_text:
         val, held_out_sha256 = torch.from_numpy(tokenizer.encode(val_text.text, name=val_corpus)), val_text.sha256
+        check = None
     else:
         prepared, val = _open_tokens(Path(val_corpus), tokenizer, verify=verify, max_other=MAX_ENCODED_AGAIN)
-        held_out_sha256 = prepared.manifest.tokens_sha256
-        if prepared.tokenizer.metadata == tokenizer.metadata:
-            checks.append(prepared.check_unchanged)
-        else:
-            val = _encode_again(prepared, tokenizer, val_corpus)
-    if train is None:
-        train, sha256 = val, held_out_sha256
+        held_out_sha256, check = prepared.manifest.tokens_sha256, prepared.check_unchanged
+        if prepared.tokenizer.metadata != tokenizer.metadata:
+            val, check = _encode_again(prepared, tokenizer, val_corpus), None
+    corpus = corpus or Dataset(tokenizer, val, val, held_out_sha256)
     unit = "characters" if tokenizer.metadata.type == "char" else "tokens"
-    for name, part in ((table.corpus, train), (val_corpus, val)):
+    for name, part in ((table.corpus, corpus.train), (val_corpus, val)):
         if len(part) <= seq_len + 1:
             expected = f"more than seq_len + 1 = {seq_len + 1}; give a longer text, or train with a smaller seq_len"
             raise CorpusError(f"{name}: has {len(part):,} {unit}, expected {expected}")
 
+    checks = [each for each in (corpus.check_unchanged, check) if each]
+
     def check_unchanged() -> None:
-        for check in checks:
-            check()
+        for each in checks:
+            each()
 
-    check = check_unchanged if checks else None
-    return Dataset(tokenizer, train, val, sha256, check, held_out_sha256=held_out_sha256)
-
-
-def _load_prepared(table: DataTable, seq_len: int, tokenizer: Tokenizer | None, *, verify: bool) -> Dataset:
-    folder = Path(table.corpus)
-    prepared, tokens = _open_tokens(folder, tokenizer, verify=verify)
-    if table.hold_out == "pieces":
-        raise CorpusError(f'hold_out: got "pieces", and {folder} is prepared; hold out "documents" or "tokens"')
-    kind = prepared.manifest.tokenizer
-    check_kind(table, prepared.tokenizer, str(folder))
-    end_of_text = None
-    if table.hold_out == "documents":
-        end_of_text = prepared.tokenizer.end_of_text
-        if end_of_text is None:
-            raise CorpusError(f'{folder}: its tokenizer has no token between documents; set hold_out = "tokens"')
-    parts = split(tokens, table.val_split, seq_len, kind, end_of_text)
-    return Dataset(prepared.tokenizer, *parts, prepared.manifest.tokens_sha256, prepared.check_unchanged)
+    return corpus._replace(
+        val=val, held_out_sha256=held_out_sha256, check_unchanged=check_unchanged if checks else None
+    )
 
 
 def _encode_again(prepared: Prepared, tokenizer: Tokenizer, name: str) -> torch.Tensor:
@@ -281,11 +250,7 @@ def _document_hashes(tokens: torch.Tensor, end_of_text: int) -> Iterator[bytes]:
 
 
 def make_tokenizer(table: DataTable, text: str) -> Tokenizer:
-    """The tokenizer that the recipe asks for, of this text.
-
-    Raises:
-        TokenizerError: see `load_dataset`.
-    """
+    """The tokenizer that the recipe asks for, of this text; raises TokenizerError as `load_dataset` does."""
     if table.tokenizer == "char":
         return CharTokenizer(text)
     if table.tokenizer == "byte":

@@ -8,14 +8,10 @@ from typing import Literal
 
 from mygpt.errors import CorpusError
 
-HEAD = 1 << 16
-"""Bytes at the beginning of a file that are looked at."""
+HEAD = 1 << 16  # bytes at the beginning of a file that are looked at
 COMPRESSED = {".gz": (b"\x1f\x8b", "a gzip file"), ".zst": (b"\x28\xb5\x2f\xfd", "a zstd file")}
 PARQUET = b"PAR1"
-
-DEFAULT_FIELD = "text"
-"""The field or column of a document's text, unless the user names another."""
-
+DEFAULT_FIELD = "text"  # of a record, or the column, that has a document's text
 Form = Literal["text", "JSON Lines", "a JSON array", "CSV", "Parquet"]
 """A text is one document; the others have a document in a field of each record."""
 FORMS: dict[str, Form] = {
@@ -38,8 +34,7 @@ FOREIGN = (
     (0, b"%PDF-", "a PDF", "extract its text first, such as with pdftotext"),
 )
 """Where the bytes are that tell a format, which they are, its name, and the way to its text."""
-WORD = b"word/document.xml"
-"""The member of a zip archive that makes it a Word document."""
+WORD = b"word/document.xml"  # the member of a zip archive that makes it a Word document
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, with which it begins
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -77,13 +72,16 @@ def find_form(file: Path, head: bytes) -> Form:
 
 def ending_of(file: Path) -> str:
     """A file's last ending in small letters, without that of a compression; "": it has none."""
-    return Path(file.stem if file.suffix.lower() in COMPRESSED else file.name).suffix.lower()
+    return _decompressed_name(file).suffix.lower()
 
 
 def prepare_command(file: Path) -> str:
     """The command that makes a corpus of the file."""
-    name = file.stem if file.suffix.lower() in COMPRESSED else file.name
-    return shlex.join(["mygpt", "data", "prepare", str(file), "--out", f"data/{Path(name).stem}"])
+    return shlex.join(["mygpt", "data", "prepare", str(file), "--out", f"data/{_decompressed_name(file).stem}"])
+
+
+def _decompressed_name(file: Path) -> Path:
+    return Path(file.stem if file.suffix.lower() in COMPRESSED else file.name)
 
 
 def _form_of_json(head: bytes) -> Form:

@@ -1,14 +1,16 @@
 """Makes a prepared corpus of text files on all cores and in bounded memory; can be killed and continued.
 
 The documents are cut into batches that depend on the sources alone. Their tokens are appended to a file, and a journal
-says how far it goes and of which text. The same command reads the sources again, and goes on after the batches whose
-text is still the same: it gives the same bytes as a command that was never killed.
+has a record of each batch: the hashes of its text and of its tokens. The same command reads the sources again, and goes
+on after the batches whose hashes are right: it gives the same bytes as a command that was never killed.
 """
 
 import errno
 import hashlib
+import itertools
 import json
 import os
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +33,6 @@ from mygpt.data.prepared import (
     TOKENS_FILE,
     TYPES,
     Manifest,
-    SourceEntry,
     header,
     type_name,
 )
@@ -49,21 +50,16 @@ from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerErro
 from mygpt.posix import fcntl
 from mygpt.recipe.reading import read_file
 
-BATCH = 1 << 20
-"""Characters that one thread tokenizes at a time."""
-PIECE_COST = 64
-"""What a document adds to the size of a batch beside its characters, so that many empty ones make a batch, too."""
+BATCH = 1 << 20  # characters that one thread tokenizes at a time
+PIECE_COST = 64  # what a document adds to a batch beside its characters, so that many empty ones make a batch, too
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WRONG_PLACE = (
+WRONG_PLACE = (  # for a folder
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
     *(errno.ELOOP, errno.ENAMETOOLONG),
 )
-"""Of a folder that cannot be made where the user wants it."""
-MAX_SAMPLE = 1 << 26
-"""Characters of the text on which a byte-pair encoding is trained; the library needs some thirty times their memory."""
-SYNC_SECONDS = 1.0
-"""Seconds of work that a power failure can cost."""
-JOURNAL_FILE = "journal.jsonl"
+MAX_SAMPLE = 1 << 26  # characters to train an encoding on; the library needs some thirty times their memory
+SYNC_SECONDS = 1.0  # of work that a power failure can cost
+JOURNAL_FILE = "journal"
 SETTINGS_FILE = "settings.json"
 WORKING_FILES = (SETTINGS_FILE, JOURNAL_FILE, TOKENIZER_FILE, TOKENS_FILE, MANIFEST_FILE)
 
@@ -71,31 +67,21 @@ Progress = Callable[[int], None]
 """Takes how many more bytes of text are done."""
 
 
-class TextBatch(NamedTuple):
-    """Consecutive pieces of documents."""
-
-    pieces: tuple[Piece, ...]
-
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for text, is_last in self.pieces:
-            data = text.encode()
-            digest.update(b"%d,%d:" % (len(data), is_last))
-            digest.update(data)
-        return digest.hexdigest()
-
-
 class Encoded(NamedTuple):
-    """A batch as tokens."""
+    """Consecutive pieces of documents as tokens."""
 
-    sha256: str
-    ids: npt.NDArray[np.integer] | None
-    """None: the file has them already."""
-    ids_sha256: str
+    sha256: bytes
+    """Of their text, and where documents end."""
+    ids_sha256: bytes
     """See `_ids_sha256`."""
     tokens: int
     documents: int
     text_bytes: int
+    ids: npt.NDArray[np.integer] | None = None
+    """None: the file has them already."""
+
+
+RECORD = struct.Struct("<32s32sQQQ")  # of an `Encoded` in the journal
 
 
 class TokenizerChoice(NamedTuple):
@@ -133,7 +119,9 @@ def prepare(
                 raise CorpusError(f"{partial}: in the way of the folder to work in; remove it, or choose another --out")
             make_directory(partial)
             try:
-                return _prepare(sources, partial, out, choice, field, workers or core_count(), progress)
+                tokenizer, trained_on = _tokenizer(partial, sources, choice, field)
+                workers = workers or core_count()
+                manifest = _write_tokens(partial, sources, tokenizer, trained_on, field, workers, progress)
             except MygptError as error:
                 if kept := _kept_bytes(partial):
                     how = f"mend this, and the command continues after the {kept:,} bytes of text that {partial} keeps"
@@ -141,6 +129,13 @@ def prepare(
                 _clear(partial)
                 partial.rmdir()
                 raise
+            replace_bytes(partial / MANIFEST_FILE, manifest.to_json().encode())
+            for name in (SETTINGS_FILE, JOURNAL_FILE):
+                (partial / name).unlink(missing_ok=True)
+            sync(partial)
+            partial.rename(out)
+            sync(out.parent)
+            return manifest
     except MygptError:
         _remove_empty(missing)
         raise
@@ -159,33 +154,9 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def _prepare(
-    sources: Sequence[Path],
-    partial: Path,
-    out: Path,
-    choice: TokenizerChoice,
-    field: str,
-    workers: int,
-    progress: Progress,
-) -> Manifest:
-    tokenizer, trained_on = _tokenizer(partial, sources, choice, field)
-    manifest = _write_tokens(partial, sources, tokenizer, trained_on, field, workers, progress)
-    replace_bytes(partial / MANIFEST_FILE, manifest.to_json().encode())
-    for name in (SETTINGS_FILE, JOURNAL_FILE):
-        (partial / name).unlink(missing_ok=True)
-    sync(partial)
-    partial.rename(out)
-    sync(out.parent)
-    return manifest
-
-
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Keep other commands from preparing `out` meanwhile; the kernel frees the lock of a killed command.
-
-    Raises:
-        CorpusError: another command prepares it, or has.
-    """
+    """Keep other commands from preparing `out` meanwhile; the kernel frees the lock of a killed command."""
     path = out.with_name(f".tmp-{out.name}.lock")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
@@ -220,11 +191,13 @@ def _clear(partial: Path) -> None:
 
 def _kept_bytes(partial: Path) -> int:
     """The bytes of text whose tokens are in the folder to work in, by its journal."""
-    kept = 0
-    with suppress(OSError, ValueError, KeyError, TypeError):  # its last line may be cut short
-        for line in (partial / JOURNAL_FILE).read_bytes().splitlines():
-            kept += json.loads(line)["text_bytes"]
-    return kept
+    journal = partial / JOURNAL_FILE
+    return sum(encoded.text_bytes for encoded in _records(journal.read_bytes())) if journal.exists() else 0
+
+
+def _records(journal: bytes) -> Iterator[Encoded]:
+    whole = len(journal) - len(journal) % RECORD.size  # the last record may be cut short
+    return itertools.starmap(Encoded, RECORD.iter_unpack(journal[:whole]))
 
 
 def _tokenizer(
@@ -276,7 +249,7 @@ def _make_tokenizer(
         return bpe.gpt2(), None
     if choice.file:
         return bpe.read_tokenizer(choice.file), None
-    blocks = ([piece.text for piece in batch.pieces] for batch in batches(pieces, bpe.cut_words))
+    blocks = ([piece.text for piece in batch] for batch in batches(pieces, bpe.cut_words))
     sample = take_sample(blocks, MAX_SAMPLE)
     digest = hashlib.sha256()
     for text in sample:
@@ -319,7 +292,7 @@ def read_all(
             note(f"{source}: {field!r} is null in {nulls:,} documents, which are left out")
 
 
-def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Iterator[TextBatch]:
+def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Iterator[list[Piece]]:
     """The pieces of documents in batches of about `BATCH` characters, cut where `cut` allows it."""
     ready: list[Piece] = []
     size, rest = 0, ""
@@ -331,30 +304,35 @@ def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Ite
             rest = ""
         size += sum(map(len, whole)) + (len(ready[-1].text) + PIECE_COST if is_last else 0)
         if size >= BATCH:
-            yield TextBatch(tuple(ready))
+            yield ready
             ready, size = [], 0
     if ready:
-        yield TextBatch(tuple(ready))
+        yield ready
 
 
-def encode_batch(tokenizer: Tokenizer, batch: TextBatch, sha256: str, dtype: np.dtype[Any]) -> Encoded:
+def _text_sha256(batch: Sequence[Piece]) -> bytes:
+    digest = hashlib.sha256()
+    for text, is_last in batch:
+        data = text.encode()
+        digest.update(b"%d,%d:" % (len(data), is_last))
+        digest.update(data)
+    return digest.digest()
+
+
+def encode_batch(tokenizer: Tokenizer, batch: Sequence[Piece], sha256: bytes, dtype: np.dtype[Any]) -> Encoded:
     """The tokens of a batch; each document ends with `end_of_text`, where the tokenizer has it."""
-    parts, documents, text_bytes = [], 0, 0
-    for text, is_last in batch.pieces:
-        parts.append(tokenizer.encode(text).astype(dtype))
-        text_bytes += len(text.encode())
-        documents += is_last
-        if is_last and tokenizer.end_of_text is not None:
-            parts.append(np.array([tokenizer.end_of_text], dtype=dtype))
-    ids = np.concatenate(parts)
-    return Encoded(sha256, ids, _ids_sha256(ids.data, documents, text_bytes), len(ids), documents, text_bytes)
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    parts = [part for text, is_last in batch for part in (tokenizer.encode(text), np.array(end * is_last, dtype))]
+    ids = np.concatenate(parts, dtype=dtype, casting="unsafe")
+    documents, text_bytes = sum(piece.is_last for piece in batch), sum(len(piece.text.encode()) for piece in batch)
+    return Encoded(sha256, _ids_sha256(ids.data, documents, text_bytes), len(ids), documents, text_bytes, ids)
 
 
-def _ids_sha256(ids: Any, documents: int, text_bytes: int) -> str:
+def _ids_sha256(ids: Any, documents: int, text_bytes: int) -> bytes:
     """The hash of all that the journal says of a batch but of its text."""
     digest = hashlib.sha256(b"%d,%d:" % (documents, text_bytes))
     digest.update(ids)
-    return digest.hexdigest()
+    return digest.digest()
 
 
 def _write_tokens(
@@ -382,7 +360,7 @@ def _write_tokens(
             nonlocal tokens, documents, text_bytes
             number, future = pending.popleft()
             encoded = future.result()
-            journal.add(encoded, number, tokens * dtype.itemsize)
+            journal.add(encoded, number, HEADER_BYTES + tokens * dtype.itemsize)
             tokens += encoded.tokens
             documents += encoded.documents
             text_bytes += encoded.text_bytes
@@ -390,12 +368,12 @@ def _write_tokens(
 
         try:
             for number, batch in enumerate(batches(read_all(sources, field, read, print_note), tokenizer.cut)):
-                sha256 = batch.sha256()
-                if number < len(journal.entries) and journal.entries[number].sha256 == sha256:
+                sha256 = _text_sha256(batch)
+                if number < len(journal.kept) and journal.kept[number].sha256 == sha256:
                     future: Future[Encoded] = Future()
-                    future.set_result(journal.entries[number])
+                    future.set_result(journal.kept[number])
                 else:
-                    del journal.entries[number:]
+                    del journal.kept[number:]
                     future = pool.submit(encode_batch, tokenizer, batch, sha256, dtype)
                 pending.append((number, future))
                 if len(pending) > workers:
@@ -427,58 +405,46 @@ def _write_tokens(
         text_bytes=text_bytes,
         tokens_sha256=file_sha256(partial / TOKENS_FILE),
         field=field,
-        sources=tuple(SourceEntry(**source._asdict()) for source in read),
+        sources=tuple(read),
     )
 
 
 class _Journal:
-    """Appends tokens to their file, and a line per batch to the journal: a line is on the disk only after its tokens.
+    """Writes tokens to their file, and a record per batch to the journal: one is on the disk only after its tokens.
 
-    `entries` are the batches that a command that was killed has written, and that the files still have.
+    `kept` are the batches that a command that was killed has written, and that the files still have.
     """
 
     def __init__(self, tokens_file: IO[bytes], journal_file: IO[bytes], token_bytes: int):
-        self._tokens, self._lines = tokens_file, journal_file
-        self.entries: list[Encoded] = []
-        self._ends = [0]
+        self._tokens, self._journal, self.kept = tokens_file, journal_file, list[Encoded]()
+        size = tokens_file.seek(0, os.SEEK_END)
         tokens_file.seek(HEADER_BYTES)
-        for line in journal_file.read().splitlines(keepends=True):
-            try:
-                entry = Encoded(ids=None, **json.loads(line))
-                ids = tokens_file.read(entry.tokens * token_bytes)
-                sha256 = _ids_sha256(ids, entry.documents, entry.text_bytes)
-            except (ValueError, TypeError, OverflowError):  # a line that was cut short, or damaged
+        for entry in _records(journal_file.read()):
+            ids = tokens_file.read(min(entry.tokens * token_bytes, size))  # a damaged record may have any number
+            if _ids_sha256(ids, entry.documents, entry.text_bytes) != entry.ids_sha256:
                 break
-            if sha256 != entry.ids_sha256:
-                break
-            self.entries.append(entry)
-            self._ends.append(self._ends[-1] + len(line))
-        self._unwritten: list[bytes] = []
+            self.kept.append(entry)
+        self._unwritten = b""
         self._synced_at = time.monotonic()
-        self._is_appending = False
 
     def add(self, encoded: Encoded, number: int, offset: int) -> None:
-        """Add batch `number`, whose tokens begin at `offset` bytes, if the files do not have it."""
+        """Write batch `number`, whose tokens begin at `offset` bytes, if the files do not have it."""
         if encoded.ids is None:
             return
-        if not self._is_appending:  # the rest is of another text, or was cut short
-            for file, end in ((self._lines, self._ends[number]), (self._tokens, HEADER_BYTES + offset)):
-                file.truncate(end)
-                file.seek(end)
-                flush(file.fileno())
-            self._is_appending = True
+        if not self._unwritten:
+            self._journal.truncate(self._journal.seek(number * RECORD.size))  # the rest is of another text, or damaged
+        self._tokens.seek(offset)
         self._tokens.write(encoded.ids.tobytes())
-        entry = {name: value for name, value in encoded._asdict().items() if name != "ids"}
-        self._unwritten.append(json.dumps(entry).encode() + b"\n")
+        self._unwritten += RECORD.pack(*encoded[:-1])
         if time.monotonic() - self._synced_at >= SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
-        for file, data in ((self._tokens, []), (self._lines, self._unwritten)):
-            file.write(b"".join(data))
+        for file, data in ((self._tokens, b""), (self._journal, self._unwritten)):
+            file.write(data)
             file.flush()
             flush(file.fileno())
-        self._unwritten.clear()
+        self._unwritten = b""
         self._synced_at = time.monotonic()
 
 

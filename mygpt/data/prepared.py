@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
 from mygpt.data.build import tokenizer_from
+from mygpt.data.sources import Sha256, Source
 from mygpt.data.tokenizer import Tokenizer, TokenizerMetadata, fingerprint
 from mygpt.disk import file_sha256
 from mygpt.errors import CorpusDiskError, CorpusError
@@ -24,21 +25,10 @@ from mygpt.recipe.tables import Table
 MANIFEST_FILE = "manifest.json"
 TOKENS_FILE = "tokens.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-HEADER_BYTES = 256
-"""Room for the header of the tokens' file, which is written when their number is known."""
+HEADER_BYTES = 256  # room for the header of the tokens' file, which is written when their number is known
 
 TYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "U16": np.dtype("<u2"), "I32": np.dtype("<i4")}
 """The types of tokens, by their names in a safetensors file."""
-
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class SourceEntry(Table):
-    """A file that the tokens come from."""
-
-    path: str
-    bytes: int
-    sha256: Sha256
 
 
 class Manifest(Table):
@@ -59,7 +49,7 @@ class Manifest(Table):
     """Of the tokens' file."""
     field: str
     """The field or column that had the text."""
-    sources: tuple[SourceEntry, ...]
+    sources: tuple[Source, ...]
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"

@@ -19,7 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, AnyStr, NamedTuple
+from typing import IO, Annotated, Any, AnyStr, NamedTuple
+
+from pydantic import Field
 
 from mygpt.data.formats import (
     COMPRESSED,
@@ -34,22 +36,18 @@ from mygpt.data.formats import (
     prepare_command,
 )
 from mygpt.errors import CorpusError, print_note
+from mygpt.recipe.tables import Table
 
-BLOCK = 1 << 20
-"""Bytes read at a time."""
-ZSTD_BLOCK = 1 << 9
-"""Compressed bytes at a time: what they stand for is in memory at once, and can be thirty thousand times as much."""
-MAX_RECORD = 1 << 26
-"""Characters of a record of a JSON array or a field of CSV: it is read until it ends, and a damaged one may never."""
-BEFORE_FIRST, BEFORE_RECORD = re.compile(r"\s*\[\s*(?=\{)"), re.compile(r"\s*,\s*(?=\{)")
-"""What stands before the first record of a JSON array, and before the others."""
+BLOCK = 1 << 20  # bytes read at a time
+ZSTD_BLOCK = 1 << 9  # compressed; what they stand for is in memory at once, and can be thirty thousand times as much
+MAX_RECORD = 1 << 26  # characters of a record of JSON or a field of CSV, which may not end where the file is damaged
+BEFORE_FIRST, BEFORE_RECORD = re.compile(r"\s*\[\s*(?=\{)"), re.compile(r"\s*,\s*(?=\{)")  # of a JSON array
 OWN_FOLDERS = {
     "run directory": {"run.json", "recipe.toml"},
     "prepared corpus": {"manifest.json", "tokens.safetensors"},
 }
 """What mygpt makes, and the files by which it is known: what these hold is no text."""
-MAX_COPIES, MAX_KINDS = 5, 8
-"""Copies that are named, and kinds of files left out; the rest is counted."""
+MAX_COPIES, MAX_KINDS = 5, 8  # copies that are named, and kinds of files left out; the rest is counted
 
 
 class Piece(NamedTuple):
@@ -63,12 +61,15 @@ NULL = Piece("", is_last=True)
 """Stands for a document whose text is null: it is no document."""
 
 
-class Source(NamedTuple):
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Source(Table):
     """A file that was read, as a manifest names it."""
 
     path: str
     bytes: int
-    sha256: str
+    sha256: Sha256
 
 
 class NoFieldError(CorpusError):
@@ -121,8 +122,8 @@ def is_plain(file: Path) -> bool:
     Raises:
         CorpusError: see `read_pieces`.
     """
-    content = identify(file)
-    return content.form == "text" and not content.compression
+    form, compression, _ = identify(file)
+    return form == "text" and not compression
 
 
 def decode_text(file: Path, raw: bytes) -> str:
@@ -131,31 +132,27 @@ def decode_text(file: Path, raw: bytes) -> str:
     Raises:
         CorpusError: see `read_pieces`; or it has to be prepared.
     """
-    content = _identify(file, io.BytesIO(raw))
-    if content.compression or content.form != "text":
-        name = COMPRESSED[content.compression][1] if content.compression else content.form
-        way = "" if content.compression or name == "Parquet" else "copy it to a .txt to take it as it is, or "
+    form, compression, _ = identify(file, raw)
+    if compression or form != "text":
+        name = COMPRESSED[compression][1] if compression else form
+        way = "" if compression or form == "Parquet" else "copy it to a .txt to take it as it is, or "
         raise CorpusError(f"{file}: {name}; {way}prepare it, and give the folder: {prepare_command(file)}")
     return "".join(piece.text for piece in _text(file, [raw]))
 
 
-def identify(file: Path) -> Content:
-    """What a file holds.
+def identify(file: Path, content: bytes | None = None) -> Content:
+    """What a file holds, whose `content` may be known.
 
     Raises:
         CorpusError: it cannot be read, or is no text.
     """
     try:
-        with file.open("rb") as raw:
-            return _identify(file, raw)
+        with file.open("rb") if content is None else io.BytesIO(content) as raw:
+            compression = find_compression(file, raw.read(HEAD))
+            raw.seek(0)
+            head, _ = _peek(_decompressed(file, _Hashing(raw)))
     except OSError as error:
         raise CorpusError(f"{file}: cannot be read: {error.strerror or error}") from None
-
-
-def _identify(file: Path, raw: IO[bytes]) -> Content:
-    compression = find_compression(file, raw.read(HEAD))
-    raw.seek(0)
-    head, _ = _peek(_decompressed(file, _Hashing(raw)))
     return Content(find_form(file, head), compression, head)
 
 
@@ -163,9 +160,6 @@ def _files_in(folder: Path, field: str) -> list[Path]:
     """The files of known endings in a folder and those in it, but for hidden ones, as what mygpt is still writing.
 
     Links to folders are not followed: they may lead in a circle. A note counts what is left out.
-
-    Raises:
-        CorpusError: a folder cannot be read, or there are no such files.
     """
 
     def refuse(error: OSError) -> None:
@@ -217,11 +211,7 @@ def _has_field(file: Path, field: str) -> bool:
 
 
 def _each_content_once(files: Sequence[Path], field: str) -> list[Path]:
-    """The files without those that hold, decompressed, the same bytes as one before; notes name these.
-
-    Raises:
-        CorpusError: see `find_sources`.
-    """
+    """The files without those that hold, decompressed, the same bytes as one before; notes name these."""
     kept: list[Path] = []
     copies: list[str] = []
     alike: dict[tuple[Form, bytes], list[Path]] = {}
@@ -293,7 +283,7 @@ def read_pieces(file: Path, field: str, done: list[Source]) -> Iterator[Piece]:
                 pass
     except OSError as error:
         raise CorpusError(f"{file}: cannot be read: {error.strerror or error}") from None
-    done.append(Source(name_in_manifest(file), hashing.size, hashing.hash.hexdigest()))
+    done.append(Source(path=name_in_manifest(file), bytes=hashing.size, sha256=hashing.hash.hexdigest()))
 
 
 def name_in_manifest(file: Path) -> str:
@@ -319,11 +309,7 @@ class _Hashing(io.RawIOBase):
 
 
 def _decompressed(file: Path, raw: _Hashing) -> Iterator[bytes]:
-    """The blocks of a file's content.
-
-    Raises:
-        CorpusError: it is not what its ending says, or is cut short.
-    """
+    """The blocks of a file's content."""
     stream: Any = io.BufferedReader(raw, BLOCK)
     ending = find_compression(file, stream.peek(4))
     try:
@@ -332,11 +318,9 @@ def _decompressed(file: Path, raw: _Hashing) -> Iterator[bytes]:
         elif ending == ".zst":
             yield from _zstd(file, stream)
             return
-        is_empty = True
         while block := stream.read(BLOCK):
-            is_empty = False
             yield block
-        if is_empty and ending == ".gz" and not raw.size:
+        if ending == ".gz" and not raw.size:
             raise CorpusError(f"{file}: damaged gzip: the file is empty")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CorpusError(f"{file}: damaged gzip: {error}") from None
@@ -380,25 +364,20 @@ def _zstd(file: Path, stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def _text(file: Path, blocks: Iterable[bytes]) -> Iterator[Piece]:
-    decoder = getincrementaldecoder("utf-8")()
-    offset = 0
-
-    def decode(block: bytes, *, final: bool = False) -> str:
-        pending = len(decoder.getstate()[0])
+    decoder, offset = getincrementaldecoder("utf-8")(), 0
+    for block in chain(blocks, [b""]):  # an empty one stands for the file's end
         if b"\0" in block:
             at = offset + block.index(b"\0")
             raise CorpusError(f"{file}: not a text: byte 0x00 at offset {at}; remove such bytes, if the rest is text")
+        pending = len(decoder.getstate()[0])
         try:
-            return decoder.decode(block, final)
+            text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             at, byte = offset - pending + error.start, error.object[error.start]
             way = "convert it to UTF-8, such as with iconv -f cp1252 -t utf-8 if it is Windows-1252"
             raise CorpusError(f"{file}: not UTF-8: byte {byte:#04x} at offset {at}; {way}") from None
-
-    for block in blocks:
-        yield Piece(decode(block), is_last=False)
+        yield Piece(text, is_last=not block)
         offset += len(block)
-    yield Piece(decode(b"", final=True), is_last=True)
 
 
 def _json_lines(file: Path, blocks: Iterable[bytes], field: str) -> Iterator[Piece]:

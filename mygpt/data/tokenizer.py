@@ -22,14 +22,9 @@ from pydantic import Field
 from mygpt.errors import TokenizerError
 from mygpt.recipe.tables import Table
 
-CHUNK = 1 << 20
-"""Characters converted at a time, so that memory holds the code points of one piece and not of all the text."""
-
-DEFAULT_VOCAB_SIZE = 1024
-"""Tokens of a byte-pair encoding that is trained, as in the course."""
-
-END_OF_TEXT = "<|endoftext|>"
-"""What the token between two documents is called and shown as. In a text it is ordinary characters."""
+CHUNK = 1 << 20  # characters converted at a time: 4 bytes each
+DEFAULT_VOCAB_SIZE = 1024  # of a byte-pair encoding that is trained, as in the course
+END_OF_TEXT = "<|endoftext|>"  # the token between two documents; in a text these are ordinary characters
 
 
 class CharMetadata(Table):

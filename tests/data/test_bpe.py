@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 import sys
 import time
 from unittest.mock import patch
@@ -98,7 +99,7 @@ def test_long_text_is_cut_where_it_changes_no_token(words, text, end):
     def cut_small(text):
         return list(cut(text, lambda part: (words_of(part),), size=20))
 
-    with patch.multiple(bpe, CONTEXT=32, MAX_SPACE=16):
+    with patch.multiple(bpe, CONTEXT=32, SPACE=re.compile(r"(?<!\s)\s{1,16}(?!\s)")):
         pieces = cut_small(text)
         assert "".join(pieces) == text
         assert all(len(piece) >= 20 for piece in pieces[:-1])
@@ -325,14 +326,17 @@ def test_text_without_white_space_is_trained_on():
     assert time.perf_counter() - started_at < 20  # it was 20 in one piece of 300,000
 
 
-def test_only_long_words_are_cut_in_training():
-    """Not short ones that no white space separates, as in Chinese: the encoding would be another one."""
-    chinese = "一二三、四五六七。" * 1000
-    assert list(bpe._without_long_words(chinese)) == [chinese]
-    pieces = list(bpe._without_long_words("ab " + "x" * 3000 + "," + " " * 2000 + "é" * 1500))
-    assert "".join(pieces) == "ab " + "x" * 3000 + "," + " " * 2000 + "é" * 1500
-    assert max(map(len, pieces)) <= 2 * bpe.MAX_WORD
-    assert len(pieces) == 5
+def test_long_words_are_cut_in_training_alone():
+    """Of more than 4096 bytes. Others are whole, as short ones without spaces in Chinese are."""
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE())
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    settings = {"vocab_size": 500, "min_frequency": 2, "special_tokens": [END_OF_TEXT], "show_progress": False}
+    texts = ["一二三、四五六七。" * 1000, "ab" * 2048, "cd" * 2000]
+    whole.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, **settings))
+    found = train_bpe(texts, whole.get_vocab_size())
+    assert found._tokenizer.get_vocab() == whole.get_vocab()
+    assert json.loads(found.metadata.json_text)["pre_tokenizer"]["type"] == "ByteLevel"
 
 
 def test_vocabulary_has_a_largest_size():

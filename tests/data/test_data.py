@@ -2,15 +2,15 @@
 
 from itertools import chain, pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mygpt import get_batch
-from mygpt.data.batches import BatchStream, Share, consecutive_windows, held_out_windows, permute, windows
+from mygpt.data.batches import BatchStream, Share, consecutive_windows, held_out_windows, windows
 from mygpt.data.dataset import BLOCK, after_last, gaps_between, load_dataset, place_pieces, split
+from mygpt.data.tokenizer import ByteTokenizer
 from mygpt.errors import CorpusError
 from mygpt.recipe.tables import DataTable, ValidationTable
 
@@ -31,6 +31,16 @@ def test_parts_too_short_for_a_window_are_refused(val_split):
     data = DATA[:9] if val_split == 0 else DATA
     with pytest.raises(CorpusError, match=r"part has \d+ of the corpus's"):
         split(data, val_split, seq_len=9)
+
+
+def test_short_part_is_measured_in_what_its_tokenizer_makes(tmp_path):
+    """Bytes of another run's tokenizer are tokens, though the recipe's own would be characters."""
+    (tmp_path / "a.txt").write_text("short")
+    table = DataTable(corpus=str(tmp_path / "a.txt"))
+    with pytest.raises(CorpusError, match="the training part has 5 of the corpus's 5 characters"):
+        load_dataset(table, 16)
+    with pytest.raises(CorpusError, match="the training part has 5 of the corpus's 5 tokens"):
+        load_dataset(table, 16, tokenizer=ByteTokenizer())
 
 
 def test_get_batch_is_the_course_batch():
@@ -120,26 +130,6 @@ def test_only_shared_stream_moves_the_training_batches():
     assert not shared_untouched
     assert sample("own-stream")[0] == own != shared
     assert len(own) == 2 * 4
-
-
-@given(st.integers(1, 3000), st.integers(0, 2**32 - 1))
-def test_permutation_has_every_number_once(size, seed):
-    """Whatever the size and the seed."""
-    assert sorted(permute(np.arange(size), size, seed).tolist()) == list(range(size))
-
-
-def test_permutation_looks_random():
-    """Other seeds give other orders; neighbours do not stay together; a large range costs no memory."""
-    orders = np.array([permute(np.arange(50), 50, seed) for seed in range(2000)])
-    counts = np.array([np.bincount(orders[:, place], minlength=50) for place in range(50)])
-    chi_square = ((counts - 40) ** 2 / 40).sum(axis=1)  # 49 degrees of freedom, 50 times
-    assert 49 - 6 < chi_square.mean() < 49 + 6  # four standard errors
-    assert chi_square.max() < 105
-    steps = np.diff(orders, axis=1)
-    assert (np.abs(steps) == 1).mean() < 0.06  # 2 / 50 by chance
-    large = permute(np.arange(1000), 10**12, 7)
-    assert len(set(large.tolist())) == 1000
-    assert large.max() < 10**12
 
 
 @given(

@@ -161,8 +161,8 @@ def test_command_that_is_killed_again_and_again_gives_the_same_bytes(tmp_path, s
             break
         except Killed:
             partial = tmp_path / ".tmp-killed"
-            counts.append((partial / "journal.jsonl").read_bytes().count(b"\n"))
-            name = seed.choice(["journal.jsonl", "tokens.safetensors"])
+            counts.append((partial / "journal").stat().st_size // preparing.RECORD.size)
+            name = seed.choice(["journal", "tokens.safetensors"])
             if kill % 3 == 2:
                 os.truncate(partial / name, max(0, (partial / name).stat().st_size - 7))
     if not (tmp_path / "killed").exists():
@@ -257,7 +257,7 @@ def encoded(monkeypatch):
     encode, firsts = preparing.encode_batch, []
 
     def encode_and_note(tokenizer, batch, *rest):
-        firsts.append(batch.pieces[0].text[:8])
+        firsts.append(batch[0].text[:8])
         return encode(tokenizer, batch, *rest)
 
     monkeypatch.setattr(preparing, "encode_batch", encode_and_note)
@@ -497,8 +497,7 @@ def test_tokens_that_the_disk_has_lost_are_made_again(tmp_path, small):
         elif damage == "flip":
             flip(tokens, 300)
         elif damage == "journal":
-            journal = tokens.with_name("journal.jsonl")
-            journal.write_text(journal.read_text().replace('"documents": 0', '"documents": 7', 1))
+            flip(tokens.with_name("journal"), preparing.RECORD.size + 72)  # the documents of the second batch
         else:
             tokens.unlink()
         prepare([tmp_path / "a.txt"], tmp_path / damage, KINDS["char"])
@@ -535,7 +534,7 @@ def test_full_disk_keeps_what_was_done(tmp_path, small, monkeypatch):
     monkeypatch.setattr(preparing._Journal, "sync", sync_or_fail)
     with pytest.raises(CorpusDiskError, match=r"\.tmp-out: No space left on device; make room, and the same command"):
         prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["char"])
-    assert (tmp_path / ".tmp-out" / "journal.jsonl").read_bytes().count(b"\n") == 5
+    assert (tmp_path / ".tmp-out" / "journal").stat().st_size == 5 * preparing.RECORD.size
     prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["char"])
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
