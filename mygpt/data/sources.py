@@ -23,6 +23,7 @@ from typing import IO, Annotated, Any, AnyStr, NamedTuple
 
 from pydantic import Field
 
+from mygpt.data.download import find_tinyshakespeare
 from mygpt.data.formats import (
     COMPRESSED,
     DEFAULT_FIELD,
@@ -87,7 +88,7 @@ class Content(NamedTuple):
 
 
 def find_sources(names: Sequence[str], field: str = DEFAULT_FIELD) -> list[Path]:
-    """The files that a user names: files, folders and patterns, each file and each content once.
+    """The files that a user names: files, folders, patterns and tinyshakespeare, each file and each content once.
 
     A folder stands for all files of known endings in it but hidden ones, and those of mygpt's own folders. Those of a
     folder or a pattern come in the order of their paths. Notes say what is left out.
@@ -104,6 +105,8 @@ def find_sources(names: Sequence[str], field: str = DEFAULT_FIELD) -> list[Path]
             files = _files_in(path, field)
         elif path.exists():
             files = [path]
+        elif name == "tinyshakespeare":
+            files = [find_tinyshakespeare()]
         else:
             files = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
         if not files:

@@ -204,6 +204,11 @@ def test_json_array_may_have_white_space_and_a_character_across_blocks(tmp_path,
 # ---- Folders
 
 
+def test_tinyshakespeare_is_a_source(shakespeare):
+    """As `train` and `init` take the name."""
+    assert find_sources(["tinyshakespeare"]) == [shakespeare]
+
+
 def test_what_a_folder_has_beside_texts_is_said(tmp_path, capsys):
     """By ending and number; records of JSON and CSV are read, where they have the field."""
     for name, content in {
