@@ -45,7 +45,7 @@ from mygpt.data.tokenizer import (
     distinct_code_points,
     fingerprint,
 )
-from mygpt.disk import file_sha256, flush, make_directory, replace_bytes, sync
+from mygpt.disk import WRONG_PLACE, file_sha256, flush, make_directory, replace_bytes, sync
 from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError, print_note
 from mygpt.posix import fcntl
 from mygpt.recipe.reading import read_file
@@ -53,10 +53,6 @@ from mygpt.recipe.reading import read_file
 BATCH = 1 << 20  # characters that one thread tokenizes at a time
 PIECE_COST = 64  # what a document adds to a batch beside its characters, so that many empty ones make a batch, too
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WRONG_PLACE = (  # for a folder
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
-    *(errno.ELOOP, errno.ENAMETOOLONG),
-)
 MAX_SAMPLE = 1 << 26  # characters to train an encoding on; the library needs some thirty times their memory
 SYNC_SECONDS = 1.0  # of work that a power failure can cost
 JOURNAL_FILE = "journal"

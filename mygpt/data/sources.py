@@ -100,9 +100,13 @@ def find_sources(names: Sequence[str], field: str = DEFAULT_FIELD) -> list[Path]
     found: dict[str, Path] = {}
     for name in names:
         path = Path(name)
+        try:
+            is_there = path.exists()
+        except OSError as error:  # as of a name that is too long
+            raise CorpusError(f"{name}: {error.strerror}; expected a file, a folder or a pattern") from None
         if path.is_dir():
             files = _files_in(path, field)
-        elif path.exists():
+        elif is_there:
             files = [path]
         else:
             files = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())

@@ -66,6 +66,17 @@ def test_any_text_can_be_evaluated(tiny, call, other, tmp_path):
     assert "1,499 tokens in 94 windows" in out
 
 
+def test_text_that_was_trained_on_is_named(tiny, call, other, text_file):
+    """Where the run held nothing of it out; another text, and the text that it held out, are no training text."""
+    note = f"note: {text_file} is the text that the run was trained on: its loss says nothing about unseen text\n"
+    run = train(tiny(steps=2))
+    assert call("eval", run, "--corpus", text_file)[::2] == (0, note)
+    assert call("eval", run, "--corpus", other)[::2] == (0, "")
+    run = train(tiny(steps=2, val_corpus=str(other), val_every=2), overwrite=True)
+    assert call("eval", run, "--corpus", text_file)[::2] == (0, note)
+    assert note not in call("eval", run, "--corpus", other)[2]
+
+
 @pytest.mark.parametrize("kind", ["byte", "char"])
 def test_prepared_corpus_is_evaluated_with_the_tokenizer_of_the_model(tiny, call, text, tmp_path, kind, monkeypatch):
     """Its documents are encoded as the model needs them, without a token between them if its tokenizer has none."""

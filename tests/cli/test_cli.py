@@ -317,6 +317,15 @@ def test_flag_may_correct_a_recipe(call, tmp_path):
     assert call("recipe", "show", path, "--steps", 4000)[0] == 0
 
 
+def test_ending_of_a_recipe_may_be_in_capitals(call, tmp_path):
+    """It is not trained on as a text."""
+    path = write(tmp_path / "MINE.TOML", "[train]\nsteps = 3\n")
+    code, out, _ = call("recipe", "show", path)
+    assert code == 0
+    assert "steps = 3" in out
+    assert 'output = "checkpoints/MINE"' in out
+
+
 def test_every_key_is_a_flag_with_help(call):
     """Help names each key and explains it, with the recipe's own values as defaults."""
     code, out, _ = call("train", "hardened", "--help")

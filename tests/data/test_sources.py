@@ -318,3 +318,9 @@ def test_missing_field_of_a_named_file_is_a_mistake(tmp_path):
     (tmp_path / "a.csv").write_text("name,age\nAda,36\n")
     with pytest.raises(MygptError, match="has no column 'text' but name, age"):
         prepare(find_sources([str(tmp_path / "a.csv")]), tmp_path / "out", BYTES)
+
+
+def test_name_that_cannot_be_a_path_is_a_mistake(call):
+    """As one that is too long."""
+    code, _, err = call("data", "prepare", name := "x" * 300, "--out", "o")
+    assert (code, err) == (2, f"mygpt: {name}: File name too long; expected a file, a folder or a pattern\n")

@@ -297,8 +297,9 @@ def test_only_a_picture_of_mygpt_is_overwritten(tmp_path, call, monkeypatch):
     plot([run], out := tmp_path / "a.png")
     before = out.read_bytes()
     monkeypatch.setattr(disk, "sync", lambda _: fail_with(errno.ENOSPC))
-    with pytest.raises(MygptError, match=r"a\.png: cannot be written: No space left on device"):
+    with pytest.raises(MygptError, match=r"a\.png: cannot be written: No space left on device") as full:
         plot([run, write_records(tmp_path / "other", {1: 4.0})], out)
+    assert full.value.exit_code == 1
     assert out.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "other", "run"]
 

@@ -386,3 +386,12 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
         code, _, err = call("study", *arguments)
         assert (code, message in err) == (2, True), err
     assert contents(place) == before
+
+
+def test_study_in_a_place_that_cannot_be_written_to_is_refused(place, call, monkeypatch):
+    """Before a run is looked at; also where the folder of the study is not there yet."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for out, existing in (("study", "study"), ("new/study", place)):
+        code, _, err = call("study", "small.toml", "--out", out)
+        assert (code, err) == (2, f"mygpt: --out: {existing} cannot be written to; choose another --out\n")
