@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from mygpt.cli.command import command, print_json
 from mygpt.cli.train import announce_threads
-from mygpt.errors import CheckpointError, MygptError, RecipeError, print_note
+from mygpt.errors import CheckpointError, MygptError, RecipeError, counted, print_note
 from mygpt.estimates import Estimate
 from mygpt.processes.environment import is_main_process
 from mygpt.recipe.tables import Recipe, check_recipe
@@ -67,7 +67,7 @@ def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
         print_json({"checkpoint": found.file, **facts, **documents, "perplexity": found.perplexity})
         return
     print(f"model: step {found.step}, {found.file}")
-    print(f"text: {found.text}; {found.tokens:,} tokens in {found.windows:,} windows")
+    print(f"text: {found.text}; {counted(found.tokens, 'token')} in {counted(found.windows, 'window')}")
     for name, estimate in estimates.items():
         if estimate:
             print(f"{name.replace('_', ' ')}: {_shown(estimate)}{' nats per token' * (name == 'loss')}")

@@ -140,7 +140,7 @@ def _prepare(sources: Sequence[Path], folder: Path, field: str) -> None:
         size += len(piece.text.encode())
         if size >= ENOUGH_FOR_WORDS:
             break
-    check_size(", ".join(map(str, sources[:3])), size, LEAST_BYTES, "bytes")
+    check_size(", ".join(map(str, sources[:3])), size, LEAST_BYTES, "byte")
     keys = tokenizer_keys(size)
     try:
         prepare_with_bar(sources, folder, TokenizerChoice(keys["tokenizer"], keys.get("vocab_size", 0), None), field)

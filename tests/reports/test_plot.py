@@ -136,6 +136,10 @@ def test_copy_of_a_run_is_no_other_seed(tiny, tmp_path):
         f"{copies}/2; --no-merge-seeds draws each run"
     ]
     assert len(texts_of_labels(plot([copies, tmp_path / "seeds"], merge_seeds=False))) == 5 + 1
+    for name in ("4", "5", "6"):
+        shutil.copytree(copies / "2", copies / name)
+    plot([copies], warn=warnings.append)
+    assert f"left out {copies}/4, {copies}/5 and {copies}/6 of {copies}/2;" in warnings[1]
 
 
 def test_mean_over_seeds_ends_where_the_first_ends(tiny, tmp_path):

@@ -353,6 +353,7 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
     before = contents(place)
     for arguments, message in (
         (["small.toml", "--seeds", "1"], "--seeds: got 1, expected 2 to 1000: one seed is not a result"),
+        (["small.toml", "--seeds", "1001"], "--seeds: got 1001, expected 2 to 1000\n"),
         (["small.toml", "--out", "full"], "--out: full is not empty and not a study"),
         (["small.toml", "--out", "text.txt"], "--out: text.txt is a file"),
         (["small.toml", "--set", "lr"], "--set: got 'lr', expected KEY=VALUE,VALUE"),
