@@ -31,9 +31,11 @@ from mygpt.data.formats import (
     HEAD,
     PARQUET,
     Form,
+    convert_command,
     ending_of,
     find_compression,
     find_form,
+    plain_json_note,
     prepare_command,
 )
 from mygpt.errors import CorpusError, print_note
@@ -101,9 +103,13 @@ def find_sources(names: Sequence[str], field: str = DEFAULT_FIELD) -> list[Path]
     found: dict[str, Path] = {}
     for name in names:
         path = Path(name)
+        try:
+            is_there = path.exists()
+        except OSError as error:  # as of a name that is too long
+            raise CorpusError(f"{name}: {error.strerror}; expected a file, a folder or a pattern") from None
         if path.is_dir():
             files = _files_in(path, field)
-        elif path.exists():
+        elif is_there:
             files = [path]
         elif name == "tinyshakespeare":
             files = [find_tinyshakespeare()]
@@ -230,6 +236,8 @@ def _each_content_once(files: Sequence[Path], field: str) -> list[Path]:
             has_fields = True
             continue
         has_fields |= form != "text"
+        if form == "text" and ending_of(file) == ".json":
+            print_note(f"note: {plain_json_note(file)}")
         if same:
             copies.append(f"note: {file}: passed over: it holds the same as {same}")
         else:
@@ -377,7 +385,7 @@ def _text(file: Path, blocks: Iterable[bytes]) -> Iterator[Piece]:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             at, byte = offset - pending + error.start, error.object[error.start]
-            way = "convert it to UTF-8, such as with iconv -f cp1252 -t utf-8 if it is Windows-1252"
+            way = f"convert it to UTF-8; if it is Windows-1252: {convert_command(file, 'cp1252')}"
             raise CorpusError(f"{file}: not UTF-8: byte {byte:#04x} at offset {at}; {way}") from None
         yield Piece(text, is_last=not block)
         offset += len(block)
