@@ -8,6 +8,12 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+WRONG_PLACE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG),
+)
+"""Errors of a file or a folder that could be made in another place."""
+
 
 def file_sha256(file: Path) -> str:
     """The sha256 of a file's content, in hexadecimal."""

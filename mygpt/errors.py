@@ -103,6 +103,11 @@ def printable(line: str) -> str:
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 file", "2,000 files"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def print_note(text: str) -> None:
     """Tell the user on one line on stderr, beside what a command answers on stdout."""
     print(printable(text), file=sys.stderr, flush=True)

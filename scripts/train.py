@@ -5,7 +5,7 @@ accelerate launch scripts/train.py recipes/hardened.toml [flags]
 
 import sys
 
-from mygpt.cli.main import main
+from mygpt.__main__ import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

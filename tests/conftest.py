@@ -12,7 +12,8 @@ from support.commands import MYGPT, REPOSITORY, run_process
 from support.runs import EXACT, TINY
 
 from mygpt.cli.main import main
-from mygpt.data.corpus import TINYSHAKESPEARE_SHA256, find_tinyshakespeare, load_corpus
+from mygpt.data.corpus import load_corpus
+from mygpt.data.download import TINYSHAKESPEARE_SHA256, find_tinyshakespeare
 from mygpt.errors import DownloadError
 from mygpt.recipe.tables import Recipe
 

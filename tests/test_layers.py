@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mygpt"
 
 # Lowest first; a floor imports only from lower ones. Those of one floor do not import each other.
 FLOORS = [
-    {"errors", "compat", "cores", "disk", "estimates"},
+    {"errors", "compat", "cores", "disk", "estimates", "interrupt"},
     {"posix"},
     {"recipe"},
     {"data"},

@@ -102,7 +102,7 @@ def recreate(
             pass
         return Recreation(plan.first, 0, 0, [])
     check_free(run, out)
-    with workplace(out.with_name(f".tmp-at-{out.name}")) as folder:
+    with workplace(workplace_of(out)) as folder:
         again = folder / "run"
         resume = "auto"
         if plan.checkpoint:
@@ -283,8 +283,15 @@ def check_free(run: Path, out: Path) -> None:
     if os.path.lexists(out):
         raise CheckpointError(f"output: {out} is there already; choose another one, or remove it")
     check_output(out, replace=False)
+    if len(os.fsencode(workplace_of(out).name)) > 255:
+        raise CheckpointError(f"output: {out}: its name is too long; choose a shorter one")
     if files.real_path(out).is_relative_to(files.real_path(run)):
         raise CheckpointError(f"output: {out} is in {run}, which stays as it is; choose another one")
+
+
+def workplace_of(out: Path) -> Path:
+    """The folder in which a run is made that becomes `out`."""
+    return out.with_name(f".tmp-at-{out.name}")
 
 
 @contextmanager

@@ -80,7 +80,9 @@ def measure_speed(
     with explain_out_of_memory(table):
         base = time_step(recipe, device, dataset, seconds)
     tokens = table.batch_size * table.seq_len
-    yield "speed", f"{base.seconds * 1e3:.3g} ms a step, {tokens / base.seconds:,.0f} tokens/s"
+    milliseconds = base.seconds * 1e3
+    shown = f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"  # .3g writes 7.41e+03
+    yield "speed", f"{shown} ms a step, {tokens / base.seconds:,.0f} tokens/s"
     if peak := peak_flops(device, recipe.runtime.precision):
         share = base.flops / base.seconds / peak
         yield (

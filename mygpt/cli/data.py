@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from mygpt.cli.command import command, dispatch, print_json
 from mygpt.data.formats import DEFAULT_FIELD
-from mygpt.errors import InterruptedRunError, MygptError, print_note
+from mygpt.errors import InterruptedRunError, MygptError, counted, print_note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,7 +116,9 @@ def _description(corpus: "Prepared") -> list[str]:
         "documents": f"{manifest.documents:,}",
         "text": f"{manifest.text_bytes:,} bytes, {manifest.text_bytes / manifest.tokens:.2f} a token",
         "tokenizer": f"{describe_tokenizer(corpus.tokenizer.metadata)}, {corpus.tokenizer.vocab_size:,} tokens",
-        "sources": f"{len(manifest.sources):,} files, {sum(source.bytes for source in manifest.sources):,} bytes",
+        "sources": ", ".join(
+            [counted(len(manifest.sources), "file"), counted(sum(each.bytes for each in manifest.sources), "byte")]
+        ),
         "sha256": manifest.tokens_sha256,
         "begins with": repr(sample),
     }

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from mygpt.cli.command import command, print_json
 from mygpt.cli.train import announce_threads
-from mygpt.errors import CheckpointError, MygptError, RecipeError, print_note
+from mygpt.errors import CheckpointError, MygptError, RecipeError, counted, print_note
 from mygpt.estimates import Estimate
 from mygpt.processes.environment import is_main_process
 from mygpt.recipe.tables import Recipe, check_recipe
@@ -67,7 +67,7 @@ def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
         print_json({"checkpoint": found.file, **facts, **documents, "perplexity": found.perplexity})
         return
     print(f"model: step {found.step}, {found.file}")
-    print(f"text: {found.text}; {found.tokens:,} tokens in {found.windows:,} windows")
+    print(f"text: {found.text}; {counted(found.tokens, 'token')} in {counted(found.windows, 'window')}")
     for name, estimate in estimates.items():
         if estimate:
             print(f"{name.replace('_', ' ')}: {_shown(estimate)}{' nats per token' * (name == 'loss')}")
@@ -77,12 +77,20 @@ def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
 
 
 def _is_own_text(path: Path, corpus: str) -> bool:
-    """Whether a corpus is the text of which the run of the model at `path` has held something out."""
+    """Whether a corpus is the text of which the run of the model at `path` has held something out.
+
+    A note says so if it is a text that the run was trained on, all of it.
+    """
     from mygpt.data.dataset import corpus_sha256
 
     if (run := run_of(find_model_file(path))) is None:
         return False
-    return run.recipe.data.has_held_out and corpus_sha256(corpus) == run.info.held_out_text
+    sha256 = corpus_sha256(corpus)
+    if run.recipe.data.has_held_out and sha256 == run.info.held_out_text:
+        return True
+    if sha256 == run.info.corpus_sha256:
+        print_note(f"note: {corpus} is the text that the run was trained on: its loss says nothing about unseen text")
+    return False
 
 
 def _recipe_for(path: Path, corpus: str | None, *, is_own_text: bool = False, **keys: Any) -> Recipe:

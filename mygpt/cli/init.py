@@ -14,6 +14,7 @@ from mygpt.cli.train import announce_threads
 from mygpt.data.formats import DEFAULT_FIELD
 from mygpt.errors import CorpusError, MygptError, TokenizerError, print_note
 from mygpt.recipe.tables import NAMED_CORPORA, Recipe
+from mygpt.runs.files import explain_refusal, replace_bytes
 
 LARGE = 256_000_000
 """Bytes of a text file from which it is prepared, and not read into memory by each run."""
@@ -52,8 +53,9 @@ def init(options: InitOptions) -> None:
     corpus, is_prepared = _find_corpus(options, out)
     plan = choose(look_at(corpus, is_prepared=is_prepared), options.minutes, print_note)
     text = recipe_text(plan, _made_by(options), out.parent)
-    with out.open("x", encoding="utf-8") as file:
-        file.write(text)
+    _check_out(out)  # again: planning took some seconds
+    with explain_refusal(out):
+        replace_bytes(out, text.encode())
     print("\n".join(summary(plan)))
     print_note(f"wrote {out}; train it with: {shlex.join(['mygpt', 'train', str(out)])}")
 
@@ -78,8 +80,10 @@ def _check_out(out: Path) -> None:
         raise MygptError(f"{out}: {out.parent} is not a folder; make it, or choose another --out")
     if os.path.lexists(out):
         raise MygptError(f"{out}: exists; choose another --out, or remove it")
-    out.touch(exist_ok=False)
-    out.unlink()
+    with explain_refusal(out):
+        partial = out.with_name(f".tmp-{out.name}")  # as it is written first
+        partial.touch()
+        partial.unlink()
 
 
 def _made_by(options: InitOptions) -> str:
@@ -136,7 +140,7 @@ def _prepare(sources: Sequence[Path], folder: Path, field: str) -> None:
         size += len(piece.text.encode())
         if size >= ENOUGH_FOR_WORDS:
             break
-    check_size(", ".join(map(str, sources[:3])), size, LEAST_BYTES, "bytes")
+    check_size(", ".join(map(str, sources[:3])), size, LEAST_BYTES, "byte")
     keys = tokenizer_keys(size)
     try:
         prepare_with_bar(sources, folder, TokenizerChoice(keys["tokenizer"], keys.get("vocab_size", 0), None), field)

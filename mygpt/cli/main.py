@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -102,7 +103,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = error.exit_code
         # All processes stop for a signal together; one says so.
         if is_main_process() or not isinstance(error, InterruptedRunError):
-            print_error(str(error), is_of_other=isinstance(error, PeerError))
+            message = str(error)
+            for part in re.split("[/=]", "/".join(arguments)):
+                message = message.replace(part, printable(part)) if "\n" in part else message
+            print_error(message, is_of_other=isinstance(error, PeerError))
     except BrokenPipeError:
         # The reader of our output has gone, as in `mygpt generate ... | head`; nothing more can be written there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,6 +123,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(name: str, arguments: list[str]) -> int | None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # torch would end the process
+        raise MygptError("the working directory has been removed; change to another one") from None
     command: Command = getattr(importlib.import_module(f"mygpt.cli.{COMMANDS[name]}"), name)
     return command(arguments)
 

@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from mygpt.cli.command import InputOptions, command, errors_reach_all_processes, print_json
 from mygpt.cli.train import announce_threads
-from mygpt.errors import MygptError, print_note
+from mygpt.errors import MygptError, counted, print_note
 from mygpt.processes.environment import is_main_process
 from mygpt.recipe.flags import keys_given, parse_changes
 from mygpt.recipe.tables import SEED_KEYS, Recipe
@@ -64,10 +64,11 @@ def at(options: AtOptions) -> None:
         facts = {"run": options.run, "step": step, "out": options.out, "trained_steps": count}
         print_json({**facts, **made._asdict()})
         return
-    how = f"trained {count} steps from step {made.first}" if count else "copied its checkpoint"
+    how = f"trained {counted(count, 'step')} from step {made.first}" if count else "copied its checkpoint"
     print(f"{options.out} is {options.run} after step {step}: {how}")
     if made.records or made.checkpoints:
-        print(f"identical to what was recorded: {made.records} records, {made.checkpoints} checkpoints")
+        same = f"{counted(made.records, 'record')}, {counted(made.checkpoints, 'checkpoint')}"
+        print(f"identical to what was recorded: {same}")
     for change in made.changes:
         print(f"changed since: {change}")
 

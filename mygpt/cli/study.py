@@ -51,8 +51,9 @@ def study(options: StudyOptions) -> None:
 
     if not options.recipes:
         raise MygptError("expected a recipe: mygpt study RECIPE --set lr=3e-4,1e-3")
+    why = ": one seed is not a result" * (options.seeds == 1)
     if not 2 <= options.seeds <= MOST_SEEDS:
-        raise MygptError(f"--seeds: got {options.seeds}, expected 2 to {MOST_SEEDS}: one seed is not a result")
+        raise MygptError(f"--seeds: got {options.seeds}, expected 2 to {MOST_SEEDS}{why}")
     if not 0 < options.effect < float("inf"):
         raise MygptError(f"--effect: got {options.effect:g}, expected a number above 0")
     if options.side_by_side is not None and options.side_by_side < 1:

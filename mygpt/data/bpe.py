@@ -204,7 +204,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     tokenizer.train_from_iterator((piece for text in texts for piece in cut_words(text)), trainer)
     tokenizer.pre_tokenizer = _gpt2_words()
     if (got := tokenizer.get_vocab_size()) < vocab_size:
-        raise TokenizerError(f"vocab_size: got {vocab_size}, and the text allows {got}: lower it, or give more text")
+        raise TokenizerError(
+            f"vocab_size: got {vocab_size}, and the text allows {got}; give --vocab-size {got}, or more text"
+        )
     return BPETokenizer(tokenizer.to_str(), name="tokenizer")
 
 

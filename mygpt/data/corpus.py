@@ -5,17 +5,14 @@ a file gives the same tokens on every system.
 """
 
 import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
+from mygpt.data import download
 from mygpt.data.sources import decode_text
-from mygpt.errors import CorpusError, DownloadError
+from mygpt.errors import CorpusError
 from mygpt.recipe.reading import read_file
 from mygpt.recipe.tables import NAMED_CORPORA
-
-TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class Corpus(NamedTuple):
@@ -34,47 +31,16 @@ def load_corpus(name: str) -> Corpus:
         DownloadError: a named corpus could not be fetched, or has the wrong hash.
     """
     if name == "tinyshakespeare":
-        path = find_tinyshakespeare()
+        path = download.find_tinyshakespeare()
         corpus = _read_text(path)
-        if corpus.sha256 != TINYSHAKESPEARE_SHA256:
-            raise CorpusError(f"{path}: not Tiny Shakespeare (sha256 {TINYSHAKESPEARE_SHA256}); replace or remove it")
+        if corpus.sha256 != download.TINYSHAKESPEARE_SHA256:
+            raise CorpusError(
+                f"{path}: not Tiny Shakespeare (sha256 {download.TINYSHAKESPEARE_SHA256}); replace or remove it"
+            )
         return corpus
     if name == "python-docs":
         return _python_docs()
     return _read_text(Path(name))
-
-
-def find_tinyshakespeare() -> Path:
-    """The file of Tiny Shakespeare: in MYGPT_DATA_DIR if that is set, else in the cache, downloaded if it is not there.
-
-    Raises:
-        CorpusError: MYGPT_DATA_DIR is set, and the file is not there.
-        DownloadError: the file is not in the cache and cannot be fetched.
-    """
-    if folder := os.environ.get("MYGPT_DATA_DIR"):
-        path = Path(folder) / "tinyshakespeare.txt"
-        # No fallback to the cache or a download: a command should not depend on what this machine has run before.
-        if not path.is_file():
-            raise CorpusError(
-                f"{path}: no such file, and MYGPT_DATA_DIR is set to {folder}; put the file there, correct "
-                "MYGPT_DATA_DIR, or unset it to have the file downloaded"
-            )
-        return path
-    import pooch
-
-    try:
-        file = pooch.retrieve(
-            TINYSHAKESPEARE_URL,
-            f"sha256:{TINYSHAKESPEARE_SHA256}",
-            fname="tinyshakespeare.txt",
-            path=pooch.os_cache("mygpt"),
-        )
-    except Exception as error:  # requests, urllib3 and pooch each raise their own kinds
-        raise DownloadError(
-            f"tinyshakespeare: cannot be downloaded from {TINYSHAKESPEARE_URL} ({type(error).__name__}); put the file "
-            "into a folder as tinyshakespeare.txt and set MYGPT_DATA_DIR to that folder"
-        ) from error
-    return Path(file)
 
 
 def _python_docs() -> Corpus:

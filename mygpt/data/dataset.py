@@ -15,7 +15,7 @@ import torch
 from mygpt.data.corpus import load_corpus
 from mygpt.data.prepared import Prepared, open_prepared, read_manifest
 from mygpt.data.tokenizer import DEFAULT_VOCAB_SIZE, ByteTokenizer, CharTokenizer, Tokenizer, describe_tokenizer
-from mygpt.errors import CorpusError
+from mygpt.errors import CorpusError, counted
 from mygpt.recipe.seeds import held_out_pieces_seed
 from mygpt.recipe.tables import NAMED_CORPORA, DataTable
 
@@ -205,11 +205,11 @@ def _load_two(
         if prepared.tokenizer.metadata != tokenizer.metadata:
             val, check = _encode_again(prepared, tokenizer, val_corpus), None
     corpus = corpus or Dataset(tokenizer, val, val, held_out_sha256)
-    unit = "characters" if tokenizer.metadata.type == "char" else "tokens"
+    unit = "character" if tokenizer.metadata.type == "char" else "token"
     for name, part in ((table.corpus, corpus.train), (val_corpus, val)):
         if len(part) <= seq_len + 1:
             expected = f"more than seq_len + 1 = {seq_len + 1}; give a longer text, or train with a smaller seq_len"
-            raise CorpusError(f"{name}: has {len(part):,} {unit}, expected {expected}")
+            raise CorpusError(f"{name}: has {counted(len(part), unit)}, expected {expected}")
 
     checks = [each for each in (corpus.check_unchanged, check) if each]
 
@@ -311,11 +311,11 @@ def split(
 
 def _check_lengths(lengths: Mapping[str, int], tokens: int, seq_len: int, tokenizer: str) -> None:
     """See that a window can be drawn from each part, whose names have lengths in tokens."""
-    unit = "characters" if tokenizer == "char" else "tokens"
+    unit = "character" if tokenizer == "char" else "token"
     for name, length in lengths.items():
         if length <= seq_len + 1:
             raise CorpusError(
-                f"the {name} has {length:,} of the corpus's {tokens:,} {unit}, expected more than "
+                f"the {name} has {length:,} of the corpus's {counted(tokens, unit)}, expected more than "
                 f"seq_len + 1 = {seq_len + 1}; give a longer text, a smaller seq_len or another val_split"
             )
 

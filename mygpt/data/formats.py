@@ -63,7 +63,7 @@ def find_form(file: Path, head: bytes) -> Form:
             raise CorpusError(f"{file}: {name}; {way.format(path)}")
     if encoding := _wide_encoding(head):
         name = encoding[:6].upper()
-        raise CorpusError(f"{file}: {name} text; convert it: iconv -f {encoding} -t utf-8")
+        raise CorpusError(f"{file}: {name} text; convert it: {convert_command(file, encoding)}")
     if head.startswith(PARQUET):
         return "Parquet"
     ending = ending_of(file)
@@ -73,6 +73,19 @@ def find_form(file: Path, head: bytes) -> Form:
 def ending_of(file: Path) -> str:
     """A file's last ending in small letters, without that of a compression; "": it has none."""
     return _decompressed_name(file).suffix.lower()
+
+
+def convert_command(file: Path, encoding: str) -> str:
+    """The command that makes a UTF-8 text of the file, beside it."""
+    name, path, iconv = _decompressed_name(file), shlex.quote(str(file)), f"iconv -f {encoding} -t utf-8"
+    out = shlex.quote(str(file.with_name(f"{name.stem}-utf8{name.suffix}")))
+    unpack = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(file.suffix.lower())
+    return f"{unpack} {path} | {iconv} > {out}" if unpack else f"{iconv} {path} > {out}"
+
+
+def plain_json_note(file: Path | str) -> str:
+    """About a .json that is one document."""
+    return f"{file}: taken as plain text: it is no JSON array of objects, and its first line is no JSON object"
 
 
 def prepare_command(file: Path) -> str:

@@ -45,18 +45,14 @@ from mygpt.data.tokenizer import (
     distinct_code_points,
     fingerprint,
 )
-from mygpt.disk import file_sha256, flush, make_directory, replace_bytes, sync
-from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError, print_note
+from mygpt.disk import WRONG_PLACE, file_sha256, flush, make_directory, replace_bytes, sync
+from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError, counted, print_note
 from mygpt.posix import fcntl
 from mygpt.recipe.reading import read_file
 
 BATCH = 1 << 20  # characters that one thread tokenizes at a time
 PIECE_COST = 64  # what a document adds to a batch beside its characters, so that many empty ones make a batch, too
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WRONG_PLACE = (  # for a folder
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
-    *(errno.ELOOP, errno.ENAMETOOLONG),
-)
 MAX_SAMPLE = 1 << 26  # characters to train an encoding on; the library needs some thirty times their memory
 SYNC_SECONDS = 1.0  # of work that a power failure can cost
 JOURNAL_FILE = "journal"
@@ -251,11 +247,20 @@ def _make_tokenizer(
         return bpe.read_tokenizer(choice.file), None
     blocks = ([piece.text for piece in batch] for batch in batches(pieces, bpe.cut_words))
     sample = take_sample(blocks, MAX_SAMPLE)
+    if not any(sample):
+        raise _no_text(sources)
     digest = hashlib.sha256()
     for text in sample:
         digest.update(text.encode())
     trained_on = {"bytes": sum(len(text.encode()) for text in sample), "sha256": digest.hexdigest()}
     return bpe.train_bpe(sample, choice.vocab_size), trained_on
+
+
+def _no_text(sources: Sequence[Path]) -> CorpusError:
+    named = ", ".join(map(str, sources[:3]))
+    if len(sources) > 3:
+        return CorpusError(f"{named} and {len(sources) - 3:,} more: have no text in them")
+    return CorpusError(f"{named}: no text in {'it' if len(sources) == 1 else 'them'}")
 
 
 def take_sample(blocks: Iterable[Sequence[str]], size: int) -> list[str]:
@@ -289,7 +294,7 @@ def read_all(
             else:
                 yield piece
         if nulls:
-            note(f"{source}: {field!r} is null in {nulls:,} documents, which are left out")
+            note(f"{source}: left out, as {field!r} is null: {counted(nulls, 'document')}")
 
 
 def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Iterator[list[Piece]]:
@@ -389,7 +394,7 @@ def _write_tokens(
             for _, future in pending:
                 future.cancel()
         if not tokens or not text_bytes:
-            raise CorpusError("the sources have no text")
+            raise _no_text(sources)
         file.truncate(HEADER_BYTES + tokens * dtype.itemsize)
         file.seek(0)
         file.write(header(name, tokens))

@@ -23,6 +23,7 @@ from typing import IO, Annotated, Any, AnyStr, NamedTuple
 
 from pydantic import Field
 
+from mygpt.data.download import find_tinyshakespeare
 from mygpt.data.formats import (
     COMPRESSED,
     DEFAULT_FIELD,
@@ -30,9 +31,11 @@ from mygpt.data.formats import (
     HEAD,
     PARQUET,
     Form,
+    convert_command,
     ending_of,
     find_compression,
     find_form,
+    plain_json_note,
     prepare_command,
 )
 from mygpt.errors import CorpusError, print_note
@@ -87,7 +90,7 @@ class Content(NamedTuple):
 
 
 def find_sources(names: Sequence[str], field: str = DEFAULT_FIELD) -> list[Path]:
-    """The files that a user names: files, folders and patterns, each file and each content once.
+    """The files that a user names: files, folders, patterns and tinyshakespeare, each file and each content once.
 
     A folder stands for all files of known endings in it but hidden ones, and those of mygpt's own folders. Those of a
     folder or a pattern come in the order of their paths. Notes say what is left out.
@@ -100,10 +103,16 @@ def find_sources(names: Sequence[str], field: str = DEFAULT_FIELD) -> list[Path]
     found: dict[str, Path] = {}
     for name in names:
         path = Path(name)
+        try:
+            is_there = path.exists()
+        except OSError as error:  # as of a name that is too long
+            raise CorpusError(f"{name}: {error.strerror}; expected a file, a folder or a pattern") from None
         if path.is_dir():
             files = _files_in(path, field)
-        elif path.exists():
+        elif is_there:
             files = [path]
+        elif name == "tinyshakespeare":
+            files = [find_tinyshakespeare()]
         else:
             files = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
         if not files:
@@ -227,6 +236,8 @@ def _each_content_once(files: Sequence[Path], field: str) -> list[Path]:
             has_fields = True
             continue
         has_fields |= form != "text"
+        if form == "text" and ending_of(file) == ".json":
+            print_note(f"note: {plain_json_note(file)}")
         if same:
             copies.append(f"note: {file}: passed over: it holds the same as {same}")
         else:
@@ -374,7 +385,7 @@ def _text(file: Path, blocks: Iterable[bytes]) -> Iterator[Piece]:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             at, byte = offset - pending + error.start, error.object[error.start]
-            way = "convert it to UTF-8, such as with iconv -f cp1252 -t utf-8 if it is Windows-1252"
+            way = f"convert it to UTF-8; if it is Windows-1252: {convert_command(file, 'cp1252')}"
             raise CorpusError(f"{file}: not UTF-8: byte {byte:#04x} at offset {at}; {way}") from None
         yield Piece(text, is_last=not block)
         offset += len(block)

@@ -12,7 +12,7 @@ from mygpt.data.corpus import load_corpus
 from mygpt.data.dataset import make_tokenizer
 from mygpt.data.prepared import open_prepared
 from mygpt.data.tokenizer import DEFAULT_VOCAB_SIZE, Tokenizer
-from mygpt.errors import CorpusError, TokenizerError
+from mygpt.errors import CorpusError, TokenizerError, counted
 from mygpt.recipe.tables import Recipe
 
 SAMPLE = 4_000_000
@@ -66,22 +66,22 @@ def look_at(corpus: str, *, is_prepared: bool) -> Text:
         return _look_at_tokens(Path(corpus))
     text = load_corpus(corpus).text
     size = len(text.encode())
-    check_size(corpus, size, LEAST_BYTES, "bytes")
+    check_size(corpus, size, LEAST_BYTES, "byte")
     sample = "".join(text[piece] for piece in _pieces(len(text), SAMPLE))
     if len(set(sample)) < 2:
         raise CorpusError(f"{corpus}: has a single distinct character; expected a text to learn from")
     keys, tokenizer = _make_tokenizer(size, sample)
     ids = tokenizer.encode(sample)
     tokens = round(len(ids) * size / len(sample.encode()))
-    check_size(corpus, tokens, LEAST_TOKENS, "tokens")
+    check_size(corpus, tokens, LEAST_TOKENS, "token")
     return Text(corpus, keys, tokenizer, size, tokens, ids, ngram_bits(sample))
 
 
 def _look_at_tokens(folder: Path) -> Text:
     prepared = open_prepared(folder, verify=False)
     manifest, tokenizer = prepared.manifest, prepared.tokenizer
-    check_size(str(folder), manifest.text_bytes, LEAST_BYTES, "bytes")
-    check_size(str(folder), manifest.tokens, LEAST_TOKENS, "tokens")
+    check_size(str(folder), manifest.text_bytes, LEAST_BYTES, "byte")
+    check_size(str(folder), manifest.tokens, LEAST_TOKENS, "token")
     ids = np.concatenate([prepared.tokens[piece] for piece in _pieces(manifest.tokens, SAMPLE)])
     # The tokens between documents are no text.
     sample = prepared.decode(ids[ids != tokenizer.end_of_text])
@@ -92,7 +92,7 @@ def check_size(corpus: str, got: int, least: int, unit: str) -> None:
     """Raises CorpusError for a text that has less than the `least`."""
     if got < least:
         raise CorpusError(
-            f"{corpus}: has {got:,} {unit}, expected at least {least:,}, to learn from and to hold out a part"
+            f"{corpus}: has {counted(got, unit)}, expected at least {least:,}, to learn from and to hold out a part"
         )
 
 

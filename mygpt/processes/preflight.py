@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mygpt.data.dataset import Dataset
+from mygpt.data.dataset import Dataset, is_prepared
+from mygpt.data.formats import plain_json_note
 from mygpt.errors import LaunchError
 from mygpt.processes.channel import Channel
 from mygpt.processes.environment import Launched, ignored_settings, is_sharded, launch_id, local_rank
@@ -113,6 +114,10 @@ def doubtful_settings(info: RunInfo, device: torch.device) -> Iterator[str]:
     """Settings of a run that may not be as the user meant them, a sentence each."""
     if info.held_out_sha256 == info.corpus_sha256:
         yield "val_corpus: is the text that is trained on: its loss says nothing about unseen text"
+    data = info.recipe.data
+    for path in dict.fromkeys([data.corpus, data.val_corpus]):
+        if path and path.lower().endswith(".json") and not is_prepared(path):
+            yield plain_json_note(path)
     if info.recipe.runtime.precision == "bf16" and device.type == "cpu" and not has_bf16_products():
         yield "precision: bf16 is slower than fp32 here: this processor has no instructions for it"
     environment = info.stretches[0].environment

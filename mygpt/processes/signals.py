@@ -9,7 +9,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
+from mygpt.interrupt import end_at_once, end_if_importing
 from mygpt.processes.environment import is_launched
 
 ECHO_SECONDS = 2.0
@@ -32,11 +34,12 @@ class StopRequest:
             self.signal = self.signal or signal.SIGTERM
         return self.signal or 0
 
-    def receive(self, number: int, _frame: object) -> None:
+    def receive(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         if number == signal.SIGHUP:
             leave_closed_terminal()
         if not self.graceful:
+            end_if_importing(number, frame)
             raise SystemExit(128 + number)
         # The kernel and the shell both send SIGHUP, and systemd sends it after SIGTERM.
         may_repeat = is_launched() or signal.SIGHUP in (number, self.signal)
@@ -44,7 +47,7 @@ class StopRequest:
         if self.signal is None:
             self.signal, self._received_at = number, now
         elif not may_repeat or now - self._received_at >= ECHO_SECONDS:
-            os._exit(128 + number)
+            end_at_once(number, ", the second signal; nothing is saved after the newest checkpoint")
 
 
 def leave_closed_terminal() -> None:

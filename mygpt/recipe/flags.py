@@ -91,7 +91,7 @@ def load_target(target: str) -> Recipe:
         RecipeError: the recipe cannot be used.
     """
     recipes = shipped_recipes()
-    if target.endswith(".toml") or target in recipes:
+    if target.lower().endswith(".toml") or target in recipes:
         return load_recipe(target)
     is_bare_name = os.path.splitext(os.path.basename(target))[0] == target
     close = difflib.get_close_matches(target, recipes, n=1) if is_bare_name else []

@@ -367,7 +367,11 @@ def build_recipe(tables: Mapping[str, Any], source: str | None = None) -> Recipe
     try:
         return Recipe.model_validate(tables, context={"source": source})
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(problem, source) for problem in error.errors())) from None
+        problems = error.errors()
+        # Such as the name of a file, after which an output is named.
+        if name := next((problem["input"] for problem in problems if problem["type"] == "string_unicode"), ""):
+            raise RecipeError(f"{name}: its name is not UTF-8, as a recipe is; rename it") from None
+        raise RecipeError("\n".join(_explain(problem, source) for problem in problems)) from None
 
 
 def _with_keys(recipe: Recipe, keys: Mapping[str, Any], source: str | None) -> dict[str, dict[str, Any]]:
@@ -522,7 +526,8 @@ def _explain(problem: Any, source: str | None) -> str:
     expected = of_type.get(problem["type"], problem["msg"])
     for prefix in ("Input should be ", "Input should ", "String should "):
         expected = expected.removeprefix(prefix)
-    return f"{where}: got {show_value(problem['input'])}, expected {expected}"
+    value = problem["input"]
+    return f"{where}: got {json.dumps(value) if isinstance(value, bool) else show_value(value)}, expected {expected}"
 
 
 def show_value(value: Any) -> str:

@@ -100,6 +100,11 @@ def read_curves(
     return [_curve(name, group, unit, smooth) for name, group in zip(names, groups.values(), strict=True)]
 
 
+def _listed(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def _one_of_each_seed(runs: Sequence[_Loaded], warn: Warn) -> list[_Loaded]:
     """The longest run of each recipe and seed: a copy of a run is no other seed."""
     of_seed: dict[tuple[str, tuple[int, ...]], list[_Loaded]] = {}
@@ -107,7 +112,7 @@ def _one_of_each_seed(runs: Sequence[_Loaded], warn: Warn) -> list[_Loaded]:
         of_seed.setdefault((run.recipe, run.seeds), []).append(run)
     longest = [max(same, key=lambda run: run.records[-1].step) for same in of_seed.values()]
     copies = [
-        f"{' and '.join(str(run.path) for run in same if run is not kept)} of {kept.path}"
+        f"{_listed([str(run.path) for run in same if run is not kept])} of {kept.path}"
         for kept, same in zip(longest, of_seed.values(), strict=True)
         if len(same) > 1
     ]

@@ -15,7 +15,7 @@ import numpy as np
 from mygpt.disk import replace_bytes
 from mygpt.errors import MygptError, print_note
 from mygpt.reports.curves import Axis, Curve, Floats, Points, Unit, Warn, read_curves
-from mygpt.runs.files import real_path
+from mygpt.runs.files import explain_refusal, real_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,10 +217,8 @@ def save_figure(figure: "Figure", out: Path) -> None:
         MygptError: it cannot be written.
     """
     picture = _rendered(figure, format=out.suffix[1:], dpi=150, metadata=METADATA[out.suffix])
-    try:
+    with explain_refusal(out):
         replace_bytes(real_path(out), picture)
-    except OSError as error:
-        raise MygptError(f"{out}: cannot be written: {error.strerror}") from None
 
 
 @default_style()

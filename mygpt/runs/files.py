@@ -16,10 +16,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from mygpt.disk import WRONG_PLACE
 from mygpt.disk import file_sha256 as file_sha256
 from mygpt.disk import replace_bytes as replace_bytes
 from mygpt.disk import sync as sync
-from mygpt.errors import DamagedCheckpointError
+from mygpt.errors import DamagedCheckpointError, MygptError
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
@@ -69,6 +70,18 @@ def explain_disk_error(message: str, path: Path) -> Iterator[None]:
         file, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
         text = message.format(path=path, file=file or path, reason=reason or error, error=error)
         raise DamagedCheckpointError(text) from error
+
+
+@contextmanager
+def explain_refusal(out: Path) -> Iterator[None]:
+    """Raise a disk error as a MygptError about the file `out`, with exit code 2 if another place would do."""
+    try:
+        yield
+    except OSError as error:
+        is_mistake = error.errno in WRONG_PLACE
+        way = "choose another --out" if is_mistake else "mend the disk or make room, and give the same command again"
+        code = 2 if is_mistake else 1
+        raise MygptError(f"{out}: cannot be written: {error.strerror}; {way}", code) from None
 
 
 def is_directory(path: Path) -> bool:

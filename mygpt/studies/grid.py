@@ -86,7 +86,7 @@ def cells_of(targets: Sequence[str], settings: Mapping[str, Sequence[Any]]) -> l
 
 def stem_of(target: str) -> str:
     """The name of a recipe without its folder and ending."""
-    return re.sub(r"\.toml$", "", os.path.basename(target.rstrip("/")))
+    return re.sub(r"(?i)\.toml$", "", os.path.basename(target.rstrip("/")))
 
 
 def _check_texts(cells: Sequence[Cell]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -197,7 +198,12 @@ def _next_reports(probes: Sequence[_Probe]) -> list[str] | None:
             process.wait()
             output.seek(0)
             printed = output.read().decode("utf-8", "replace")
-            raise MygptError(complaint(printed) or f"a process of the study ended with {process.returncode}")
+            reason = complaint(printed) or f"a process of the study ended with {process.returncode}"
+            if process.returncode < 0:
+                name = signal.Signals(-process.returncode).name
+                of_memory = ", as Linux does when memory is full" * (name == "SIGKILL")
+                reason = f"a process of the study was killed by {name}{of_memory}; the same command continues the study"
+            raise MygptError(reason, max(1, process.returncode))
     return lines
 
 

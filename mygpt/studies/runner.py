@@ -130,6 +130,9 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--out: {folder} is a file; choose another --out")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CheckpointError(f"--out: {existing} cannot be written to; choose another --out")
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     entries = [name for name in names if name != LOCK_FILE and not TEMPORARY_NAME.fullmatch(name)]
     known = {PLAN_FILE, STUDY_FILE, PICTURE_FILE, *(job.cell.name for job in jobs)}

@@ -17,6 +17,7 @@ from mygpt.errors import (
     MygptError,
     NonFiniteError,
     OutOfMemoryError,
+    counted,
     print_note,
 )
 from mygpt.processes.channel import Channel, connect
@@ -301,7 +302,9 @@ def print_header(start: Start, parts: Parts, dataset: Dataset) -> None:
         print_note(f"beginning with the weights of {recipe.train.init_from}")
     if not start.step and (unseen := dataset.unseen_characters()):
         shown = f"{unseen[:MOST_CHARACTERS]!r}{' and others' * (len(unseen) > MOST_CHARACTERS)}"
-        print_note(f"{len(unseen)} characters occur only in the held-out text, and not in the training text: {shown}")
+        verb = "occurs" if len(unseen) == 1 else "occur"
+        only = f"{counted(len(unseen), 'character')} {verb} only in the held-out text"
+        print_note(f"{only}, and not in the training text: {shown}")
     if not start.step and (copies := dataset.count_copies())[0]:
         text = "{:,} of the {:,} held-out documents are in the training part, too, word for word".format(*copies)
         print_note(f"{text}: the held-out loss is lower than that of unseen text")

@@ -234,6 +234,7 @@ def test_mistakes_cost_one_line(place, tmp_path, call, text):
         (("at", run, 3, "--out", changed), "is there already"),
         (("at", run, 3, "--out", own), "is there already"),
         (("at", run, 3, "--out", run / "x"), "which stays as it is"),
+        (("at", run, 3, "--out", tmp_path / ("x" * 250)), "its name is too long; choose a shorter one"),
         (("at", run, 3, "--out", own / "x"), "Not a directory; choose another"),
         (("at", run, 3, "--start", run / "step-000012", "--out", out), "expected a checkpoint of a step from 1 to 3"),
         (("fork", run, 0, "--lr", 1), "STEP: got '0', expected a number from 1 up"),

@@ -22,7 +22,8 @@ def other(tmp_path, text):
 
 def answer(call, *arguments) -> dict:
     code, out, err = call("eval", *arguments, "--json")
-    assert (code, err) == (0, "")
+    notes = [line for line in err.splitlines() if "is the text that the run was trained on" not in line]
+    assert (code, notes) == (0, [])
     return json.loads(out)
 
 
@@ -64,6 +65,17 @@ def test_any_text_can_be_evaluated(tiny, call, other, tmp_path):
     assert code == 0
     assert f"loss: {found['loss']['mean']:.4f} +- " in out
     assert "1,499 tokens in 94 windows" in out
+
+
+def test_text_that_was_trained_on_is_named(tiny, call, other, text_file):
+    """Where the run held nothing of it out; another text, and the text that it held out, are no training text."""
+    note = f"note: {text_file} is the text that the run was trained on: its loss says nothing about unseen text\n"
+    run = train(tiny(steps=2))
+    assert call("eval", run, "--corpus", text_file)[::2] == (0, note)
+    assert call("eval", run, "--corpus", other)[::2] == (0, "")
+    run = train(tiny(steps=2, val_corpus=str(other), val_every=2), overwrite=True)
+    assert call("eval", run, "--corpus", text_file)[::2] == (0, note)
+    assert note not in call("eval", run, "--corpus", other)[2]
 
 
 @pytest.mark.parametrize("kind", ["byte", "char"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.commands import MYGPT
+from support.commands import MYGPT, run_process
 from support.runs import FLAGS
 
 from mygpt import __version__
@@ -49,7 +49,7 @@ BAD_RECIPES = {
         r"unknown key 'a\\n\\x1b\[31m'; expected one of",
     ),
     "39-wrong-type": ('[train]\nsteps = "many"', r"\[train\] steps: got 'many', expected a valid integer"),
-    "39-boolean": ("[train]\nsteps = true", r"\[train\] steps: got True, expected a valid integer"),
+    "39-boolean": ("[train]\nsteps = true", r"\[train\] steps: got true, expected a valid integer"),
     "39-table-for-key": ("[train.steps]\nx = 1", r"\[train\] steps: got \{'x': 1\}, expected a valid integer"),
     "39-key-for-table": ("train = 3", r"\[train\]: got 3, expected a table"),
     "40-nan": ("[optimizer]\nlr = nan", r"\[optimizer\] lr: got nan, expected a finite number"),
@@ -315,6 +315,40 @@ def test_flag_may_correct_a_recipe(call, tmp_path):
     path = write(tmp_path / "mine.toml", "[schedule]\nwarmup = 3000\n")
     assert call("recipe", "show", path)[0] == 2
     assert call("recipe", "show", path, "--steps", 4000)[0] == 0
+
+
+def test_name_that_is_not_utf_8_costs_one_line(call, tmp_path, monkeypatch):
+    """A recipe cannot hold it; nothing is said of an output that was not given."""
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("some text")
+    code, _, err = call("train", name)
+    assert (code, err) == (2, "mygpt: caf\\udce9.txt: its name is not UTF-8, as a recipe is; rename it\n")
+
+
+def test_line_break_in_a_path_is_escaped(call):
+    """An error is one line."""
+    for arguments in (("train", "no/a\nb.toml"), ("generate", "./a\nb"), ("train", "python-docs", "--corpus=a\nb")):
+        code, _, err = call(*arguments)
+        assert (code, err.count("\n"), "a\\nb" in err) == (2, 1, True), err
+
+
+def test_working_directory_that_is_gone_costs_one_line(tmp_path):
+    """Importing torch would end the process."""
+    (tmp_path / "gone").mkdir()
+    program = "import os, sys; os.rmdir(os.getcwd()); from mygpt.cli.main import main; main(['generate', '/absent'])"
+    done = run_process([sys.executable, "-c", program], tmp_path / "gone")
+    message = "mygpt: the working directory has been removed; change to another one\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+def test_ending_of_a_recipe_may_be_in_capitals(call, tmp_path):
+    """It is not trained on as a text."""
+    path = write(tmp_path / "MINE.TOML", "[train]\nsteps = 3\n")
+    code, out, _ = call("recipe", "show", path)
+    assert code == 0
+    assert "steps = 3" in out
+    assert 'output = "checkpoints/MINE"' in out
 
 
 def test_every_key_is_a_flag_with_help(call):

@@ -1,12 +1,15 @@
 """`mygpt init` as a user calls it."""
 
+import errno
 import gzip
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from support.runs import FLAGS
 
+from mygpt import disk
 from mygpt.planning import plan as planning
 from mygpt.recipe.files import load_recipe
 
@@ -120,6 +123,25 @@ def test_mistakes_cost_one_line(arguments, message, call, here):
     assert code in (1, 2)
     assert err.splitlines()[-1].startswith(f"mygpt: {message}")
     assert sorted(here.rglob("*")) == before
+
+
+def test_disk_that_refuses_the_recipe_is_named_and_nothing_is_left(call, here, monkeypatch):
+    """A full disk has exit code 1; a folder in which nothing can be made is a mistake, and found before the work."""
+    before = sorted(here.rglob("*"))
+
+    def fail(number):
+        raise OSError(number, os.strerror(number))
+
+    for module, name, number, code, way in (
+        (disk, "sync", errno.ENOSPC, 1, "mend the disk or make room, and give the same command again"),
+        (Path, "touch", errno.EROFS, 2, "choose another --out"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *_, number=number: fail(number))
+            got, _, err = call("init", "text.txt", "--out", "own.toml")
+        message = f"mygpt: own.toml: cannot be written: {os.strerror(number)}; {way}"
+        assert (got, err.splitlines()[-1]) == (code, message)
+        assert sorted(here.rglob("*")) == before
 
 
 def test_file_with_the_name_of_a_corpus(call, here):

@@ -10,7 +10,7 @@ import warnings
 import pooch
 import pytest
 
-from mygpt.data import corpus
+from mygpt.data import download
 from mygpt.data.corpus import load_corpus
 from mygpt.errors import CorpusError, DownloadError
 
@@ -40,7 +40,7 @@ def served(tmp_path, monkeypatch):
     monkeypatch.setattr(handler.func, "log_message", lambda *_: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(corpus, "TINYSHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
+        monkeypatch.setattr(download, "TINYSHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
         monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path / "cache")
         monkeypatch.delenv("MYGPT_DATA_DIR", raising=False)
         yield folder
@@ -53,7 +53,7 @@ def served(tmp_path, monkeypatch):
 
 def test_download_is_checked_and_kept(served, tmp_path, monkeypatch):
     """A named corpus is fetched once, checked against its hash, and then read from the cache."""
-    monkeypatch.setattr(corpus, "TINYSHAKESPEARE_SHA256", hashlib.sha256(b"to be").hexdigest())
+    monkeypatch.setattr(download, "TINYSHAKESPEARE_SHA256", hashlib.sha256(b"to be").hexdigest())
     (served / "input.txt").write_bytes(b"to be")
     assert load_corpus("tinyshakespeare").text == "to be"
     (served / "input.txt").unlink()
@@ -85,7 +85,7 @@ def test_data_dir_comes_first_and_is_checked(tmp_path, monkeypatch):
 
 def test_data_dir_without_the_file_is_refused(served, tmp_path, monkeypatch):
     """MYGPT_DATA_DIR asks for this file: nothing is downloaded, nor taken from the cache, instead."""
-    monkeypatch.setattr(corpus, "TINYSHAKESPEARE_SHA256", hashlib.sha256(b"to be").hexdigest())
+    monkeypatch.setattr(download, "TINYSHAKESPEARE_SHA256", hashlib.sha256(b"to be").hexdigest())
     (served / "input.txt").write_bytes(b"to be")
     assert load_corpus("tinyshakespeare").text == "to be"  # in the cache from now on
     monkeypatch.setenv("MYGPT_DATA_DIR", str(tmp_path / "typo"))

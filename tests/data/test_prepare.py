@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -211,7 +212,7 @@ def test_source_that_changes_in_between_is_read_anew(tmp_path, small):
     [
         ("a.txt", b"abc\xff", r"a\.txt: not UTF-8: byte 0xff at offset 3; convert"),
         ("a.txt", b"ab" * 60 + b"\xe2\x82", r"a\.txt: not UTF-8: byte 0xe2 at offset 120"),
-        ("a.txt", b"", "the sources have no text"),
+        ("a.txt", b"", r"a\.txt: no text in it$"),
         ("a.txt.gz", gzip.compress(b"a" * 100, mtime=0)[:-9], r"a\.txt\.gz: damaged gzip: "),
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz: damaged gzip: Not a gzipped file"),
         ("a.txt.zst", b"no zstd", r"a\.txt\.zst: damaged zstd: "),
@@ -365,6 +366,21 @@ def test_name_of_a_source_need_not_be_utf_8(tmp_path):
     assert open_prepared(tmp_path / "out").manifest == manifest
 
 
+def test_vocabulary_that_the_text_allows_is_named_with_its_flag(call, tmp_path, monkeypatch):
+    """The default is more than a short text allows; an empty one is named instead, with its file."""
+    pytest.importorskip("tokenizers", reason="needs tokenizers")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("to be or not to be " * 9)
+    code, _, err = call("data", "prepare", "a.txt", "--out", "out")
+    assert code == 2
+    flag = re.search(r"vocab_size: got 1024, and the text allows \d+; give --vocab-size (\d+), or more text\n", err)
+    code, out, err = call("data", "prepare", "a.txt", "--out", "out", "--vocab-size", flag[1])
+    assert code == 0, err
+    assert "sources:      1 file, 171 bytes\n" in out
+    (tmp_path / "empty.txt").touch()
+    assert call("data", "prepare", "empty.txt", "--out", "no")[::2] == (2, "mygpt: empty.txt: no text in it\n")
+
+
 @pytest.mark.parametrize("out", ["a.txt/x", "x" * 300, "new/folder/x", "new/" + "x" * 300, "new/.."])
 def test_mistake_makes_no_folder(tmp_path, out):
     """Nor does a place where none can be made; other places are what helps, and not the same command."""
@@ -395,7 +411,7 @@ def test_document_that_is_null_is_left_out_and_counted(tmp_path, capsys, kind):
     corpus = open_prepared(tmp_path / "out")
     assert corpus.decode(corpus.tokens) == "añ<|endoftext|>b<|endoftext|>"
     name = str(file).replace("\x1b", "\\x1b").replace("\n", "\\n")
-    assert capsys.readouterr().err == f"{name}: 'text' is null in 2 documents, which are left out\n"
+    assert capsys.readouterr().err == f"{name}: left out, as 'text' is null: 2 documents\n"
 
 
 @pytest.mark.fault(75)

@@ -10,12 +10,14 @@ import re
 import shlex
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from support.runs import FLAGS
 
 from mygpt.data.corpus import load_corpus
 from mygpt.data.dataset import load_dataset
+from mygpt.data.formats import convert_command
 from mygpt.data.prepare import TokenizerChoice, prepare
 from mygpt.data.prepared import open_prepared
 from mygpt.data.sources import find_sources, read_pieces
@@ -47,13 +49,31 @@ def lines(count) -> str:
 
 
 FOREIGN = {
-    "utf-16-with-mark": (TEXT.encode("utf-16"), r"a\.txt: UTF-16 text; convert it: iconv -f utf-16 -t utf-8$"),
-    "utf-16-le": (TEXT.encode("utf-16-le"), r"UTF-16 text; convert it: iconv -f utf-16le -t utf-8$"),
-    "utf-16-be": (TEXT.encode("utf-16-be"), r"UTF-16 text; convert it: iconv -f utf-16be -t utf-8$"),
-    "utf-32-with-mark": (TEXT.encode("utf-32"), r"UTF-32 text; convert it: iconv -f utf-32 -t utf-8$"),
-    "utf-32-le": (TEXT.encode("utf-32-le"), r"UTF-32 text; convert it: iconv -f utf-32le -t utf-8$"),
+    "utf-16-with-mark": (
+        TEXT.encode("utf-16"),
+        r"a\.txt: UTF-16 text; convert it: iconv -f utf-16 -t utf-8 \S*a\.txt > \S*a-utf8\.txt$",
+    ),
+    "utf-16-le": (
+        TEXT.encode("utf-16-le"),
+        r"UTF-16 text; convert it: iconv -f utf-16le -t utf-8 \S*a\.txt > \S*a-utf8\.txt$",
+    ),
+    "utf-16-be": (
+        TEXT.encode("utf-16-be"),
+        r"UTF-16 text; convert it: iconv -f utf-16be -t utf-8 \S*a\.txt > \S*a-utf8\.txt$",
+    ),
+    "utf-32-with-mark": (
+        TEXT.encode("utf-32"),
+        r"UTF-32 text; convert it: iconv -f utf-32 -t utf-8 \S*a\.txt > \S*a-utf8\.txt$",
+    ),
+    "utf-32-le": (
+        TEXT.encode("utf-32-le"),
+        r"UTF-32 text; convert it: iconv -f utf-32le -t utf-8 \S*a\.txt > \S*a-utf8\.txt$",
+    ),
     "nul": (TEXT.encode() * 9 + b"\0", r"not a text: byte 0x00 at offset 115200; remove such bytes"),
-    "windows-1252": (TEXT.encode() + b"caf\xe9", r"not UTF-8: byte 0xe9 at offset 12803; convert it .*cp1252"),
+    "windows-1252": (
+        TEXT.encode() + b"caf\xe9",
+        r"not UTF-8: byte 0xe9 at offset 12803; convert it .*cp1252 -t utf-8 \S*a\.txt > \S*a-utf8\.txt$",
+    ),
     "zip": (archive("zip", "a.txt"), r"a\.txt: a zip archive; unpack it: unzip \S*a\.txt$"),
     "word": (archive("zip", "word/document.xml"), r"a Word document; save it as plain text"),
     "tar": (archive("tar", "a.txt"), r"a tar archive; unpack it: tar -xf \S*a\.txt$"),
@@ -101,7 +121,11 @@ def test_every_command_refuses_the_same_text_with_the_same_line(call, tiny, tmp_
             ("data", "prepare", "a.txt", "--out", "out"),
         )
     }
-    assert printed == {(2, "mygpt: a.txt: UTF-16 text; convert it: iconv -f utf-16le -t utf-8\n")}
+    convert = "iconv -f utf-16le -t utf-8 a.txt > a-utf8.txt"
+    assert printed == {(2, f"mygpt: a.txt: UTF-16 text; convert it: {convert}\n")}
+    assert convert_command(Path("b c.txt.gz"), "cp1252") == (
+        "gzip -dc 'b c.txt.gz' | iconv -f cp1252 -t utf-8 > 'b c-utf8.txt'"
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "run"}
 
 
@@ -144,6 +168,21 @@ def test_json_that_is_no_records_is_one_text(tmp_path):
     assert corpus.decode(corpus.tokens[:-1]) == content
     with pytest.raises(CorpusError, match=r"no texts in it, only: \.json without 'text' \(1\), prepared corpus \(1\)"):
         find_sources([str(tmp_path)])
+
+
+def test_json_that_is_taken_as_a_text_is_named(call, tmp_path, monkeypatch):
+    """Once, as it may have been meant as records; records, and other texts, are not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text('{"text": "a",}\n{"text": "b"}\n' * 99)
+    (tmp_path / "b.json").write_text('{"text": "a"}\n')
+    reason = "taken as plain text: it is no JSON array of objects, and its first line is no JSON object"
+    for arguments in (
+        ("data", "prepare", "a.json", "b.json", "--tokenizer", "byte", "--out", "tokens"),
+        ("train", "a.json", *FLAGS),
+    ):
+        code, _, err = call(*arguments)
+        assert (code, err.count("taken as plain text")) == (0, 1), err
+        assert f"a.json: {reason}" in err
 
 
 def test_long_and_quoted_fields_of_csv(tmp_path, monkeypatch):
@@ -202,6 +241,11 @@ def test_json_array_may_have_white_space_and_a_character_across_blocks(tmp_path,
 
 
 # ---- Folders
+
+
+def test_tinyshakespeare_is_a_source(shakespeare):
+    """As `train` and `init` take the name."""
+    assert find_sources(["tinyshakespeare"]) == [shakespeare]
 
 
 def test_what_a_folder_has_beside_texts_is_said(tmp_path, capsys):
@@ -318,3 +362,9 @@ def test_missing_field_of_a_named_file_is_a_mistake(tmp_path):
     (tmp_path / "a.csv").write_text("name,age\nAda,36\n")
     with pytest.raises(MygptError, match="has no column 'text' but name, age"):
         prepare(find_sources([str(tmp_path / "a.csv")]), tmp_path / "out", BYTES)
+
+
+def test_name_that_cannot_be_a_path_is_a_mistake(call):
+    """As one that is too long."""
+    code, _, err = call("data", "prepare", name := "x" * 300, "--out", "o")
+    assert (code, err) == (2, f"mygpt: {name}: File name too long; expected a file, a folder or a pattern\n")

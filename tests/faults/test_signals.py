@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -162,8 +163,37 @@ def test_second_signal_ends_at_once(folder):
     os.kill(process.pid, signal.SIGINT)
     process.join(1)
     assert process.exitcode == 130
+    end = "mygpt: stopped by SIGINT, the second signal; nothing is saved after the newest checkpoint"
+    assert (place / "err").read_text().splitlines()[-1] == end
     assert latest.read_text() == before
     assert run((*LONG, "--steps", 60), place) == 0
+
+
+@pytest.mark.fault(14)
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("recipe list", "mygpt.cli.command"),
+        ("generate run", "numpy._core.multiarray"),
+        ("eval run --corpus text.txt", "torch._C"),
+        ("train text.txt", "torch.nn.functional"),
+        ("train text.txt --device cpu", "accelerate.state"),
+    ],
+)
+def test_interrupt_of_an_import_is_one_line(folder, undisturbed, command, module):
+    """An exception would be a traceback, be swallowed, or abort torch. Nothing is made."""
+    place = folder("importing")
+    shutil.copytree(undisturbed(*LONG, "--steps", 60) / "run", place / "run")
+    before = sorted(place.iterdir())
+    lines, arguments = [], [sys.executable, "-X", "importtime", "-m", "mygpt", *command.split()]
+    with subprocess.Popen(arguments, cwd=place, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            lines.append(line)
+            if line.rstrip().endswith(f" {module}"):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert [line for line in lines if not line.startswith("import time:")] == ["mygpt: stopped by SIGINT\n"]
+    assert sorted(place.iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_keys_without_their_tables_are_checked_as_in_a_file():
         Recipe.of().replace(steps=True, val_split=1.5)
     assert str(caught.value).splitlines() == [
         "recipe [data] val_split: got 1.5, expected less than 1",
-        "recipe [train] steps: got True, expected a valid integer",
+        "recipe [train] steps: got true, expected a valid integer",
     ]
 
 
@@ -142,7 +142,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         load_recipe(path)
     lines = str(caught.value).splitlines()
     assert f"{path} [train]: unknown key 'max_gradnorm'; did you mean 'max_grad_norm'?" in lines
-    assert f"{path} [train] steps: got True, expected a valid integer" in lines
+    assert f"{path} [train] steps: got true, expected a valid integer" in lines
     assert f"{path}: unknown table 'optimiser'; did you mean 'optimizer'?" in lines
     assert f"{path} [data] val_split: got 1.5, expected less than 1" in lines
     assert f"{path} [data]: key 'warmup' belongs in the table [schedule]" in lines

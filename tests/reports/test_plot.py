@@ -136,6 +136,10 @@ def test_copy_of_a_run_is_no_other_seed(tiny, tmp_path):
         f"{copies}/2; --no-merge-seeds draws each run"
     ]
     assert len(texts_of_labels(plot([copies, tmp_path / "seeds"], merge_seeds=False))) == 5 + 1
+    for name in ("4", "5", "6"):
+        shutil.copytree(copies / "2", copies / name)
+    plot([copies], warn=warnings.append)
+    assert f"left out {copies}/4, {copies}/5 and {copies}/6 of {copies}/2;" in warnings[1]
 
 
 def test_mean_over_seeds_ends_where_the_first_ends(tiny, tmp_path):
@@ -297,8 +301,9 @@ def test_only_a_picture_of_mygpt_is_overwritten(tmp_path, call, monkeypatch):
     plot([run], out := tmp_path / "a.png")
     before = out.read_bytes()
     monkeypatch.setattr(disk, "sync", lambda _: fail_with(errno.ENOSPC))
-    with pytest.raises(MygptError, match=r"a\.png: cannot be written: No space left on device"):
+    with pytest.raises(MygptError, match=r"a\.png: cannot be written: No space left on device") as full:
         plot([run, write_records(tmp_path / "other", {1: 4.0})], out)
+    assert full.value.exit_code == 1
     assert out.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "other", "run"]
 

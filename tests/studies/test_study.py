@@ -353,6 +353,7 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
     before = contents(place)
     for arguments, message in (
         (["small.toml", "--seeds", "1"], "--seeds: got 1, expected 2 to 1000: one seed is not a result"),
+        (["small.toml", "--seeds", "1001"], "--seeds: got 1001, expected 2 to 1000\n"),
         (["small.toml", "--out", "full"], "--out: full is not empty and not a study"),
         (["small.toml", "--out", "text.txt"], "--out: text.txt is a file"),
         (["small.toml", "--set", "lr"], "--set: got 'lr', expected KEY=VALUE,VALUE"),
@@ -386,3 +387,12 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
         code, _, err = call("study", *arguments)
         assert (code, message in err) == (2, True), err
     assert contents(place) == before
+
+
+def test_study_in_a_place_that_cannot_be_written_to_is_refused(place, call, monkeypatch):
+    """Before a run is looked at; also where the folder of the study is not there yet."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for out, existing in (("study", "study"), ("new/study", place)):
+        code, _, err = call("study", "small.toml", "--out", out)
+        assert (code, err) == (2, f"mygpt: --out: {existing} cannot be written to; choose another --out\n")
