@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mygpt.checks.compare import compare_files, compare_records
 from mygpt.checks.rerun import (
@@ -19,6 +19,7 @@ from mygpt.checks.rerun import (
     moved_inputs,
     parts_of,
     pinned_recipe,
+    split_at,
     train_parts,
 )
 from mygpt.errors import CheckpointError, DamagedCheckpointError, LaunchError, MismatchError, RecipeError, print_note
@@ -164,7 +165,8 @@ def plan_recreation(
         check_inputs(run, parts[-1].recipe, from_beginning=not first)
         check_processes(run, parts)
         recipe = recipe.replace(**{key: parts[-1].recipe.flat()[key] for key in HASH_OF_PATH})
-    return Plan(checkpoint, first, list(split_at_checkpoints(run, first, parts)), recipe)
+    recorded = [other for other, directory in run.checkpoints.items() if recorded_manifest(directory)]
+    return Plan(checkpoint, first, split_at(parts, [other for other in recorded if first < other < step]), recipe)
 
 
 def check_step(run: Run, step: int) -> None:
@@ -223,16 +225,6 @@ def check_processes(run: Run, parts: list[Part]) -> None:
                 f"{run.path}: step {part.until} was trained by {recorded} processes, on whose number the "
                 f"last bits depend; here are {processes}: start as many, with accelerate launch -m mygpt"
             )
-
-
-def split_at_checkpoints(run: Run, first: int, parts: list[Part]) -> Iterator[Part]:
-    """The same steps in more parts: one ends with each checkpoint that the run has recorded, even if it is damaged."""
-    for part in parts:
-        for step, directory in run.checkpoints.items():
-            if first < step < part.until and recorded_manifest(directory):
-                yield Part(part.recipe, step)
-        yield part
-        first = part.until
 
 
 def recorded_manifest(directory: Path) -> Manifest | None:
@@ -336,9 +328,8 @@ def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
     was, wanted = recorded.recipe_for(step + 1).flat(), recipe.flat()
     pins = {key: pinned.flat()[key] for key in ("threads", "matmul", *HASH_OF_PATH) if wanted[key] == was[key]}
     recipe = recipe.replace(output=str(output), **pins)
-    given = {key: wanted[key] for key in HASH_OF_PATH if wanted[key] not in (None, was[key])}
     with connect(launched) as channel:
-        moved = {key: path for key, path in given.items() if input_sha256(key, path) == recorded.info.inputs[key]}
+        moved = same_inputs(recorded, was, wanted)
         if wanted["init_from"] != was["init_from"] and "init_from" not in moved:
             raise RecipeError("--init-from: a fork begins with the weights of its run; leave it out")
         own = {"begun_with": find_fork(recorded, step, recipe, output, moved) if is_main_process() else ""}
@@ -389,7 +380,14 @@ def check_model(run: Run, recipe: Recipe, plan: Plan) -> None:
     check_checkpoint(Source(run, checkpoint, in_place=False), long_enough, tokenizer, may_end=True)
 
 
+def same_inputs(run: Run, was: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
+    """The paths, by key, that differ from those that were read, and at which there is the same."""
+    given = {key: wanted[key] for key in HASH_OF_PATH if wanted[key] not in (None, was[key])}
+    return {key: path for key, path in given.items() if input_sha256(key, path) == run.info.inputs[key]}
+
+
 def fork_name(run: Path, step: int, base: Recipe, recipe: Recipe, given: Set[str]) -> str:
     """The name of a fork's directory: the run's, the step, and those of the `given` keys that change numbers."""
-    keys = given - HARMLESS_KEYS - {"init_seed"}  # the weights are there already
+    moved = same_inputs(Run(run), base.flat(), recipe.flat())
+    keys = given - HARMLESS_KEYS - {"init_seed"} - moved.keys()  # the initial weights are not drawn again
     return named_after(f"{files.real_path(run).name}-at-{step}", base.flat(), recipe.flat(), keys)

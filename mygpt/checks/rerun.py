@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +60,12 @@ def parts_of(run: Run, first: int, until: int, inputs: Mapping[str, str] = {}) -
     """The steps from `first` + 1 to `until`, stretch by stretch."""
     ends = [stretch.after_step for stretch in run.info.stretches_until(until) if stretch.after_step > first]
     return [Part(pinned_recipe(run, end, inputs), end) for end in (*ends, until)]
+
+
+def split_at(parts: Sequence[Part], steps: Iterable[int]) -> list[Part]:
+    """The same steps in more parts: one ends with each of `steps`, and so saves it."""
+    ends = sorted({*steps, *(part.until for part in parts)})
+    return [Part(next(part.recipe for part in parts if end <= part.until), end) for end in ends]
 
 
 def pinned_recipe(run: Run, step: int, inputs: Mapping[str, str] = {}) -> Recipe:

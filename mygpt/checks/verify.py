@@ -5,8 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from mygpt.checks.at import check_step
 from mygpt.checks.compare import TensorDifference, compare_files, compare_records
-from mygpt.checks.rerun import check_inputs, describe_changes, explain_rerun, find_inputs, parts_of, train_parts
+from mygpt.checks.rerun import (
+    check_inputs,
+    describe_changes,
+    explain_rerun,
+    find_inputs,
+    parts_of,
+    split_at,
+    train_parts,
+)
 from mygpt.errors import CheckpointError
 from mygpt.processes.environment import is_main_process
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
@@ -47,7 +56,7 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
     begins after the same checkpoint again.
 
     Raises:
-        CheckpointError: there is no run, or nothing recorded of these steps.
+        CheckpointError: there is no run, it has not trained so many steps, or nothing is recorded of them.
         MismatchError: the corpus has changed since.
         InterruptedRunError: a signal asked to stop.
         NonFiniteError: a loss or gradient is not finite.
@@ -55,8 +64,9 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
     recorded = Run(run)
     begun_after = recorded.info.begun_after
     records, checkpoints = recorded.records, recorded.checkpoints
-    last = max(records[-1].step, *checkpoints, begun_after)
-    until = min(steps or last, last)
+    if steps is not None:
+        check_step(recorded, steps)
+    until = steps or max(records[-1].step, *checkpoints, begun_after)
     checkpoints = {step: directory for step, directory in checkpoints.items() if begun_after < step <= until}
     records = [record for record in records if begun_after < record.step <= until]
     if not records and not checkpoints:
@@ -67,6 +77,9 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
         verify_checkpoint(directory)
     parts = parts_of(recorded, begun_after, until, find_inputs([recorded], inputs))
     check_inputs(recorded, parts[-1].recipe, from_beginning=not begun_after)
+    # Where the newest save_every does not save: an earlier one did, or the step was the best.
+    every = recorded.recipe.checkpoint.save_every
+    parts = split_at(parts, [step for step in checkpoints if not every or step % every])
     # Each checkpoint is compared when it is made: a long run again would fill the disk.
     keeping_one = [part._replace(recipe=part.recipe.replace(keep_last=1)) for part in parts]
     compared: dict[int, list[TensorDifference]] = {}
@@ -84,6 +97,7 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
             return Verification(until, 0, 0, "", None, [], [])
         step, tensors = next(((step, tensors) for step, tensors in compared.items() if tensors), (None, []))
         difference = compare_records(records, again.records)
+        assert tensors or difference.difference or compared.keys() == checkpoints.keys()
         pairs = [[run.info.stretch_of(part.until).environment for run in (recorded, again)] for part in parts]
         changes = list(dict.fromkeys(change for was, now in pairs for change in describe_changes(was, now)))
         counts, repeatable = (difference.steps, len(compared)), all(was.deterministic for was, _ in pairs)

@@ -1,13 +1,19 @@
-"""The run that `--overwrite` replaces stays in RUN/replaced-run until the new run has its first checkpoint."""
+"""The run that `--overwrite` replaces stays in RUN/replaced-run until the new run saves its first checkpoint.
+
+The checkpoint of a run that a signal stops does not count: the user may have noticed a mistaken `--overwrite`.
+"""
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from mygpt.disk import make_directory
+from mygpt.errors import CheckpointError
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
 from mygpt.runs import files
 from mygpt.runs.files import REPLACED_NAME
-from mygpt.runs.steps import step_directories
+from mygpt.runs.steps import step_directories, verify_checkpoint
 
 PARTIAL_NAME = f".{REPLACED_NAME}"
 """Of the directory while the run is being moved there or back: the rest of it is where it was."""
@@ -19,15 +25,16 @@ KEPT = (RUN_FILE, RECIPE_FILE)
 def set_aside_run(run: Path) -> None:
     """Move the run in this directory into RUN/replaced-run.
 
-    If the one that is there was to be replaced by a run without a checkpoint, it stays, and that run is removed.
+    If there is one already, it stays if the run that was to replace it has no whole checkpoint, or none but that of a
+    signal; that run is removed.
     """
     replaced, partial = run / REPLACED_NAME, run / PARTIAL_NAME
     if files.is_directory(replaced):
-        if not step_directories(run):
+        if not _has_counting_checkpoint(run):
             _remove_entries(run)
             return
         files.remove(replaced)
-    partial.mkdir()
+    make_directory(partial)
     for name in KEPT:
         if (run / name).is_file() and not (run / name).is_symlink():
             files.replace_bytes(partial / name, (run / name).read_bytes())
@@ -54,6 +61,7 @@ def put_back(run: Path, *, partial_only: bool = False) -> bool:
                 if (replaced / name).exists():
                     files.replace_bytes(run / name, (replaced / name).read_bytes())
             replaced.rename(partial)
+            files.sync(run)
         if not files.is_directory(partial):
             return False
         for entry in partial.iterdir():
@@ -69,6 +77,15 @@ def _entries(run: Path) -> Iterator[Path]:
     return (entry for entry in [*run.iterdir()] if files.RUN_ENTRY.fullmatch(entry.name) and entry.name not in KEPT)
 
 
+def _has_counting_checkpoint(run: Path) -> bool:
+    for directory in step_directories(run).values():
+        with suppress(CheckpointError):
+            if verify_checkpoint(directory).reason != "interrupted":
+                return True
+    return False
+
+
 def _remove_entries(run: Path) -> None:
-    for entry in _entries(run):
+    # Checkpoints first: without them `put_back` completes this after a kill.
+    for entry in sorted(_entries(run), key=lambda entry: not files.STEP_NAME.fullmatch(entry.name)):
         files.remove(entry)

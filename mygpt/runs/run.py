@@ -120,9 +120,12 @@ class Run:
             else:
                 return directory
         if directories:
+            replaced = self.path / files.REPLACED_NAME
             raise DamagedCheckpointError(
                 f"{self.path}: none of its {len(directories)} checkpoints is whole; restore one, choose another "
                 "--output, or start again with --overwrite"
+                + f"; the run that it replaces is {replaced}"
+                * replaced.is_dir()
             )
         return None
 

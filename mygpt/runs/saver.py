@@ -143,7 +143,7 @@ class Saver:
                 self._reasons = saved_reasons(self.run)
             self._reasons[step] = manifest.reason
             prune(self.run, self.recipe.checkpoint.keep_last, step, best, self._reasons)
-            if files.is_directory(self.run / files.REPLACED_NAME):
+            if manifest.reason != "interrupted" and files.is_directory(self.run / files.REPLACED_NAME):
                 files.remove(self.run / files.REPLACED_NAME)
 
 

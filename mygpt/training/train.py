@@ -1,5 +1,6 @@
 """The phases of a training run: a recipe goes in, a run directory comes out."""
 
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from mygpt.data.dataset import Dataset, is_prepared
 from mygpt.errors import (
     DamagedCheckpointError,
     InterruptedRunError,
+    MygptError,
     NonFiniteError,
     OutOfMemoryError,
     counted,
@@ -27,13 +29,15 @@ from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import PATH_KEYS, Recipe, TrainTable, check_recipe
 from mygpt.reports.outcome import closing_lines
 from mygpt.reports.recorder import Recorder, header_lines
+from mygpt.runs import files
+from mygpt.runs.files import REPLACED_NAME
 from mygpt.runs.lock import locked
 from mygpt.runs.records import Record, read_until
-from mygpt.runs.replacing import put_back
+from mygpt.runs.replacing import PARTIAL_NAME, put_back
 from mygpt.runs.run import check_output
 from mygpt.runs.saver import Saver
 from mygpt.runs.start import Start, begin_run, find_start
-from mygpt.runs.steps import step_directory
+from mygpt.runs.steps import step_directories, step_directory
 from mygpt.training.agreement import REMEDY_AFTER_RESUMING, REMEDY_AT_START, check_agreement
 from mygpt.training.gradient_sum import gradient_sum_for
 from mygpt.training.loop import train_loop
@@ -83,6 +87,9 @@ def train_until(
         max_workers = choose_workers(recipe.runtime.threads, launched.local_processes)
         gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
         micro_batch_size = gradient_sum.micro_batch_size
+        if launched.rank == 0:
+            check_and_put_back(recipe, overwrite=overwrite)
+        channel.exchange({}, "put back")  # the others read that run, too
         continues = not overwrite or is_restart()  # a restarted command does not replace what it has begun
         preflight = run_preflight(recipe, launched, channel, micro_batch_size, continues=continues)
         if preflight.initial:
@@ -108,7 +115,8 @@ def train_until(
             init_sha256=preflight.info.init_sha256,
         )
         prepare_run(start, parts, preflight.dataset)
-        run = run_steps(start, parts, stop, last_step, talk, saved)
+        with explain_overwrite(Path(recipe.checkpoint.output), overwrite=overwrite and accelerator.is_main_process):
+            run = run_steps(start, parts, stop, last_step, talk, saved)
         del parts  # the model must be gone before the process group ends
         return run
 
@@ -119,19 +127,30 @@ def decide_start(recipe: Recipe, preflight: Preflight, *, overwrite: bool) -> It
     run = Path(recipe.checkpoint.output)
     for text in preflight.notes:
         print_note(text)
+    with locked(run), put_back_if_unsaved(run):
+        put_back_killed(run, overwrite=overwrite)  # another one may have been killed meanwhile
+        yield find_start(
+            recipe,
+            preflight.info,
+            preflight.dataset.tokenizer.metadata,
+            overwrite=overwrite,
+            is_restart=is_restart(),
+            warn=print_note,
+        )
+
+
+def check_and_put_back(recipe: Recipe, *, overwrite: bool) -> None:
+    """Check that the run may be written, and put one back whose replacement was killed, before run.json is read."""
+    run = Path(recipe.checkpoint.output)
     check_output(run, replace=overwrite or recipe.checkpoint.resume != "never")
-    with locked(run):
-        if put_back(run, partial_only=overwrite) and not overwrite:
-            print_note(f"{run}: the run that was to be replaced is back; the new one had no checkpoint")
-        with put_back_if_unsaved(run):
-            yield find_start(
-                recipe,
-                preflight.info,
-                preflight.dataset.tokenizer.metadata,
-                overwrite=overwrite,
-                is_restart=is_restart(),
-                warn=print_note,
-            )
+    if any(os.path.lexists(run / name) for name in (REPLACED_NAME, PARTIAL_NAME)):
+        with locked(run):
+            put_back_killed(run, overwrite=overwrite)
+
+
+def put_back_killed(run: Path, *, overwrite: bool) -> None:
+    if put_back(run, partial_only=overwrite) and not overwrite:
+        print_note(f"{run}: the run that was to be replaced is back; the new one had no checkpoint")
 
 
 @contextmanager
@@ -146,6 +165,17 @@ def put_back_if_unsaved(run: Path) -> Iterator[None]:
         if not (isinstance(error, NonFiniteError) or may_be_restarted()):
             with suppress(DamagedCheckpointError):  # the next start tries again
                 put_back(run)
+        raise
+
+
+@contextmanager
+def explain_overwrite(run: Path, *, overwrite: bool) -> Iterator[None]:
+    """Say in an error that promises that the same command continues: without --overwrite, if it has saved something."""
+    try:
+        yield
+    except MygptError as error:
+        if overwrite and step_directories(run):
+            error.args = (str(error).replace("the same command", "the same command without --overwrite"),)
         raise
 
 
@@ -204,10 +234,10 @@ def run_steps(
     ended_by = progress.end(recipe)
     if stopped and ended_by is None:  # a run that a signal found at its last step is complete
         number = signal.Signals(stopped)
-        raise InterruptedRunError(
-            f"stopped by {number.name}; saved {step_directory(run, progress.step)}, and the same command continues",
-            exit_code=128 + number,
-        )
+        text = f"stopped by {number.name}; saved {step_directory(run, progress.step)}, and the same command continues"
+        if files.is_directory(run / REPLACED_NAME):
+            text += f"; the run that is replaced stays in {run / REPLACED_NAME} until the next checkpoint"
+        raise InterruptedRunError(text, exit_code=128 + number)
     if is_main and last_step is None:
         end = f"{run} is complete; raise --{ended_by} to train on, or --overwrite it to start again"
         print_note(f"saved {run}" if progress.step > start.step else end)

@@ -76,6 +76,20 @@ def test_bisect_looks_into_a_step_with_the_text_at_another_path(handed, call, tm
     assert "the first step that differs is step 3, in learning rate" in out
 
 
+def test_fork_whose_text_moves_keeps_its_directory(handed, call, tmp_path):
+    """The path of the same text is not in its name; that of another text is."""
+    run, here = handed()
+    assert call("fork", run, 2, "--lr", 1, "--corpus", here / "text.txt")[0] == 0
+    fork = run.with_name(f"{run.name}-at-2-lr=1.0")
+    assert fork.exists()
+    (here / "text.txt").rename(here / "moved.txt")
+    code, _, err = call("fork", run, 2, "--lr", 1, "--corpus", here / "moved.txt")
+    assert (code, f"{fork} is complete" in err) == (0, True)
+    (here / "other.txt").write_text((here / "moved.txt").read_text()[:-20])
+    assert call("fork", run, 3, "--corpus", here / "other.txt")[0] == 0
+    assert list(run.parent.glob(f"{run.name}-at-3-corpus=*"))
+
+
 def test_what_a_run_has_not_read_is_refused(handed, call, tmp_path):
     """One line with the hash that was expected, and nothing is created."""
     run, here = handed()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 
 import pytest
@@ -32,6 +33,27 @@ def test_untouched_run_verifies(tiny, answer):
     train(recipe)
     assert answer("verify", run) == (0, "identical: 6 records and 3 checkpoints up to step 6\n")
     assert answer("verify", run, "--steps", 3) == (0, "identical: 3 records and 1 checkpoints up to step 3\n")
+
+
+def test_checkpoints_that_the_newest_recipe_does_not_save_are_compared(tiny, tmp_path, answer):
+    """Keys like save_every may change in place; nothing is called identical that was not compared."""
+    other = train(tiny(save_every=2, data_seed=7, output=str(tmp_path / "other")))
+    train(tiny(save_every=2))
+    run = train(tiny(save_every=4, print_every=1))
+    assert answer("verify", run) == (0, "identical: 6 records and 3 checkpoints up to step 6\n")
+    shutil.rmtree(run / "step-000002")
+    shutil.copytree(other / "step-000002", run / "step-000002")
+    code, out = answer("verify", run)
+    assert code == 1
+    assert out.startswith("different: the first checkpoint that differs is that of step 2\n")
+
+
+def test_more_steps_than_the_run_has_are_not_verified(tiny, answer):
+    """A mistake, as for `mygpt at`."""
+    run = train(tiny())
+    assert answer("verify", run, "--steps", 7)[0] == 2
+    with pytest.raises(CheckpointError, match="got step 7, expected one from 1 to 6, the last that it has trained"):
+        verify(run, 7)
 
 
 def test_verifying_keeps_no_checkpoint_that_it_has_compared(tiny, answer, monkeypatch):
@@ -100,7 +122,7 @@ def test_branch_is_verified_from_its_first_step(tiny, tmp_path, answer):
     train_until(tiny(save_every=2, output=str(tmp_path / "source")), 4)
     branch = train(tiny(save_every=2, resume=str(tmp_path / "source"), output=str(tmp_path / "branch")))
     assert answer("verify", branch) == (0, "identical: 2 records and 1 checkpoints up to step 6\n")
-    with pytest.raises(CheckpointError, match="nothing is recorded of its steps from 5 to 4"):
+    with pytest.raises(CheckpointError, match="got step 4, expected one from 5 to 6, the last that it has trained"):
         verify(branch, 4)
 
 

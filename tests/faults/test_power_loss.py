@@ -16,6 +16,7 @@ from mygpt.errors import MygptError
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import replace_text
 from mygpt.runs.records import Record, cut_after, read_until
+from mygpt.runs.replacing import put_back, set_aside_run
 from mygpt.runs.run import Run
 from mygpt.runs.saver import Saver
 from mygpt.runs.steps import verify_checkpoint
@@ -224,10 +225,33 @@ def studying(place, text_file, patch):
     return Work(do, check, again)
 
 
+def replacing_a_run(place, text_file, _patch):
+    """A run that is set aside and put back: whatever a failure leaves, it can be put back whole."""
+    run = train(Recipe.of(**TINY | {"steps": 1, "corpus": str(text_file), "output": str(place / "run")}))
+    old = contents(run)
+
+    def do(_recorded):
+        set_aside_run(run)
+        replace_text(run / "run.json", "{}")
+        replace_text(run / "metrics.jsonl", "{}")
+        put_back(run)
+
+    def check(_notes):
+        put_back(run)
+        assert {name: found for name, found in contents(run).items() if not name.startswith(".tmp-")} == old
+
+    def again(notes):
+        set_aside_run(run)
+        check(notes)
+
+    return Work(do, check, again)
+
+
 WORKS = [
     pytest.param(replacing, marks=pytest.mark.fault(114)),
     pytest.param(setting_aside, marks=pytest.mark.fault(114)),
     pytest.param(training, marks=pytest.mark.fault(114)),
+    pytest.param(replacing_a_run, marks=pytest.mark.fault(114)),
     pytest.param(preparing_a_corpus, marks=pytest.mark.fault(115)),
     pytest.param(studying, marks=pytest.mark.fault(116)),
 ]

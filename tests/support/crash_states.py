@@ -2,7 +2,8 @@
 
 A file has on the disk what it had when it was last synced; what was written since may be there, in part, as zeros, or
 not at all. A change of a directory (a name that is made, moved or removed) is atomic. It is on the disk once the
-directory is synced; until then it may have happened or not, whatever happened to other changes.
+directory is synced, or one of the two between which it moves something; until then it may have happened or not,
+whatever happened to other changes.
 """
 
 import itertools
@@ -101,7 +102,7 @@ def crash_states(recorded: Recording, *, most: int, seed: int = 0) -> Iterator[t
             case "synced", node if node in contents:
                 synced[node] = contents[node]
             case "synced", node:
-                of_it = [change for change in pending if {parent for parent, _ in change} == {node}]
+                of_it = [change for change in pending if node in {parent for parent, _ in change}]
                 names, pending = _after(names, of_it), [change for change in pending if change not in of_it]
         named = set(_after(names, pending).values()) | set(names.values())
         dirty = [file for file in named & contents.keys() if synced.get(file) != contents[file]]

@@ -58,6 +58,7 @@ POINTS = {
     "loading-weights": Point(state, "read_weights"),
     "loading-state": Point(state, "read_state", after=True),
     "loaded": Point(phases, "begin_run", after=True),
+    "checked": Point(phases, "run_preflight", after=True),
     "joined": Point(phases, "check_joined", after=True),
     "making-run": Point(phases, "begin_run"),
     "made-run.json": Point(Path, "replace", renamed_to("run.json"), after=True),
@@ -72,6 +73,7 @@ POINTS = {
     "setting-aside": Point(Path, "rename", lambda path, target: Path(target).parent.name == PARTIAL_NAME, after=True),
     "set-aside": Point(Path, "rename", renamed_to("replaced-run"), after=True),
     "putting-back": Point(Path, "rename", lambda path, target: path.parent.name == PARTIAL_NAME, after=True),
+    "removing": Point(files, "remove"),
     "removing-replaced-run": Point(shutil, "rmtree", named(".tmp-old-replaced")),
     "copying-records": Point(shutil, "copyfile", after=True),
 }
@@ -192,6 +194,7 @@ FAULTS = {
     "fsync-fails": lambda count: disturb("before-fsync", os_error(errno.EIO), count=count),
     "disk-full": lambda count: disturb("before-writing", os_error(errno.ENOSPC), count=count),
     "out-of-memory": lambda count: disturb("before-step", fail(MemoryError()), count=count),
+    "sigterm": lambda count: disturb("before-step", send(signal.SIGTERM), count=count),
     "metrics-disk-full": limit_file_size(700),
     "file-size-limit": limit_file_size(40_000),
     "slow-saves": slow_saves,
