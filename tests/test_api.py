@@ -120,6 +120,13 @@ def test_wrong_seed_costs_one_line(call, text_file, seed):
         assert call("train", text_file, "--seed", seed) == (2, "", f"mygpt: --{expected}\n")
 
 
+@pytest.mark.parametrize("seed", [0, (1 << 32) - 1])
+def test_first_and_last_seed_are_taken(seed):
+    """Both ends of the range that a wrong seed is answered with."""
+    keys = load_recipe("quickstart", seed=seed).flat()
+    assert (keys["init_seed"], keys["data_seed"]) == (seed, seed)
+
+
 def test_plot_returns_a_figure(run, tmp_path):
     """Of a run, of several, of a folder; and writes a file if one is named."""
     pytest.importorskip("matplotlib", reason="needs the report extra")

@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # All processes stop for a signal together; one says so.
         if is_main_process() or not isinstance(error, InterruptedRunError):
             message = str(error)
+            # Lines are mistakes: a line break in a path that was given is no end of one.
             for part in re.split("[/=]", "/".join(arguments)):
                 message = message.replace(part, printable(part)) if "\n" in part else message
             print_error(message, is_of_other=isinstance(error, PeerError))

@@ -146,13 +146,17 @@ def change_between(before: Evaluation, after: Evaluation) -> Estimate:
     return difference_of_independent(before.loss, after.loss)
 
 
+def improves(before: Evaluation, after: Evaluation) -> bool:
+    """Whether the loss fell beyond doubt: by more than the margin of a 95% interval for the difference."""
+    change = change_between(before, after)
+    return change.mean < 0 and change.is_beyond_doubt
+
+
 def last_improvement(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The last one that is better than the improvement before it, beyond doubt: below it by more than the margin of a
-    95% interval for their difference. The first one is an improvement."""
+    """The last one that improves on the improvement before it. The first one is an improvement."""
     improved, *others = evaluations
     for evaluation in others:
-        change = change_between(improved, evaluation)
-        if change.mean < 0 and change.is_beyond_doubt:
+        if improves(improved, evaluation):
             improved = evaluation
     return improved
 

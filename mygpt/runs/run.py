@@ -121,11 +121,10 @@ class Run:
                 return directory
         if directories:
             replaced = self.path / files.REPLACED_NAME
+            kept = f"; the run that it replaces is {replaced}" if replaced.is_dir() else ""
             raise DamagedCheckpointError(
                 f"{self.path}: none of its {len(directories)} checkpoints is whole; restore one, choose another "
-                "--output, or start again with --overwrite"
-                + f"; the run that it replaces is {replaced}"
-                * replaced.is_dir()
+                f"--output, or start again with --overwrite{kept}"
             )
         return None
 

@@ -235,11 +235,11 @@ def _update(run: Path, start: Start) -> None:
     if best is None:
         (run / files.BEST_FILE).unlink(missing_ok=True)
     if start.step:
-        is_saved = saved_reasons(run).get(start.step) != "interrupted"
-        if is_saved and files.is_directory(run / files.REPLACED_NAME):
+        reasons = saved_reasons(run)
+        if reasons.get(start.step) != "interrupted" and files.is_directory(run / files.REPLACED_NAME):
             files.remove(run / files.REPLACED_NAME)
         point_to(run, start.step, best)
-        prune(run, start.recipe.checkpoint.keep_last, start.step, best, saved_reasons(run))
+        prune(run, start.recipe.checkpoint.keep_last, start.step, best, reasons)
 
 
 def recipe_text(recipe: Recipe) -> str:

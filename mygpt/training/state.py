@@ -16,7 +16,7 @@ from mygpt.processes.machine import set_dropout_generator_state
 from mygpt.recipe.seeds import batch_seed_after, process_dropout_seed
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
-from mygpt.runs.held_out import Evaluation, count_waiting, evaluations_of
+from mygpt.runs.held_out import Evaluation, count_waiting, evaluations_of, improves, last_improvement
 from mygpt.runs.loading import MOMENTS, NUMBERS, read_state, read_weights
 from mygpt.runs.run import Run
 from mygpt.runs.saver import Tensors
@@ -34,28 +34,31 @@ class Progress:
     """The evaluation with the lowest held-out loss, where the recipe keeps its checkpoint."""
     evaluations: list[Evaluation] = field(default_factory=list)
     """So far, over the same kind of held-out windows."""
-    counted_after: int = 0
-    """The step after which early stopping counts evaluations."""
+    improved: Evaluation | None = None
+    """The last improvement; known only with `patience`."""
     waited: int = 0
-    """How many of these have brought no improvement in a row; counted only with `patience`."""
+    """How many evaluations in a row have brought no improvement; counted only with `patience`."""
 
     @classmethod
     def at(cls, start: Start) -> Self:
         """That of a run that begins there."""
-        evaluations, waited = evaluations_of(start.evaluations), 0
-        if start.recipe.validation.patience:
-            waited = count_waiting(evaluations, start.counted_after)
-        return cls(start.step, start.best, evaluations, start.counted_after, waited)
+        progress = cls(start.step, start.best, evaluations_of(start.evaluations))
+        if start.recipe.validation.patience and progress.evaluations:
+            progress.improved = last_improvement(progress.evaluations)
+            progress.waited = count_waiting(progress.evaluations, start.counted_after)
+        return progress
 
     def observe(self, evaluation: Evaluation, recipe: Recipe) -> bool:
-        """Take the evaluation after `step`; returns whether the recipe keeps it as the best so far."""
+        """Take one more evaluation; returns whether the recipe keeps it as the best so far."""
         self.evaluations.append(evaluation)
         if recipe.validation.patience:
-            self.waited = count_waiting(self.evaluations, self.counted_after)
+            # Compared with the last improvement alone: the whole list again would cost more with each evaluation.
+            is_better = self.improved is None or improves(self.improved, evaluation)
+            self.improved, self.waited = (evaluation, 0) if is_better else (self.improved, self.waited + 1)
         val = evaluation.loss.mean
         if not recipe.keeps_best or (self.best is not None and val >= self.best.val):
             return False
-        self.best = Best(step=self.step, val=val)
+        self.best = Best(step=evaluation.step, val=val)
         return True
 
     def has_stopped_early(self, recipe: Recipe) -> bool:

@@ -22,6 +22,7 @@ from mygpt.runs.held_out import (
 from mygpt.runs.records import EvaluationLine, read_records
 from mygpt.runs.run import Run
 from mygpt.runs.steps import read_manifest
+from mygpt.training.state import Progress
 from mygpt.training.train import train, train_until
 
 NOISE = np.random.default_rng(0).standard_normal(40)
@@ -117,6 +118,17 @@ def test_improvement_must_be_beyond_doubt():
     assert (last_improvement(evaluations).step, count_waiting(evaluations, 0)) == (30, 0)
     assert [count_waiting(evaluations_with(3.0, 3.5, 3.5, 3.5), after) for after in (0, 20, 40)] == [3, 2, 0]
     assert count_waiting([], 0) == 0
+
+
+def test_waiting_is_counted_as_evaluations_come():
+    """It comes to what all evaluations together give, though each is compared with the last improvement alone."""
+    recipe, progress = Recipe.of(patience=9), Progress()
+    losses = (3.0, 2.999, 2.99, 2.995, 2.8, 2.9, 2.81, 2.805)
+    for number, evaluation in enumerate(evaluations := evaluations_with(*losses), 1):
+        progress.observe(evaluation, recipe)
+        assert progress.waited == count_waiting(evaluations[:number], 0)
+        assert progress.improved is last_improvement(evaluations[:number])
+    assert progress.waited == 3
 
 
 def losses_at(monkeypatch, losses):
