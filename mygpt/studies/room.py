@@ -39,7 +39,7 @@ class Slot(NamedTuple):
     """The place of a run beside others."""
 
     cpus: tuple[int, ...]
-    """None: any."""
+    """Cores, one for each thread; empty: any."""
     gpu: str | None
     """As CUDA_VISIBLE_DEVICES names it; None: there is none."""
 
@@ -70,12 +70,11 @@ def take_slots(room: Room) -> Iterator[list[Slot]]:
                     held.callback(mark.close)
                     taken.append(core)
         cores = [*taken, *(core for core in cores if core not in taken)]
+        shares = [tuple(cores[index * room.threads : (index + 1) * room.threads]) for index in range(room.side_by_side)]
         yield [
-            Slot(
-                tuple(cores[index * room.threads : (index + 1) * room.threads]),
-                gpus[index % len(gpus)] if gpus else None,
-            )
-            for index in range(room.side_by_side)
+            # Threads that had fewer cores than they are would wait for each other.
+            Slot(share if len(share) == room.threads else (), gpus[index % len(gpus)] if gpus else None)
+            for index, share in enumerate(shares)
         ]
 
 

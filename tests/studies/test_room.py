@@ -66,6 +66,14 @@ def test_two_studies_on_one_machine_take_different_cores(machine):
         assert cpus(slots) == [(0, 1, 2), (3, 4, 5)]
 
 
+@needs_linux
+def test_run_without_a_core_for_each_thread_may_use_any(machine):
+    """One core for two threads would make each wait for the other, while cores of other runs may be idle."""
+    machine(cores=3)
+    with take_slots(Room(2, 2)) as slots:
+        assert cpus(slots) == [(0, 1), ()]
+
+
 GIB = 2**30
 CGROUP_FILES = {
     "version 2": {
