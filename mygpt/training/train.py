@@ -88,7 +88,7 @@ def train_until(
         gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
         micro_batch_size = gradient_sum.micro_batch_size
         if launched.rank == 0:
-            check_and_put_back(recipe, overwrite=overwrite)
+            put_back_before_reading(recipe, overwrite=overwrite)
         channel.exchange({}, "put back")  # the others read that run, too
         continues = not overwrite or is_restart()  # a restarted command does not replace what it has begun
         preflight = run_preflight(recipe, launched, channel, micro_batch_size, continues=continues)
@@ -127,6 +127,7 @@ def decide_start(recipe: Recipe, preflight: Preflight, *, overwrite: bool) -> It
     run = Path(recipe.checkpoint.output)
     for text in preflight.notes:
         print_note(text)
+    check_output(run, replace=overwrite or recipe.checkpoint.resume != "never")
     with locked(run), put_back_if_unsaved(run):
         put_back_killed(run, overwrite=overwrite)  # another one may have been killed meanwhile
         yield find_start(
@@ -139,11 +140,11 @@ def decide_start(recipe: Recipe, preflight: Preflight, *, overwrite: bool) -> It
         )
 
 
-def check_and_put_back(recipe: Recipe, *, overwrite: bool) -> None:
-    """Check that the run may be written, and put one back whose replacement was killed, before run.json is read."""
+def put_back_before_reading(recipe: Recipe, *, overwrite: bool) -> None:
+    """Put a run back whose replacement was killed, before anything reads run.json, which is that of the other run."""
     run = Path(recipe.checkpoint.output)
-    check_output(run, replace=overwrite or recipe.checkpoint.resume != "never")
     if any(os.path.lexists(run / name) for name in (REPLACED_NAME, PARTIAL_NAME)):
+        check_output(run, replace=overwrite or recipe.checkpoint.resume != "never")
         with locked(run):
             put_back_killed(run, overwrite=overwrite)
 

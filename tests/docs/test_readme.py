@@ -29,6 +29,7 @@ SHORTER = {"steps": 4, "warmup": 2, "val_every": 2, "embed_dim": 16, "max_seq_le
 SHORTER_STEPS = {
     '"tinyshakespeare"': '"tinyshakespeare.txt"',
     "step-001999": "step-000003",
+    "verify checkpoints/hardened --steps 200": "verify checkpoints/hardened --steps 2",
     "step-002000": "step-000004",
     **{f"hardened{between}{step}": f"hardened{between}2" for between in (" ", "-at-") for step in (1000, 1234)},
 }
