@@ -4,29 +4,28 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from pydantic import Field
 
 from mygpt.cli.command import command
 from mygpt.cli.train import announce_threads
 from mygpt.data.formats import DEFAULT_FIELD
 from mygpt.errors import CorpusError, MygptError, TokenizerError, print_note
-from mygpt.recipe.tables import NAMED_CORPORA, Recipe
+from mygpt.recipe.flags import Positional
+from mygpt.recipe.tables import NAMED_CORPORA, Recipe, Table
 from mygpt.runs.files import explain_refusal, replace_bytes
 
 LARGE = 256_000_000
 """Bytes of a text file from which it is prepared, and not read into memory by each run."""
-MOST_MINUTES = 1_000_000
 
 
-@dataclass(frozen=True)
-class InitOptions:
-    texts: Positional[tuple[str, ...]]
+class InitOptions(Table):
+    texts: Annotated[tuple[str, ...], Positional("TEXT")]
     """A text file, a named corpus or a prepared one. Anything else that `mygpt data prepare` takes is prepared first,
     beside the recipe."""
-    minutes: float = 30
+    minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 30
     """How long training may take on this machine."""
     out: Path | None = None
     """The recipe to write; absent: the text's name with .toml, in this directory."""
@@ -37,10 +36,6 @@ class InitOptions:
 @command
 def init(options: InitOptions) -> None:
     """Look at a text, time this machine for some seconds, and write a recipe for it, with the reasons."""
-    if not options.texts:
-        raise MygptError("expected a text: mygpt init TEXT")
-    if not 0 < options.minutes <= MOST_MINUTES:
-        raise MygptError(f"--minutes: got {options.minutes:g}, expected a number above 0, and at most {MOST_MINUTES:,}")
     out = options.out or _default_out(options.texts)
     _check_out(out)
     announce_threads(Recipe())

@@ -761,7 +761,7 @@ def test_command_prepares_describes_and_trains(tmp_path, call, text_file):
             ["prepare", text_file, "--tokenizer", "byte", "--vocab-size", 9, "--out", tmp_path / "x"],
             "--vocab-size: only",
         ),
-        (["prepare", "--out", tmp_path / "x"], "expected a source"),
+        (["prepare", "--out", tmp_path / "x"], "SOURCE missing; usage: mygpt data prepare SOURCE..."),
         (["prepare", text_file], "mygpt data prepare --help"),
         (["info", tmp_path], "manifest.json: missing"),
     ):

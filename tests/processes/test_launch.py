@@ -212,7 +212,7 @@ def test_launcher_ends_with_the_message(text_file, tmp_path, launcher):
     arguments = ["-m", "mygpt", "train", text_file, *FLAGS, "--lr", -1, "--output", "run"]
     result = run_process([*command, *arguments], tmp_path)
     assert result.returncode == 1
-    assert "traceback : --lr: got -1.0, expected greater than or equal to 0" in result.stderr.splitlines()[-2]
+    assert "traceback : --lr: got -1.0, expected at least 0" in result.stderr.splitlines()[-2]
     assert "To enable traceback see" not in result.stderr
 
 

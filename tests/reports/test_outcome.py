@@ -252,7 +252,7 @@ def test_rows_are_whole_and_have_their_number_of_runs():
         check_recipe(Recipe.of(expected_val=[[10, 3.0, 0.1]]))
     for rows, message in (
         ([[10, 3.0]], "expected_val: got [10, 3.0], expected more values"),
-        ([[10, 3.0, -0.1]], "expected_val: got -0.1, expected greater than or equal to 0"),
+        ([[10, 3.0, -0.1]], "expected_val: got -0.1, expected at least 0"),
         ([[10.0, 3.0, 0.1]], "expected_val: got 10.0, expected a valid integer"),
         ([], "expected_val: got [], expected at least one [step, mean, deviation]"),
         ([[20, 3.0, 0.1], [10, 3.0, 0.1]], "expected_val: got [[20, 3.0, 0.1], [10, 3.0, 0.1]], expected .* by rising"),

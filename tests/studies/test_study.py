@@ -381,8 +381,8 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
             ["small.toml", "--out", "study", "--side-by-side", "3"],
             "and the study has begun with 2; remove study/plan.json",
         ),
-        (["small.toml", "--effect", "0"], "--effect: got 0, expected a number above 0"),
-        ([], "expected a recipe"),
+        (["small.toml", "--effect", "0"], "--effect: got 0.0, expected greater than 0"),
+        ([], "RECIPE missing; usage: mygpt study RECIPE..."),
     ):
         code, _, err = call("study", *arguments)
         assert (code, message in err) == (2, True), err
