@@ -48,11 +48,21 @@ MOST_CHARACTERS = 20
 """How many of the characters that only the held-out text has are shown."""
 
 
-def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
+def train(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    last_step: int | None = None,
+    talk: TextIO | None = None,
+    saved: Callable[[Path], None] = lambda _: None,
+) -> Path:
     """Train as `recipe` says, and return the run directory; a run that is there is continued.
 
     To be called by every process that a launcher started. Whatever can be wrong with the recipe, the corpus and the
     output is found before anything is written. With `overwrite` a run that is already there is replaced.
+
+    With a `last_step` the run is saved after that step and ends early, as if it had been stopped. Progress goes to
+    `talk`; None: to stderr, as notes do. `saved` is given each checkpoint; see `Saver`.
 
     It is meant to have its process to itself: it sets torch's threads, how memory is freed, the precision of fp32
     products, global seeds and, on CUDA, deterministic algorithms, and leaves them set. In the main thread it takes
@@ -60,21 +70,6 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
 
     Raises:
         MygptError: anything that the user can act on.
-    """
-    return train_until(recipe, None, overwrite=overwrite)
-
-
-def train_until(
-    recipe: Recipe,
-    last_step: int | None,
-    *,
-    overwrite: bool = False,
-    talk: TextIO | None = None,
-    saved: Callable[[Path], None] = lambda _: None,
-) -> Path:
-    """As `train`; with a `last_step` the run is saved after that step and ends early, as if it had been stopped.
-
-    Progress goes to `talk`; None: to stderr, as notes do. `saved` is given each checkpoint; see `Saver`.
     """
     check_recipe(recipe)
     launched = launched_processes()

@@ -129,7 +129,7 @@ KEYS = TINY | {
 def launch_exact(processes, folder, recipe, last_step=None) -> str:
     """Train `recipe` on so many processes, up to `last_step`, and return what was printed."""
     (folder / "recipe.toml").write_text(recipe.to_toml())
-    patch = f"import functools; phases.train = functools.partial(phases.train_until, last_step={last_step})"
+    patch = f"import functools; phases.train = functools.partial(phases.train, last_step={last_step})"
     result = torchrun(processes, folder, "recipe.toml", patch=patch if last_step else "")
     assert result.returncode == 0, result.stderr
     assert "last bits may differ" not in result.stderr
