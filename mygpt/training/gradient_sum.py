@@ -109,7 +109,8 @@ class FastSum(GradientSum):
             with accelerator.accumulate(model):
                 loss = model(inputs, targets)
                 losses.append(loss.detach())
-                # An infinite loss can have a finite gradient: times 1, which is exact, or times nan, for all to see.
+                # An infinite loss can have finite gradients. So the loss is multiplied by 1, which changes no bit, or,
+                # if it is infinite or nan, by nan, which the gradients of all processes then are, too.
                 accelerator.backward(loss * (losses[-1] * 0 + 1))
         mean = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         return mean, torch.zeros_like(mean)
