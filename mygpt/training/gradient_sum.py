@@ -6,7 +6,7 @@ Source: the idea of pre-rounding, Demmel & Nguyen, "Fast Reproducible Floating-P
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -149,7 +149,7 @@ class ExactSum(GradientSum):
             total.add(loss.detach(), torch.autograd.grad(loss, self._parameters))
 
         self.workers.map(add, zip(self._pieces(batch), seeds, strict=True))
-        return total.mean_over(accelerator.num_processes)
+        return total.mean_over(all_reduce if accelerator.num_processes > 1 else None)
 
     def dropout_seeds(self, step: int, micro_batches: Iterable[int]) -> tuple[int, ...]:
         return tuple(micro_batch_dropout_seed(self._table.data_seed, step, index) for index in micro_batches)
@@ -201,13 +201,14 @@ class FixedPointSum:
             self._sum[:-1] += integers
             self._sum[-1] += is_out
 
-    def mean_over(self, processes: int) -> LossAndOutOfRange:
-        """Set the gradients to their mean over the processes, all of which have to call this.
+    def mean_over(self, sum_over_processes: Callable[[torch.Tensor], object] | None) -> LossAndOutOfRange:
+        """Set the gradients to their mean over the processes. If there are several, all have to call this, with a
+        function that replaces a vector (n,) by its sum over all of them.
 
         Returns the mean loss, and how many micro-batches were out of range; if any was, the means are garbage.
         """
-        if processes > 1:
-            all_reduce(self._sum)
+        if sum_over_processes:
+            sum_over_processes(self._sum)
         means = self._sum[:-1].to(self._parameters[0].dtype).div_(SCALE * self._micro_batches)
         set_gradients(self._parameters, means[:-1])
         return means[-1], self._sum[-1]
