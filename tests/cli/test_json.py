@@ -1,4 +1,4 @@
-"""The answers of commands as JSON: documents with the fields that docs/reference.md names, and nothing else on stdout."""
+"""The answers of commands as JSON: documents with the fields that the reference names, and nothing else on stdout."""
 
 import json
 import re
