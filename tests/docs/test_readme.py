@@ -105,6 +105,13 @@ def test_fresh_machine_commands_are_the_ones_that_ci_runs():
     assert "README.md" in (REPOSITORY / ".ci" / "run").read_text()
 
 
+def test_page_for_students_has_the_lines_that_the_readme_says():
+    """The whole method, in one file that imports nothing of mygpt."""
+    code = (REPOSITORY / "scripts" / "benchmarks" / "reference.py").read_text(encoding="utf-8")
+    assert f" {len(code.splitlines())} lines of plain PyTorch" in README
+    assert not re.search(r"^(from|import) mygpt", code, re.MULTILINE)
+
+
 def test_nothing_says_to_install_mygpt_from_a_registry():
     """Messages and pages name the package that is missing: the mygpt of PyPI is another project."""
     texts = {path: path.read_text(encoding="utf-8") for path in [*DOCUMENTS, *PROGRAM]}
