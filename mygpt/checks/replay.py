@@ -24,10 +24,10 @@ from mygpt.runs.schemas import ModelMetadata, read_table
 from mygpt.runs.steps import read_metadata, verify_checkpoint
 from mygpt.training.failed_step import BATCH_FILE, FailedStep, describe_problem
 from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.loop import train_step
 from mygpt.training.parts import build_parts, open_accelerator
-from mygpt.training.pending import Measured
+from mygpt.training.pending import is_finite
 from mygpt.training.state import dropout_name
-from mygpt.training.step import train_step
 
 
 class Finding(NamedTuple):
@@ -85,14 +85,14 @@ def replay(path: Path, device: torch.device) -> Finding:
         parts.gpt.load_state_dict(weights)
         watch = Watch(parts.gpt, failed, states)
         batch = Batch(*(part.to(device) for part in (tokens[:, :-1], tokens[:, 1:])))
-        measured = Measured(*(value.item() for value in train_step(parts, batch, failed.step)))
+        loss, grad_norm, out_of_range = (value.item() for value in train_step(parts, batch, failed.step))
     lines, non_finite = watch.lines, watch.non_finite
-    if non_finite is None and measured.is_finite:
-        lines = [*lines, f"gradient norm: {measured.grad_norm:.4g}"]
+    if non_finite is None and is_finite(loss, grad_norm, out_of_range):
+        lines = [*lines, f"gradient norm: {grad_norm:.4g}"]
     elif non_finite is None:
         problem = "the norm of gradients that are all finite: its square overflows"
-        if measured.out_of_range:
-            problem = describe_problem(measured, gradient_sum.micro_batches)
+        if out_of_range:
+            problem = describe_problem(loss, grad_norm, out_of_range, gradient_sum.micro_batches)
         name, largest = max(watch.largest_gradients.items(), key=lambda item: item[1])
         non_finite = f"{problem}; the largest is in {name}, {largest:.3g}"
     has_same_dropout = not metadata.model.dropout or (

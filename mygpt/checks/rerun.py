@@ -16,7 +16,7 @@ from mygpt.runs.files import COPY_NAME, file_sha256, real_path
 from mygpt.runs.initial import find_initial
 from mygpt.runs.run import Run, find_model_file
 from mygpt.runs.schemas import Environment
-from mygpt.training.train import train_until
+from mygpt.training.train import train
 
 
 class Part(NamedTuple):
@@ -151,7 +151,7 @@ def train_parts(
             stack.enter_context(redirect_stdout(nowhere))
             if number or is_quiet:  # later parts would warn of changes, which are the run's own
                 stack.enter_context(redirect_stderr(nowhere))
-            train_until(recipe, part.until, talk=talk, saved=saved)
+            train(recipe, last_step=part.until, talk=talk, saved=saved)
         yield part.until
         resume = "auto"
 

@@ -24,10 +24,10 @@ from mygpt.processes.machine import choose_matmul, describe_environment, resolve
 from mygpt.recipe.tables import Table
 from mygpt.runs.initial import open_dataset
 from mygpt.runs.run import Run
-from mygpt.training.gradient_sum import Mean, gradient_sum_for
+from mygpt.training.gradient_sum import LossAndOutOfRange, gradient_sum_for
+from mygpt.training.loop import train_step
 from mygpt.training.parts import Parts, build_parts, open_accelerator
 from mygpt.training.state import as_tensor
-from mygpt.training.step import train_step
 
 
 class Trace(Table):
@@ -112,14 +112,14 @@ def see_step(parts: Parts, batch: Batch, step: int, values: Values) -> float:
     watch(parts.gpt, see)
     backward = gradient_sum.backward
 
-    def see_sum(*arguments: Any) -> Mean:
-        mean = backward(*arguments)
+    def see_sum(*arguments: Any) -> LossAndOutOfRange:
+        loss, out_of_range = backward(*arguments)
         values.suffix = ""
-        see("mean loss", mean.loss)
+        see("mean loss", loss)
         for name, parameter in parts.gpt.named_parameters():
             if parameter.grad is not None:
                 see(f"gradient of {name}", parameter.grad)
-        return mean
+        return loss, out_of_range
 
     gradient_sum.backward = see_sum  # type: ignore[method-assign,assignment]
     learning_rate = torch.tensor(parts.learning_rate, dtype=torch.float64)

@@ -14,13 +14,13 @@ from mygpt.runs.records import Record, Timing
 from mygpt.runs.schemas import Best
 
 FALSE_ALARMS = 0.01
-"""Runs that are called not normal though only their seed is another one, at most this share of them."""
+"""At most this share of the runs that differ from the expected ones by their seed alone are called not normal."""
 MARK_SPACING = 1.1
-"""The ratio of the steps of two marks at least: see `_begin_of_end`."""
+"""The step of each mark is at least so many times that of the mark before it: see `_begin_of_end`."""
 AROUND = 100
-"""Steps over which training losses are averaged, since one is that of a single batch."""
+"""A training loss is averaged over so many steps, since that of one step is the loss of a single batch."""
 FEWEST_RECORDS = 10
-"""Of these steps, for a training loss that can be compared with those of other runs."""
+"""So many of these steps have to be recorded for a training loss that can be compared with other runs."""
 
 
 def verdict_line(

@@ -17,7 +17,7 @@ from mygpt.runs.files import CANNOT_WRITE, EVALUATIONS_FILE, TIMING_FILE, explai
 from mygpt.runs.records import LINES, EvaluationLine, Record, Timing, cut_after
 
 PROGRESS_SECONDS = 30.0
-"""Between lines on the progress of a run, where there is no bar."""
+"""Time between two lines on the progress of a run that has no progress bar."""
 
 Sink = Callable[[Record, Timing, bool], None]
 """Takes the record and timing of a step, and whether the console prints them. Only the main process has sinks."""

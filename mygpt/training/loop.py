@@ -1,7 +1,12 @@
-"""The training loop: step, and where something is due read, evaluate, record and save."""
+"""The training loop and its optimizer step; where something is due: read, evaluate, record, save."""
 
 from typing import Any, NamedTuple
 
+import torch
+from torch.nn.utils import get_total_norm
+
+from mygpt.compat import full_tensor, update_unless
+from mygpt.data.batches import Batch
 from mygpt.processes.signals import StopRequest
 from mygpt.recipe.tables import Recipe
 from mygpt.reports.recorder import Recorder, due, is_printed
@@ -12,9 +17,8 @@ from mygpt.training.agreement import REMEDY_WHEN_SAVING, check_agreement
 from mygpt.training.evaluate import evaluate, record_values
 from mygpt.training.failed_step import report_failed_step
 from mygpt.training.parts import Parts
-from mygpt.training.pending import PendingSteps
+from mygpt.training.pending import PendingSteps, Update
 from mygpt.training.state import Progress
-from mygpt.training.step import train_step
 
 
 class Due(NamedTuple):
@@ -69,12 +73,12 @@ def train_loop(
             continue
         is_time_to_save = parts.accelerator.is_main_process and saver.is_due()
         reading, is_best = pending.read(stop.pending(), save=is_time_to_save), False
-        if reading.non_finite:
+        if not reading.is_finite:
             saver.wait()
-            raise report_failed_step(parts, reading.non_finite)
+            raise report_failed_step(parts, reading)
         stopped = reading.stop
         if now.record:
-            values: dict[str, Any] = {"loss": reading.last.loss, "grad_norm": reading.last.grad_norm, "lr": lr}
+            values: dict[str, Any] = {"loss": reading.loss, "grad_norm": reading.grad_norm, "lr": lr}
             if now.evaluation:
                 with recorder.paused():
                     evaluation = evaluate(parts, progress.step)
@@ -97,6 +101,24 @@ def train_loop(
         pending.restart_clock()
     saver.wait()
     return stopped
+
+
+def train_step(parts: Parts, batch: Batch, step: int) -> Update:
+    """Optimizer step number `step` (1-based), on this process's share of the global batch.
+
+    Gradients are averaged over micro-batches and processes, and clipped to a global L2 norm of the recipe's
+    max_grad_norm (0: not clipped). Once a loss or norm is not finite nothing is updated any more; the host does not
+    wait to know.
+    """
+    accelerator, max_grad_norm = parts.accelerator, parts.recipe.train.max_grad_norm
+    loss, out_of_range = parts.gradient_sum.backward(accelerator, parts.model, batch, step)
+    if max_grad_norm:
+        grad_norm = accelerator.clip_grad_norm_(parts.parameters, max_grad_norm)
+    else:
+        grad_norm = get_total_norm(p.grad for p in parts.parameters if p.grad is not None)
+    grad_norm = full_tensor(grad_norm)
+    update_unless(parts.optimizer, ~torch.isfinite(grad_norm) | (out_of_range > 0))
+    return Update(loss, grad_norm, out_of_range)
 
 
 def save(parts: Parts, progress: Progress, saver: Saver, reason: Reason) -> None:

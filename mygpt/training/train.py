@@ -10,7 +10,7 @@ from typing import TextIO
 
 from pydantic import TypeAdapter
 
-from mygpt.data.dataset import Dataset, is_prepared
+from mygpt.data.dataset import Dataset
 from mygpt.errors import (
     DamagedCheckpointError,
     InterruptedRunError,
@@ -48,11 +48,21 @@ MOST_CHARACTERS = 20
 """How many of the characters that only the held-out text has are shown."""
 
 
-def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
+def train(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    last_step: int | None = None,
+    talk: TextIO | None = None,
+    saved: Callable[[Path], None] = lambda _: None,
+) -> Path:
     """Train as `recipe` says, and return the run directory; a run that is there is continued.
 
     To be called by every process that a launcher started. Whatever can be wrong with the recipe, the corpus and the
     output is found before anything is written. With `overwrite` a run that is already there is replaced.
+
+    With a `last_step` the run is saved after that step and ends early, as if it had been stopped. Progress goes to
+    `talk`; None: to stderr, as notes do. `saved` is given each checkpoint; see `Saver`.
 
     It is meant to have its process to itself: it sets torch's threads, how memory is freed, the precision of fp32
     products, global seeds and, on CUDA, deterministic algorithms, and leaves them set. In the main thread it takes
@@ -60,21 +70,6 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
 
     Raises:
         MygptError: anything that the user can act on.
-    """
-    return train_until(recipe, None, overwrite=overwrite)
-
-
-def train_until(
-    recipe: Recipe,
-    last_step: int | None,
-    *,
-    overwrite: bool = False,
-    talk: TextIO | None = None,
-    saved: Callable[[Path], None] = lambda _: None,
-) -> Path:
-    """As `train`; with a `last_step` the run is saved after that step and ends early, as if it had been stopped.
-
-    Progress goes to `talk`; None: to stderr, as notes do. `saved` is given each checkpoint; see `Saver`.
     """
     check_recipe(recipe)
     launched = launched_processes()
@@ -86,44 +81,30 @@ def train_until(
 
         max_workers = choose_workers(recipe.runtime.threads, launched.local_processes)
         gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
-        micro_batch_size = gradient_sum.micro_batch_size
-        if launched.rank == 0:
-            put_back_before_reading(recipe, overwrite=overwrite)
-        channel.exchange({}, "put back")  # the others read that run, too
+        put_back_before_reading(recipe, channel, overwrite=overwrite)
         continues = not overwrite or is_restart()  # a restarted command does not replace what it has begun
-        preflight = run_preflight(recipe, launched, channel, micro_batch_size, continues=continues)
-        if preflight.initial:
-            recipe = recipe.replace(init_from=preflight.initial.path)
-        if is_prepared(recipe.data.corpus) or recipe.train.init_from:
-            # A prepared corpus, or the model to begin with, has a tokenizer of its own, whatever the recipe says.
-            recipe = recipe.replace(tokenizer=preflight.dataset.tokenizer.metadata.type)
+        checked = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size, continues=continues)
         accelerator = stack.enter_context(
-            open_accelerator(recipe.runtime, preflight.device, gradient_sum.accumulation_steps)
+            open_accelerator(recipe.runtime, checked.device, gradient_sum.accumulation_steps)
         )
         check_joined(launched.processes, accelerator.num_processes)
-        start = None
-        if accelerator.is_main_process:
-            start = stack.enter_context(decide_start(recipe, preflight, overwrite=overwrite))
-        start = share_start(start, recipe, channel)
-        parts = build_parts(
-            start.recipe,
-            accelerator,
-            preflight.dataset,
-            gradient_sum,
-            start.checkpoint,
-            preflight.reports,
-            init_sha256=preflight.info.init_sha256,
-        )
-        prepare_run(start, parts, preflight.dataset)
-        with explain_overwrite(Path(recipe.checkpoint.output), overwrite=overwrite and accelerator.is_main_process):
+        is_main, start = accelerator.is_main_process, None
+        if is_main:
+            start = stack.enter_context(decide_start(checked, overwrite=overwrite))
+        start = share_start(start, checked.info.recipe, channel)
+        where, sha256 = (start.checkpoint, checked.reports), checked.info.init_sha256
+        parts = build_parts(start.recipe, accelerator, checked.dataset, gradient_sum, *where, init_sha256=sha256)
+        prepare_run(start, parts, checked.dataset)
+        with explain_overwrite(Path(recipe.checkpoint.output), overwrite=overwrite and is_main):
             run = run_steps(start, parts, stop, last_step, talk, saved)
         del parts  # the model must be gone before the process group ends
         return run
 
 
 @contextmanager
-def decide_start(recipe: Recipe, preflight: Preflight, *, overwrite: bool) -> Iterator[Start]:
+def decide_start(preflight: Preflight, *, overwrite: bool) -> Iterator[Start]:
     """Where the run begins, for the main process, which holds the run directory meanwhile."""
+    recipe = preflight.info.recipe
     run = Path(recipe.checkpoint.output)
     for text in preflight.notes:
         print_note(text)
@@ -140,13 +121,14 @@ def decide_start(recipe: Recipe, preflight: Preflight, *, overwrite: bool) -> It
         )
 
 
-def put_back_before_reading(recipe: Recipe, *, overwrite: bool) -> None:
-    """Put a run back whose replacement was killed, before anything reads run.json, which is that of the other run."""
-    run = Path(recipe.checkpoint.output)
-    if any(os.path.lexists(run / name) for name in (REPLACED_NAME, PARTIAL_NAME)):
+def put_back_before_reading(recipe: Recipe, channel: Channel, *, overwrite: bool) -> None:
+    """Put a run back whose replacement was killed, before any process reads its run.json, which is the other run's."""
+    run, is_main = Path(recipe.checkpoint.output), channel.launched.rank == 0
+    if is_main and any(os.path.lexists(run / name) for name in (REPLACED_NAME, PARTIAL_NAME)):
         check_output(run, replace=overwrite or recipe.checkpoint.resume != "never")
         with locked(run):
             put_back_killed(run, overwrite=overwrite)
+    channel.exchange({}, "put back")
 
 
 def put_back_killed(run: Path, *, overwrite: bool) -> None:

@@ -28,8 +28,8 @@ from mygpt.processes.machine import resolve_device, set_up
 from mygpt.recipe.flags import RecipeOptions, parse_recipe
 from mygpt.recipe.tables import Recipe
 from mygpt.training.gradient_sum import FastSum, Prepared, gradient_sum_for
+from mygpt.training.loop import train_step
 from mygpt.training.parts import build_parts, open_accelerator
-from mygpt.training.step import train_step
 
 WAYS = {"fast": ("alone", "fast"), "exact": ("exact",)}
 """By the recipe's `reduction`, what takes turns in a launch."""

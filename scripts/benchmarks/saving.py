@@ -28,8 +28,8 @@ from mygpt.recipe.flags import RecipeOptions, parse_recipe
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.saver import Saver
 from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.loop import train_step
 from mygpt.training.parts import build_parts, open_accelerator
-from mygpt.training.step import train_step
 
 
 class Options(RecipeOptions):

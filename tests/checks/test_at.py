@@ -23,7 +23,7 @@ from mygpt.recipe.tables import Recipe
 from mygpt.reports import recorder
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.run import Run
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 KEYS = {"steps": 12, "dropout": 0.1, "val_split": 0.2, "val_every": 3, "save_best": True, "schedule": "cosine"}
 KEYS |= {"warmup": 4, "max_grad_norm": 1.0, "micro_batch_size": 2}
@@ -184,17 +184,17 @@ def test_steps_of_a_run_that_changed_are_made_with_their_stretches(tiny, tmp_pat
 def test_keys_that_change_no_number_may_have_changed(tiny, tmp_path):
     """Keeping the best from a later step on changes no byte of a checkpoint."""
     keys = {"save_every": 4, "val_split": 0.2, "val_every": 1, "steps": 8}
-    train_until(tiny(**keys), 4)
+    train(tiny(**keys), last_step=4)
     run = train(tiny(**keys, save_best=True))
     for step in (3, 6):
         recreate(run, step, tmp_path / str(step))
-        assert_is_step(tmp_path / str(step), step, train_until(tiny(**keys, output=str(tmp_path / "before")), step))
+        assert_is_step(tmp_path / str(step), step, train(tiny(**keys, output=str(tmp_path / "before")), last_step=step))
         shutil.rmtree(tmp_path / "before")
 
 
 def test_steps_of_a_branch_begin_after_its_origin(tiny, tmp_path, call):
     """Earlier steps are its source's; it needs the checkpoint after which it began."""
-    train_until(tiny(save_every=2, output=str(tmp_path / "source")), 4)
+    train(tiny(save_every=2, output=str(tmp_path / "source")), last_step=4)
     branch = train(tiny(resume=str(tmp_path / "source"), output=str(tmp_path / "branch"), steps=8))
     every = train(tiny(resume=str(tmp_path / "source"), output=str(tmp_path / "all"), steps=8, save_every=1))
     recreate(branch, 6, tmp_path / "at")

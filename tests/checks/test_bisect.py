@@ -231,7 +231,7 @@ def test_signal_ends_all_and_leaves_nothing(make, tmp_path):
 
 
 PERTURBED = """
-import mygpt.training.step as module
+import mygpt.training.loop as module
 import torch
 
 original = module.train_step

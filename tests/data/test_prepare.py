@@ -34,7 +34,7 @@ from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import CorpusDiskError, CorpusError, MygptError
 from mygpt.recipe.tables import DataTable
 from mygpt.runs.run import Run
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 KINDS = {
     "char": TokenizerChoice("char", 0, None),
@@ -647,7 +647,7 @@ def test_run_on_prepared_text_continues_and_is_replayed(tiny, tmp_path, prepared
     keys = {"save_every": 2, "corpus": str(prepared)}
     whole = train(tiny(**keys))
     where = {"output": str(tmp_path / "stopped" / "run")}
-    train_until(tiny(**keys, **where), 3)
+    train(tiny(**keys, **where), last_step=3)
     stopped = train(tiny(**keys, **where))
     own = ("run.json", "recipe.toml")
     assert contents(stopped, without=own) == contents(whole, without=own)
@@ -786,7 +786,7 @@ def test_run_in_epochs_by_documents_continues_to_the_same_bytes(tiny, tmp_path, 
     assert data.train[-1] == data.tokenizer.end_of_text
     whole = train(tiny(**keys))
     where = {"output": str(tmp_path / "stopped" / "run")}
-    train_until(tiny(**keys, **where), 71)
+    train(tiny(**keys, **where), last_step=71)
     stopped = train(tiny(**keys, **where))
     own = ("run.json", "recipe.toml")
     assert contents(stopped, without=own) == contents(whole, without=own)
@@ -794,7 +794,7 @@ def test_run_in_epochs_by_documents_continues_to_the_same_bytes(tiny, tmp_path, 
     changed = keys | {"data_seed": 7, "steps": 84, "save_every": 1, "resume": str(whole / "step-000078")}
     for name, stop in (("x", 81), ("y", 84)):
         branch = tiny(**changed, output=str(tmp_path / name))
-        train_until(branch, stop)
+        train(branch, last_step=stop)
         train(branch)
     weights = [(tmp_path / name / "step-000084" / "model.safetensors").read_bytes() for name in ("x", "y")]
     assert weights[0] == weights[1]

@@ -12,14 +12,14 @@ from mygpt.errors import CheckpointError, MismatchError, RecipeError
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
 from mygpt.runs.run import Run
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 @pytest.fixture
 def interrupted(tiny):
     """A run with checkpoints at steps 2 and 4, to be continued to step 6."""
     recipe = tiny(save_every=2)
-    return recipe, train_until(recipe, 4)
+    return recipe, train(recipe, last_step=4)
 
 
 def truncate(file):

@@ -14,7 +14,7 @@ from mygpt.disk import code_sha256
 from mygpt.errors import LaunchError
 from mygpt.processes.preflight import ProcessReport, check_alike
 from mygpt.runs.run import Run
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 OTHER_CODE = "mygpt's code is another than that which trained {} (0.2.0, commit unknown): numbers may differ"
 
@@ -50,7 +50,7 @@ def test_edited_code_is_noticed(tiny, tmp_path):
 def test_run_that_goes_on_with_other_code_records_it(tiny, tmp_path, capsys, call):
     """A warning of one line, and a stretch in run.json, by which each step knows its code."""
     keys = {"save_every": 2, "val_split": 0.2, "val_every": 2}
-    run = train_until(tiny(**keys), 4)
+    run = train(tiny(**keys), last_step=4)
     trained_by_other_code(run)
     train(tiny(**keys))
     notes = capsys.readouterr().err
@@ -69,7 +69,7 @@ def test_run_that_goes_on_with_other_code_records_it(tiny, tmp_path, capsys, cal
 @pytest.mark.fault(99)
 def test_branch_of_other_code_is_warned_of(tiny, tmp_path, capsys):
     """The warning names the run of which it is a branch."""
-    source = train_until(tiny(save_every=2), 4)
+    source = train(tiny(save_every=2), last_step=4)
     trained_by_other_code(source)
     capsys.readouterr()
     train(tiny(resume=str(source), output=str(tmp_path / "branch")))

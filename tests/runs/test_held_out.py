@@ -23,7 +23,7 @@ from mygpt.runs.records import EvaluationLine, read_records
 from mygpt.runs.run import Run
 from mygpt.runs.steps import read_manifest
 from mygpt.training.state import Progress
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 NOISE = np.random.default_rng(0).standard_normal(40)
 EVALUATED = {"val_split": 0.2, "val_every": 2, "sampling": "own-stream", "eval_batches": 3}
@@ -209,7 +209,7 @@ def test_early_stopping_survives_interruption(tiny, monkeypatch, tmp_path):
     losses_at(monkeypatch, TURNING)
     run = train(tiny(**PATIENT))
     for step in range(1, 10):
-        train_until(tiny(**PATIENT, output=str(tmp_path / "pieces")), step)
+        train(tiny(**PATIENT, output=str(tmp_path / "pieces")), last_step=step)
     assert_same_run(train(tiny(**PATIENT, output=str(tmp_path / "pieces"))), run)
 
 
@@ -228,7 +228,7 @@ def test_patience_needs_evaluations_of_the_same_windows(tiny, keys, expected):
 @pytest.mark.parametrize("damage", ["bit", "gap", "text"])
 def test_damaged_evaluations_are_found(tiny, call, damage):
     """A flipped bit would be a verdict: commands that read them say so. The run goes on with those before."""
-    run = train_until(tiny(**EVALUATED, patience=5), 4)
+    run = train(tiny(**EVALUATED, patience=5), last_step=4)
     file = run / "evaluations.jsonl"
     first, second = file.read_text().splitlines(keepends=True)
     at = second.index('"losses"') + 30
@@ -248,7 +248,7 @@ def test_damaged_evaluations_are_found(tiny, call, damage):
 
 def test_lost_evaluations_are_said(tiny, capsys):
     """Where early stopping counts them."""
-    run = train_until(tiny(**EVALUATED, patience=5), 4)
+    run = train(tiny(**EVALUATED, patience=5), last_step=4)
     (run / "evaluations.jsonl").unlink()
     train(tiny(**EVALUATED, patience=5))
     assert "evaluations.jsonl: has 0 of 2 evaluations" in capsys.readouterr().err
@@ -260,7 +260,7 @@ def test_branch_begins_with_the_evaluations_of_its_source(tiny, tmp_path, keys, 
     """Up to its step, if they are over the same windows."""
     source = train(tiny(**EVALUATED, save_every=2))
     branch = EVALUATED | {"resume": str(source / "step-000004"), "output": str(tmp_path / "branch"), "steps": 8} | keys
-    train_until(tiny(**branch), 5)
+    train(tiny(**branch), last_step=5)
     run = train(tiny(**branch))
     assert [evaluation.step for evaluation in read_evaluations(run, 8)] == kept
 

@@ -20,7 +20,7 @@ from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
 from mygpt.runs.run import Run
 from mygpt.runs.steps import read_manifest
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_run_info_knows_the_end_and_the_environment_of_each_step(lengthened, tin
     assert read_manifest(lengthened / "step-000006").model_dump().keys() == {
         *("format", "step", "reason", "finished", "ended_by", "files")
     }
-    other = train_until(tiny(output=str(tmp_path / "other")), 3)
+    other = train(tiny(output=str(tmp_path / "other")), last_step=3)
     before = (other / "run.json").read_bytes()
     train(tiny(output=str(tmp_path / "other")))
     assert (other / "run.json").read_bytes() == before
@@ -60,7 +60,7 @@ def test_run_info_knows_the_end_and_the_environment_of_each_step(lengthened, tin
 )
 def test_refusal_has_the_command_that_goes_on(tiny, call, keys, flags):
     """Ready to copy: a run of its own, which begins with the checkpoint. Another architecture has none."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     before = contents(run)
     with pytest.raises((RecipeError, MismatchError)) as caught:
         train(tiny(save_every=2, **keys))
@@ -86,7 +86,7 @@ def test_refusal_of_a_text_that_was_edited_has_the_flags_that_go_on(tiny, text, 
     """A fork would make the step again with the text as it was."""
     own = tmp_path / "own.txt"
     own.write_text(text, encoding="utf-8", newline="")
-    run = train_until(tiny(corpus=str(own), save_every=2), 4)
+    run = train(tiny(corpus=str(own), save_every=2), last_step=4)
     own.write_text(text[10_000:] + text[:10_000], encoding="utf-8", newline="")
     with pytest.raises(MismatchError, match="is not the text that") as caught:
         train(tiny(corpus=str(own), save_every=2))
@@ -126,7 +126,7 @@ def test_stretches_of_a_lost_continuation_are_lost(lengthened, tiny):
 def test_verify_repeats_the_stretches(tiny, steps):
     """Threads, products, steps: each part of the run is run again as it was."""
     keys = {"save_every": 2, "dropout": 0.1, "val_split": 0.2, "val_every": 2, "schedule": "linear"}
-    train_until(tiny(**keys, steps=4, matmul="blas"), 3)
+    train(tiny(**keys, steps=4, matmul="blas"), last_step=3)
     train(tiny(**keys, steps=5, threads=2, matmul="onednn"))
     run = train(tiny(**keys, steps=8, threads=2, matmul="onednn"))
     found = [(s.after_step, s.steps, s.environment.matmul) for s in Run(run).info.stretches]
@@ -143,7 +143,7 @@ def test_warning_names_the_steps_of_the_schedule_before(tiny, tmp_path, capsys):
     """A schedule over 4 steps, then over 6: after step 2 the warning names the first, after step 5 the second."""
     keys = {"save_every": 1, "schedule": "linear"}
     run = train(tiny(**keys, steps=4))
-    train_until(tiny(**keys, steps=6), 5)
+    train(tiny(**keys, steps=6), last_step=5)
     assert "steps 4 -> 6: from step 5 on" in capsys.readouterr().err
     train(tiny(**keys, steps=8, resume=str(run / "step-000002"), output=str(tmp_path / "branch")))
     assert "steps 4 -> 8: from step 3 on" in capsys.readouterr().err
@@ -169,7 +169,7 @@ def test_older_formats_are_named(tiny):
 
 def test_another_commit_alone_costs_no_warning(tiny, capsys):
     """The commit is recorded, but changes no bits by itself."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     info = json.loads((run / "run.json").read_text())
     info["stretches"][0]["environment"]["git_commit"] = "0" * 40
     (run / "run.json").write_text(json.dumps(info))
@@ -235,7 +235,7 @@ def test_run_without_a_step_may_change_its_recipe(folder):
 
 def test_stretches_are_repeated_with_their_micro_batches(tiny):
     """As they were resolved."""
-    run = train_until(tiny(save_every=2), 2)
+    run = train(tiny(save_every=2), last_step=2)
     train(tiny(save_every=2, micro_batch_size=2))
     first, second = parts_of(Run(run), 0, 6)
     assert (first.until, first.recipe.train.micro_batch_size) == (2, 4)

@@ -19,7 +19,7 @@ from mygpt.runs.initial import find_initial, open_dataset
 from mygpt.runs.loading import load_checkpoint, read_weights
 from mygpt.runs.run import Run
 from mygpt.training import parts
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_run_goes_on_though_its_beginning_is_gone(tiny, source, other_text, tmp_
     shutil.copytree(source, tmp_path / "copy")
     recipe = tiny(corpus=str(other_text), init_from=str(tmp_path / "copy"), dropout=0.1)
     whole = train(recipe.replace(output=str(tmp_path / "whole"), init_from=str(source)))
-    run = train_until(recipe.replace(save_every=3), 3)
+    run = train(recipe.replace(save_every=3), last_step=3)
     shutil.rmtree(tmp_path / "copy")
     train(recipe)
     assert_same_run(run, whole)
@@ -156,9 +156,9 @@ def test_the_other_run_may_go_on(tiny, source, other_text, tmp_path):
     whole = train(recipe.replace(output=str(tmp_path / "whole"), init_from=str(source)))
     for killed_at in (None, 3):  # before its first checkpoint, and after it
         if killed_at:
-            train_until(recipe, killed_at)
+            train(recipe, last_step=killed_at)
         else:
-            run = train_until(recipe, 2)
+            run = train(recipe, last_step=2)
             shutil.rmtree(run / "step-000002")
             (run / "latest").unlink()
         train(Run(live).recipe.replace(steps=7 + (killed_at or 0)))
@@ -175,7 +175,7 @@ def test_restarted_command_keeps_its_run_though_the_other_went_on(tiny, source, 
     live = tmp_path / "live"
     shutil.copytree(source, live)
     recipe = tiny(corpus=str(other_text), init_from=str(live), save_every=2)
-    run = train_until(recipe, 4)
+    run = train(recipe, last_step=4)
     train(Run(live).recipe.replace(steps=7))
     before = (run / "step-000002" / "model.safetensors").stat().st_ino
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -196,17 +196,17 @@ def test_fork_needs_the_first_weights_no_more(tiny, source, other_text, tmp_path
 
 def test_beginning_with_a_checkpoint_that_will_go_says_so(tiny, source, other_text, tmp_path, capsys):
     """One that was made by the clock, or for a signal, is removed at the next save of its run."""
-    stopped = train_until(tiny(output=str(tmp_path / "stopped")), 3)
+    stopped = train(tiny(output=str(tmp_path / "stopped")), last_step=3)
     train(tiny(corpus=str(other_text), init_from=str(stopped), steps=2))
     assert f"init_from: {stopped}/step-000003 may be removed when its run goes on, and" in capsys.readouterr().err
     shutil.copytree(stopped / "step-000003", tmp_path / "copy")
     train(tiny(corpus=str(other_text), init_from=str(tmp_path / "copy"), steps=2), overwrite=True)
     assert "may be removed" not in capsys.readouterr().err
     keys = {"output": str(tmp_path / "best"), "save_every": 2, "val_split": 0.2, "val_every": 1, "save_best": True}
-    going_on = train_until(tiny(**keys, lr=1e-5), 5)  # the best is none of those that are saved by the step
+    going_on = train(tiny(**keys, lr=1e-5), last_step=5)  # the best is none of those that are saved by the step
     for name, is_removable in (("best", True), ("step-000002", False)):
         assert bool(find_initial(tiny(init_from=str(going_on / name))).note) == is_removable
-    going_on = train_until(tiny(**keys, lr=1e-5, keep_last=2), 5)
+    going_on = train(tiny(**keys, lr=1e-5, keep_last=2), last_step=5)
     assert find_initial(tiny(init_from=str(going_on / "step-000002"))).note
     shutil.copytree(going_on, tmp_path / "damaged")
     (tmp_path / "damaged" / "run.json").write_text("{")  # what the run may do is not known
@@ -224,8 +224,8 @@ def test_beginning_with_a_checkpoint_that_will_go_says_so(tiny, source, other_te
 def test_a_beginning_that_is_not_there_is_named(tiny, source, other_text, capsys):
     """The run goes on with its own weights; a damaged newest checkpoint does not hide what it began with."""
     recipe = tiny(corpus=str(other_text), init_from=str(source), save_every=2)
-    run = train_until(recipe, 3)
-    train_until(recipe.replace(init_from="mistyped"), 4)
+    run = train(recipe, last_step=3)
+    train(recipe.replace(init_from="mistyped"), last_step=4)
     note = f"init_from: mistyped is not there; what began with {source}/step-000006 goes on\n"
     assert note in capsys.readouterr().err
     (run / "step-000004" / "model.safetensors").write_bytes(b"")

@@ -19,7 +19,7 @@ from mygpt.runs.saver import Saver
 from mygpt.runs.steps import verify_checkpoint
 from mygpt.training import pending
 from mygpt.training.pending import PendingSteps
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tiny):
@@ -36,7 +36,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tiny):
 @pytest.mark.parametrize("keep_last", [0, 2])
 def test_a_save_reads_no_manifest_of_those_before(tiny, monkeypatch, keep_last):
     """However many there are: a process reads each once, and those that it removes once more."""
-    train_until(tiny(steps=20, save_every=1, keep_last=0), 10)
+    train(tiny(steps=20, save_every=1, keep_last=0), last_step=10)
     read, read_manifest = [], steps.read_manifest
     monkeypatch.setattr(steps, "read_manifest", lambda *args: read.append(args[0].name) or read_manifest(*args))
     write, counts = Saver._write, []
@@ -103,7 +103,7 @@ def test_all_checkpoints_are_kept_by_default(tiny):
 
 def test_pruning_removes_only_whole_checkpoints(tiny):
     """A directory that merely has the name of a step, or holds another file, stays."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     (run / "step-000001").mkdir()
     (run / "step-000001" / "thesis.txt").write_text("precious")
     (run / "step-000002" / "notes.txt").write_text("precious")
@@ -126,7 +126,7 @@ def test_run_with_a_dangling_run_json_is_not_replaced(tiny, tmp_path):
 
 def test_damaged_records_are_set_aside(tiny, capsys):
     """With a damaged line in the middle the run continues, and the file that it replaces is kept."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join([lines[0], "scribble\n", *lines[2:]]))
     train(tiny(save_every=2))
@@ -157,7 +157,7 @@ def test_more_steps_after_an_extra_evaluation_cost_a_warning(tiny, capsys):
 
 def test_missing_records_cost_a_warning(tiny, capsys):
     """The weights continue exactly; a message says that the records before are missing."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     (run / "metrics.jsonl").unlink()
     train(tiny(save_every=2))
     assert "metrics.jsonl: it has no record, and the checkpoint is of step 4" in capsys.readouterr().err
@@ -176,7 +176,7 @@ def test_records_of_a_complete_run_are_not_rewritten(tiny):
 
 def test_tokens_are_counted_across_a_change_of_the_batch(tiny, tmp_path):
     """A record has the tokens trained on so far, at both batch sizes."""
-    run = train_until(tiny(save_every=2), 2)
+    run = train(tiny(save_every=2), last_step=2)
     run = train(tiny(save_every=2, batch_size=2, resume=str(run), output=str(tmp_path / "branch")))
     assert [record.tokens for record in read_records(run)] == [64, 128, 160, 192, 224, 256]
 
@@ -217,11 +217,11 @@ def test_checkpoint_may_be_copied_and_linked_for_generating(tiny, tmp_path, monk
 def test_continued_run_is_read_from_its_first_step(tiny, monkeypatch):
     """Where nothing is recorded for long, the host still reads, and so notices a signal, every second."""
     keys = {"steps": 40, "log_every": 1000, "print_every": 1000}
-    train_until(tiny(**keys), 3)
+    train(tiny(**keys), last_step=3)
     read, calls = PendingSteps.read, []
     monkeypatch.setattr(PendingSteps, "read", lambda *args, **keys: calls.append(1) or read(*args, **keys))
     monkeypatch.setattr(pending, "MAX_UNREAD_SECONDS", 0.0)
-    train_until(tiny(**keys), 9)
+    train(tiny(**keys), last_step=9)
     assert len(calls) == 6
 
 

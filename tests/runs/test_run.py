@@ -9,13 +9,13 @@ import pytest
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.runs.run import Run
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 def test_a_run_knows_what_it_holds(tiny):
     """Recipe, records, checkpoints, the best of them, and whether it has ended: not before its last step."""
     recipe = tiny(save_every=2, save_best=True, val_split=0.2, val_every=2, lr=1e-2)
-    run = Run(train_until(recipe, 5))
+    run = Run(train(recipe, last_step=5))
     assert run.recipe == recipe
     assert [record.step for record in run.records] == [1, 2, 3, 4, 5]
     assert list(run.checkpoints) == [2, 4, 5]

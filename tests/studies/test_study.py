@@ -25,7 +25,7 @@ from mygpt.runs.run import Run
 from mygpt.studies import runner
 from mygpt.studies.copies import copy_model
 from mygpt.studies.grid import Cell
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 PLAN = '{"side_by_side": 2, "threads": 1}'
 KEYS = {key: value for key, value in TINY.items() if key != "threads"} | {
@@ -125,7 +125,7 @@ def test_all_runs_begin_with_the_same_weights(place, tmp_path, text):
     """Whatever becomes of the run that had them: the study keeps a copy."""
     source, given = tmp_path / "source", ["--set", "init_from=source"]
     recipe = Recipe.of(**KEYS | {"save_seconds": 0}, corpus=str(place / "text.txt"), output=str(source), threads=1)
-    train_until(recipe, 3)
+    train(recipe, last_step=3)
     sha256 = file_sha256(source / "step-000003" / "model.safetensors")
     first = run(place, *given, "--seeds", "2")
     assert first.returncode == 0, first.stderr
