@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from mygpt.cli.command import JsonOptions, command, print_json
-from mygpt.cli.main import dispatch
+from mygpt.cli.main import choose
 from mygpt.data.formats import DEFAULT_FIELD
 from mygpt.errors import InterruptedRunError, MygptError, counted, print_note
 from mygpt.recipe.flags import Positional
@@ -122,4 +122,6 @@ def _description(corpus: "Prepared") -> list[str]:
 
 
 def data(arguments: list[str]) -> int | None:
-    return dispatch(arguments, "mygpt data", {"prepare": prepare, "info": info}, USAGE)
+    commands = {"prepare": prepare, "info": info}
+    name = choose(arguments, "mygpt data", commands, USAGE)
+    return commands[name](arguments[1:]) if name else None

@@ -13,9 +13,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from mygpt import __version__
@@ -85,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_before_torch()
     _make_streams_safe()
     try:
-        code = dispatch(arguments, "mygpt", {name: partial(_run, name) for name in COMMANDS}, USAGE, OTHER_NAMES) or 0
+        name = choose(arguments, "mygpt", COMMANDS, USAGE, OTHER_NAMES)
+        code = _command(name)(arguments[1:]) or 0 if name else 0
         sys.stdout.flush()
     except MygptError as error:
         code = error.exit_code
@@ -111,36 +111,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def dispatch(
-    arguments: list[str], prog: str, commands: Mapping[str, Command], usage: str, other_names: Mapping[str, str] = {}
-) -> int | None:
-    """Run the command that the first argument names, or print `usage`.
+def choose(
+    arguments: list[str], prog: str, names: Collection[str], usage: str, other_names: Mapping[str, str] = {}
+) -> str | None:
+    """Which of the `names` of commands the first argument is; None: none is needed, and what it asks for is printed.
 
     `other_names` says what to do instead of a command that other programs have.
 
     Raises:
         MygptError: there is no such command.
     """
-    name, *rest = arguments or ["--help"]
+    name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         return print(usage, end="")
     if name == "--version":
         return print(f"mygpt {__version__}")
-    if name not in commands:
-        close = difflib.get_close_matches(name, commands, n=1, cutoff=CLOSE)
-        hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(commands)}"
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1, cutoff=CLOSE)
+        hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(names)}"
         hint = other_names.get(name.replace("-", "").lower(), hint)
         raise MygptError(f"unknown command '{prog} {name}'; {hint}")
-    return commands[name](rest)
+    return name
 
 
-def _run(name: str, arguments: list[str]) -> int | None:
+def _command(name: str) -> Command:
     try:
         os.getcwd()
     except FileNotFoundError:  # torch would end the process
         raise MygptError("the working directory has been removed; change to another one") from None
     command: Command = getattr(importlib.import_module(f"mygpt.cli.{COMMANDS[name]}"), name)
-    return command(arguments)
+    return command
 
 
 def _make_streams_safe() -> None:

@@ -5,7 +5,7 @@ import sys
 from typing import Annotated
 
 from mygpt.cli.command import JsonOptions, errors_reach_all_processes, print_json
-from mygpt.cli.main import dispatch
+from mygpt.cli.main import choose
 from mygpt.errors import MygptError
 from mygpt.processes.environment import choose_threads, read_launched
 from mygpt.recipe.files import recipe_schema, shipped_recipes
@@ -68,7 +68,9 @@ def announce_threads(recipe: Recipe) -> None:
 
 
 def recipe(arguments: list[str]) -> int | None:
-    return dispatch(arguments, "mygpt recipe", {"show": _show, "list": _list, "schema": _schema}, USAGE)
+    commands = {"show": _show, "list": _list, "schema": _schema}
+    name = choose(arguments, "mygpt recipe", commands, USAGE)
+    return commands[name](arguments[1:]) if name else None
 
 
 def _show(arguments: list[str]) -> None:
