@@ -93,11 +93,12 @@ def test_answer_about_a_failed_step(tiny, call, monkeypatch):
     """Infinite values are null: JSON has none."""
     step = POINTS["before-step"]
     original = getattr(step.owner, step.name)
-    monkeypatch.setattr(
-        step.owner, step.name, lambda *args: (update := original(*args))._replace(loss=update.loss * float("nan"))
-    )
-    with pytest.raises(NonFiniteError):
-        train(tiny())
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            step.owner, step.name, lambda *args: (update := original(*args))._replace(loss=update.loss * float("nan"))
+        )
+        with pytest.raises(NonFiniteError):
+            train(tiny())
     document = answer(call, "replay", tiny().checkpoint.output, "--device", "cpu", code=1)
     assert document.keys() == documented("replay")
     assert document["first_non_finite"] is None
