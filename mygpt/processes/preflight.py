@@ -14,7 +14,7 @@ from mygpt.processes.channel import Channel
 from mygpt.processes.environment import Launched, ignored_settings, is_sharded, launch_id, local_rank
 from mygpt.processes.machine import choose_matmul, describe_environment, has_bf16_products, resolve_device, set_up
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe
-from mygpt.runs.initial import find_initial, open_dataset
+from mygpt.runs.initial import Initial, find_initial, open_dataset
 from mygpt.runs.schemas import FORMAT, HASH_OF_PATH, Environment, RunInfo, Stretch
 
 SLOWEST_READING = 20e6
@@ -79,10 +79,6 @@ def run_preflight(
         deterministic=is_deterministic,
     )
     steps, patience = recipe.train.steps, recipe.validation.patience
-    found = {"init_from": initial.path} if initial else {}
-    # A prepared corpus, or the model to begin with, has a tokenizer of its own, whatever the recipe says.
-    if initial or is_prepared(recipe.data.corpus):
-        found["tokenizer"] = dataset.tokenizer.metadata.type
     info = RunInfo(
         format=FORMAT,
         platform=platform.platform(),
@@ -91,7 +87,7 @@ def run_preflight(
         corpus_sha256=dataset.sha256,
         held_out_sha256=dataset.held_out_sha256,
         init_sha256=initial and initial.sha256,
-        recipe=recipe.replace(**found),
+        recipe=with_what_is_there(recipe, initial, dataset),
         stretches=(Stretch(after_step=0, steps=steps, patience=patience, environment=environment),),
     )
     # Only the main process uses output and resume; what is read, and the threads, are compared by content and number.
@@ -110,6 +106,16 @@ def run_preflight(
     check_alike(reports, exact=exact)
     notes = ignored_settings(runtime.precision) + ([initial.note] if initial and initial.note else [])
     return Preflight(device, dataset, info, reports, [*notes, *doubtful_settings(info, device)])
+
+
+def with_what_is_there(recipe: Recipe, initial: Initial | None, dataset: Dataset) -> Recipe:
+    """The recipe with the path of the initial model, and with the tokenizer that this model or a prepared corpus has,
+    whatever the recipe says."""
+    if initial:
+        recipe = recipe.replace(init_from=initial.path)
+    if initial or is_prepared(recipe.data.corpus):
+        recipe = recipe.replace(tokenizer=dataset.tokenizer.metadata.type)
+    return recipe
 
 
 def doubtful_settings(info: RunInfo, device: torch.device) -> Iterator[str]:

@@ -84,14 +84,11 @@ def train(
         put_back_before_reading(recipe, channel, overwrite=overwrite)
         continues = not overwrite or is_restart()  # a restarted command does not replace what it has begun
         checked = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size, continues=continues)
-        accelerator = stack.enter_context(
-            open_accelerator(recipe.runtime, checked.device, gradient_sum.accumulation_steps)
-        )
+        accumulation_steps = gradient_sum.accumulation_steps
+        accelerator = stack.enter_context(open_accelerator(recipe.runtime, checked.device, accumulation_steps))
         check_joined(launched.processes, accelerator.num_processes)
-        is_main, start = accelerator.is_main_process, None
-        if is_main:
-            start = stack.enter_context(decide_start(checked, overwrite=overwrite))
-        start = share_start(start, checked.info.recipe, channel)
+        is_main, decided = accelerator.is_main_process, decide_start(checked, overwrite=overwrite)
+        start = share_start(stack.enter_context(decided) if is_main else None, checked.info.recipe, channel)
         where, sha256 = (start.checkpoint, checked.reports), checked.info.init_sha256
         parts = build_parts(start.recipe, accelerator, checked.dataset, gradient_sum, *where, init_sha256=sha256)
         prepare_run(start, parts, checked.dataset)
