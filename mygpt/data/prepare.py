@@ -47,7 +47,7 @@ from mygpt.data.tokenizer import (
 )
 from mygpt.disk import WRONG_PLACE, file_sha256, flush, make_directory, replace_bytes, sync
 from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError, counted, print_note
-from mygpt.posix import fcntl
+from mygpt.posix import lock_file
 from mygpt.recipe.reading import read_file
 
 BATCH = 1 << 20  # characters that one thread tokenizes at a time
@@ -152,23 +152,18 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Keep other commands from preparing `out` meanwhile; the kernel frees the lock of a killed command."""
-    path = out.with_name(f".tmp-{out.name}.lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    """Keep other commands from preparing `out` meanwhile."""
+    path, refusal = out.with_name(f".tmp-{out.name}.lock"), f"{out}: another command prepares it, or has just done so"
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The command that held it may have ended, and removed the file, since it was opened here.
-            is_current = os.path.samestat(os.fstat(descriptor), os.stat(path)) and not os.path.lexists(out)
-        except (BlockingIOError, FileNotFoundError):
-            is_current = False
-        if not is_current:
-            raise CorpusError(f"{out}: another command prepares it, or has just done so")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        descriptor = lock_file(path)
+    except BlockingIOError:
+        raise CorpusError(refusal) from None
+    try:
+        if os.path.lexists(out):
+            raise CorpusError(refusal)
+        yield
     finally:
+        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
