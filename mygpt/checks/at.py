@@ -29,7 +29,7 @@ from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
 from mygpt.recipe.names import named_after
 from mygpt.recipe.tables import HARMLESS_KEYS, Recipe
 from mygpt.runs import files
-from mygpt.runs.changes import Source, check_checkpoint
+from mygpt.runs.changes import check_checkpoint
 from mygpt.runs.copying import copy_until, publish_run
 from mygpt.runs.initial import Initial, open_dataset
 from mygpt.runs.lock import locked
@@ -91,7 +91,7 @@ def recreate(
         CheckpointError: there is no such run or step, or something at `out`.
         LaunchError: the run was trained by another number of processes, and its bits depend on it.
         MismatchError: the text has changed; or this machine does not repeat the run.
-        DamagedCheckpointError: a file cannot be read or written.
+        DamagedCheckpointError, DiskError: a file cannot be read, or written.
         InterruptedRunError: a signal asked to stop.
     """
     recorded, is_main = Run(run), is_main_process()
@@ -117,8 +117,8 @@ def recreate(
                 if not keep_all:
                     keep_one(again, until)
         made = Run(again)
-        origin = Recreated(run=str(files.real_path(run)), after_step=step)
-        info = made.info.model_copy(update={"recipe": plan.recipe, "recreated": origin})
+        recreated = Recreated(run=str(files.real_path(run)), after_step=step)
+        info = made.info.model_copy(update={"recipe": plan.recipe, "recreated": recreated})
         files.replace_text(again / RUN_FILE, info.to_json())
         files.replace_text(again / RECIPE_FILE, recipe_text(plan.recipe))
         records = len(records_between(recorded, plan.first, step)) if check else 0
@@ -149,14 +149,14 @@ def plan_recreation(
 ) -> Plan:
     """Where to begin, and what to train from there; reads the run, and raises as `recreate` does."""
     check_step(run, step)
-    begun_after, checkpoint = run.info.begun_after, None
+    origin_step, checkpoint = run.info.origin_step, None
     if start is not None:
         checkpoint = files.real_path(named_checkpoint(start))
-        if not begun_after < verify_checkpoint(checkpoint).step <= step:
-            raise CheckpointError(f"{start}: expected a checkpoint of a step from {begun_after + 1} to {step}")
+        if not origin_step < verify_checkpoint(checkpoint).step <= step:
+            raise CheckpointError(f"{start}: expected a checkpoint of a step from {origin_step + 1} to {step}")
     elif not from_beginning:
-        checkpoint = nearest_checkpoint(run, begun_after, step, warn)
-    first = read_manifest(checkpoint).step if checkpoint else begun_after
+        checkpoint = nearest_checkpoint(run, origin_step, step, warn)
+    first = read_manifest(checkpoint).step if checkpoint else origin_step
     if checkpoint is None and (origin := run.origin):
         verify_checkpoint(origin)
     recipe, parts = run.recipe_for(step).replace(**moved_inputs(run, inputs)), []
@@ -175,12 +175,12 @@ def check_step(run: Run, step: int) -> None:
     Raises:
         CheckpointError: it has not.
     """
-    origin, begun_after = run.info.origin, run.info.begun_after
-    last = max(run.records[-1].step, *run.checkpoints, begun_after)
-    if not begun_after < step <= last:
-        before = f"; its steps up to {begun_after} are those of the run of {origin.checkpoint}" if origin else ""
+    origin, origin_step = run.info.origin, run.info.origin_step
+    last = max(run.records[-1].step, *run.checkpoints, origin_step)
+    if not origin_step < step <= last:
+        before = f"; its steps up to {origin_step} are those of the run of {origin.checkpoint}" if origin else ""
         raise CheckpointError(
-            f"{run.path}: got step {step}, expected one from {begun_after + 1} to {last}, the last that it has "
+            f"{run.path}: got step {step}, expected one from {origin_step + 1} to {last}, the last that it has "
             f"trained{before}"
         )
 
@@ -202,10 +202,10 @@ def check_goes_on(run: Run, step: int, recipe: Recipe) -> None:
         )
 
 
-def nearest_checkpoint(run: Run, begun_after: int, step: int, warn: Warn) -> Path | None:
+def nearest_checkpoint(run: Run, origin_step: int, step: int, warn: Warn) -> Path | None:
     """The newest whole checkpoint of the run itself at or before a step; None: there is none."""
     for other, directory in reversed(run.checkpoints.items()):
-        if begun_after < other <= step:
+        if origin_step < other <= step:
             try:
                 verify_checkpoint(directory)
             except DamagedCheckpointError as error:
@@ -332,24 +332,24 @@ def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
         moved = same_inputs(recorded, was, wanted)
         if wanted["init_from"] != was["init_from"] and "init_from" not in moved:
             raise RecipeError("--init-from: a fork begins with the weights of its run; leave it out")
-        own = {"begun_with": find_fork(recorded, step, recipe, output, moved) if is_main_process() else ""}
-        begun_with = channel.exchange(own, "fork")[0]["begun_with"]
-    if not begun_with:
-        begun_with = str(files.real_path(step_directory(output / files.ORIGIN_NAME, step)))
+        own = {"origin": find_fork(recorded, step, recipe, output, moved) if is_main_process() else ""}
+        origin = channel.exchange(own, "fork")[0]["origin"]
+    if not origin:
+        origin = str(files.real_path(step_directory(output / files.ORIGIN_NAME, step)))
         with locked(output) if is_main_process() else nullcontext():
             recreate(run, step, output / files.ORIGIN_NAME, moved, keep_all=False)
-    return train(recipe.replace(resume=begun_with))
+    return train(recipe.replace(resume=origin))
 
 
 def find_fork(run: Run, step: int, recipe: Recipe, output: Path, moved: Mapping[str, str]) -> str:
-    """The checkpoint with which the fork in `output` has begun; "": there is none, and there can be one."""
+    """The checkpoint that is the origin of the fork in `output`; "": there is none, and there can be one."""
     check_step(run, step)
     if recipe.train.steps <= step:
         raise RecipeError(f"[train] steps: got {recipe.train.steps}, expected more than {step}; raise --steps")
     origin, wanted = output / files.ORIGIN_NAME, Recreated(run=str(files.real_path(run.path)), after_step=step)
     if os.path.lexists(origin / RUN_FILE) and Run(origin).info.recreated == wanted:
-        is_begun = os.path.lexists(output / RUN_FILE)  # which may have been moved since
-        return Run(output).recipe.checkpoint.resume if is_begun else str(files.real_path(step_directory(origin, step)))
+        is_run = os.path.lexists(output / RUN_FILE)  # which may have been moved since
+        return Run(output).recipe.checkpoint.resume if is_run else str(files.real_path(step_directory(origin, step)))
     if os.path.lexists(output) and not Run(output).has_no_steps:
         raise CheckpointError(
             f"output: {output} is there already, and no fork of {run.path} after step {step}; choose another --output"
@@ -377,7 +377,7 @@ def check_model(run: Run, recipe: Recipe, plan: Plan) -> None:
         initial = Initial(init_from, file, read_metadata(file, ModelMetadata), "")
     tokenizer = open_dataset(recipe, initial).tokenizer.metadata
     long_enough = recipe.replace(steps=max(recipe.train.steps, read_manifest(checkpoint).step))
-    check_checkpoint(Source(run, checkpoint, in_place=False), long_enough, tokenizer, may_end=True)
+    check_checkpoint(checkpoint, long_enough, tokenizer, in_place=False, may_end=True)
 
 
 def same_inputs(run: Run, was: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:

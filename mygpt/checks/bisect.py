@@ -58,7 +58,7 @@ class Side:
     """For what is made again."""
     is_recorded: bool
     """Whether the run's own checkpoints and records are of this side. Not where both sides are the same run."""
-    begun_after: int
+    origin_step: int
     """The step after which the run begins: 0, unless it is a branch."""
     last: int
     inputs: dict[str, str] = field(default_factory=dict)
@@ -115,20 +115,20 @@ def bisect(
 
 def open_side(name: str, path: Path, python: str | None, folder: Path, *, is_recorded: bool) -> Side:
     run = Run(path)
-    begun_after = run.info.begun_after
-    last = max(run.records[-1].step, *run.checkpoints, begun_after)
+    origin_step = run.info.origin_step
+    last = max(run.records[-1].step, *run.checkpoints, origin_step)
     processes = run.info.stretch_of(last).environment.processes
     if processes > 1 and run.recipe.runtime.reduction == "fast":
         raise LaunchError(
             f"{path}: was trained by {processes} processes with fast sums, whose last bits one process "
             'does not repeat; bisect runs with reduction = "exact", or of one process'
         )
-    return Side(name, run, python, folder, is_recorded, begun_after, last)
+    return Side(name, run, python, folder, is_recorded, origin_step, last)
 
 
 def search(a: Side, b: Side, note: Note) -> Bisection:
     """Narrow the first differing step down until it is known; then look into it."""
-    first, last = max(a.begun_after, b.begun_after), min(a.last, b.last)
+    first, last = max(a.origin_step, b.origin_step), min(a.last, b.last)
     if first >= last:
         raise CheckpointError(f"{a.run.path} and {b.run.path} have no step in common")
     # After `low` they are known to be the same, and after `high` to differ.
@@ -240,7 +240,7 @@ def make_again(side: Side, step: int) -> Path:
         arguments += [f"--{key.replace('_', '-')}", path]
     call(side, "mygpt", arguments, makes=out)
     side.reruns += 1
-    side.steps += step - (read_manifest(start).step if start else side.begun_after)
+    side.steps += step - (read_manifest(start).step if start else side.origin_step)
     side.made[step] = step_directory(out, step)
     return side.made[step]
 
@@ -255,7 +255,7 @@ def known_state(side: Side, step: int) -> Path | None:
     """The step directory after a step, if it is at hand; also the one after which a branch begins."""
     if step in side.made:
         return side.made[step]
-    if step == side.begun_after:
+    if step == side.origin_step:
         return side.run.origin
     recorded = side.run.checkpoints.get(step) if side.is_recorded else None
     return recorded if recorded and is_whole(recorded) else None
@@ -263,7 +263,7 @@ def known_state(side: Side, step: int) -> Path | None:
 
 def nearest_state(side: Side, step: int) -> Path | None:
     """The newest step directory before a step that is at hand; None: the run's beginning is nearer."""
-    for other in range(step - 1, side.begun_after, -1):
+    for other in range(step - 1, side.origin_step, -1):
         if known := known_state(side, other):
             return known
     return None
@@ -336,7 +336,7 @@ def describe_state(a: Side, b: Side, step: int, last: int) -> Bisection:
 
 def trace(side: Side, step: int, name: str = "") -> Trace:
     """Compute one step of a run with its Python; with a name, the value of this name is kept in a file."""
-    before = state_after(side, step - 1) if step - 1 > side.begun_after else side.run.origin
+    before = state_after(side, step - 1) if step - 1 > side.origin_step else side.run.origin
     arguments = [str(side.run.path), str(step), str(before or ""), name, str(trace_file(side, step))]
     arguments += [f"{key}={path}" for key, path in side.inputs.items()]
     call(side, "mygpt.checks.trace", arguments, makes=trace_file(side, step))

@@ -86,8 +86,7 @@ def trace_step(
     gradient_sum, values = gradient_sum_for(recipe), Values(wanted)
     dataset = open_dataset(recipe)
     with no_launcher(), open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
-        begun_with = run.info.init_sha256
-        parts = build_parts(recipe, accelerator, dataset, gradient_sum, checkpoint, init_sha256=begun_with)
+        parts = build_parts(recipe, accelerator, dataset, gradient_sum, checkpoint, init_sha256=run.info.init_sha256)
         for name, weight in parts.gpt.state_dict().items():
             values.see(name + BEFORE, weight)
         batch = parts.stream.batch()

@@ -62,21 +62,21 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
         NonFiniteError: a loss or gradient is not finite.
     """
     recorded = Run(run)
-    begun_after = recorded.info.begun_after
+    origin_step = recorded.info.origin_step
     records, checkpoints = recorded.records, recorded.checkpoints
     if steps is not None:
         check_step(recorded, steps)
-    until = steps or max(records[-1].step, *checkpoints, begun_after)
-    checkpoints = {step: directory for step, directory in checkpoints.items() if begun_after < step <= until}
-    records = [record for record in records if begun_after < record.step <= until]
+    until = steps or max(records[-1].step, *checkpoints, origin_step)
+    checkpoints = {step: directory for step, directory in checkpoints.items() if origin_step < step <= until}
+    records = [record for record in records if origin_step < record.step <= until]
     if not records and not checkpoints:
         raise CheckpointError(
-            f"{run}: nothing is recorded of its steps from {begun_after + 1} to {until}; raise --steps"
+            f"{run}: nothing is recorded of its steps from {origin_step + 1} to {until}; raise --steps"
         )
     for directory in checkpoints.values():
         verify_checkpoint(directory)
-    parts = parts_of(recorded, begun_after, until, find_inputs([recorded], inputs))
-    check_inputs(recorded, parts[-1].recipe, from_beginning=not begun_after)
+    parts = parts_of(recorded, origin_step, until, find_inputs([recorded], inputs))
+    check_inputs(recorded, parts[-1].recipe, from_beginning=not origin_step)
     # Where the newest save_every does not save: an earlier one did, or the step was the best.
     every = recorded.recipe.checkpoint.save_every
     parts = split_at(parts, [step for step in checkpoints if not every or step % every])

@@ -92,7 +92,7 @@ def _find_corpus(options: InitOptions, out: Path) -> tuple[str, bool]:
     """The corpus that the recipe will name, and whether it is prepared, which is done here if need be."""
     from mygpt.data.dataset import is_prepared
     from mygpt.data.prepared import MANIFEST_FILE
-    from mygpt.data.sources import find_sources, is_plain, name_in_manifest
+    from mygpt.data.sources import find_sources, identify, name_in_manifest
 
     name = options.texts[0]
     has_tokens = is_prepared(name) and os.path.lexists(Path(name, MANIFEST_FILE))
@@ -101,7 +101,7 @@ def _find_corpus(options: InitOptions, out: Path) -> tuple[str, bool]:
             raise MygptError(f"--field {options.field}: {name} has no fields; leave it out")
         return name, has_tokens
     sources = find_sources(options.texts, options.field)
-    if len(sources) == 1 and is_plain(sources[0]) and sources[0].stat().st_size < LARGE:
+    if len(sources) == 1 and identify(sources[0])[:2] == ("text", "") and sources[0].stat().st_size < LARGE:
         path = str(sources[0])
         if name_in_manifest(sources[0]) != path:
             raise CorpusError(f"{path}: its name is not UTF-8, as a recipe is; rename it")

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from mygpt.errors import DamagedCheckpointError, print_note
+from mygpt.errors import DiskError, print_note
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import CANNOT_WRITE, EVALUATIONS_FILE, TIMING_FILE, explain_disk_error, sync
@@ -31,11 +31,11 @@ class Recorder:
     `talk` of its own the run is part of other work, and its bar goes when it is done.
 
     A run that continues after `step` drops the later records, and prints the lines up to `step` again, so that its
-    output is that of a run never interrupted. The records of a run that `is_complete` are left as they are.
+    output is that of a run never interrupted. The records of a run that `is_finished` are left as they are.
     `peak_tokens_per_second` is what the devices could do at most, if it is known.
 
     Raises:
-        DamagedCheckpointError: the disk refused the files.
+        DiskError: the disk refused the files.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Recorder:
         *,
         is_main: bool = True,
         step: int = 0,
-        is_complete: bool = False,
+        is_finished: bool = False,
         peak_tokens_per_second: float | None = None,
         last_step: int | None = None,
         talk: TextIO | None = None,
@@ -61,9 +61,9 @@ class Recorder:
         self._run = run
         elapsed = 0.0
         if is_main:
-            records = cut_after(run / METRICS_FILE, Record, step, is_complete=is_complete)
-            timings = cut_after(run / TIMING_FILE, Timing, step, is_complete=is_complete)
-            evaluations = cut_after(run / EVALUATIONS_FILE, EvaluationLine, step, is_complete=is_complete)
+            records = cut_after(run / METRICS_FILE, Record, step, is_finished=is_finished)
+            timings = cut_after(run / TIMING_FILE, Timing, step, is_finished=is_finished)
+            evaluations = cut_after(run / EVALUATIONS_FILE, EvaluationLine, step, is_finished=is_finished)
             for record in records:
                 if is_printed(record.step, recipe, evaluated=record.val is not None):
                     print(step_line(record, recipe))
@@ -90,7 +90,7 @@ class Recorder:
         self._interval = (step, self._started_at)
         self._paused_seconds = 0.0
         self._ended = threading.Event()
-        if is_main and self._bar.disable and not is_complete:
+        if is_main and self._bar.disable and not is_finished:
             threading.Thread(target=self._print_progress, name="progress", daemon=True).start()
 
     def __enter__(self) -> "Recorder":
@@ -121,7 +121,7 @@ class Recorder:
         """Record a step, and print it if `printed`. `values` are fields of `Record`.
 
         Raises:
-            DamagedCheckpointError: the disk refused the record.
+            DiskError: the disk refused the record.
         """
         now = time.perf_counter()
         last_step, last_time = self._interval
@@ -166,7 +166,7 @@ class Recorder:
             self._files[name].write(line.model_dump_json(exclude_none=True) + "\n")
             self._files[name].flush()
         except OSError as error:
-            raise DamagedCheckpointError(
+            raise DiskError(
                 f"{self._run / name}: cannot be written: {error.strerror}; make room, and the same command continues"
             ) from None
 

@@ -20,7 +20,7 @@ from mygpt.disk import WRONG_PLACE
 from mygpt.disk import file_sha256 as file_sha256
 from mygpt.disk import replace_bytes as replace_bytes
 from mygpt.disk import sync as sync
-from mygpt.errors import DamagedCheckpointError, MygptError
+from mygpt.errors import DamagedCheckpointError, DiskError, MygptError
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
@@ -59,8 +59,8 @@ MEND_DISK = "; mend the disk or make room, and the same command continues"
 
 
 @contextmanager
-def explain_disk_error(message: str, path: Path) -> Iterator[None]:
-    """Raise a disk error as a DamagedCheckpointError whose message names {path}, {file}, {reason} or {error}.
+def explain_disk_error(message: str, path: Path, kind: type[MygptError] = DiskError) -> Iterator[None]:
+    """Raise a disk error as one of this `kind` whose message names {path}, {file}, {reason} or {error}.
 
     The file is the one that the system names in its error, or else the path.
     """
@@ -69,7 +69,7 @@ def explain_disk_error(message: str, path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         file, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
         text = message.format(path=path, file=file or path, reason=reason or error, error=error)
-        raise DamagedCheckpointError(text) from error
+        raise kind(text) from error
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def regular(file: Path) -> Path:
 
 def read_bytes(file: Path) -> bytes:
     """The content of a regular file; DamagedCheckpointError if it cannot be read."""
-    with explain_disk_error(CANNOT_READ, file):
+    with explain_disk_error(CANNOT_READ, file, DamagedCheckpointError):
         return regular(file).read_bytes()
 
 

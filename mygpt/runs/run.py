@@ -73,10 +73,10 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run ended with its newest whole checkpoint, and not by a signal."""
+        """Whether the run has nothing left to do after its newest whole checkpoint; a signal finishes no run."""
         self.check_exists()
         newest = self.newest_checkpoint()
-        return newest is not None and self.ended_with(newest)
+        return newest is not None and read_manifest(newest).ended_by is not None
 
     @property
     def has_no_steps(self) -> bool:
@@ -89,14 +89,14 @@ class Run:
     @property
     def origin(self) -> Path | None:
         """The step directory of another run after which this one began, or None; MismatchError if it has changed."""
-        if (begun := self.info.origin) is None:
+        if (origin := self.info.origin) is None:
             return None
-        path = self.path / begun.checkpoint
+        path = self.path / origin.checkpoint
         try:
             found = files.file_sha256(path / files.MANIFEST_FILE)
         except (OSError, ValueError):
             found = None
-        if found != begun.manifest_sha256:
+        if found != origin.manifest_sha256:
             raise MismatchError(
                 f"{path}: the checkpoint after which {self.path} began is {'another now' if found else 'gone'}; put it "
                 "back, or begin again with --overwrite and the --resume of where it is now",
@@ -132,10 +132,6 @@ class Run:
         """The recipe with the end that the run had in view when it trained a step."""
         stretch = self.info.stretch_of(step)
         return self.recipe.replace(steps=stretch.steps, patience=stretch.patience)
-
-    def ended_with(self, checkpoint: Path) -> bool:
-        """Whether the run ended with this checkpoint."""
-        return read_manifest(checkpoint).finished
 
     def best_until(self, step: int) -> Best | None:
         """The evaluation up to a step with the lowest held-out loss, of those whose checkpoint is there."""

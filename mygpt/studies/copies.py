@@ -44,7 +44,7 @@ def copy_model(recipe: Recipe, folder: Path, sha256: str | None) -> str | None:
 
     Raises:
         MismatchError: the model has changed since its hash was taken.
-        DamagedCheckpointError: the copy cannot be written.
+        DiskError: the copy cannot be written.
     """
     init_from = recipe.train.init_from
     if init_from is None or (Path(init_from).parent == folder and COPY_NAME.fullmatch(Path(init_from).name)):

@@ -49,7 +49,7 @@ def read_study(folder: Path, effect: float) -> Study:
     return Study(cells, compare_cells(cells, effect), effect, file)
 
 
-def is_complete(path: Path) -> bool:
+def is_finished(path: Path) -> bool:
     """Whether a run is there and has ended."""
     run = Run(path)
     try:

@@ -34,7 +34,7 @@ from mygpt.runs.start import self_contained
 from mygpt.studies.analysis import compare_cells
 from mygpt.studies.copies import copy_model, with_copies
 from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, Cell
-from mygpt.studies.results import Study, explain_damage, has_failed, is_complete, is_settled, read_cell, to_json
+from mygpt.studies.results import Study, explain_damage, has_failed, is_finished, is_settled, read_cell, to_json
 from mygpt.studies.room import Room, Slot, complaint, measure_room, start_worker, take_slots
 from mygpt.studies.worker import Task
 
@@ -76,8 +76,8 @@ def run_study(
         read_cell(
             cell.name,
             folder,
-            {seed: path for seed, path in paths.items() if is_complete(path)},
-            {seed: _failure(path) for seed, path in paths.items() if not is_complete(path)},
+            {seed: path for seed, path in paths.items() if is_finished(path)},
+            {seed: _failure(path) for seed, path in paths.items() if not is_finished(path)},
         )
         for cell, paths in run_grid(cells, seeds, folder, report, side_by_side)
     ]
@@ -106,7 +106,7 @@ def run_grid(
     _check(jobs, folder, side_by_side)
     hashes = _hashes_of_inputs(cells)
     _check_inputs(jobs, hashes)
-    unfinished = [job for job in jobs if not (is_complete(job.path) and is_settled(job.path))]
+    unfinished = [job for job in jobs if not (is_finished(job.path) and is_settled(job.path))]
     waiting = [job for job in unfinished if not has_failed(job.path)]
     _check_code(jobs, will_train=bool(waiting))
     if waiting:
@@ -361,7 +361,7 @@ def _error_of(process: "subprocess.Popen[str]", job: Job, restarts: dict[Path, i
 
 
 def _outcome(path: Path) -> str:
-    if not is_complete(path):
+    if not is_finished(path):
         return _failure(path)
     record = Run(path).records[-1]
     return f"training loss {record.loss:.4f}" if record.val is None else f"held-out loss {record.val:.4f}"

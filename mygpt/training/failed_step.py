@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from mygpt.errors import DamagedCheckpointError, NonFiniteError
+from mygpt.errors import DiskError, NonFiniteError
 from mygpt.processes.machine import choose_matmul
 from mygpt.recipe.tables import Count, Table
 from mygpt.runs.files import remove
@@ -62,7 +62,7 @@ def report_failed_step(parts: Parts, failed: Reading) -> NonFiniteError:
     if parts.accelerator.is_main_process:
         try:
             _write(run, parts, problem, weights, state)
-        except DamagedCheckpointError as error:
+        except DiskError as error:
             look = f"no record of it: {error}"
     parts.accelerator.wait_for_everyone()
     return NonFiniteError(f"step {failed.step}: {problem}; not updated: {look}; {remedy}")
@@ -82,7 +82,7 @@ def _write(run: Path, parts: Parts, problem: str, weights: Tensors, state: Train
     """Write `run`/failed-step-NNNNNN: the checkpoint before the step, and batch.json.
 
     Raises:
-        DamagedCheckpointError: the disk refused it.
+        DiskError: the disk refused it.
     """
     recipe, dataset, gradient_sum = parts.recipe, parts.dataset, parts.gradient_sum
     table, runtime, step = recipe.train, recipe.runtime, state.metadata.step + 1
@@ -109,7 +109,7 @@ def _write(run: Path, parts: Parts, problem: str, weights: Tensors, state: Train
     target = run / f"failed-step-{step:06d}"
     if os.path.lexists(target):
         remove(target)
-    manifest = Manifest(step=step, reason="failed", finished=False, files={})
+    manifest = Manifest(step=step, reason="failed", files={})
     write_checkpoint(
         target,
         {name: weight.cpu() for name, weight in weights.items()},

@@ -53,11 +53,11 @@ def train_loop(
 
     Raises:
         NonFiniteError: a loss, gradient or weight is not finite.
-        DamagedCheckpointError: the disk refused a record or a checkpoint.
+        DiskError: the disk refused a record or a checkpoint.
         DisagreementError: with exact sums, the processes do not hold the same weights.
     """
     pending, stopped, first = PendingSteps(parts.accelerator), 0, progress.step + 1
-    while progress.step < last_step and not progress.has_stopped_early(parts.recipe) and not stopped:
+    while progress.step < last_step and not progress.ended_by(parts.recipe) and not stopped:
         generators, lr = parts.generators(), parts.learning_rate
         update = train_step(parts, parts.stream.batch(), progress.step + 1)
         parts.scheduler.step()
@@ -86,7 +86,7 @@ def train_loop(
                 values |= record_values(evaluation) | {"evaluation": evaluation_line(evaluation, before)}
                 is_best = progress.observe(evaluation, parts.recipe)
             recorder.record(progress.step, printed=now.line, **values)
-        is_last = progress.end(parts.recipe) is not None
+        is_last = progress.ended_by(parts.recipe) is not None
         is_interrupted = bool(stopped) or progress.step == last_step
         reasons: dict[Reason, bool] = {
             "scheduled": now.checkpoint or is_last,
@@ -132,4 +132,4 @@ def save(parts: Parts, progress: Progress, saver: Saver, reason: Reason) -> None
         check_agreement(parts, weights, state, f"step {progress.step}", REMEDY_WHEN_SAVING)
     if parts.accelerator.is_main_process:
         best = progress.best.step if progress.best else None
-        saver.save(weights, state, reason, progress.end(parts.recipe), best)
+        saver.save(weights, state, reason, progress.ended_by(parts.recipe), best)

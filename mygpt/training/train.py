@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from mygpt.data.dataset import Dataset
 from mygpt.errors import (
-    DamagedCheckpointError,
+    DiskError,
     InterruptedRunError,
     MygptError,
     NonFiniteError,
@@ -36,7 +36,7 @@ from mygpt.runs.records import Record, read_until
 from mygpt.runs.replacing import PARTIAL_NAME, put_back
 from mygpt.runs.run import check_output
 from mygpt.runs.saver import Saver
-from mygpt.runs.start import Start, begin_run, find_start
+from mygpt.runs.start import Start, find_start, write_start
 from mygpt.runs.steps import step_directories, step_directory
 from mygpt.training.agreement import REMEDY_AFTER_RESUMING, REMEDY_AT_START, check_agreement
 from mygpt.training.gradient_sum import gradient_sum_for
@@ -143,7 +143,7 @@ def put_back_if_unsaved(run: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         if not (isinstance(error, NonFiniteError) or may_be_restarted()):
-            with suppress(DamagedCheckpointError):  # the next start tries again
+            with suppress(DiskError):  # the next start tries again
                 put_back(run)
         raise
 
@@ -170,7 +170,7 @@ def share_start(start: Start | None, recipe: Recipe, channel: Channel) -> Start:
         return start
     start = whole.validate_json(shared)
     paths = {key: value for key, value in recipe.flat().items() if key in PATH_KEYS}
-    return start._replace(recipe=start.recipe.replace(**paths))
+    return start._replace(info=start.info.model_copy(update={"recipe": start.recipe.replace(**paths)}))
 
 
 def prepare_run(start: Start, parts: Parts, dataset: Dataset) -> None:
@@ -179,7 +179,7 @@ def prepare_run(start: Start, parts: Parts, dataset: Dataset) -> None:
         remedy = REMEDY_AFTER_RESUMING if start.checkpoint else REMEDY_AT_START
         check_agreement(parts, *parts.capture(start.step), f"before step {start.step + 1}", remedy)
     if parts.accelerator.is_main_process:
-        begin_run(start)
+        write_start(start)
         print_header(start, parts, dataset)
 
 
@@ -200,7 +200,7 @@ def run_steps(
             run,
             is_main=is_main,
             step=progress.step,
-            is_complete=start.is_complete,
+            is_finished=start.is_finished,
             peak_tokens_per_second=peak_tokens_per_second(parts) if is_main else None,
             last_step=until,
             talk=talk,
@@ -211,8 +211,8 @@ def run_steps(
         stopped = train_loop(parts, progress, until, recorder, saver, stop)
     parts.accelerator.wait_for_everyone()
 
-    ended_by = progress.end(recipe)
-    if stopped and ended_by is None:  # a run that a signal found at its last step is complete
+    ended_by = progress.ended_by(recipe)
+    if stopped and ended_by is None:  # a run that a signal found at its last step is finished
         number = signal.Signals(stopped)
         text = f"stopped by {number.name}; saved {step_directory(run, progress.step)}, and the same command continues"
         if files.is_directory(run / REPLACED_NAME):
@@ -226,7 +226,7 @@ def run_steps(
             progress.evaluations,
             read_until(run / METRICS_FILE, Record, progress.step),
             parts.dataset.sha256,
-            ended_early=ended_by == "patience",
+            ended_by=ended_by,
             best=progress.best,
             last=recorder.last,
             processes=parts.accelerator.num_processes,
@@ -275,10 +275,10 @@ def print_header(start: Start, parts: Parts, dataset: Dataset) -> None:
     if accelerator.num_processes > 1:
         of_weights = "; the weights are sharded over them" if accelerator.is_fsdp2 else ""
         print_note(f"{accelerator.num_processes} processes share each batch{of_weights}")
-    if start.checkpoint and not start.is_complete:
+    if start.checkpoint and not start.is_finished:
         lines_from = f"the lines up to it are from {METRICS_FILE}"
         print_note(f"continuing after step {start.step} from {start.checkpoint}; {lines_from}")
-    elif recipe.train.init_from and not start.is_complete:
+    elif recipe.train.init_from and not start.is_finished:
         print_note(f"beginning with the weights of {recipe.train.init_from}")
     if not start.step and (unseen := dataset.unseen_characters()):
         shown = f"{unseen[:MOST_CHARACTERS]!r}{' and others' * (len(unseen) > MOST_CHARACTERS)}"

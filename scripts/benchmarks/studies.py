@@ -20,7 +20,7 @@ import numpy as np
 from mygpt.estimates import Floats
 from mygpt.runs.held_out import Evaluation, Windows
 from mygpt.studies.analysis import CellResult, RunResult, compare_cells
-from mygpt.studies.results import is_complete, read_cell
+from mygpt.studies.results import is_finished, read_cell
 
 
 class Deviations(NamedTuple):
@@ -67,7 +67,7 @@ def cells_of(study: Path) -> Iterator[CellResult]:
     document = json.loads((study / "study.json").read_text())
     for recipe in document["recipes"]:
         paths = {int(seed): study / path for seed, path in recipe["runs"].items()}
-        yield read_cell(recipe["name"], study, {s: path for s, path in paths.items() if is_complete(path)}, {})
+        yield read_cell(recipe["name"], study, {s: path for s, path in paths.items() if is_finished(path)}, {})
 
 
 def deviations(cell: CellResult) -> Deviations:

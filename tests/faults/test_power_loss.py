@@ -22,7 +22,7 @@ from mygpt.runs.saver import Saver
 from mygpt.runs.steps import verify_checkpoint
 from mygpt.studies import runner
 from mygpt.studies.grid import Cell
-from mygpt.studies.results import is_complete
+from mygpt.studies.results import is_finished
 from mygpt.training.train import train
 
 KEYS = {
@@ -140,12 +140,12 @@ def training(place, text_file, patch):
 def preparing_a_corpus(place, text_file, patch):
     """A prepared corpus: absent or whole; of its tokens none is made twice that was saved."""
     patch.setattr("mygpt.data.sources.BLOCK", 500)
-    patch.setattr(preparing, "BATCH", 1500)
+    patch.setattr(preparing, "CHUNK", 1500)
     patch.setattr(preparing, "SYNC_SECONDS", 0.0)
     source, out, prepared, encoded = text_file.with_name("short.txt"), place / "new" / "corpus", {}, []
     source.write_bytes(text_file.read_bytes()[:8000])
     patch.setattr(
-        preparing, "encode_batch", lambda *given, encode=preparing.encode_batch: encoded.append(0) or encode(*given)
+        preparing, "encode_chunk", lambda *given, encode=preparing.encode_chunk: encoded.append(0) or encode(*given)
     )
 
     def prepare(progress=lambda _: None):
@@ -214,7 +214,7 @@ def studying(place, text_file, patch):
 
     def check(notes):
         for path in notes:
-            assert is_complete(path) if path.name.startswith("seed-") else path.exists()
+            assert is_finished(path) if path.name.startswith("seed-") else path.exists()
         for path in folder.glob("[!.]*"):
             assert path.is_dir() or contents(path.parent)[path.name] == expected[path.name]
 

@@ -163,7 +163,7 @@ def test_verdict_on_an_early_end_is_about_what_came_after_the_last_improvement()
     known = records(FALLING, held_out)
     assert "still improving: held-out loss -0.6" in (line := verdict_line(evaluations, known, DataTable()))
     assert line.endswith("from step 260 to 300")
-    assert "flat from step 280 to 300" in verdict_line(evaluations, known, DataTable(), ended_early=True)
+    assert "flat from step 280 to 300" in verdict_line(evaluations, known, DataTable(), ended_by="patience")
 
 
 def test_verdict_without_held_out_text_says_how_to_get_one():

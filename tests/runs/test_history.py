@@ -39,7 +39,7 @@ def test_run_info_knows_the_end_and_the_environment_of_each_step(lengthened, tin
     assert found == [(0, 4, 1), (4, 6, 2)]
     assert [Run(lengthened).info.stretch_of(step).steps for step in (1, 4, 5, 9)] == [4, 4, 6, 6]
     assert read_manifest(lengthened / "step-000006").model_dump().keys() == {
-        *("format", "step", "reason", "finished", "ended_by", "files")
+        *("format", "step", "reason", "ended_by", "files")
     }
     other = train(tiny(output=str(tmp_path / "other")), last_step=3)
     before = (other / "run.json").read_bytes()

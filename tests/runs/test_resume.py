@@ -11,7 +11,7 @@ import pytest
 from support.forked import run as run_forked
 from support.runs import FLAGS, assert_same_run, contents, steps_of
 
-from mygpt.errors import CheckpointError, DamagedCheckpointError
+from mygpt.errors import CheckpointError, DiskError
 from mygpt.runs import files, saver, steps
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
@@ -76,7 +76,7 @@ def test_a_checkpoint_by_the_clock_that_fails_costs_a_warning(tiny, tmp_path, mo
     def refuse(target, weights, metadata, state, manifest, reason="timed"):
         if manifest.reason == reason and len(refused) < 2:
             refused.append(manifest.step)
-            raise DamagedCheckpointError(f"{target}: cannot be saved: No space left on device{files.MEND_DISK}")
+            raise DiskError(f"{target}: cannot be saved: No space left on device{files.MEND_DISK}")
         write(target, weights, metadata, state, manifest)
 
     monkeypatch.setattr(saver, "write_checkpoint", refuse)
@@ -89,7 +89,7 @@ def test_a_checkpoint_by_the_clock_that_fails_costs_a_warning(tiny, tmp_path, mo
     assert_same_run(run, whole)
     refused.clear()
     monkeypatch.setattr(saver, "write_checkpoint", partial(refuse, reason="scheduled"))
-    with pytest.raises(DamagedCheckpointError, match=r"cannot be saved: .*the same command continues"):
+    with pytest.raises(DiskError, match=r"cannot be saved: .*the same command continues"):
         train(tiny(output=str(tmp_path / "other")))
 
 

@@ -17,7 +17,7 @@ import pytest
 from support.commands import MYGPT, wait_for
 from support.runs import TINY, assert_same_run, contents, flags_of
 
-from mygpt.errors import DamagedCheckpointError, MismatchError
+from mygpt.errors import DiskError, MismatchError
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import file_sha256
 from mygpt.runs.records import read_records
@@ -164,7 +164,7 @@ def test_copy_that_fails_leaves_nothing(tmp_path, tiny, monkeypatch):
     with pytest.raises(MismatchError, match=r"init_from: .* has changed meanwhile"):
         copy_model(recipe, tmp_path, "0" * 64)
     monkeypatch.setattr(shutil, "copyfile", lambda _, to: to.write_text("half") and fail_with(errno.ENOSPC))
-    with pytest.raises(DamagedCheckpointError, match=r"No space left .*; mend the disk"):
+    with pytest.raises(DiskError, match=r"No space left .*; mend the disk"):
         copy_model(recipe, tmp_path, "0" * 64)
     assert not list(tmp_path.glob("*init-*"))
 
