@@ -14,7 +14,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -362,13 +362,7 @@ def _write_tokens(
 
         try:
             for chunk in chunks(read_all(sources, field, read, print_note), tokenizer.cut):
-                sha256 = _text_sha256(chunk)
-                if kept := journal.take(sha256):
-                    future: Future[Encoded] = Future()
-                    future.set_result(kept)
-                else:
-                    future = pool.submit(encode_chunk, tokenizer, chunk, sha256, dtype)
-                pending.append(future)
+                pending.append(_encode_in(pool, tokenizer, chunk, dtype, journal))
                 if len(pending) > workers:
                     write()
             while pending:
@@ -383,11 +377,7 @@ def _write_tokens(
                 future.cancel()
         if not journal.tokens or not journal.text_bytes:
             raise _no_text(sources)
-        file.truncate(HEADER_BYTES + journal.tokens * dtype.itemsize)
-        file.seek(0)
-        file.write(header(name, journal.tokens))
-        file.flush()
-        flush(file.fileno())
+        journal.finish(header(name, journal.tokens))
     return Manifest(
         tokenizer=tokenizer.metadata.type,
         tokenizer_sha256=tokenizer.fingerprint,
@@ -400,6 +390,18 @@ def _write_tokens(
         field=field,
         sources=tuple(read),
     )
+
+
+def _encode_in(
+    pool: Executor, tokenizer: Tokenizer, chunk: Sequence[Piece], dtype: np.dtype[Any], journal: "_Journal"
+) -> Future[Encoded]:
+    """Have a thread encode a chunk, unless the journal has it."""
+    sha256 = _text_sha256(chunk)
+    if not (kept := journal.take(sha256)):
+        return pool.submit(encode_chunk, tokenizer, chunk, sha256, dtype)
+    future: Future[Encoded] = Future()
+    future.set_result(kept)
+    return future
 
 
 class _Journal:
@@ -449,6 +451,14 @@ class _Journal:
             flush(file.fileno())
         self._unwritten = b""
         self._synced_at = time.monotonic()
+
+    def finish(self, header: bytes) -> None:
+        """Write the header of the tokens' file, and remove what may be left behind its last token."""
+        self._tokens_file.truncate(HEADER_BYTES + self.tokens * self._token_bytes)
+        self._tokens_file.seek(0)
+        self._tokens_file.write(header)
+        self._tokens_file.flush()
+        flush(self._tokens_file.fileno())
 
 
 def _open(path: Path) -> IO[bytes]:
