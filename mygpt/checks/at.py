@@ -8,18 +8,18 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mygpt.checks.compare import compare_files, compare_records
+from mygpt.checks.compare import compare_records, compare_steps
 from mygpt.checks.rerun import (
     Part,
     check_inputs,
-    describe_changes,
+    environment_changes,
     explain_rerun,
     find_inputs,
     input_sha256,
+    last_step,
     moved_inputs,
     parts_of,
     pinned_recipe,
-    split_at,
     train_parts,
 )
 from mygpt.errors import CheckpointError, DamagedCheckpointError, LaunchError, MismatchError, RecipeError, print_note
@@ -60,11 +60,11 @@ class Plan(NamedTuple):
     checkpoint: Path | None
     """The step directory to begin with; None: the run's beginning, or the checkpoint after which a branch began."""
     first: int
-    """Its step."""
+    """The step of `checkpoint`, or after which the run or branch began."""
     parts: list[Part]
-    """What to train from there: each ends with a checkpoint that can be compared, or with a stretch of the run."""
+    """What to train from there: each part ends with a checkpoint that can be compared, or with a stretch of the run."""
     recipe: Recipe
-    """That of the run, with the end that it had in view, and with what has been moved."""
+    """The recipe of the run, with the end that it had in view, and with the inputs that have been moved."""
 
 
 def recreate(
@@ -161,12 +161,12 @@ def plan_recreation(
         verify_checkpoint(origin)
     recipe, parts = run.recipe_for(step).replace(**moved_inputs(run, inputs)), []
     if first < step:
-        parts = parts_of(run, first, step, inputs)
+        between = {other: directory for other, directory in run.checkpoints.items() if first < other < step}
+        saving = [other for other, directory in between.items() if recorded_manifest(directory)]
+        parts = parts_of(run, first, step, inputs, saving)
         check_inputs(run, parts[-1].recipe, from_beginning=not first)
         check_processes(run, parts)
-        recipe = recipe.replace(**{key: parts[-1].recipe.flat()[key] for key in HASH_OF_PATH})
-    recorded = [other for other, directory in run.checkpoints.items() if recorded_manifest(directory)]
-    return Plan(checkpoint, first, split_at(parts, [other for other in recorded if first < other < step]), recipe)
+    return Plan(checkpoint, first, parts, recipe)
 
 
 def check_step(run: Run, step: int) -> None:
@@ -175,8 +175,7 @@ def check_step(run: Run, step: int) -> None:
     Raises:
         CheckpointError: it has not.
     """
-    origin, origin_step = run.info.origin, run.info.origin_step
-    last = max(run.records[-1].step, *run.checkpoints, origin_step)
+    origin, origin_step, last = run.info.origin, run.info.origin_step, last_step(run)
     if not origin_step < step <= last:
         before = f"; its steps up to {origin_step} are those of the run of {origin.checkpoint}" if origin else ""
         raise CheckpointError(
@@ -268,9 +267,8 @@ def compare_with_manifest(run: Run, manifest: Manifest, again: Path) -> str:
         verify_checkpoint(recorded)
     except DamagedCheckpointError:
         return f"step {manifest.step}: its sha256 is not that of {recorded}"
-    for name in (files.MODEL_FILE, files.STATE_FILE):
-        for tensor in compare_files(recorded / name, again / name).differences:
-            return f"step {manifest.step}: {tensor.name} differs from {recorded}: {tensor.text}"
+    for tensor in compare_steps(recorded, again):
+        return f"step {manifest.step}: {tensor.name} differs from {recorded}: {tensor.text}"
     return f"step {manifest.step}: the metadata of {recorded} differ"
 
 
@@ -305,11 +303,6 @@ def workplace(folder: Path) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def environment_changes(run: Run, again: Run, step: int) -> list[str]:
-    """How the environment differs in which a step was made again."""
-    return describe_changes(*(each.info.stretch_of(step).environment for each in (run, again)))
 
 
 def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:

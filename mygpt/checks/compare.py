@@ -16,12 +16,12 @@ from mygpt.estimates import Estimate
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, ModelTable
 from mygpt.runs.changes import RESOLVED_KEYS, differing_keys
-from mygpt.runs.files import STATE_FILE
+from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.held_out import Difference, difference, read_evaluations
 from mygpt.runs.records import Record, read_records
 from mygpt.runs.run import Run, find_model_file, run_of
 from mygpt.runs.schemas import ModelMetadata
-from mygpt.runs.steps import read_metadata
+from mygpt.runs.steps import read_manifest, read_metadata
 
 
 class TensorDifference(NamedTuple):
@@ -224,6 +224,17 @@ def _held_out_part(run: Run) -> tuple[object, ...]:
     """What names the part of a text that is held out, apart from the text itself."""
     data = run.recipe.data
     return () if data.val_corpus else (data.val_split, data.hold_out)
+
+
+def compare_steps(a: Path, b: Path) -> list[TensorDifference]:
+    """The tensors of two step directories that differ; if their manifests have the same hashes, none is read.
+
+    Raises:
+        DamagedCheckpointError: one of them cannot be read.
+    """
+    if read_manifest(a).files == read_manifest(b).files:
+        return []
+    return [tensor for name in (MODEL_FILE, STATE_FILE) for tensor in compare_files(a / name, b / name).differences]
 
 
 def compare_files(a: Path, b: Path) -> TensorComparison:

@@ -12,19 +12,18 @@ from mygpt.errors import CheckpointError, CorpusError, InterruptedRunError, Mism
 from mygpt.processes.environment import choose_threads, read_launched
 from mygpt.processes.machine import choose_matmul, has_matmul, resolve_device
 from mygpt.recipe.tables import NAMED_CORPORA, Recipe
-from mygpt.runs.files import COPY_NAME, file_sha256, real_path
+from mygpt.runs.files import file_sha256
 from mygpt.runs.initial import find_initial
 from mygpt.runs.run import Run, find_model_file
-from mygpt.runs.schemas import Environment
 from mygpt.training.train import train
 
 
 class Part(NamedTuple):
-    """Steps of a run that were trained in one stretch."""
+    """Steps of a run that are trained again with one recipe."""
 
     recipe: Recipe
     until: int
-    """The last of them."""
+    """The last of these steps, of which a checkpoint is saved."""
 
 
 Inputs = Mapping[str, str]
@@ -56,21 +55,22 @@ def input_sha256(key: str, path: str) -> str:
     return file_sha256(find_model_file(Path(path))) if key == "init_from" else corpus_sha256(path)
 
 
-def parts_of(run: Run, first: int, until: int, inputs: Mapping[str, str] = {}) -> list[Part]:
-    """The steps from `first` + 1 to `until`, stretch by stretch."""
-    ends = [stretch.after_step for stretch in run.info.stretches_until(until) if stretch.after_step > first]
-    return [Part(pinned_recipe(run, end, inputs), end) for end in (*ends, until)]
+def last_step(run: Run) -> int:
+    """The last step that a run has trained, by its records and checkpoints."""
+    return max(run.info.origin_step, run.records[-1].step, *run.checkpoints)  # the first raises if there is no run
 
 
-def split_at(parts: Sequence[Part], steps: Iterable[int]) -> list[Part]:
-    """The same steps in more parts: one ends with each of `steps`, and so saves it."""
-    ends = sorted({*steps, *(part.until for part in parts)})
-    return [Part(next(part.recipe for part in parts if end <= part.until), end) for end in ends]
+def parts_of(
+    run: Run, first: int, until: int, inputs: Mapping[str, str] = {}, saving: Iterable[int] = ()
+) -> list[Part]:
+    """The steps from `first` + 1 to `until`, stretch by stretch; a part also ends with each step of `saving`."""
+    ends = {stretch.after_step for stretch in run.info.stretches_until(until) if stretch.after_step > first}
+    return [Part(pinned_recipe(run, end, inputs), end) for end in sorted({*ends, *saving, until})]
 
 
 def pinned_recipe(run: Run, step: int, inputs: Mapping[str, str] = {}) -> Recipe:
-    """The recipe that trains a step again: with the end that was in view, with what its environment had and would not
-    be chosen here, if that can be had, and with the `inputs` that the run has read."""
+    """The recipe that trains a step again: with the end that was in view, with the recorded settings that would be
+    chosen otherwise here, as far as this machine has them, and with the `inputs` that the run has read."""
     stretch, recipe = run.info.stretch_of(step), run.recipe_for(step)
     recorded, launched = stretch.environment, read_launched()
     pins: dict[str, Any] = {"compile": recorded.compile, "deterministic": recorded.deterministic}
@@ -88,9 +88,6 @@ def pinned_recipe(run: Run, step: int, inputs: Mapping[str, str] = {}) -> Recipe
         pins["matmul"] = "auto"
     elif choose_matmul(runtime, device) != recorded.matmul:
         pins["matmul"] = recorded.matmul
-    if (init_from := recipe.train.init_from) and not os.path.lexists(init_from):
-        copy = real_path(run.path).parents[1] / os.path.basename(init_from)  # that of a study, which has been moved
-        pins |= {"init_from": str(copy)} if COPY_NAME.fullmatch(copy.name) and copy.exists() else {}
     return recipe.replace(**pins, **moved_inputs(run, inputs))
 
 
@@ -158,7 +155,7 @@ def train_parts(
 
 @contextmanager
 def explain_rerun(run: Path, when_stopped: str) -> Iterator[None]:
-    """Say of a signal, or a value that is not finite, that it came while `run` was run again."""
+    """Name `run` in the error of a signal or of a value that is not finite."""
     try:
         yield
     except InterruptedRunError as stopped:
@@ -167,7 +164,8 @@ def explain_rerun(run: Path, when_stopped: str) -> Iterator[None]:
         raise NonFiniteError(f"running {run} again failed: {str(error).split(';')[0]}") from None
 
 
-def describe_changes(was: Environment, now: Environment) -> list[str]:
-    """What has changed between two environments; the commit, too."""
+def environment_changes(run: Run, again: Run, step: int) -> list[str]:
+    """How the environment in which a step was made `again` differs from the recorded one; the commit, too."""
+    was, now = (each.info.stretch_of(step).environment for each in (run, again))
     commits = {} if was.git_commit == now.git_commit else {"git_commit": (was.git_commit, now.git_commit)}
     return [f"{name} {old} -> {new}" for name, (old, new) in (was.changes(now) | commits).items()]

@@ -41,7 +41,7 @@ class StudyOptions(JsonOptions):
 def study(options: StudyOptions) -> None:
     """Run recipes with several seeds, and say which is better, by how much, and how sure that is."""
     from mygpt.reports.plot import check_out
-    from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, cells_of, read_settings, stem_of
+    from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, read_settings, stem_of, variants_of
     from mygpt.studies.runner import run_study
 
     why = ": one seed is not a result" * (options.seeds == 1)
@@ -56,14 +56,14 @@ def study(options: StudyOptions) -> None:
         _show(folder, options)
         return
     settings = read_settings(options.set)
-    cells = cells_of(options.recipes, settings)
+    variants = variants_of(options.recipes, settings)
     folder = options.out or Path("checkpoints", "-".join(["study", *map(stem_of, options.recipes), *settings]))
     picture = options.picture or folder / PICTURE_FILE
     if not options.no_picture:
         check_out(picture)
         if picture.parent != folder and not picture.parent.is_dir():
             raise MygptError(f"--picture: there is no folder {picture.parent}; make it, or choose another name")
-    result = run_study(cells, options.seeds, folder, options.effect, print_note, options.side_by_side)
+    result = run_study(variants, options.seeds, folder, options.effect, print_note, options.side_by_side)
     _print(result, as_json=options.as_json)
     written = [str(result.file)]
     if not options.no_picture:
@@ -102,5 +102,5 @@ def _print(study: "Study", *, as_json: bool) -> None:
     if as_json:
         print(study.file.read_text(encoding="utf-8"), end="")
     else:
-        lines = [*table_lines(study.cells), *verdict_lines(study.cells, study.comparisons, study.effect)]
+        lines = [*table_lines(study.variants), *verdict_lines(study.variants, study.comparisons, study.effect)]
         print("\n".join(lines))

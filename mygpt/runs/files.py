@@ -49,9 +49,6 @@ RUN_ENTRY = re.compile(
     rf"|{STEP_NAME.pattern}|{FAILED_NAME.pattern}|{TEMPORARY_NAME.pattern}"
 )
 
-COPY_NAME = re.compile(r"(\.tmp-)?init-.+\.safetensors")
-"""Of the models that the runs of a study begin with, in its folder; see mygpt/studies/copies.py."""
-
 CANNOT_READ = "{path}: cannot be read: {reason}"
 CANNOT_WRITE = "output: {file}: cannot be written: {reason}"
 CANNOT_SAVE = "{path}: cannot be saved: {error}; earlier checkpoints are as they were"

@@ -21,7 +21,7 @@ from mygpt.runs.run import Run
 from mygpt.runs.saver import Saver
 from mygpt.runs.steps import verify_checkpoint
 from mygpt.studies import runner
-from mygpt.studies.grid import Cell
+from mygpt.studies.grid import Variant
 from mygpt.studies.results import is_finished
 from mygpt.training.train import train
 
@@ -179,11 +179,10 @@ def preparing_a_corpus(place, text_file, patch):
 
 
 def studying(place, text_file, patch):
-    """A study: its plan, the model that its runs begin with, runs that are over, and its results."""
-    folder, source, expected = place / "new" / "study", place.with_name("source"), {}
+    """A study: its plan, runs that are over, and its results."""
+    folder, expected = place / "new" / "study", {}
     keys = TINY | KEYS | {"steps": 2, "corpus": str(text_file)}
-    weights = train(Recipe.of(**keys, output=str(source))) / "step-000002" / "model.safetensors"
-    cells = [Cell("cell", Recipe.of(**keys, init_from=str(weights)))]
+    variants = [Variant("small", Recipe.of(**keys))]
     patch.setattr(runner, "POLL_SECONDS", 0)
     recorded = []
 
@@ -191,7 +190,6 @@ def studying(place, text_file, patch):
         recipe = Recipe.model_validate_json(task.recipe)
         for recording_ in recorded:
             recording_.note(folder / "plan.json")
-            recording_.note(Path(recipe.train.init_from))
         train(recipe)
         for recording_ in recorded:
             recording_.note(Path(recipe.checkpoint.output))
@@ -200,7 +198,7 @@ def studying(place, text_file, patch):
     patch.setattr(runner, "start_worker", train_here)
 
     def study():
-        runner.run_study(cells, 2, folder, 0.01, lambda _: None, side_by_side=1)
+        runner.run_study(variants, 2, folder, 0.01, lambda _: None, side_by_side=1)
 
     def do(recording_):
         recorded[:] = [recording_]
