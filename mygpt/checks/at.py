@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mygpt.checks.compare import compare_records, compare_steps
 from mygpt.checks.rerun import (
-    Part,
+    Segment,
     check_inputs,
     environment_changes,
     explain_rerun,
@@ -18,9 +18,9 @@ from mygpt.checks.rerun import (
     input_sha256,
     last_step,
     moved_inputs,
-    parts_of,
     pinned_recipe,
-    train_parts,
+    segments_of,
+    train_segments,
 )
 from mygpt.errors import CheckpointError, DamagedCheckpointError, LaunchError, MismatchError, RecipeError, print_note
 from mygpt.processes.channel import connect
@@ -34,7 +34,7 @@ from mygpt.runs.copying import copy_until, publish_run
 from mygpt.runs.initial import Initial, open_dataset
 from mygpt.runs.lock import locked
 from mygpt.runs.records import Record
-from mygpt.runs.run import Run, Warn, check_output, named_checkpoint
+from mygpt.runs.run import RunDirectory, Warn, check_output, named_checkpoint
 from mygpt.runs.schemas import HASH_OF_PATH, Manifest, ModelMetadata, Recreated
 from mygpt.runs.start import recipe_text
 from mygpt.runs.steps import read_manifest, read_metadata, step_directories, step_directory, verify_checkpoint
@@ -54,14 +54,14 @@ class Recreation(NamedTuple):
     """What has changed on the machine since the step was trained, if steps were trained again."""
 
 
-class Plan(NamedTuple):
+class Route(NamedTuple):
     """How a step is to be made again."""
 
     checkpoint: Path | None
     """The step directory to begin with; None: the run's beginning, or the checkpoint after which a branch began."""
     first: int
     """The step of `checkpoint`, or after which the run or branch began."""
-    parts: list[Part]
+    segments: list[Segment]
     """What to train from there: each part ends with a checkpoint that can be compared, or with a stretch of the run."""
     recipe: Recipe
     """The recipe of the run, with the end that it had in view, and with the inputs that have been moved."""
@@ -94,11 +94,11 @@ def recreate(
         DamagedCheckpointError, DiskError: a file cannot be read, or written.
         InterruptedRunError: a signal asked to stop.
     """
-    recorded, is_main = Run(run), is_main_process()
+    recorded, is_main = RunDirectory(run), is_main_process()
     moved = find_inputs([recorded], inputs)
     plan = plan_recreation(recorded, step, start, moved, from_beginning=from_beginning, warn=print_note)
     if not is_main:
-        for _ in train_parts(plan.parts, out, resume="auto"):
+        for _ in train_segments(plan.segments, out, resume="auto"):
             pass
         return Recreation(plan.first, 0, 0, [])
     check_free(run, out)
@@ -112,17 +112,17 @@ def recreate(
         compared = 0
         with explain_rerun(run, f"stopped before step {step} of {run} was made again; nothing is kept"):
             # Its notes speak of the place where it works; what has changed on the machine is returned.
-            for until in train_parts(plan.parts, again, resume, is_quiet=True):
+            for until in train_segments(plan.segments, again, resume, is_quiet=True):
                 compared += check and compare_with_recorded(recorded, plan.first, until, again)
                 if not keep_all:
                     keep_one(again, until)
-        made = Run(again)
+        made = RunDirectory(again)
         recreated = Recreated(run=str(files.real_path(run)), after_step=step)
         info = made.info.model_copy(update={"recipe": plan.recipe, "recreated": recreated})
         files.replace_text(again / RUN_FILE, info.to_json())
         files.replace_text(again / RECIPE_FILE, recipe_text(plan.recipe))
         records = len(records_between(recorded, plan.first, step)) if check else 0
-        changes = environment_changes(recorded, made, step) if plan.parts else []
+        changes = environment_changes(recorded, made, step) if plan.segments else []
         check_free(run, out)
         publish_run(again, out)
     return Recreation(plan.first, records, compared, changes)
@@ -139,14 +139,14 @@ def keep_one(run: Path, step: int) -> None:
 
 
 def plan_recreation(
-    run: Run,
+    run: RunDirectory,
     step: int,
     start: Path | None = None,
     inputs: Mapping[str, str] = {},
     *,
     from_beginning: bool = False,
     warn: Warn,
-) -> Plan:
+) -> Route:
     """Where to begin, and what to train from there; reads the run, and raises as `recreate` does."""
     check_step(run, step)
     origin_step, checkpoint = run.info.origin_step, None
@@ -159,17 +159,17 @@ def plan_recreation(
     first = read_manifest(checkpoint).step if checkpoint else origin_step
     if checkpoint is None and (origin := run.origin):
         verify_checkpoint(origin)
-    recipe, parts = run.recipe_for(step).replace(**moved_inputs(run, inputs)), []
+    recipe, segments = run.recipe_for(step).replace(**moved_inputs(run, inputs)), []
     if first < step:
         between = {other: directory for other, directory in run.checkpoints.items() if first < other < step}
         saving = [other for other, directory in between.items() if recorded_manifest(directory)]
-        parts = parts_of(run, first, step, inputs, saving)
-        check_inputs(run, parts[-1].recipe, from_beginning=not first)
-        check_processes(run, parts)
-    return Plan(checkpoint, first, parts, recipe)
+        segments = segments_of(run, first, step, inputs, saving)
+        check_inputs(run, segments[-1].recipe, from_beginning=not first)
+        check_processes(run, segments)
+    return Route(checkpoint, first, segments, recipe)
 
 
-def check_step(run: Run, step: int) -> None:
+def check_step(run: RunDirectory, step: int) -> None:
     """Check that a run has trained a step itself.
 
     Raises:
@@ -184,7 +184,7 @@ def check_step(run: Run, step: int) -> None:
         )
 
 
-def check_goes_on(run: Run, step: int, recipe: Recipe) -> None:
+def check_goes_on(run: RunDirectory, step: int, recipe: Recipe) -> None:
     """Check that training has something left to do after a step of the run with this recipe.
 
     Raises:
@@ -201,7 +201,7 @@ def check_goes_on(run: Run, step: int, recipe: Recipe) -> None:
         )
 
 
-def nearest_checkpoint(run: Run, origin_step: int, step: int, warn: Warn) -> Path | None:
+def nearest_checkpoint(run: RunDirectory, origin_step: int, step: int, warn: Warn) -> Path | None:
     """The newest whole checkpoint of the run itself at or before a step; None: there is none."""
     for other, directory in reversed(run.checkpoints.items()):
         if origin_step < other <= step:
@@ -214,11 +214,11 @@ def nearest_checkpoint(run: Run, origin_step: int, step: int, warn: Warn) -> Pat
     return None
 
 
-def check_processes(run: Run, parts: list[Part]) -> None:
+def check_processes(run: RunDirectory, segments: list[Segment]) -> None:
     """Check that as many processes as trained these parts will train them again, where the bits depend on it."""
     processes = launched_processes().processes
-    for part in parts:
-        recorded = run.info.stretch_of(part.until).environment.processes
+    for segment in segments:
+        recorded = run.info.stretch_of(segment.until).environment.processes
         if run.recipe.runtime.reduction == "fast" and recorded != processes:
             raise LaunchError(
                 f"{run.path}: step {part.until} was trained by {recorded} processes, on whose number the "
@@ -234,7 +234,7 @@ def recorded_manifest(directory: Path) -> Manifest | None:
         return None
 
 
-def compare_with_recorded(run: Run, first: int, step: int, again: Path) -> bool:
+def compare_with_recorded(run: RunDirectory, first: int, step: int, again: Path) -> bool:
     """Compare the steps after `first`, made again up to a step, with what the run has recorded of them.
 
     Returns whether it has recorded a checkpoint of the last of them, damaged or not.
@@ -244,12 +244,12 @@ def compare_with_recorded(run: Run, first: int, step: int, again: Path) -> bool:
     """
     difference = ""
     if records := records_between(run, first, step):
-        difference = compare_records(records, Run(again).records).difference
+        difference = compare_records(records, RunDirectory(again).records).difference
     manifest = recorded_manifest(step_directory(run.path, step))
     if not difference and manifest:
         difference = compare_with_manifest(run, manifest, step_directory(again, step))
     if difference:
-        changes = ", ".join(environment_changes(run, Run(again), step))
+        changes = ", ".join(environment_changes(run, RunDirectory(again), step))
         since = f"changed since: {changes}" if changes else "nothing that run.json records has changed since"
         if not run.info.stretch_of(step).environment.deterministic:
             since = "the run had deterministic = false, so that its last bits are never the same"
@@ -257,7 +257,7 @@ def compare_with_recorded(run: Run, first: int, step: int, again: Path) -> bool:
     return manifest is not None
 
 
-def compare_with_manifest(run: Run, manifest: Manifest, again: Path) -> str:
+def compare_with_manifest(run: RunDirectory, manifest: Manifest, again: Path) -> str:
     """How a step directory that was made again differs from the recorded one; "": it does not."""
     recorded = step_directory(run.path, manifest.step)
     entries = recorded_manifest(again)
@@ -272,7 +272,7 @@ def compare_with_manifest(run: Run, manifest: Manifest, again: Path) -> str:
     return f"step {manifest.step}: the metadata of {recorded} differ"
 
 
-def records_between(run: Run, first: int, step: int) -> list[Record]:
+def records_between(run: RunDirectory, first: int, step: int) -> list[Record]:
     return [record for record in run.records if first < record.step <= step]
 
 
@@ -316,7 +316,7 @@ def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
     Raises:
         MygptError: as `recreate` and `train` do; also if `output` is something else than this fork.
     """
-    recorded, launched = Run(run), launched_processes()
+    recorded, launched = RunDirectory(run), launched_processes()
     pinned = pinned_recipe(recorded, step + 1)
     was, wanted = recorded.recipe_for(step + 1).flat(), recipe.flat()
     pins = {key: pinned.flat()[key] for key in ("threads", "matmul", *HASH_OF_PATH) if wanted[key] == was[key]}
@@ -334,16 +334,20 @@ def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
     return train(recipe.replace(resume=origin))
 
 
-def find_fork(run: Run, step: int, recipe: Recipe, output: Path, moved: Mapping[str, str]) -> str:
+def find_fork(run: RunDirectory, step: int, recipe: Recipe, output: Path, moved: Mapping[str, str]) -> str:
     """The checkpoint that is the origin of the fork in `output`; "": there is none, and there can be one."""
     check_step(run, step)
     if recipe.train.steps <= step:
         raise RecipeError(f"[train] steps: got {recipe.train.steps}, expected more than {step}; raise --steps")
     origin, wanted = output / files.ORIGIN_NAME, Recreated(run=str(files.real_path(run.path)), after_step=step)
-    if os.path.lexists(origin / RUN_FILE) and Run(origin).info.recreated == wanted:
+    if os.path.lexists(origin / RUN_FILE) and RunDirectory(origin).info.recreated == wanted:
         is_run = os.path.lexists(output / RUN_FILE)  # which may have been moved since
-        return Run(output).recipe.checkpoint.resume if is_run else str(files.real_path(step_directory(origin, step)))
-    if os.path.lexists(output) and not Run(output).has_no_steps:
+        return (
+            RunDirectory(output).recipe.checkpoint.resume
+            if is_run
+            else str(files.real_path(step_directory(origin, step)))
+        )
+    if os.path.lexists(output) and not RunDirectory(output).has_no_steps:
         raise CheckpointError(
             f"output: {output} is there already, and no fork of {run.path} after step {step}; choose another --output"
         )
@@ -357,7 +361,7 @@ def find_fork(run: Run, step: int, recipe: Recipe, output: Path, moved: Mapping[
     return ""
 
 
-def check_model(run: Run, recipe: Recipe, plan: Plan) -> None:
+def check_model(run: RunDirectory, recipe: Recipe, plan: Route) -> None:
     """Check that the weights of the run fit the recipe's architecture and tokenizer, if a checkpoint can tell."""
     checkpoint = plan.checkpoint or nearest_checkpoint(run, 0, sys.maxsize, warn=lambda _: None)
     if checkpoint is None:
@@ -373,7 +377,7 @@ def check_model(run: Run, recipe: Recipe, plan: Plan) -> None:
     check_checkpoint(checkpoint, long_enough, tokenizer, in_place=False, may_end=True)
 
 
-def same_inputs(run: Run, was: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
+def same_inputs(run: RunDirectory, was: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
     """The paths, by key, that differ from those that were read, and at which there is the same."""
     given = {key: wanted[key] for key in HASH_OF_PATH if wanted[key] not in (None, was[key])}
     return {key: path for key, path in given.items() if input_sha256(key, path) == run.info.inputs[key]}
@@ -381,6 +385,6 @@ def same_inputs(run: Run, was: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
 
 def fork_name(run: Path, step: int, base: Recipe, recipe: Recipe, given: Set[str]) -> str:
     """The name of a fork's directory: the run's, the step, and those of the `given` keys that change numbers."""
-    moved = same_inputs(Run(run), base.flat(), recipe.flat())
+    moved = same_inputs(RunDirectory(run), base.flat(), recipe.flat())
     keys = given - HARMLESS_KEYS - {"init_seed"} - moved.keys()  # the initial weights are not drawn again
     return named_after(f"{files.real_path(run).name}-at-{step}", base.flat(), recipe.flat(), keys)

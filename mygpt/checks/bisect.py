@@ -17,7 +17,7 @@ from mygpt.processes.environment import no_launcher, read_launched
 from mygpt.processes.signals import stop_on_signal
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS
 from mygpt.runs.files import real_path, remove
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.schemas import read_table
 from mygpt.runs.steps import read_manifest, step_directory, verify_checkpoint
 
@@ -51,7 +51,7 @@ class Side:
 
     name: str
     """Its name on the command line: a or b."""
-    run: Run
+    run: RunDirectory
     python: str | None
     """The Python that trains its steps again; None: this one."""
     folder: Path
@@ -116,7 +116,7 @@ def bisect(
 
 
 def open_side(name: str, path: Path, python: str | None, folder: Path, *, is_recorded: bool) -> Side:
-    run = Run(path)
+    run = RunDirectory(path)
     last = last_step(run)
     processes = run.info.stretch_of(last).environment.processes
     if processes > 1 and run.recipe.runtime.reduction == "fast":

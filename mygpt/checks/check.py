@@ -10,7 +10,7 @@ from mygpt.reports.outcome import early_end_line, outcome_lines, place_lines, ve
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, TIMING_FILE
 from mygpt.runs.held_out import Evaluation, read_evaluations
 from mygpt.runs.records import Timing, read_until
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.schemas import ModelMetadata
 from mygpt.runs.steps import read_manifest, read_metadata
 
@@ -22,7 +22,7 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
         CheckpointError: there is no run, or it has no record yet.
         DamagedCheckpointError: it cannot be read.
     """
-    run = Run(path)
+    run = RunDirectory(path)
     recipe = run.recipe
     failures = sorted(entry.name for entry in path.iterdir() if FAILED_NAME.fullmatch(entry.name))
     for failed in failures:

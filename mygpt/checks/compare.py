@@ -19,7 +19,7 @@ from mygpt.runs.changes import RESOLVED_KEYS, differing_keys
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.held_out import Difference, difference, read_evaluations
 from mygpt.runs.records import Record, read_records
-from mygpt.runs.run import Run, find_model_file, run_of
+from mygpt.runs.run import RunDirectory, find_model_file, run_of
 from mygpt.runs.schemas import ModelMetadata
 from mygpt.runs.steps import read_manifest, read_metadata
 
@@ -191,7 +191,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
             comparison = comparison._replace(held_out=found, not_comparable=None)
     if not ((Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists()):
         return comparison
-    infos = [Run(Path(run)).info for run in (a, b)]
+    infos = [RunDirectory(Path(run)).info for run in (a, b)]
     was, now = (info.stretch_of(step).environment for info, step in zip(infos, comparison.steps, strict=True))
     if infos[0].init_sha256 != infos[1].init_sha256:
         comparison = comparison._replace(recipe=[*comparison.recipe, "init_from: other initial weights"])
@@ -208,7 +208,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     )
 
 
-def _compare_recipes(a: Run, b: Run) -> Iterator[str]:
+def _compare_recipes(a: RunDirectory, b: RunDirectory) -> Iterator[str]:
     if a.info.corpus_sha256 != b.info.corpus_sha256:
         yield "corpus: another text"
     if a.info.held_out_sha256 != b.info.held_out_sha256 and a.info.held_out_text != b.info.held_out_text:
@@ -220,7 +220,7 @@ def _compare_recipes(a: Run, b: Run) -> Iterator[str]:
             yield "{} {} against {}".format(key, *("absent" if value is None else value for value in values))
 
 
-def _held_out_part(run: Run) -> tuple[object, ...]:
+def _held_out_part(run: RunDirectory) -> tuple[object, ...]:
     """What names the part of a text that is held out, apart from the text itself."""
     data = run.recipe.data
     return () if data.val_corpus else (data.val_split, data.hold_out)

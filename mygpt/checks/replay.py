@@ -19,7 +19,7 @@ from mygpt.processes.machine import has_matmul, make_deterministic, set_dropout_
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, real_path
 from mygpt.runs.loading import read_tensors, read_weights
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.schemas import ModelMetadata, read_table
 from mygpt.runs.steps import read_metadata, verify_checkpoint
 from mygpt.training.failed_step import BATCH_FILE, FailedStep, describe_problem
@@ -53,7 +53,7 @@ def replay(path: Path, device: torch.device) -> Finding:
         DamagedCheckpointError: what was kept of it cannot be read.
     """
     if not path.is_dir():
-        _ = Run(path).info  # says what is there instead
+        _ = RunDirectory(path).info  # says what is there instead
     directory = _find_failed(path)
     verify_checkpoint(directory, "failed-step-")
     metadata = read_metadata(directory / MODEL_FILE, ModelMetadata)

@@ -23,7 +23,7 @@ from mygpt.processes.environment import no_launcher
 from mygpt.processes.machine import choose_matmul, describe_environment, resolve_device, set_up
 from mygpt.recipe.tables import Table
 from mygpt.runs.initial import open_dataset
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.training.gradient_sum import LossAndOutOfRange, gradient_sum_for
 from mygpt.training.loop import train_step
 from mygpt.training.parts import Parts, build_parts, open_accelerator
@@ -68,7 +68,7 @@ class Values:
 
 
 def trace_step(
-    run: Run, step: int, checkpoint: Path | None, wanted: str = "", inputs: Mapping[str, str] = {}
+    run: RunDirectory, step: int, checkpoint: Path | None, wanted: str = "", inputs: Mapping[str, str] = {}
 ) -> tuple[Trace, torch.Tensor | None]:
     """Compute one step of a run from the state in `checkpoint`, a step directory; None: from the run's beginning.
 
@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> None:
     """The command; prints an error as `mygpt` does."""
     path, step, checkpoint, wanted, out, *given = arguments
     try:
-        run = Run(Path(path))
+        run = RunDirectory(Path(path))
         inputs = find_inputs([run], dict(item.split("=", 1) for item in given))
         trace, kept = trace_step(run, int(step), Path(checkpoint) if checkpoint else None, wanted, inputs)
     except MygptError as error:

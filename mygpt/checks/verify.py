@@ -13,12 +13,12 @@ from mygpt.checks.rerun import (
     explain_rerun,
     find_inputs,
     last_step,
-    parts_of,
-    train_parts,
+    segments_of,
+    train_segments,
 )
 from mygpt.errors import CheckpointError
 from mygpt.processes.environment import is_main_process
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.steps import read_manifest, verify_checkpoint
 
 
@@ -60,7 +60,7 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
         InterruptedRunError: a signal asked to stop.
         NonFiniteError: a loss or gradient is not finite.
     """
-    recorded = Run(run)
+    recorded = RunDirectory(run)
     origin_step = recorded.info.origin_step
     records, checkpoints = recorded.records, recorded.checkpoints
     if steps is not None:
@@ -77,10 +77,10 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
     # Where the newest save_every does not save: an earlier one did, or the step was the best.
     every = recorded.recipe.checkpoint.save_every
     saving = [step for step in checkpoints if not every or step % every]
-    parts = parts_of(recorded, origin_step, until, find_inputs([recorded], inputs), saving)
-    check_inputs(recorded, parts[-1].recipe, from_beginning=not origin_step)
+    segments = segments_of(recorded, origin_step, until, find_inputs([recorded], inputs), saving)
+    check_inputs(recorded, segments[-1].recipe, from_beginning=not origin_step)
     # Each checkpoint is compared when it is made: a long run again would fill the disk.
-    keeping_one = [part._replace(recipe=part.recipe.replace(keep_last=1)) for part in parts]
+    keeping_one = [segment._replace(recipe=segment.recipe.replace(keep_last=1)) for segment in segments]
     compared: dict[int, list[TensorDifference]] = {}
 
     def compare(made: Path) -> None:
@@ -88,17 +88,17 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
             compared[step] = [] if any(compared.values()) else compare_steps(recorded_one, made)
 
     with tempfile.TemporaryDirectory(prefix="mygpt-verify-") as folder:
-        again = Run(Path(folder) / "run")
+        again = RunDirectory(Path(folder) / "run")
         with explain_rerun(run, "stopped before anything was compared"):
-            for _ in train_parts(keeping_one, again.path, resume=str(recorded.origin or "auto"), saved=compare):
+            for _ in train_segments(keeping_one, again.path, resume=str(recorded.origin or "auto"), saved=compare):
                 pass
         if not is_main_process():
             return Verification(until, 0, 0, "", None, [], [])
         step, tensors = next(((step, tensors) for step, tensors in compared.items() if tensors), (None, []))
         difference = compare_records(records, again.records)
         assert tensors or difference.difference or compared.keys() == checkpoints.keys()
-        changes = [change for part in parts for change in environment_changes(recorded, again, part.until)]
+        changes = [change for segment in segments for change in environment_changes(recorded, again, segment.until)]
         changes = list(dict.fromkeys(changes))
-        repeatable = all(recorded.info.stretch_of(part.until).environment.deterministic for part in parts)
+        repeatable = all(recorded.info.stretch_of(segment.until).environment.deterministic for segment in segments)
         counts = difference.steps, len(compared)
         return Verification(until, *counts, difference.difference, step, tensors, changes, repeatable)

@@ -12,7 +12,7 @@ from mygpt.processes.environment import is_main_process
 from mygpt.recipe.flags import Positional
 from mygpt.recipe.tables import Count, Recipe, check_recipe
 from mygpt.runs.changes import warn_of_code
-from mygpt.runs.run import Run, find_model_file, run_of
+from mygpt.runs.run import RunDirectory, find_model_file, run_of
 from mygpt.runs.schemas import ModelMetadata
 from mygpt.runs.steps import read_metadata
 
@@ -136,18 +136,20 @@ def check(options: CheckOptions) -> int:
     from mygpt.checks.check import check
 
     lines = list(check(options.run))
-    warn_of_code(Run(options.run), sys.maxsize, print_note)
+    warn_of_code(RunDirectory(options.run), sys.maxsize, print_note)
     is_normal = all(is_normal for _, is_normal in lines)
     if options.as_json:
         parts = [(*line.partition(": "), is_normal) for line, is_normal in lines]
         findings = [{"topic": topic, "text": text, "is_normal": is_normal} for topic, _, text, is_normal in parts]
-        print_json({"run": options.run, "is_normal": is_normal, "findings": findings, **_numbers(Run(options.run))})
+        print_json(
+            {"run": options.run, "is_normal": is_normal, "findings": findings, **_numbers(RunDirectory(options.run))}
+        )
     else:
         print("\n".join(line for line, _ in lines))
     return int(not is_normal)
 
 
-def _numbers(run: Run) -> dict[str, Any]:
+def _numbers(run: RunDirectory) -> dict[str, Any]:
     """The last record of a run, and where its losses are beside those of other seeds."""
     from mygpt.checks.check import has_records
     from mygpt.reports.outcome import places

@@ -119,13 +119,13 @@ def _prepare(sources: Sequence[Path], folder: Path, field: str) -> None:
     """
     from mygpt.cli.data import prepare_with_bar
     from mygpt.data.prepare import TokenizerChoice, read_all
-    from mygpt.data.prepared import read_manifest
+    from mygpt.data.prepared import read_corpus_manifest
     from mygpt.data.sources import name_in_manifest
     from mygpt.disk import file_sha256
     from mygpt.planning.text import ENOUGH_FOR_WORDS, LEAST_BYTES, check_size, tokenizer_keys
 
     if os.path.lexists(folder):
-        manifest = read_manifest(folder)
+        manifest = read_corpus_manifest(folder)
         known = [(source.path, source.sha256) for source in manifest.sources]
         if manifest.field != field or known != [(name_in_manifest(file), file_sha256(file)) for file in sources]:
             raise CorpusError(f"{folder}: was prepared from other texts; remove it, or choose another --out")

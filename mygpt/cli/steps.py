@@ -9,7 +9,7 @@ from mygpt.errors import MygptError, counted, print_note
 from mygpt.processes.environment import is_main_process
 from mygpt.recipe.flags import Positional, SeedOptions, parse_changes
 from mygpt.recipe.tables import SEED_KEYS, Recipe
-from mygpt.runs.run import Run, step_named
+from mygpt.runs.run import RunDirectory, step_named
 
 if TYPE_CHECKING:
     from mygpt.checks.compare import TensorDifference
@@ -36,7 +36,7 @@ class AtOptions(InputOptions):
 def at(options: AtOptions) -> None:
     """Make a run again as it was after any of its steps, bit for bit."""
     with errors_reach_all_processes():
-        step = step_named(Run(options.run), options.step)
+        step = step_named(RunDirectory(options.run), options.step)
         announce_recorded_threads(options.run, step)
         from mygpt.checks.at import recreate
 
@@ -69,7 +69,7 @@ def fork(arguments: list[str]) -> None:
     """Train on from any step of a run, with other values of some keys."""
     with errors_reach_all_processes():
         recipe, options, given = parse_changes(arguments, "mygpt fork", ForkOptions, load_base)
-        run, step = options.fork_of, step_named(Run(options.fork_of), options.after)
+        run, step = options.fork_of, step_named(RunDirectory(options.fork_of), options.after)
         base = load_base(options)
         if recipe.checkpoint.resume != base.checkpoint.resume:
             raise MygptError("--resume: a fork begins after a step of its run; leave it out")
@@ -138,13 +138,13 @@ def describe(difference: "TensorDifference | None") -> str:
 
 def load_base(options: ForkOptions) -> Recipe:
     """The recipe of the run of which this is a fork, as it trained the step after that of the fork."""
-    run = Run(options.fork_of)
+    run = RunDirectory(options.fork_of)
     return run.recipe_for(step_named(run, options.after) + 1)
 
 
 def announce_recorded_threads(run: Path, step: int, recipe: Recipe | None = None) -> None:
     """Set the threads that trained a step, or those of a `recipe` that has others, where torch finds them."""
-    recorded = Run(run)
+    recorded = RunDirectory(run)
     base = recorded.recipe
     recipe = recipe or base
     if recipe.runtime.threads == base.runtime.threads:

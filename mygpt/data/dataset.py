@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from mygpt.data.corpus import load_corpus
-from mygpt.data.prepared import Prepared, open_prepared, read_manifest
+from mygpt.data.prepared import Prepared, open_prepared, read_corpus_manifest
 from mygpt.data.tokenizer import DEFAULT_VOCAB_SIZE, ByteTokenizer, CharTokenizer, Tokenizer, describe_tokenizer
 from mygpt.errors import CorpusError, counted
 from mygpt.recipe.seeds import held_out_pieces_seed
@@ -149,7 +149,7 @@ def is_prepared(corpus: str) -> bool:
 
 def corpus_sha256(corpus: str) -> str:
     """The hash that a dataset of this corpus has; raises CorpusError if it cannot be read."""
-    return read_manifest(Path(corpus)).tokens_sha256 if is_prepared(corpus) else load_corpus(corpus).sha256
+    return read_corpus_manifest(Path(corpus)).tokens_sha256 if is_prepared(corpus) else load_corpus(corpus).sha256
 
 
 def check_kind(table: DataTable, tokenizer: Tokenizer, owner: str) -> None:

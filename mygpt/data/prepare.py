@@ -32,7 +32,7 @@ from mygpt.data.prepared import (
     TOKENIZER_FILE,
     TOKENS_FILE,
     TYPES,
-    Manifest,
+    CorpusManifest,
     header,
     type_name,
 )
@@ -96,7 +96,7 @@ def prepare(
     field: str = DEFAULT_FIELD,
     workers: int | None = None,
     progress: Progress = lambda _: None,
-) -> Manifest:
+) -> CorpusManifest:
     """Make the prepared corpus `out` of these files; a command that was killed is continued.
 
     Raises:
@@ -343,7 +343,7 @@ def _write_tokens(
     field: str,
     workers: int,
     progress: Progress,
-) -> Manifest:
+) -> CorpusManifest:
     name = type_name(tokenizer.vocab_size)
     dtype, read = TYPES[name], list[Source]()
     with (
@@ -378,7 +378,7 @@ def _write_tokens(
         if not journal.tokens or not journal.text_bytes:
             raise _no_text(sources)
         journal.finish(header(name, journal.tokens))
-    return Manifest(
+    return CorpusManifest(
         tokenizer=tokenizer.metadata.type,
         tokenizer_sha256=tokenizer.fingerprint,
         trained_on=trained_on,

@@ -31,7 +31,7 @@ TYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "U16": np.dtype("<u
 """The types of tokens, by their names in a safetensors file."""
 
 
-class Manifest(Table):
+class CorpusManifest(Table):
     """manifest.json: what a prepared corpus was made of, and what its files must be."""
 
     format: Literal[1] = 1
@@ -58,7 +58,7 @@ class Manifest(Table):
 class Prepared(NamedTuple):
     """A prepared corpus that is open."""
 
-    manifest: Manifest
+    manifest: CorpusManifest
     tokenizer: Tokenizer
     tokens: npt.NDArray[np.integer]
     """(tokens,), memory-mapped."""
@@ -100,7 +100,7 @@ def open_prepared(folder: Path, *, verify: bool = True) -> Prepared:
         CorpusError: it is no prepared corpus; DamagedCorpusError if it is not as it was prepared.
         TokenizerError: its tokenizer needs a package that is not installed.
     """
-    manifest = read_manifest(folder)
+    manifest = read_corpus_manifest(folder)
     raw = read_file(folder / TOKENIZER_FILE, CorpusError, expected="a tokenizer", missing="missing: damaged corpus")
     try:
         metadata: Any = TypeAdapter(TokenizerMetadata).validate_json(raw)
@@ -129,7 +129,7 @@ def open_prepared(folder: Path, *, verify: bool = True) -> Prepared:
     return Prepared(manifest, tokenizer_from(metadata), tokens, file, state)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_corpus_manifest(folder: Path) -> CorpusManifest:
     """The manifest of a prepared corpus.
 
     Raises:
@@ -141,7 +141,7 @@ def read_manifest(folder: Path) -> Manifest:
     missing = "missing: a corpus is a text file, or a folder that `mygpt data prepare` made"
     raw = read_file(file, CorpusError, expected="a manifest", missing=missing)
     try:
-        return Manifest.model_validate_json(raw)
+        return CorpusManifest.model_validate_json(raw)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise CorpusError(f"{file}: damaged: {where}: {error.errors()[0]['msg']}") from None

@@ -11,7 +11,7 @@ from mygpt.disk import code_sha256
 from mygpt.errors import MismatchError, RecipeError
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, TABLE_OF_KEY, Recipe
 from mygpt.runs.files import MODEL_FILE
-from mygpt.runs.run import Run, Warn
+from mygpt.runs.run import RunDirectory, Warn
 from mygpt.runs.schemas import CODE_CHARACTERS, Environment, ModelMetadata, RunInfo
 from mygpt.runs.steps import read_metadata, step_directory
 
@@ -65,7 +65,7 @@ def check_checkpoint(
     return step
 
 
-def check_unchanged(run: Run, step: int, recipe: Recipe, info: RunInfo) -> None:
+def check_unchanged(run: RunDirectory, step: int, recipe: Recipe, info: RunInfo) -> None:
     """Check that a run can go on after a step with this recipe and these inputs; step 0: it has no checkpoint yet.
 
     Raises:
@@ -102,7 +102,7 @@ def _fork_command(run: Path, step: int, keys: dict[str, Any]) -> str:
     return f"`{shlex.join(['mygpt', 'fork', str(run), str(step), *flags])}`"
 
 
-def warn_of_branch(run: Run, step: int, recipe: Recipe, info: RunInfo, warn: Warn) -> None:
+def warn_of_branch(run: RunDirectory, step: int, recipe: Recipe, info: RunInfo, warn: Warn) -> None:
     """Warn of what is changed in a branch that begins after a step of another run."""
     changed = {key: old for key, (old, _) in differing_keys(run.recipe_for(step), recipe) if key not in MAY_CHANGE}
     inputs = run.info.inputs
@@ -120,7 +120,7 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value)
 
 
-def warn_of_code(run: Run, step: int, warn: Warn) -> None:
+def warn_of_code(run: RunDirectory, step: int, warn: Warn) -> None:
     """Warn if another code of mygpt than this one trained a step of the run."""
     trained_by = run.info.stretch_of(step).environment
     if trained_by.code != code_sha256()[:CODE_CHARACTERS]:
@@ -148,7 +148,7 @@ def differing_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, A
     return ((key, (was, values[key])) for key, was in old.flat().items() if was != values[key])
 
 
-def has_same_windows(run: Run, step: int, recipe: Recipe, info: RunInfo) -> bool:
+def has_same_windows(run: RunDirectory, step: int, recipe: Recipe, info: RunInfo) -> bool:
     """Whether a branch after a step of `run` has the same held-out windows: the losses of others cannot be compared."""
     old, was = run.recipe_for(step), run.info
     names = {"sampling", "val_split", "hold_out", "seq_len"}
@@ -161,7 +161,7 @@ def has_same_windows(run: Run, step: int, recipe: Recipe, info: RunInfo) -> bool
     return same_text and not names & dict(differing_keys(old, recipe)).keys()
 
 
-def warn_of_steps(run: Run, step: int, recipe: Recipe, warn: Warn) -> None:
+def warn_of_steps(run: RunDirectory, step: int, recipe: Recipe, warn: Warn) -> None:
     """Warn where continuing to another number of steps differs from a run of that many steps from the start."""
     old = run.recipe_for(step)
     was, now, validation = old.train.steps, recipe.train.steps, old.validation

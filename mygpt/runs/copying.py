@@ -9,7 +9,7 @@ from mygpt.errors import DamagedCheckpointError, FormatError
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
 from mygpt.runs import files
 from mygpt.runs.records import LINES, cut_after
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.start import recipe_text
 from mygpt.runs.steps import point_to, step_directory, verify_checkpoint
 
@@ -24,7 +24,7 @@ def copy_until(checkpoint: Path, target: Path) -> None:
         DamagedCheckpointError: the checkpoint cannot be read.
         DiskError: a file cannot be copied or written.
     """
-    run = Run(checkpoint.parent)
+    run = RunDirectory(checkpoint.parent)
     step = verify_checkpoint(checkpoint).step
     recipe, origin = run.recipe_for(step), run.info.origin
     if origin:

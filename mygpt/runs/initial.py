@@ -11,7 +11,7 @@ from mygpt.errors import CheckpointError, RecipeError, TokenizerError
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import BEST_FILE, LATEST_FILE, MODEL_FILE, STEP_NAME, file_sha256
-from mygpt.runs.run import Run, find_model_file, named_checkpoint
+from mygpt.runs.run import RunDirectory, find_model_file, named_checkpoint
 from mygpt.runs.schemas import Manifest, ModelMetadata
 from mygpt.runs.steps import TEMPORARY_REASONS, manifest_of, read_manifest, read_metadata, verify_file
 
@@ -73,7 +73,7 @@ def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
 
 def _is_removable(directory: Path, manifest: Manifest) -> bool:
     """Whether this is a step directory of a run that is not finished, and that may remove it."""
-    run = Run(directory.parent)
+    run = RunDirectory(directory.parent)
     if not (STEP_NAME.fullmatch(directory.name) and (run.path / RUN_FILE).exists()):
         return False
     with suppress(CheckpointError):
@@ -89,7 +89,7 @@ def _recorded_initial(recipe: Recipe) -> Initial | None:
     for path in (recipe.checkpoint.output, *([] if resume in ("auto", "never") else [resume])):
         with suppress(CheckpointError):
             named = named_checkpoint(Path(path))
-            run = Run(named if (named / RUN_FILE).exists() else named.parent)
+            run = RunDirectory(named if (named / RUN_FILE).exists() else named.parent)
             init_from, sha256 = run.recipe.train.init_from, run.info.init_sha256
             if init_from is None or sha256 is None:
                 continue

@@ -24,7 +24,7 @@ from mygpt.runs.changes import (
 )
 from mygpt.runs.records import LINES, EvaluationLine, read_until
 from mygpt.runs.replacing import set_aside_run
-from mygpt.runs.run import Run, Warn, named_checkpoint
+from mygpt.runs.run import RunDirectory, Warn, named_checkpoint
 from mygpt.runs.schemas import HASH_OF_PATH, Best, Origin, RunInfo, Stretch
 from mygpt.runs.steps import (
     TEMPORARY_REASONS,
@@ -86,7 +86,7 @@ def find_start(
         MismatchError: the run has another architecture or corpus.
         DamagedCheckpointError: no checkpoint of the run is whole.
     """
-    run, recipe = Run(Path(recipe.checkpoint.output)), self_contained(recipe)
+    run, recipe = RunDirectory(Path(recipe.checkpoint.output)), self_contained(recipe)
     info = info.model_copy(update={"recipe": recipe})
     overwrite = overwrite and not (is_restart and _was_started_by(run, recipe, info))
     resume, origin = recipe.checkpoint.resume, None
@@ -115,7 +115,7 @@ def find_start(
 
 
 def _continue(
-    run: Run, checkpoint: Path | None, recipe: Recipe, info: RunInfo, tokenizer: TokenizerMetadata, warn: Warn
+    run: RunDirectory, checkpoint: Path | None, recipe: Recipe, info: RunInfo, tokenizer: TokenizerMetadata, warn: Warn
 ) -> Start:
     """The start of a run that goes on after its newest checkpoint, if it has one, or is finished."""
     if checkpoint is None:
@@ -147,7 +147,7 @@ def _branch(
     checkpoint: Path, recipe: Recipe, info: RunInfo, tokenizer: TokenizerMetadata, overwrite: bool, warn: Warn
 ) -> Start:
     """The start of a run whose origin is a checkpoint of another run."""
-    run, output = Run(checkpoint.parent), files.real_path(Path(recipe.checkpoint.output))
+    run, output = RunDirectory(checkpoint.parent), files.real_path(Path(recipe.checkpoint.output))
     is_own = output in checkpoint.parents  # as of a fork
     if files.real_path(run.path) == output or (overwrite and is_own):
         raise CheckpointError(
@@ -211,7 +211,7 @@ def _create(run: Path, start: Start) -> None:
             f"output: {run} holds checkpoints but no {RECIPE_FILE}; restore it, choose another --output, or "
             "--overwrite the run"
         )
-    if start.overwrite and not Run(run).has_no_steps:
+    if start.overwrite and not RunDirectory(run).has_no_steps:
         set_aside_run(run)
         print_note(f"the run that is replaced stays in {run / files.REPLACED_NAME} until the first checkpoint")
     for entry in run.iterdir():
@@ -265,7 +265,7 @@ def self_contained(recipe: Recipe) -> Recipe:
     return recipe.replace(**paths)
 
 
-def _was_started_by(run: Run, recipe: Recipe, info: RunInfo) -> bool:
+def _was_started_by(run: RunDirectory, recipe: Recipe, info: RunInfo) -> bool:
     """Whether this command started the run in the same job or launch, perhaps in another environment.
 
     Without an id of the job, recipe and command decide. It is an error if run.json is damaged.
@@ -287,7 +287,7 @@ def _resolve_origin(path: Path, warn: Warn) -> Path:
         if files.FAILED_NAME.fullmatch(path.name):
             raise CheckpointError(f"resume: {path} is the record of a step that failed; name a step directory")
         if (path / RUN_FILE).exists():
-            checkpoint = Run(path).newest_checkpoint(warn)
+            checkpoint = RunDirectory(path).newest_checkpoint(warn)
             if checkpoint is None:
                 raise CheckpointError(f"resume: {path} has no checkpoint yet")
             return checkpoint

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, TEMPORARY_NAME, read_bytes
 from mygpt.runs.held_out import read_evaluations
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.schemas import ModelMetadata
 from mygpt.runs.steps import read_manifest, read_metadata, saved_reasons, step_directory, superseded
 from mygpt.studies.analysis import ComparisonResult, RunResult, VariantResult, compare_variants, mean_curve, unit_of
@@ -51,7 +51,7 @@ def read_study(folder: Path, effect: float) -> Study:
 
 def is_finished(path: Path) -> bool:
     """Whether a run is there and has ended."""
-    run = Run(path)
+    run = RunDirectory(path)
     try:
         return bool(run.info) and run.is_finished
     except CheckpointError:
@@ -75,7 +75,7 @@ def has_failed(path: Path) -> bool:
 
 def is_settled(path: Path) -> bool:
     """Whether a complete run has pointed to and pruned its last checkpoints; if not, continuing it does that."""
-    run = Run(path)
+    run = RunDirectory(path)
     try:
         newest = run.newest_checkpoint()
         assert newest is not None
@@ -97,12 +97,12 @@ def read_variant(name: str, folder: Path, paths: Mapping[int, Path], failures: M
     runs, tokenizer = {}, ""
     for seed, path in paths.items():
         with explain_damage(path):
-            checkpoint = Run(path).newest_checkpoint()
+            checkpoint = RunDirectory(path).newest_checkpoint()
             evaluations = read_evaluations(path, read_manifest(checkpoint).step) if checkpoint else []
             if checkpoint is None or not evaluations:
                 raise CheckpointError(f"{path}: has no held-out loss at its end")
             tokenizer = json.dumps(read_metadata(checkpoint / MODEL_FILE, ModelMetadata).model_dump()["tokenizer"])
-            curve = tuple((record.step, record.val) for record in Run(path).records if record.val is not None)
+            curve = tuple((record.step, record.val) for record in RunDirectory(path).records if record.val is not None)
             runs[seed] = RunResult(evaluations[-1], curve, str(path.relative_to(folder)))
     return VariantResult(name, runs, dict(failures), tokenizer)
 

@@ -28,7 +28,7 @@ from mygpt.runs.files import (
     replace_text,
 )
 from mygpt.runs.lock import locked
-from mygpt.runs.run import Run, check_output
+from mygpt.runs.run import RunDirectory, check_output
 from mygpt.runs.schemas import CODE_CHARACTERS, HASH_OF_PATH
 from mygpt.runs.start import self_contained
 from mygpt.studies.analysis import compare_variants
@@ -164,7 +164,7 @@ def _check(jobs: Sequence[Job], folder: Path, side_by_side: int | None) -> None:
         if (job.path / RUN_FILE).exists():
             expected = self_contained(_recipe_of(job, None))
             with explain_damage(job.path):
-                found = Run(job.path).recipe
+                found = RunDirectory(job.path).recipe
             # A prepared corpus, or a model to begin with, has its own tokenizer, which a run records.
             has_own = os.path.isdir(expected.data.corpus) or expected.train.init_from
             may_differ = HARMLESS_KEYS | MAY_DIFFER | ({"tokenizer"} if has_own else set())
@@ -204,7 +204,7 @@ def _check_inputs(jobs: Sequence[Job], hashes: Hashes) -> None:
         MismatchError: one has read another text, or began with other weights.
     """
     for job in (job for job in jobs if (job.path / RUN_FILE).exists()):
-        for key, sha256 in Run(job.path).info.inputs.items():
+        for key, sha256 in RunDirectory(job.path).info.inputs.items():
             if sha256 != hashes[job.variant.name][key]:
                 problem = "was trained on another text than" if key == "corpus" else f"had another {key} than"
                 now = job.variant.recipe.flat()[key]
@@ -219,8 +219,8 @@ def _check_code(jobs: Sequence[Job], *, will_train: bool) -> None:
     """
     codes = {code_sha256()[:CODE_CHARACTERS]} if will_train else set[str]()
     for job in jobs:
-        if (job.path / RUN_FILE).exists() and (Run(job.path).checkpoints or has_failed(job.path)):
-            codes |= {stretch.environment.code for stretch in Run(job.path).info.stretches}
+        if (job.path / RUN_FILE).exists() and (RunDirectory(job.path).checkpoints or has_failed(job.path)):
+            codes |= {stretch.environment.code for stretch in RunDirectory(job.path).info.stretches}
             if len(codes) > 1:
                 other = "this one" if will_train else "other steps of the study"
                 raise MismatchError(
@@ -363,7 +363,7 @@ def _error_of(process: "subprocess.Popen[str]", job: Job) -> MygptError:
 def _outcome(path: Path) -> str:
     if not is_finished(path):
         return _failure(path)
-    record = Run(path).records[-1]
+    record = RunDirectory(path).records[-1]
     return f"training loss {record.loss:.4f}" if record.val is None else f"held-out loss {record.val:.4f}"
 
 

@@ -18,7 +18,7 @@ from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.held_out import Evaluation, count_from, count_waiting, evaluations_of, improves, last_improvement
 from mygpt.runs.loading import MOMENTS, NUMBERS, read_state, read_weights
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.saver import Tensors
 from mygpt.runs.schemas import Best, End, OptimizerMetadata
 from mygpt.runs.start import Start
@@ -131,7 +131,7 @@ def restore(
         raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: {stray} is of no parameter or group")
     gpt.load_state_dict(weights)
     name = dropout_name(accelerator.device, accelerator.process_index)
-    before = Run(checkpoint.parent).recipe.train
+    before = RunDirectory(checkpoint.parent).recipe.train
     is_reseeded = (before.data_seed, before.order) != (data_seed, stream.order)
     try:
         if is_reseeded:

@@ -15,7 +15,7 @@ from mygpt.recipe.flags import load_target
 from mygpt.recipe.tables import ExpectedTable
 from mygpt.reports.outcome import training_loss
 from mygpt.runs.records import Record
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.studies.grid import Variant
 from mygpt.studies.runner import run_grid
 
@@ -33,7 +33,7 @@ def main() -> None:
         recipe = load_target(name).replace(**dict.fromkeys(ExpectedTable.model_fields))
         variants = [Variant(Path(name).stem, recipe)]
         for variant, paths in run_grid(variants, options.seeds, options.out / Path(name).stem, print_note):
-            runs = [Run(path) for path in paths.values()]
+            runs = [RunDirectory(path) for path in paths.values()]
             print("\n".join([f"# {variant.name}", *table([run.records for run in runs], runs[0].info.corpus_sha256)]))
 
 

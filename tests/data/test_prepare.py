@@ -33,7 +33,7 @@ from mygpt.data.sources import find_sources
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import CorpusError, DamagedCorpusError, DiskError, MygptError
 from mygpt.recipe.tables import DataTable
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.training.train import train
 
 KINDS = {
@@ -752,7 +752,7 @@ def test_command_prepares_describes_and_trains(tmp_path, call, text_file):
     assert "tokenizer:    byte " in printed
     code, _, _ = call("train", out, *FLAGS, "--output", tmp_path / "run")
     assert code == 0
-    assert Run(tmp_path / "run").recipe.data.tokenizer == "byte"
+    assert RunDirectory(tmp_path / "run").recipe.data.tokenizer == "byte"
     assert call("verify", tmp_path / "run")[0] == 0
     assert call("train", out, *FLAGS, "--output", tmp_path / "run")[0] == 0  # it is complete, and nothing has changed
     for arguments, message in (

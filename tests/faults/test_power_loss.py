@@ -17,7 +17,7 @@ from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import replace_text
 from mygpt.runs.records import Record, cut_after, read_until
 from mygpt.runs.replacing import put_back, set_aside_run
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.saver import Saver
 from mygpt.runs.steps import verify_checkpoint
 from mygpt.studies import runner
@@ -117,7 +117,7 @@ def training(place, text_file, patch):
         undisturbed.update(contents(run))
 
     def check(notes):
-        steps, found = (Run(run).checkpoints, contents(run)) if run.exists() else ({}, {})
+        steps, found = (RunDirectory(run).checkpoints, contents(run)) if run.exists() else ({}, {})
         assert all(found.get(name) in (None, undisturbed[name]) for name in ("run.json", "recipe.toml"))
         assert max(steps, default=0) >= max(notes, default=0)
         for step, directory in steps.items():
@@ -127,8 +127,8 @@ def training(place, text_file, patch):
             records = read_until(run / "metrics.jsonl", Record, max(steps))
             assert steps.keys() <= {record.step for record in records}
         if notes:
-            assert Run(run).latest
-            assert Run(run).best or max(notes) < 2
+            assert RunDirectory(run).latest
+            assert RunDirectory(run).best or max(notes) < 2
 
     def again(_notes):
         train(recipe)

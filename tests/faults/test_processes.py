@@ -12,7 +12,7 @@ from support.runs import FLAGS, contents
 from support.threads import together
 
 from mygpt.runs.records import EvaluationLine
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.schemas import Best
 from mygpt.runs.start import Start
 from mygpt.training.train import share_start
@@ -173,7 +173,7 @@ def test_all_processes_get_the_whole_start(exact_run, tiny, monkeypatch):
         "step": 6,
         "in_place": True,
         "overwrite": True,
-        "info": Run(exact_run).info.model_copy(update={"recipe": recipe}),
+        "info": RunDirectory(exact_run).info.model_copy(update={"recipe": recipe}),
         "is_finished": True,
         "best": Best(step=4, val=2.5),
         "evaluations": (EvaluationLine.of(2, None, bytes(range(200))),),

@@ -9,7 +9,7 @@ from support.runs import assert_same_run, contents, steps_of
 
 from mygpt.checks.verify import verify
 from mygpt.errors import CheckpointError, MismatchError, MygptError, NonFiniteError, RecipeError
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.training.train import train
 
 
@@ -25,7 +25,7 @@ def test_branch_continues_as_its_source_would(tiny, tmp_path, point):
     assert contents(source) == before
     assert_same_run(branch, whole)
     assert steps_of(branch) == [6]
-    begun = Run(branch).info.origin
+    begun = RunDirectory(branch).info.origin
     assert (begun.after_step, Path(begun.checkpoint)) == (4, source / "step-000004")
 
 
@@ -90,7 +90,7 @@ def test_branch_with_another_data_seed_sees_other_batches(tiny, tmp_path, capsys
         branch = train(tiny(**keys))
         weights.add((branch / "step-000006" / "model.safetensors").read_bytes())
         assert f"init_seed: stays 0: the weights are those of {run}" in capsys.readouterr().err
-        assert Run(branch).recipe.train.init_seed == 0
+        assert RunDirectory(branch).recipe.train.init_seed == 0
         assert verify(branch).identical
     assert len(weights) == 3
 

@@ -20,7 +20,7 @@ from mygpt.runs.held_out import (
     read_evaluations,
 )
 from mygpt.runs.records import EvaluationLine, read_records
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.steps import read_manifest
 from mygpt.training.state import Progress
 from mygpt.training.train import train
@@ -158,17 +158,17 @@ def test_patience_that_is_set_later_counts_from_there(tiny, monkeypatch, capsys,
     run = train(tiny(**PATIENT | {"patience": patience, "steps": 28}))
     notes = capsys.readouterr().err
     assert "not lower beyond doubt than that of step 6" in notes
-    assert list(Run(run).checkpoints)[-1] == end
-    assert Run(run).best == Run(run).checkpoints[12]
+    assert list(RunDirectory(run).checkpoints)[-1] == end
+    assert RunDirectory(run).best == RunDirectory(run).checkpoints[12]
 
 
 def test_best_is_not_named_while_it_is_not_kept(tiny, monkeypatch):
     """Lower losses that have no checkpoint may follow: an old `best` would be false."""
     losses_at(monkeypatch, TURNING)
     run = train(tiny(**PATIENT))
-    assert Run(run).best == run / "step-000006"
+    assert RunDirectory(run).best == run / "step-000006"
     train(tiny(**PATIENT | {"patience": 0}))
-    assert Run(run).best is None
+    assert RunDirectory(run).best is None
 
 
 def test_patience_ends_the_run_and_keeps_the_best(tiny, monkeypatch, capsys):
@@ -182,8 +182,8 @@ def test_patience_ends_the_run_and_keeps_the_best(tiny, monkeypatch, capsys):
     assert "verdict: overfitting since step 6: held-out loss +0.1996" in notes
     manifest = read_manifest(run / "step-000010")
     assert (manifest.ended_by, manifest.reason) == ("patience", "scheduled")
-    assert Run(run).is_finished
-    assert Run(run).best == run / "step-000006"
+    assert RunDirectory(run).is_finished
+    assert RunDirectory(run).best == run / "step-000006"
     before = (run / "metrics.jsonl").read_bytes()
     train(tiny(**PATIENT))
     assert "is complete" in capsys.readouterr().err
@@ -199,7 +199,7 @@ def test_more_patience_continues_a_run_that_ended_early(tiny, monkeypatch, tmp_p
     train(tiny(**PATIENT))
     run = train(tiny(**PATIENT | {"patience": 3}))
     assert read_manifest(run / "step-000012").ended_by == "patience"
-    assert [(s.after_step, s.patience) for s in Run(run).info.stretches] == [(0, 2), (10, 3)]
+    assert [(s.after_step, s.patience) for s in RunDirectory(run).info.stretches] == [(0, 2), (10, 3)]
     other = train(tiny(**PATIENT | {"patience": 3, "output": str(tmp_path / "other")}))
     assert_same_run(run, other)
 

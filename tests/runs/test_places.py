@@ -11,7 +11,7 @@ from mygpt.checks.verify import verify
 from mygpt.errors import CheckpointError, CorpusError
 from mygpt.recipe.files import load_recipe
 from mygpt.recipe.flags import load_target
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.training.train import train
 
 TRAIN = ("text.txt", *FLAGS, "--save-every", 2, "--output", "run")
@@ -44,7 +44,7 @@ def test_moved_text_is_the_same_text(tiny, tmp_path, text):
     corpus = corpus.rename(tmp_path / "moved.txt")
     with pytest.raises(CorpusError, match=r"text\.txt: no such text file; expected the path"):
         verify(run)
-    train(Run(run).recipe.replace(corpus=str(corpus)))
+    train(RunDirectory(run).recipe.replace(corpus=str(corpus)))
     assert verify(run).identical
 
 

@@ -9,7 +9,7 @@ from support.runs import contents
 
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import CheckpointError, OutOfMemoryError
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.start import find_start
 from mygpt.training.train import train
 
@@ -24,14 +24,14 @@ def test_restart_continues_the_run_that_overwrite_began(tiny, monkeypatch):
     run = train(tiny(steps=8, save_every=2), last_step=2)
     recipe, notes = tiny(save_every=2), []
     start = find_start(
-        recipe, Run(run).info, CharTokenizer("a").metadata, overwrite=True, is_restart=True, warn=notes.append
+        recipe, RunDirectory(run).info, CharTokenizer("a").metadata, overwrite=True, is_restart=True, warn=notes.append
     )
     assert (start.checkpoint, start.overwrite) == (None, True)
     train(recipe, last_step=4, overwrite=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(recipe, overwrite=True)
     assert timed_steps(run) == [1, 2, 3, 4, 5, 6]
-    assert len(Run(run).info.stretches) == 1
+    assert len(RunDirectory(run).info.stretches) == 1
 
 
 @pytest.mark.fault(63)
@@ -68,7 +68,7 @@ def test_job_queued_again_before_it_began_replaces_the_run_of_another(tiny, monk
     monkeypatch.setenv(variable, "2")
     train(tiny(), overwrite=True)
     assert f"saved {run}" in capsys.readouterr().err
-    assert Run(run).info.launch_id == f"{variable}=2"
+    assert RunDirectory(run).info.launch_id == f"{variable}=2"
     train(tiny(), overwrite=True)
     assert f"{run} is complete" in capsys.readouterr().err
 
@@ -79,7 +79,7 @@ def test_restart_without_an_id_keeps_what_recipe_and_command_began(tiny, monkeyp
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run = train(tiny(), overwrite=True)
-    assert Run(run).info.launch_id is None
+    assert RunDirectory(run).info.launch_id is None
     for launch in ("none", "its own"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
         capsys.readouterr()

@@ -18,7 +18,7 @@ from support.runs import TINY, assert_same_run, contents, flags_of
 
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.records import read_records
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.studies import runner
 from mygpt.studies.grid import Variant
 from mygpt.training.train import train
@@ -125,7 +125,7 @@ def test_all_runs_begin_with_the_same_weights(place, tmp_path):
     train(recipe, last_step=3)
     first = run(place, *given)
     assert first.returncode == 0, first.stderr
-    assert len({Run(path).info.init_sha256 for path in runs_of(place)}) == 1
+    assert len({RunDirectory(path).info.init_sha256 for path in runs_of(place)}) == 1
     train(recipe)  # `source` names its newest checkpoint
     before = contents(place / "study")
     for extended in ([], ["--seeds", "3"]):
@@ -241,7 +241,7 @@ def test_killed_study_continues_to_the_same_bytes(place, tmp_path):
     result = run(place)
     assert result.returncode == 0, result.stderr
     for path in runs_of(place):
-        recipe = Run(path).recipe.replace(output=str(tmp_path / "alone" / path.parent.name / path.name))
+        recipe = RunDirectory(path).recipe.replace(output=str(tmp_path / "alone" / path.parent.name / path.name))
         assert_same_run(path, train(recipe))
 
 
@@ -272,7 +272,7 @@ def test_signal_stops_all_runs_and_the_same_command_continues(place, number):
     assert (
         f"stopped by {number.name}; the runs are saved, and the same command continues" in (place / "err").read_text()
     )
-    assert all(Run(path).newest_checkpoint() for path in runs_of(place))
+    assert all(RunDirectory(path).newest_checkpoint() for path in runs_of(place))
 
 
 @pytest.mark.fault(82)

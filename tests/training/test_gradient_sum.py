@@ -12,7 +12,7 @@ from support.runs import TINY, contents
 from mygpt.checks.compare import compare
 from mygpt.processes.workers import Workers
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.training.gradient_sum import RANGE, SCALE, FixedPointSum, fixed_micro_batch, gradient_sum_for
 from mygpt.training.train import train
 
@@ -212,7 +212,7 @@ def test_exact_runs_move_between_numbers_of_processes(text_file, tmp_path, capfd
     train(moved)
     assert capfd.readouterr().out == printed
     assert contents(tmp_path / "moved", without=["run.json"]) == contents(whole, without=["run.json"])
-    stretches = Run(tmp_path / "moved").info.stretches
+    stretches = RunDirectory(tmp_path / "moved").info.stretches
     assert [(stretch.after_step, stretch.environment.processes) for stretch in stretches] == [(0, 3), (3, 2), (8, 1)]
     # And it verifies on a third number.
     again = run_process([BIN / "torchrun", "--nproc-per-node", 4, "-m", "mygpt", "verify", "moved"], tmp_path)

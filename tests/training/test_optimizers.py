@@ -12,7 +12,7 @@ from support.runs import assert_same_run
 
 from mygpt.checks.trace import trace_step
 from mygpt.errors import DamagedCheckpointError, MismatchError, MygptError, NonFiniteError
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.training import parts
 from mygpt.training.train import train
 
@@ -174,6 +174,6 @@ def test_numbers_in_the_state_are_seen_when_a_step_is_traced(use, tiny):
     """What `mygpt bisect` compares includes what an optimizer counts."""
     use(OPTIMIZERS["own"])
     run = train(tiny(save_every=3, keep_last=0))
-    traced, kept = trace_step(Run(run), 4, run / "step-000003", "count of token_embedding.weight, updated")
+    traced, kept = trace_step(RunDirectory(run), 4, run / "step-000003", "count of token_embedding.weight, updated")
     assert kept == torch.tensor(4)
     assert "scale of token_embedding.weight, updated" in dict(traced.values)
