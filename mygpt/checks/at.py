@@ -221,7 +221,7 @@ def check_processes(run: RunDirectory, segments: list[Segment]) -> None:
         recorded = run.info.stretch_of(segment.until).environment.processes
         if run.recipe.runtime.reduction == "fast" and recorded != processes:
             raise LaunchError(
-                f"{run.path}: step {part.until} was trained by {recorded} processes, on whose number the "
+                f"{run.path}: step {segment.until} was trained by {recorded} processes, on whose number the "
                 f"last bits depend; here are {processes}: start as many, with accelerate launch -m mygpt"
             )
 

@@ -138,8 +138,8 @@ def train_segments(
 ) -> Iterator[int]:
     """Train the segments one after the other into the run `output`; yields the last step of each.
 
-    The first segment begins as `resume` says: "auto" continues a run that is there. Nothing is printed but progress and,
-    unless `is_quiet`, the notes of the first segment. `saved` is given each checkpoint; see `Saver`.
+    The first segment begins as `resume` says: "auto" continues a run that is there. Nothing is printed but progress
+    and, unless `is_quiet`, the notes of the first segment. `saved` is given each checkpoint; see `Saver`.
     """
     talk = sys.stderr
     for number, segment in enumerate(segments):
