@@ -1,9 +1,9 @@
-"""Record each step once, and hand the record to every sink: the run's files and the console."""
+"""Record each step once: in the run's files, and for its reader on the console."""
 
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,12 +19,9 @@ from mygpt.runs.records import LINES, EvaluationLine, Record, Timing, cut_after
 PROGRESS_SECONDS = 30.0
 """Time between two lines on the progress of a run that has no progress bar."""
 
-Sink = Callable[[Record, Timing, bool], None]
-"""Takes the record and timing of a step, and whether the console prints them. Only the main process has sinks."""
-
 
 class Recorder:
-    """Makes the records of a run, and gives each to all sinks: its files, stdout, the progress bar.
+    """Makes the records of a run: in its files, on stdout and on the progress bar, all by the main process alone.
 
     The bar is on `talk`, which is stderr, if that is a terminal; else a thread prints a line there every
     `PROGRESS_SECONDS`. They are about the steps up to `last_step`, which is the recipe's unless it is given; with a
@@ -56,9 +53,8 @@ class Recorder:
         self._tokens_before = 0
         self.last: tuple[Record, Timing] | None = None
         """The newest record of this process."""
-        self._sinks: list[Sink] = []
         self._files: dict[str, TextIO] = {}
-        self._run = run
+        self._run, self._is_main = run, is_main
         elapsed = 0.0
         if is_main:
             records = cut_after(run / METRICS_FILE, Record, step, is_finished=is_finished)
@@ -82,7 +78,6 @@ class Recorder:
                 names = LINES if recipe.validation.val_every else (METRICS_FILE, TIMING_FILE)
                 self._files = {name: (run / name).open("a", encoding="utf-8") for name in names}
                 sync(run)  # or a power failure may leave a checkpoint without its records
-            self._sinks = [self._append, self._show]
         disable = None if is_main else True  # None: unless `talk` is a terminal
         options = {"unit": "step", "dynamic_ncols": True, "leave": talk is None, "file": self._talk}
         self._bar = tqdm(total=self._last_step, initial=step, disable=disable, **options)
@@ -138,10 +133,12 @@ class Recorder:
             seconds_left=round((self._recipe.train.steps - step) * seconds_per_step, 1),
         )
         self.last = record, timing
-        if self._files and evaluation:
-            self._write(EVALUATIONS_FILE, evaluation)
-        for sink in self._sinks:
-            sink(record, timing, printed)
+        if self._is_main:
+            lines = {EVALUATIONS_FILE: evaluation, METRICS_FILE: record, TIMING_FILE: timing}
+            for name, line in lines.items():
+                if line:
+                    self._write(name, line)
+            self._show(record, timing, printed)
 
     def _print_progress(self) -> None:
         """Print lines on stderr until the run ends, also while a step or an evaluation takes long."""
@@ -156,10 +153,6 @@ class Recorder:
             with suppress(OSError, ValueError):  # stderr is closed, or its reader has gone
                 print(line, file=self._talk, flush=True)
             before, printed_at = step, now
-
-    def _append(self, record: Record, timing: Timing, _printed: bool) -> None:
-        self._write(METRICS_FILE, record)
-        self._write(TIMING_FILE, timing)
 
     def _write(self, name: str, line: Record | Timing | EvaluationLine) -> None:
         try:

@@ -2,7 +2,8 @@
 
 A run directory holds the resolved recipe, run.json, metrics.jsonl, timing.jsonl, evaluations.jsonl, one directory
 `step-NNNNNN` per checkpoint, the files `latest` and `best`, which name one of these, and `.lock`. A step directory is
-written as `.tmp-step-NNNNNN` and renamed when it is complete; before it is deleted it is renamed to `.tmp-old-NNNNNN`.
+written as `.tmp-step-NNNNNN` and renamed when it is complete; before it is deleted it is renamed to
+`.tmp-old-step-NNNNNN`.
 """
 
 import errno
@@ -43,7 +44,7 @@ STEP_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})")
 FAILED_NAME = re.compile(r"failed-step-(\d{6,})")
 TEMPORARY_NAME = re.compile(r"\.tmp-(step-\d{6,}|failed-step-\d{6,}|old-.*|at-.*|[a-z]+(\.[a-z]+)?)")
 
-# All that a run writes into its directory. Replacing a run removes nothing else.
+# What belongs to a run, and is removed with it: not its lock, the run that it replaces, and what was kept as damaged.
 RUN_ENTRY = re.compile(
     rf"recipe\.toml|run\.json|metrics\.jsonl|timing\.jsonl|evaluations\.jsonl|latest|best|{ORIGIN_NAME}"
     rf"|{STEP_NAME.pattern}|{FAILED_NAME.pattern}|{TEMPORARY_NAME.pattern}"

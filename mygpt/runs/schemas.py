@@ -78,8 +78,8 @@ class Manifest(_Metadata):
 
     reason: Reason
     """scheduled: by `save_every`, or the last step. best: the lowest held-out loss so far. timed: by
-    `save_seconds`. interrupted: by a signal. failed: before a step that was not finite. Those of "best", "timed" and
-    "interrupted" are removed once superseded."""
+    `save_seconds`. interrupted: by a signal, or by `last_step`. failed: before a step that was not finite. Those of
+    "best", "timed" and "interrupted" are removed once superseded."""
     ended_by: End | None = None
     """Why the run was finished with this step; None: it was not, as after a signal."""
     files: dict[Literal["model.safetensors", "state.safetensors"], FileEntry]

@@ -25,7 +25,7 @@ from mygpt.runs.changes import (
 from mygpt.runs.records import LINES, EvaluationLine, read_until
 from mygpt.runs.replacing import set_aside_run
 from mygpt.runs.run import RunDirectory, Warn, named_checkpoint
-from mygpt.runs.schemas import HASH_OF_PATH, Best, Origin, RunInfo, Stretch
+from mygpt.runs.schemas import HASH_OF_PATH, Best, End, Origin, RunInfo, Stretch
 from mygpt.runs.steps import (
     TEMPORARY_REASONS,
     point_to,
@@ -52,8 +52,8 @@ class Start(NamedTuple):
     """Whether another run that is there is replaced."""
     info: RunInfo
     """What run.json is to hold."""
-    is_finished: bool = False
-    """Whether nothing is left to be trained."""
+    ended_by: End | None = None
+    """Why the run is finished; None: something is left to be trained."""
     best: Best | None = None
     """The best evaluation so far, if the recipe keeps its checkpoint."""
     evaluations: tuple[EvaluationLine, ...] = ()
@@ -126,21 +126,21 @@ def _continue(
     check_unchanged(run, step, recipe, info)
     warn_of_code(run, step, warn)
     trained_with = run.recipe_for(step)
-    is_finished = ended_by == "steps" and recipe.train.steps == trained_with.train.steps
+    goes_on = recipe.train.steps != trained_with.train.steps
     if ended_by == "patience":
-        is_finished = 0 < recipe.validation.patience <= trained_with.validation.patience
-    if is_finished:  # only keys that train nothing, and paths, can change
+        goes_on = not 0 < recipe.validation.patience <= trained_with.validation.patience
+    if ended_by and not goes_on:  # only keys that train nothing, and paths, can change
         values = {key: recipe.flat()[key] for key in (*HARMLESS_KEYS, *PATH_KEYS)}
         recipe, stretches = trained_with.replace(**values), run.info.stretches_until(step)
     else:
-        stretches = _stretches(run.info, step, info)
+        ended_by, stretches = None, _stretches(run.info, step, info)
         warn_of_last_bits(run.info.stretch_of(step).environment, info.stretches[0].environment, recipe, warn)
         warn_of_steps(run, step, recipe, warn)
     recipe = recipe.replace(resume=run.recipe.checkpoint.resume)  # the origin stays on record
     info = run.info.model_copy(update={"recipe": recipe, "stretches": stretches})
     best = run.best_until(step) if recipe.keeps_best else None
     evaluations = tuple(read_until(run.path / files.EVALUATIONS_FILE, EvaluationLine, step))
-    return Start(checkpoint, step, True, False, info, is_finished, best, evaluations)
+    return Start(checkpoint, step, True, False, info, ended_by, best, evaluations)
 
 
 def _branch(

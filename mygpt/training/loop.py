@@ -33,20 +33,20 @@ class Due(NamedTuple):
     """Whether the host has to know the numbers of the step."""
 
 
-def due_after(step: int, recipe: Recipe, last_step: int) -> Due:
-    """What the recipe asks for after 1-based `step` of a run that ends with `last_step`."""
+def due_after(step: int, recipe: Recipe, until: int) -> Due:
+    """What the recipe asks for after 1-based `step` of a command that trains until step `until`."""
     steps = recipe.train.steps
     evaluation = due(step, recipe.validation.val_every, steps)
     checkpoint = due(step, recipe.checkpoint.save_every or steps, steps)
     line = is_printed(step, recipe, evaluated=evaluation)
     record = line or checkpoint or due(step, recipe.train.log_every, steps)
-    return Due(evaluation, line, record, checkpoint, record or step == last_step)
+    return Due(evaluation, line, record, checkpoint, record or step == until)
 
 
 def train_loop(
-    parts: Parts, progress: Progress, last_step: int, recorder: Recorder, saver: Saver, stop: StopRequest
+    parts: Parts, progress: Progress, until: int, recorder: Recorder, saver: Saver, stop: StopRequest
 ) -> int:
-    """Train until `progress` is at `last_step`, or early stopping ends the run; returns 0. A signal to some process
+    """Train until `progress` is at step `until`, or early stopping ends the run; returns 0. A signal to some process
     ends it before, and is returned.
 
     All of them end with a save.
@@ -57,7 +57,7 @@ def train_loop(
         DisagreementError: with exact sums, the processes do not hold the same weights.
     """
     pending, stopped, first = PendingSteps(parts.accelerator), 0, progress.step + 1
-    while progress.step < last_step and not progress.ended_by(parts.recipe) and not stopped:
+    while progress.step < until and not progress.ended_by(parts.recipe) and not stopped:
         generators, lr = parts.generators(), parts.learning_rate
         update = train_step(parts, parts.stream.batch(), progress.step + 1)
         parts.scheduler.step()
@@ -67,7 +67,7 @@ def train_loop(
         pending.add(progress.step, generators, update)
         recorder.step_done()
 
-        now = due_after(progress.step, parts.recipe, last_step)
+        now = due_after(progress.step, parts.recipe, until)
         # Until its numbers are needed the host runs ahead of the device.
         if not (now.reading or pending.must_be_read(bool(stop.pending()))):
             continue
@@ -87,11 +87,11 @@ def train_loop(
                 is_best = progress.observe(evaluation, parts.recipe)
             recorder.record(progress.step, printed=now.line, **values)
         is_last = progress.ended_by(parts.recipe) is not None
-        is_interrupted = bool(stopped) or progress.step == last_step
+        ends_here = bool(stopped) or progress.step == until
         reasons: dict[Reason, bool] = {
             "scheduled": now.checkpoint or is_last,
             "best": is_best,
-            "interrupted": is_interrupted,
+            "interrupted": ends_here,
             "timed": reading.save,
         }
         if reason := next((reason for reason, holds in reasons.items() if holds), None):

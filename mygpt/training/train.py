@@ -194,13 +194,15 @@ def run_steps(
     """Train, and say how it ended; returns the run directory."""
     recipe, progress, is_main = start.recipe, Progress.at(start), parts.accelerator.is_main_process
     run, until = Path(recipe.checkpoint.output), min(recipe.train.steps, last_step or recipe.train.steps)
+    if start.ended_by:  # also where a file of evaluations has been lost since, which early stopping counts
+        until = start.step
     with (
         Recorder(
             recipe,
             run,
             is_main=is_main,
             step=progress.step,
-            is_finished=start.is_finished,
+            is_finished=start.ended_by is not None,
             peak_tokens_per_second=peak_tokens_per_second(parts) if is_main else None,
             last_step=until,
             talk=talk,
@@ -211,7 +213,7 @@ def run_steps(
         stopped = train_loop(parts, progress, until, recorder, saver, stop)
     parts.accelerator.wait_for_everyone()
 
-    ended_by = progress.ended_by(recipe)
+    ended_by = start.ended_by or progress.ended_by(recipe)
     if stopped and ended_by is None:  # a run that a signal found at its last step is finished
         number = signal.Signals(stopped)
         text = f"stopped by {number.name}; saved {step_directory(run, progress.step)}, and the same command continues"
@@ -275,10 +277,10 @@ def print_header(start: Start, parts: Parts, dataset: Dataset) -> None:
     if accelerator.num_processes > 1:
         of_weights = "; the weights are sharded over them" if accelerator.is_fsdp2 else ""
         print_note(f"{accelerator.num_processes} processes share each batch{of_weights}")
-    if start.checkpoint and not start.is_finished:
+    if start.checkpoint and not start.ended_by:
         lines_from = f"the lines up to it are from {METRICS_FILE}"
         print_note(f"continuing after step {start.step} from {start.checkpoint}; {lines_from}")
-    elif recipe.train.init_from and not start.is_finished:
+    elif recipe.train.init_from and not start.ended_by:
         print_note(f"beginning with the weights of {recipe.train.init_from}")
     if not start.step and (unseen := dataset.unseen_characters()):
         shown = f"{unseen[:MOST_CHARACTERS]!r}{' and others' * (len(unseen) > MOST_CHARACTERS)}"

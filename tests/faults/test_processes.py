@@ -174,7 +174,7 @@ def test_all_processes_get_the_whole_start(exact_run, tiny, monkeypatch):
         "in_place": True,
         "overwrite": True,
         "info": RunDirectory(exact_run).info.model_copy(update={"recipe": recipe}),
-        "is_finished": True,
+        "ended_by": "patience",
         "best": Best(step=4, val=2.5),
         "evaluations": (EvaluationLine.of(2, None, bytes(range(200))),),
     }

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from support.commands import torchrun
-from support.runs import EXACT, assert_same_run, evaluation_of, flags_of
+from support.runs import EXACT, assert_same_run, contents, evaluation_of, flags_of
 
 from mygpt.checks.compare import compare
 from mygpt.errors import DamagedCheckpointError, RecipeError
@@ -202,6 +202,19 @@ def test_more_patience_continues_a_run_that_ended_early(tiny, monkeypatch, tmp_p
     assert [(s.after_step, s.patience) for s in RunDirectory(run).info.stretches] == [(0, 2), (10, 3)]
     other = train(tiny(**PATIENT | {"patience": 3, "output": str(tmp_path / "other")}))
     assert_same_run(run, other)
+
+
+def test_run_that_early_stopping_ended_stays_ended_without_its_evaluations(tiny, monkeypatch, capsys):
+    """It is its last checkpoint that says why the run is finished."""
+    losses_at(monkeypatch, TURNING)
+    run = train(tiny(**PATIENT))
+    file = run / "evaluations.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    before = contents(run)
+    capsys.readouterr()
+    train(tiny(**PATIENT))
+    assert f"{run} is complete; raise --patience to train on" in capsys.readouterr().err
+    assert contents(run) == before
 
 
 def test_early_stopping_survives_interruption(tiny, monkeypatch, tmp_path):
