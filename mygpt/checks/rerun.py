@@ -141,14 +141,14 @@ def train_segments(
     The first segment begins as `resume` says: "auto" continues a run that is there. Nothing is printed but progress
     and, unless `is_quiet`, the notes of the first segment. `saved` is given each checkpoint; see `Saver`.
     """
-    talk = sys.stderr
+    progress_file = sys.stderr
     for number, segment in enumerate(segments):
         recipe = segment.recipe.replace(output=str(output), resume=resume)
         with open(os.devnull, "w") as nowhere, ExitStack() as stack:
             stack.enter_context(redirect_stdout(nowhere))
             if number or is_quiet:  # later parts would warn of changes, which are the run's own
                 stack.enter_context(redirect_stderr(nowhere))
-            train(recipe, last_step=segment.until, talk=talk, saved=saved)
+            train(recipe, last_step=segment.until, progress_file=progress_file, saved=saved)
         yield segment.until
         resume = "auto"
 

@@ -23,9 +23,9 @@ PROGRESS_SECONDS = 30.0
 class Recorder:
     """Makes the records of a run: in its files, on stdout and on the progress bar, all by the main process alone.
 
-    The bar is on `talk`, which is stderr, if that is a terminal; else a thread prints a line there every
+    The bar is on `progress_file`, which is stderr, if that is a terminal; else a thread prints a line there every
     `PROGRESS_SECONDS`. They are about the steps up to `last_step`, which is the recipe's unless it is given; with a
-    `talk` of its own the run is part of other work, and its bar goes when it is done.
+    `progress_file` of its own the run is part of other work, and its bar goes when it is done.
 
     A run that continues after `step` drops the later records, and prints the lines up to `step` again, so that its
     output is that of a run never interrupted. The records of a run that `is_finished` are left as they are.
@@ -45,10 +45,11 @@ class Recorder:
         is_finished: bool = False,
         peak_tokens_per_second: float | None = None,
         last_step: int | None = None,
-        talk: TextIO | None = None,
+        progress_file: TextIO | None = None,
     ):
         self._recipe, self._first_step, self._peak = recipe, step, peak_tokens_per_second
-        self._step, self._last_step, self._talk = step, last_step or recipe.train.steps, talk or sys.stderr
+        self._step, self._last_step = step, last_step or recipe.train.steps
+        self._progress_file = progress_file or sys.stderr
         self._tokens_per_step = recipe.train.batch_size * recipe.train.seq_len
         self._tokens_before = 0
         self.last: tuple[Record, Timing] | None = None
@@ -78,8 +79,8 @@ class Recorder:
                 names = LINES if recipe.validation.val_every else (METRICS_FILE, TIMING_FILE)
                 self._files = {name: (run / name).open("a", encoding="utf-8") for name in names}
                 sync(run)  # or a power failure may leave a checkpoint without its records
-        disable = None if is_main else True  # None: unless `talk` is a terminal
-        options = {"unit": "step", "dynamic_ncols": True, "leave": talk is None, "file": self._talk}
+        disable = None if is_main else True  # None: unless `progress_file` is a terminal
+        options = {"unit": "step", "dynamic_ncols": True, "leave": progress_file is None, "file": self._progress_file}
         self._bar = tqdm(total=self._last_step, initial=step, disable=disable, **options)
         self._elapsed_before, self._started_at = elapsed, time.perf_counter()
         self._interval = (step, self._started_at)
@@ -151,7 +152,7 @@ class Recorder:
                 left = (now - self._started_at) / done * (self._last_step - step)
                 line += f", {tqdm.format_interval(left)} left"
             with suppress(OSError, ValueError):  # stderr is closed, or its reader has gone
-                print(line, file=self._talk, flush=True)
+                print(line, file=self._progress_file, flush=True)
             before, printed_at = step, now
 
     def _write(self, name: str, line: Record | Timing | EvaluationLine) -> None:
@@ -218,9 +219,9 @@ def _in_other_units(record: Record, recipe: Recipe) -> str:
 
 def is_printed(step: int, recipe: Recipe, *, evaluated: bool) -> bool:
     """Whether the console prints the record of a step."""
-    return evaluated or step == 1 or due(step, recipe.train.print_every, recipe.train.steps)
+    return evaluated or step == 1 or falls_on(step, recipe.train.print_every, recipe.train.steps)
 
 
-def due(step: int, every: int, last: int) -> bool:
+def falls_on(step: int, every: int, last: int) -> bool:
     """Whether 1-based `step` is a multiple of `every` or the `last` one; never if `every` is 0."""
     return every > 0 and (step % every == 0 or step == last)

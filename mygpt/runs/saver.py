@@ -89,7 +89,7 @@ class Saver:
         self._writing = self._thread.submit(self._write, *copies, manifest, best)
         self._reason, self._saved_at = reason, time.monotonic()
 
-    def is_due(self) -> bool:
+    def is_time(self) -> bool:
         """Whether the last checkpoint, or the beginning, is `save_seconds` ago, and nothing is being written."""
         seconds = self.recipe.checkpoint.save_seconds
         is_idle = self._writing is None or self._writing.done()

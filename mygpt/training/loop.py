@@ -9,7 +9,7 @@ from mygpt.compat import full_tensor, update_unless
 from mygpt.data.batches import Batch
 from mygpt.processes.signals import StopRequest
 from mygpt.recipe.tables import Recipe
-from mygpt.reports.recorder import Recorder, due, is_printed
+from mygpt.reports.recorder import Recorder, falls_on, is_printed
 from mygpt.runs.held_out import evaluation_line
 from mygpt.runs.saver import Saver
 from mygpt.runs.schemas import Reason
@@ -36,10 +36,10 @@ class Due(NamedTuple):
 def due_after(step: int, recipe: Recipe, until: int) -> Due:
     """What the recipe asks for after 1-based `step` of a command that trains until step `until`."""
     steps = recipe.train.steps
-    evaluation = due(step, recipe.validation.val_every, steps)
-    checkpoint = due(step, recipe.checkpoint.save_every or steps, steps)
+    evaluation = falls_on(step, recipe.validation.val_every, steps)
+    checkpoint = falls_on(step, recipe.checkpoint.save_every or steps, steps)
     line = is_printed(step, recipe, evaluated=evaluation)
-    record = line or checkpoint or due(step, recipe.train.log_every, steps)
+    record = line or checkpoint or falls_on(step, recipe.train.log_every, steps)
     return Due(evaluation, line, record, checkpoint, record or step == until)
 
 
@@ -71,7 +71,7 @@ def train_loop(
         # Until its numbers are needed the host runs ahead of the device.
         if not (now.reading or pending.must_be_read(bool(stop.pending()))):
             continue
-        is_time_to_save = parts.accelerator.is_main_process and saver.is_due()
+        is_time_to_save = parts.accelerator.is_main_process and saver.is_time()
         reading, is_best = pending.read(stop.pending(), save=is_time_to_save), False
         if not reading.is_finite:
             saver.wait()

@@ -53,7 +53,7 @@ def train(
     *,
     overwrite: bool = False,
     last_step: int | None = None,
-    talk: TextIO | None = None,
+    progress_file: TextIO | None = None,
     saved: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """Train as `recipe` says, and return the run directory; a run that is there is continued.
@@ -62,7 +62,7 @@ def train(
     output is found before anything is written. With `overwrite` a run that is already there is replaced.
 
     With a `last_step` the run is saved after that step and ends early, as if it had been stopped. Progress goes to
-    `talk`; None: to stderr, as notes do. `saved` is given each checkpoint; see `Saver`.
+    `progress_file`; None: to stderr, as notes do. `saved` is given each checkpoint; see `Saver`.
 
     It is meant to have its process to itself: it sets torch's threads, how memory is freed, the precision of fp32
     products, global seeds and, on CUDA, deterministic algorithms, and leaves them set. In the main thread it takes
@@ -93,7 +93,7 @@ def train(
         parts = build_parts(start.recipe, accelerator, checked.dataset, gradient_sum, *where, init_sha256=sha256)
         prepare_run(start, parts, checked.dataset)
         with explain_overwrite(Path(recipe.checkpoint.output), overwrite=overwrite and is_main):
-            run = run_steps(start, parts, stop, last_step, talk, saved)
+            run = run_steps(start, parts, stop, last_step, progress_file, saved)
         del parts  # the model must be gone before the process group ends
         return run
 
@@ -188,7 +188,7 @@ def run_steps(
     parts: Parts,
     stop: StopRequest,
     last_step: int | None,
-    talk: TextIO | None,
+    progress_file: TextIO | None,
     saved: Callable[[Path], None],
 ) -> Path:
     """Train, and say how it ended; returns the run directory."""
@@ -205,7 +205,7 @@ def run_steps(
             is_finished=start.ended_by is not None,
             peak_tokens_per_second=peak_tokens_per_second(parts) if is_main else None,
             last_step=until,
-            talk=talk,
+            progress_file=progress_file,
         ) as recorder,
         Saver(run, recipe, parts.dataset.tokenizer, saved) as saver,
     ):

@@ -8,7 +8,7 @@ import pytest
 from mygpt.errors import CheckpointError
 from mygpt.recipe.tables import Recipe
 from mygpt.reports import recorder
-from mygpt.reports.recorder import Recorder, due, header_lines, step_line
+from mygpt.reports.recorder import Recorder, falls_on, header_lines, step_line
 from mygpt.runs.records import Record, Timing, read_records
 
 
@@ -76,8 +76,8 @@ def test_step_lines_show_what_applies(keys, values, line):
 
 def test_due_counts_from_one_and_includes_the_last():
     """Every third of eight steps is 3, 6 and the last; 0 is never."""
-    assert [step for step in range(1, 9) if due(step, 3, 8)] == [3, 6, 8]
-    assert not any(due(step, 0, 8) for step in range(1, 9))
+    assert [step for step in range(1, 9) if falls_on(step, 3, 8)] == [3, 6, 8]
+    assert not any(falls_on(step, 0, 8) for step in range(1, 9))
 
 
 def test_only_the_main_process_reports(tmp_path, capsys):

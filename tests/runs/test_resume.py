@@ -58,7 +58,7 @@ def test_checkpoints_by_the_clock(tiny, monkeypatch):
     save = Saver.save
     monkeypatch.setattr(Saver, "save", lambda self, *args: saved.append(args[2]) or save(self, *args))
     monkeypatch.setattr(saver.time, "monotonic", lambda: next(now))
-    monkeypatch.setattr(Saver, "is_due", lambda self, is_due=Saver.is_due: self.wait() or is_due(self))
+    monkeypatch.setattr(Saver, "is_time", lambda self, is_time=Saver.is_time: self.wait() or is_time(self))
     run = train(tiny(steps=9, save_seconds=25))
     # The clock is read at each step and after each save.
     assert saved == ["timed", "timed", "timed", "scheduled"]
@@ -80,7 +80,7 @@ def test_a_checkpoint_by_the_clock_that_fails_costs_a_warning(tiny, tmp_path, mo
         write(target, weights, metadata, state, manifest)
 
     monkeypatch.setattr(saver, "write_checkpoint", refuse)
-    monkeypatch.setattr(Saver, "is_due", lambda self: True)
+    monkeypatch.setattr(Saver, "is_time", lambda self: True)
     run = train(tiny(save_seconds=7))
     assert refused == [1, 2]
     warnings = capsys.readouterr().err.splitlines()
