@@ -21,10 +21,17 @@ from mygpt.errors import (
     print_note,
 )
 from mygpt.processes.channel import Channel, connect
-from mygpt.processes.environment import check_joined, choose_workers, is_restart, launched_processes, may_be_restarted
+from mygpt.processes.environment import (
+    Launched,
+    check_joined,
+    choose_workers,
+    is_restart,
+    launched_processes,
+    may_be_restarted,
+)
 from mygpt.processes.machine import peak_flops
 from mygpt.processes.preflight import Preflight, run_preflight
-from mygpt.processes.signals import StopRequest, stop_on_signal
+from mygpt.processes.signals import stop_on_signal
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import PATH_KEYS, Recipe, TrainTable, check_recipe
 from mygpt.reports.outcome import closing_lines
@@ -78,24 +85,54 @@ def train(
         stop = stack.enter_context(stop_on_signal())
         channel = stack.enter_context(connect(launched))
         stack.enter_context(explain_out_of_memory(recipe.train))
-
-        max_workers = choose_workers(recipe.runtime.threads, launched.local_processes)
-        gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
-        put_back_before_reading(recipe, channel, overwrite=overwrite)
-        continues = not overwrite or is_restart()  # a restarted command does not replace what it has begun
-        checked = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size, continues=continues)
-        accumulation_steps = gradient_sum.accumulation_steps
-        accelerator = stack.enter_context(open_accelerator(recipe.runtime, checked.device, accumulation_steps))
-        check_joined(launched.processes, accelerator.num_processes)
-        is_main, decided = accelerator.is_main_process, decide_start(checked, overwrite=overwrite)
-        start = share_start(stack.enter_context(decided) if is_main else None, checked.info.recipe, channel)
-        where, sha256 = (start.checkpoint, checked.reports), checked.info.init_sha256
-        parts = build_parts(start.recipe, accelerator, checked.dataset, gradient_sum, *where, init_sha256=sha256)
-        prepare_run(start, parts, checked.dataset)
-        with explain_overwrite(Path(recipe.checkpoint.output), overwrite=overwrite and is_main):
-            run = run_steps(start, parts, stop, last_step, progress_file, saved)
+        start, parts = prepare_run(recipe, launched, channel, stack, overwrite=overwrite)
+        progress, run = Progress.at(start), Path(start.recipe.checkpoint.output)
+        # A finished run stays so, even if the file of its evaluations, which early stopping counts, has been lost.
+        until = start.step if start.ended_by else min(recipe.train.steps, last_step or recipe.train.steps)
+        with explain_overwrite(run, overwrite=overwrite and parts.accelerator.is_main_process):
+            recorder = open_recorder(start, parts, until, progress_file)
+            with recorder, Saver(run, start.recipe, parts.dataset.tokenizer, saved) as saver:
+                stop.graceful = True
+                stopped = train_loop(parts, progress, until, recorder, saver, stop)
+            parts.accelerator.wait_for_everyone()
+            say_how_it_ended(start, parts, progress, recorder, stopped, is_whole=last_step is None)
         del parts  # the model must be gone before the process group ends
         return run
+
+
+def prepare_run(
+    recipe: Recipe, launched: Launched, channel: Channel, stack: ExitStack, *, overwrite: bool
+) -> tuple[Start, Parts]:
+    """All that comes before step 1: check text and processes, decide where the run starts, build its parts, make its
+    directory ready, and print what will be trained. What has to be closed at the end goes on the `stack`."""
+    max_workers = choose_workers(recipe.runtime.threads, launched.local_processes)
+    gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
+    put_back_before_reading(recipe, channel, overwrite=overwrite)
+    continues = not overwrite or is_restart()  # a restarted command does not replace what it has begun
+    checked = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size, continues=continues)
+    accumulation_steps = gradient_sum.accumulation_steps
+    accelerator = stack.enter_context(open_accelerator(recipe.runtime, checked.device, accumulation_steps))
+    check_joined(launched.processes, accelerator.num_processes)
+    decided = None
+    if accelerator.is_main_process:
+        decided = stack.enter_context(decide_start(checked, overwrite=overwrite))
+    start = share_start(decided, checked.info.recipe, channel)
+    parts = build_parts(
+        start.recipe,
+        accelerator,
+        checked.dataset,
+        gradient_sum,
+        start.checkpoint,
+        checked.reports,
+        init_sha256=checked.info.init_sha256,
+    )
+    if gradient_sum.is_exact:
+        remedy = REMEDY_AFTER_RESUMING if start.checkpoint else REMEDY_AT_START
+        check_agreement(parts, *parts.capture(start.step), f"before step {start.step + 1}", remedy)
+    if accelerator.is_main_process:
+        write_start(start)
+        print_header(start, parts, checked.dataset)
+    return start, parts
 
 
 @contextmanager
@@ -173,46 +210,31 @@ def share_start(start: Start | None, recipe: Recipe, channel: Channel) -> Start:
     return start._replace(info=start.info.model_copy(update={"recipe": start.recipe.replace(**paths)}))
 
 
-def prepare_run(start: Start, parts: Parts, dataset: Dataset) -> None:
-    """Check that all processes begin alike, make the run directory ready, and print what will be trained."""
-    if parts.gradient_sum.is_exact:
-        remedy = REMEDY_AFTER_RESUMING if start.checkpoint else REMEDY_AT_START
-        check_agreement(parts, *parts.capture(start.step), f"before step {start.step + 1}", remedy)
-    if parts.accelerator.is_main_process:
-        write_start(start)
-        print_header(start, parts, dataset)
+def open_recorder(start: Start, parts: Parts, until: int, progress_file: TextIO | None) -> Recorder:
+    """The recorder of a run from its start until a step."""
+    is_main = parts.accelerator.is_main_process
+    return Recorder(
+        start.recipe,
+        Path(start.recipe.checkpoint.output),
+        is_main=is_main,
+        step=start.step,
+        is_finished=start.ended_by is not None,
+        peak_tokens_per_second=peak_tokens_per_second(parts) if is_main else None,
+        last_step=until,
+        progress_file=progress_file,
+    )
 
 
-def run_steps(
-    start: Start,
-    parts: Parts,
-    stop: StopRequest,
-    last_step: int | None,
-    progress_file: TextIO | None,
-    saved: Callable[[Path], None],
-) -> Path:
-    """Train, and say how it ended; returns the run directory."""
-    recipe, progress, is_main = start.recipe, Progress.at(start), parts.accelerator.is_main_process
-    run, until = Path(recipe.checkpoint.output), min(recipe.train.steps, last_step or recipe.train.steps)
-    if start.ended_by:  # also where a file of evaluations has been lost since, which early stopping counts
-        until = start.step
-    with (
-        Recorder(
-            recipe,
-            run,
-            is_main=is_main,
-            step=progress.step,
-            is_finished=start.ended_by is not None,
-            peak_tokens_per_second=peak_tokens_per_second(parts) if is_main else None,
-            last_step=until,
-            progress_file=progress_file,
-        ) as recorder,
-        Saver(run, recipe, parts.dataset.tokenizer, saved) as saver,
-    ):
-        stop.graceful = True
-        stopped = train_loop(parts, progress, until, recorder, saver, stop)
-    parts.accelerator.wait_for_everyone()
+def say_how_it_ended(
+    start: Start, parts: Parts, progress: Progress, recorder: Recorder, stopped: int, *, is_whole: bool
+) -> None:
+    """Print what a finished run came to; `stopped` is the signal that ended the loop, or 0. Without `is_whole` the run
+    was to end early.
 
+    Raises:
+        InterruptedRunError: a signal ended the run before it was finished.
+    """
+    recipe, run = start.recipe, Path(start.recipe.checkpoint.output)
     ended_by = start.ended_by or progress.ended_by(recipe)
     if stopped and ended_by is None:  # a run that a signal found at its last step is finished
         number = signal.Signals(stopped)
@@ -220,21 +242,21 @@ def run_steps(
         if files.is_directory(run / REPLACED_NAME):
             text += f"; the run that is replaced stays in {run / REPLACED_NAME} until the next checkpoint"
         raise InterruptedRunError(text, exit_code=128 + number)
-    if is_main and last_step is None:
-        end = f"{run} is complete; raise --{ended_by} to train on, or --overwrite it to start again"
-        print_note(f"saved {run}" if progress.step > start.step else end)
-        for line in closing_lines(
-            recipe,
-            progress.evaluations,
-            read_until(run / METRICS_FILE, Record, progress.step),
-            parts.dataset.sha256,
-            ended_by=ended_by,
-            best=progress.best,
-            last=recorder.last,
-            processes=parts.accelerator.num_processes,
-        ):
-            print_note(line)
-    return run
+    if not (parts.accelerator.is_main_process and is_whole):
+        return
+    end = f"{run} is complete; raise --{ended_by} to train on, or --overwrite it to start again"
+    print_note(f"saved {run}" if progress.step > start.step else end)
+    for line in closing_lines(
+        recipe,
+        progress.evaluations,
+        read_until(run / METRICS_FILE, Record, progress.step),
+        parts.dataset.sha256,
+        ended_by=ended_by,
+        best=progress.best,
+        last=recorder.last,
+        processes=parts.accelerator.num_processes,
+    ):
+        print_note(line)
 
 
 def peak_tokens_per_second(parts: Parts) -> float | None:
