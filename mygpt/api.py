@@ -53,7 +53,7 @@ def _naming_keys() -> Iterator[None]:
         raise
 
 
-class Run(runs.Run):
+class Run(runs.RunDirectory):
     """A run directory: `Run("checkpoints/hardened")`, and what `train` returns.
 
     Beside what is here it has `recipe`, `info` (run.json), `records` (of metrics.jsonl), `checkpoints` (by step),

@@ -189,7 +189,7 @@ def save_checkpoint(model: nn.Module, tokenizer: PlainTokenizer, path: str | Pat
 
     Raises:
         CheckpointError: the path is a folder or a file of a run, or the tokenizer is not the model's.
-        DamagedCheckpointError: the disk refused it; an existing file is untouched.
+        DiskError: the disk refused it; an existing file is untouched.
         NonFiniteError: a weight is infinite or not a number.
     """
     path, gpt = Path(path), _uncompiled(model)

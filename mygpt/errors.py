@@ -32,8 +32,8 @@ class DownloadError(CorpusError):
     exit_code = 1
 
 
-class CorpusDiskError(CorpusError):
-    """A prepared corpus is not as it was prepared, has changed while it was in use, or could not be written."""
+class DamagedCorpusError(CorpusError):
+    """A prepared corpus is not as it was prepared, or has changed while it was in use."""
 
     exit_code = 1
 
@@ -67,7 +67,7 @@ class CheckpointError(MygptError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint exists but cannot be read, or a new one cannot be written."""
+    """A file of a run exists, but cannot be read, or is not as it was saved."""
 
     exit_code = 1
 
@@ -80,6 +80,12 @@ class FormatError(CheckpointError):
 
 class MismatchError(CheckpointError):
     """A checkpoint is intact, but its architecture or corpus is not that of the run that would continue it."""
+
+
+class DiskError(MygptError):
+    """The disk refuses a file of a run or of a prepared corpus that mygpt writes, as when it is full."""
+
+    exit_code = 1
 
 
 class OutOfMemoryError(MygptError):

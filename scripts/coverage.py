@@ -38,7 +38,7 @@ from mygpt.errors import MygptError
 from mygpt.estimates import Estimate, ratio_estimate
 from mygpt.recipe.tables import DataTable
 from mygpt.runs.loading import load_checkpoint
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.training.evaluate import window_losses
 
 STRETCHES = (50, 100, 200, 400, 800, 1742, 3484)
@@ -81,7 +81,7 @@ def main() -> None:
 
 def held_out_losses(run: Path) -> Losses:
     """The losses of a run over its held-out text."""
-    recipe, (model, _, _) = Run(run).recipe, load_checkpoint(run)
+    recipe, (model, _, _) = RunDirectory(run).recipe, load_checkpoint(run)
     seq_len = recipe.train.seq_len
     val = load_dataset(recipe.data, seq_len).val
     needed = MIN_STRETCHES * STRETCHES[1] * seq_len

@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["mygpt", "tomllib", "safetensors"]):
     from mygpt.recipe import files, tables
     from mygpt.runs import loading, start
     from mygpt.runs.files import file_sha256
-    from mygpt.runs.run import Run
+    from mygpt.runs.run import RunDirectory
     from mygpt.training.train import train
 
 FOLDER = Path(tempfile.mkdtemp(prefix="mygpt-fuzz-"))
@@ -59,7 +59,9 @@ def fuzz_checkpoint(data: bytes) -> None:
     for job in (
         lambda: loading.load_checkpoint(RUN),
         lambda: loading.read_state(STEP, loading.read_tensors(STEP / "model.safetensors")),
-        lambda: start.find_start(Run(RUN).recipe, Run(RUN).info, CharTokenizer("ab").metadata, warn=lambda _: None),
+        lambda: start.find_start(
+            RunDirectory(RUN).recipe, RunDirectory(RUN).info, CharTokenizer("ab").metadata, warn=lambda _: None
+        ),
     ):
         with contextlib.suppress(MygptError):
             job()

@@ -8,19 +8,19 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mygpt.checks.compare import compare_files, compare_records
+from mygpt.checks.compare import compare_records, compare_steps
 from mygpt.checks.rerun import (
-    Part,
+    Segment,
     check_inputs,
-    describe_changes,
+    environment_changes,
     explain_rerun,
     find_inputs,
     input_sha256,
+    last_step,
     moved_inputs,
-    parts_of,
     pinned_recipe,
-    split_at,
-    train_parts,
+    segments_of,
+    train_segments,
 )
 from mygpt.errors import CheckpointError, DamagedCheckpointError, LaunchError, MismatchError, RecipeError, print_note
 from mygpt.processes.channel import connect
@@ -29,12 +29,12 @@ from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
 from mygpt.recipe.names import named_after
 from mygpt.recipe.tables import HARMLESS_KEYS, Recipe
 from mygpt.runs import files
-from mygpt.runs.changes import Source, check_checkpoint
+from mygpt.runs.changes import check_checkpoint
 from mygpt.runs.copying import copy_until, publish_run
 from mygpt.runs.initial import Initial, open_dataset
 from mygpt.runs.lock import locked
 from mygpt.runs.records import Record
-from mygpt.runs.run import Run, Warn, check_output, named_checkpoint
+from mygpt.runs.run import RunDirectory, Warn, check_output, named_checkpoint
 from mygpt.runs.schemas import HASH_OF_PATH, Manifest, ModelMetadata, Recreated
 from mygpt.runs.start import recipe_text
 from mygpt.runs.steps import read_manifest, read_metadata, step_directories, step_directory, verify_checkpoint
@@ -54,17 +54,17 @@ class Recreation(NamedTuple):
     """What has changed on the machine since the step was trained, if steps were trained again."""
 
 
-class Plan(NamedTuple):
+class Route(NamedTuple):
     """How a step is to be made again."""
 
     checkpoint: Path | None
     """The step directory to begin with; None: the run's beginning, or the checkpoint after which a branch began."""
     first: int
-    """Its step."""
-    parts: list[Part]
-    """What to train from there: each ends with a checkpoint that can be compared, or with a stretch of the run."""
+    """The step of `checkpoint`, or after which the run or branch began."""
+    segments: list[Segment]
+    """What to train from there: each part ends with a checkpoint that can be compared, or with a stretch of the run."""
     recipe: Recipe
-    """That of the run, with the end that it had in view, and with what has been moved."""
+    """The recipe of the run, with the end that it had in view, and with the inputs that have been moved."""
 
 
 def recreate(
@@ -91,14 +91,14 @@ def recreate(
         CheckpointError: there is no such run or step, or something at `out`.
         LaunchError: the run was trained by another number of processes, and its bits depend on it.
         MismatchError: the text has changed; or this machine does not repeat the run.
-        DamagedCheckpointError: a file cannot be read or written.
+        DamagedCheckpointError, DiskError: a file cannot be read, or written.
         InterruptedRunError: a signal asked to stop.
     """
-    recorded, is_main = Run(run), is_main_process()
+    recorded, is_main = RunDirectory(run), is_main_process()
     moved = find_inputs([recorded], inputs)
     plan = plan_recreation(recorded, step, start, moved, from_beginning=from_beginning, warn=print_note)
     if not is_main:
-        for _ in train_parts(plan.parts, out, resume="auto"):
+        for _ in train_segments(plan.segments, out, resume="auto"):
             pass
         return Recreation(plan.first, 0, 0, [])
     check_free(run, out)
@@ -112,17 +112,17 @@ def recreate(
         compared = 0
         with explain_rerun(run, f"stopped before step {step} of {run} was made again; nothing is kept"):
             # Its notes speak of the place where it works; what has changed on the machine is returned.
-            for until in train_parts(plan.parts, again, resume, is_quiet=True):
+            for until in train_segments(plan.segments, again, resume, is_quiet=True):
                 compared += check and compare_with_recorded(recorded, plan.first, until, again)
                 if not keep_all:
                     keep_one(again, until)
-        made = Run(again)
-        origin = Recreated(run=str(files.real_path(run)), after_step=step)
-        info = made.info.model_copy(update={"recipe": plan.recipe, "recreated": origin})
+        made = RunDirectory(again)
+        recreated = Recreated(run=str(files.real_path(run)), after_step=step)
+        info = made.info.model_copy(update={"recipe": plan.recipe, "recreated": recreated})
         files.replace_text(again / RUN_FILE, info.to_json())
         files.replace_text(again / RECIPE_FILE, recipe_text(plan.recipe))
         records = len(records_between(recorded, plan.first, step)) if check else 0
-        changes = environment_changes(recorded, made, step) if plan.parts else []
+        changes = environment_changes(recorded, made, step) if plan.segments else []
         check_free(run, out)
         publish_run(again, out)
     return Recreation(plan.first, records, compared, changes)
@@ -139,53 +139,52 @@ def keep_one(run: Path, step: int) -> None:
 
 
 def plan_recreation(
-    run: Run,
+    run: RunDirectory,
     step: int,
     start: Path | None = None,
     inputs: Mapping[str, str] = {},
     *,
     from_beginning: bool = False,
     warn: Warn,
-) -> Plan:
+) -> Route:
     """Where to begin, and what to train from there; reads the run, and raises as `recreate` does."""
     check_step(run, step)
-    begun_after, checkpoint = run.info.begun_after, None
+    origin_step, checkpoint = run.info.origin_step, None
     if start is not None:
         checkpoint = files.real_path(named_checkpoint(start))
-        if not begun_after < verify_checkpoint(checkpoint).step <= step:
-            raise CheckpointError(f"{start}: expected a checkpoint of a step from {begun_after + 1} to {step}")
+        if not origin_step < verify_checkpoint(checkpoint).step <= step:
+            raise CheckpointError(f"{start}: expected a checkpoint of a step from {origin_step + 1} to {step}")
     elif not from_beginning:
-        checkpoint = nearest_checkpoint(run, begun_after, step, warn)
-    first = read_manifest(checkpoint).step if checkpoint else begun_after
+        checkpoint = nearest_checkpoint(run, origin_step, step, warn)
+    first = read_manifest(checkpoint).step if checkpoint else origin_step
     if checkpoint is None and (origin := run.origin):
         verify_checkpoint(origin)
-    recipe, parts = run.recipe_for(step).replace(**moved_inputs(run, inputs)), []
+    recipe, segments = run.recipe_for(step).replace(**moved_inputs(run, inputs)), []
     if first < step:
-        parts = parts_of(run, first, step, inputs)
-        check_inputs(run, parts[-1].recipe, from_beginning=not first)
-        check_processes(run, parts)
-        recipe = recipe.replace(**{key: parts[-1].recipe.flat()[key] for key in HASH_OF_PATH})
-    recorded = [other for other, directory in run.checkpoints.items() if recorded_manifest(directory)]
-    return Plan(checkpoint, first, split_at(parts, [other for other in recorded if first < other < step]), recipe)
+        between = {other: directory for other, directory in run.checkpoints.items() if first < other < step}
+        saving = [other for other, directory in between.items() if recorded_manifest(directory)]
+        segments = segments_of(run, first, step, inputs, saving)
+        check_inputs(run, segments[-1].recipe, from_beginning=not first)
+        check_processes(run, segments)
+    return Route(checkpoint, first, segments, recipe)
 
 
-def check_step(run: Run, step: int) -> None:
+def check_step(run: RunDirectory, step: int) -> None:
     """Check that a run has trained a step itself.
 
     Raises:
         CheckpointError: it has not.
     """
-    origin, begun_after = run.info.origin, run.info.begun_after
-    last = max(run.records[-1].step, *run.checkpoints, begun_after)
-    if not begun_after < step <= last:
-        before = f"; its steps up to {begun_after} are those of the run of {origin.checkpoint}" if origin else ""
+    origin, origin_step, last = run.info.origin, run.info.origin_step, last_step(run)
+    if not origin_step < step <= last:
+        before = f"; its steps up to {origin_step} are those of the run of {origin.checkpoint}" if origin else ""
         raise CheckpointError(
-            f"{run.path}: got step {step}, expected one from {begun_after + 1} to {last}, the last that it has "
+            f"{run.path}: got step {step}, expected one from {origin_step + 1} to {last}, the last that it has "
             f"trained{before}"
         )
 
 
-def check_goes_on(run: Run, step: int, recipe: Recipe) -> None:
+def check_goes_on(run: RunDirectory, step: int, recipe: Recipe) -> None:
     """Check that training has something left to do after a step of the run with this recipe.
 
     Raises:
@@ -202,10 +201,10 @@ def check_goes_on(run: Run, step: int, recipe: Recipe) -> None:
         )
 
 
-def nearest_checkpoint(run: Run, begun_after: int, step: int, warn: Warn) -> Path | None:
+def nearest_checkpoint(run: RunDirectory, origin_step: int, step: int, warn: Warn) -> Path | None:
     """The newest whole checkpoint of the run itself at or before a step; None: there is none."""
     for other, directory in reversed(run.checkpoints.items()):
-        if begun_after < other <= step:
+        if origin_step < other <= step:
             try:
                 verify_checkpoint(directory)
             except DamagedCheckpointError as error:
@@ -215,14 +214,14 @@ def nearest_checkpoint(run: Run, begun_after: int, step: int, warn: Warn) -> Pat
     return None
 
 
-def check_processes(run: Run, parts: list[Part]) -> None:
+def check_processes(run: RunDirectory, segments: list[Segment]) -> None:
     """Check that as many processes as trained these parts will train them again, where the bits depend on it."""
     processes = launched_processes().processes
-    for part in parts:
-        recorded = run.info.stretch_of(part.until).environment.processes
+    for segment in segments:
+        recorded = run.info.stretch_of(segment.until).environment.processes
         if run.recipe.runtime.reduction == "fast" and recorded != processes:
             raise LaunchError(
-                f"{run.path}: step {part.until} was trained by {recorded} processes, on whose number the "
+                f"{run.path}: step {segment.until} was trained by {recorded} processes, on whose number the "
                 f"last bits depend; here are {processes}: start as many, with accelerate launch -m mygpt"
             )
 
@@ -235,7 +234,7 @@ def recorded_manifest(directory: Path) -> Manifest | None:
         return None
 
 
-def compare_with_recorded(run: Run, first: int, step: int, again: Path) -> bool:
+def compare_with_recorded(run: RunDirectory, first: int, step: int, again: Path) -> bool:
     """Compare the steps after `first`, made again up to a step, with what the run has recorded of them.
 
     Returns whether it has recorded a checkpoint of the last of them, damaged or not.
@@ -245,12 +244,12 @@ def compare_with_recorded(run: Run, first: int, step: int, again: Path) -> bool:
     """
     difference = ""
     if records := records_between(run, first, step):
-        difference = compare_records(records, Run(again).records).difference
+        difference = compare_records(records, RunDirectory(again).records).difference
     manifest = recorded_manifest(step_directory(run.path, step))
     if not difference and manifest:
         difference = compare_with_manifest(run, manifest, step_directory(again, step))
     if difference:
-        changes = ", ".join(environment_changes(run, Run(again), step))
+        changes = ", ".join(environment_changes(run, RunDirectory(again), step))
         since = f"changed since: {changes}" if changes else "nothing that run.json records has changed since"
         if not run.info.stretch_of(step).environment.deterministic:
             since = "the run had deterministic = false, so that its last bits are never the same"
@@ -258,7 +257,7 @@ def compare_with_recorded(run: Run, first: int, step: int, again: Path) -> bool:
     return manifest is not None
 
 
-def compare_with_manifest(run: Run, manifest: Manifest, again: Path) -> str:
+def compare_with_manifest(run: RunDirectory, manifest: Manifest, again: Path) -> str:
     """How a step directory that was made again differs from the recorded one; "": it does not."""
     recorded = step_directory(run.path, manifest.step)
     entries = recorded_manifest(again)
@@ -268,13 +267,12 @@ def compare_with_manifest(run: Run, manifest: Manifest, again: Path) -> str:
         verify_checkpoint(recorded)
     except DamagedCheckpointError:
         return f"step {manifest.step}: its sha256 is not that of {recorded}"
-    for name in (files.MODEL_FILE, files.STATE_FILE):
-        for tensor in compare_files(recorded / name, again / name).differences:
-            return f"step {manifest.step}: {tensor.name} differs from {recorded}: {tensor.text}"
+    for tensor in compare_steps(recorded, again):
+        return f"step {manifest.step}: {tensor.name} differs from {recorded}: {tensor.text}"
     return f"step {manifest.step}: the metadata of {recorded} differ"
 
 
-def records_between(run: Run, first: int, step: int) -> list[Record]:
+def records_between(run: RunDirectory, first: int, step: int) -> list[Record]:
     return [record for record in run.records if first < record.step <= step]
 
 
@@ -307,11 +305,6 @@ def workplace(folder: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def environment_changes(run: Run, again: Run, step: int) -> list[str]:
-    """How the environment differs in which a step was made again."""
-    return describe_changes(*(each.info.stretch_of(step).environment for each in (run, again)))
-
-
 def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
     """Train on from the state of `run` after a step with another recipe, into the run directory `output`.
 
@@ -323,7 +316,7 @@ def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
     Raises:
         MygptError: as `recreate` and `train` do; also if `output` is something else than this fork.
     """
-    recorded, launched = Run(run), launched_processes()
+    recorded, launched = RunDirectory(run), launched_processes()
     pinned = pinned_recipe(recorded, step + 1)
     was, wanted = recorded.recipe_for(step + 1).flat(), recipe.flat()
     pins = {key: pinned.flat()[key] for key in ("threads", "matmul", *HASH_OF_PATH) if wanted[key] == was[key]}
@@ -332,25 +325,29 @@ def fork(run: Path, step: int, recipe: Recipe, output: Path) -> Path:
         moved = same_inputs(recorded, was, wanted)
         if wanted["init_from"] != was["init_from"] and "init_from" not in moved:
             raise RecipeError("--init-from: a fork begins with the weights of its run; leave it out")
-        own = {"begun_with": find_fork(recorded, step, recipe, output, moved) if is_main_process() else ""}
-        begun_with = channel.exchange(own, "fork")[0]["begun_with"]
-    if not begun_with:
-        begun_with = str(files.real_path(step_directory(output / files.ORIGIN_NAME, step)))
+        own = {"origin": find_fork(recorded, step, recipe, output, moved) if is_main_process() else ""}
+        origin = channel.exchange(own, "fork")[0]["origin"]
+    if not origin:
+        origin = str(files.real_path(step_directory(output / files.ORIGIN_NAME, step)))
         with locked(output) if is_main_process() else nullcontext():
             recreate(run, step, output / files.ORIGIN_NAME, moved, keep_all=False)
-    return train(recipe.replace(resume=begun_with))
+    return train(recipe.replace(resume=origin))
 
 
-def find_fork(run: Run, step: int, recipe: Recipe, output: Path, moved: Mapping[str, str]) -> str:
-    """The checkpoint with which the fork in `output` has begun; "": there is none, and there can be one."""
+def find_fork(run: RunDirectory, step: int, recipe: Recipe, output: Path, moved: Mapping[str, str]) -> str:
+    """The checkpoint that is the origin of the fork in `output`; "": there is none, and there can be one."""
     check_step(run, step)
     if recipe.train.steps <= step:
         raise RecipeError(f"[train] steps: got {recipe.train.steps}, expected more than {step}; raise --steps")
     origin, wanted = output / files.ORIGIN_NAME, Recreated(run=str(files.real_path(run.path)), after_step=step)
-    if os.path.lexists(origin / RUN_FILE) and Run(origin).info.recreated == wanted:
-        is_begun = os.path.lexists(output / RUN_FILE)  # which may have been moved since
-        return Run(output).recipe.checkpoint.resume if is_begun else str(files.real_path(step_directory(origin, step)))
-    if os.path.lexists(output) and not Run(output).has_no_steps:
+    if os.path.lexists(origin / RUN_FILE) and RunDirectory(origin).info.recreated == wanted:
+        is_run = os.path.lexists(output / RUN_FILE)  # which may have been moved since
+        return (
+            RunDirectory(output).recipe.checkpoint.resume
+            if is_run
+            else str(files.real_path(step_directory(origin, step)))
+        )
+    if os.path.lexists(output) and not RunDirectory(output).has_no_steps:
         raise CheckpointError(
             f"output: {output} is there already, and no fork of {run.path} after step {step}; choose another --output"
         )
@@ -364,7 +361,7 @@ def find_fork(run: Run, step: int, recipe: Recipe, output: Path, moved: Mapping[
     return ""
 
 
-def check_model(run: Run, recipe: Recipe, plan: Plan) -> None:
+def check_model(run: RunDirectory, recipe: Recipe, plan: Route) -> None:
     """Check that the weights of the run fit the recipe's architecture and tokenizer, if a checkpoint can tell."""
     checkpoint = plan.checkpoint or nearest_checkpoint(run, 0, sys.maxsize, warn=lambda _: None)
     if checkpoint is None:
@@ -377,10 +374,10 @@ def check_model(run: Run, recipe: Recipe, plan: Plan) -> None:
         initial = Initial(init_from, file, read_metadata(file, ModelMetadata), "")
     tokenizer = open_dataset(recipe, initial).tokenizer.metadata
     long_enough = recipe.replace(steps=max(recipe.train.steps, read_manifest(checkpoint).step))
-    check_checkpoint(Source(run, checkpoint, in_place=False), long_enough, tokenizer, may_end=True)
+    check_checkpoint(checkpoint, long_enough, tokenizer, in_place=False, may_end=True)
 
 
-def same_inputs(run: Run, was: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
+def same_inputs(run: RunDirectory, was: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
     """The paths, by key, that differ from those that were read, and at which there is the same."""
     given = {key: wanted[key] for key in HASH_OF_PATH if wanted[key] not in (None, was[key])}
     return {key: path for key, path in given.items() if input_sha256(key, path) == run.info.inputs[key]}
@@ -388,6 +385,6 @@ def same_inputs(run: Run, was: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
 
 def fork_name(run: Path, step: int, base: Recipe, recipe: Recipe, given: Set[str]) -> str:
     """The name of a fork's directory: the run's, the step, and those of the `given` keys that change numbers."""
-    moved = same_inputs(Run(run), base.flat(), recipe.flat())
+    moved = same_inputs(RunDirectory(run), base.flat(), recipe.flat())
     keys = given - HARMLESS_KEYS - {"init_seed"} - moved.keys()  # the initial weights are not drawn again
     return named_after(f"{files.real_path(run).name}-at-{step}", base.flat(), recipe.flat(), keys)

@@ -4,20 +4,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from mygpt.checks.compare import TensorDifference, compare_files
-from mygpt.checks.rerun import find_inputs, input_sha256
+from mygpt.checks.compare import TensorDifference, compare_files, compare_steps
+from mygpt.checks.rerun import find_inputs, input_sha256, last_step
 from mygpt.checks.trace import BEFORE, Trace
 from mygpt.errors import CheckpointError, DamagedCheckpointError, InterruptedRunError, LaunchError, MygptError
 from mygpt.processes.environment import no_launcher, read_launched
 from mygpt.processes.signals import stop_on_signal
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS
-from mygpt.runs.files import MODEL_FILE, STATE_FILE, real_path, remove
-from mygpt.runs.run import Run
+from mygpt.runs.files import real_path, remove
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.schemas import read_table
 from mygpt.runs.steps import read_manifest, step_directory, verify_checkpoint
 
@@ -36,13 +36,13 @@ class Bisection(NamedTuple):
     difference: TensorDifference | None
     """By how much; None: one of the two does not compute this value."""
     recipes: list[str]
-    """The keys in which the recipes of that step, or of the last one, differ, and other texts."""
+    """The keys and texts in which the recipes of that step differ; of step `until`, if the runs are identical."""
     environments: list[str]
-    """How versions, processor and settings differ with which the step was computed."""
+    """How the versions, processors and settings that computed the step differ."""
     reruns: int
-    """How often steps of one of the runs were trained again."""
+    """How often a run was trained again."""
     steps: int
-    """How many steps these were together."""
+    """How many steps these reruns trained together."""
 
 
 @dataclass
@@ -50,23 +50,25 @@ class Side:
     """One of the two runs, and where the states after its steps are at hand."""
 
     name: str
-    """As on the command line: a or b."""
-    run: Run
+    """Its name on the command line: a or b."""
+    run: RunDirectory
     python: str | None
     """The Python that trains its steps again; None: this one."""
     folder: Path
-    """For what is made again."""
+    """The folder for states that are made again."""
     is_recorded: bool
-    """Whether the run's own checkpoints and records are of this side. Not where both sides are the same run."""
-    begun_after: int
+    """Whether the run's own checkpoints and records are used: not if both sides are the same run."""
+    origin_step: int
     """The step after which the run begins: 0, unless it is a branch."""
     last: int
+    """The last step that it has trained."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Where texts and models are now that the run has read, by the key that named them."""
     made: dict[int, Path] = field(default_factory=dict)
     """Step directories that have been made again, by step."""
     reruns: int = 0
     steps: int = 0
+    """How often, and how many, steps have been trained again."""
 
 
 def bisect(
@@ -79,9 +81,9 @@ def bisect(
 ) -> Bisection:
     """Find the first step at which two runs differ, and the first value in it.
 
-    What is recorded narrows the search; then states are made again at steps that halve what is left, by the Python of
-    each side. If `a` and `b` are the same run, each side is trained from its beginning. `note` is told of every step at
-    which states are compared. `inputs` are the paths of texts and models that have been moved; see `find_inputs`.
+    Checkpoints and records narrow the search; then states are made again at steps that halve what is left, by the
+    Python of each side. If `a` and `b` are the same run, each side is trained from its beginning. `note` gets a line
+    for each step at which states are compared. `inputs` are the paths of moved texts and models; see `find_inputs`.
 
     Raises:
         CheckpointError: there is no such run, or they have no step in common.
@@ -114,30 +116,29 @@ def bisect(
 
 
 def open_side(name: str, path: Path, python: str | None, folder: Path, *, is_recorded: bool) -> Side:
-    run = Run(path)
-    begun_after = run.info.begun_after
-    last = max(run.records[-1].step, *run.checkpoints, begun_after)
+    run = RunDirectory(path)
+    last = last_step(run)
     processes = run.info.stretch_of(last).environment.processes
     if processes > 1 and run.recipe.runtime.reduction == "fast":
         raise LaunchError(
             f"{path}: was trained by {processes} processes with fast sums, whose last bits one process "
             'does not repeat; bisect runs with reduction = "exact", or of one process'
         )
-    return Side(name, run, python, folder, is_recorded, begun_after, last)
+    return Side(name, run, python, folder, is_recorded, run.info.origin_step, last)
 
 
 def search(a: Side, b: Side, note: Note) -> Bisection:
     """Narrow the first differing step down until it is known; then look into it."""
-    first, last = max(a.begun_after, b.begun_after), min(a.last, b.last)
+    first, last = max(a.origin_step, b.origin_step), min(a.last, b.last)
     if first >= last:
         raise CheckpointError(f"{a.run.path} and {b.run.path} have no step in common")
     # After `low` they are known to be the same, and after `high` to differ.
-    low, high, likely = recorded_bounds(a, b, first, last) if a.is_recorded else Bounds(first, None, None)
+    low, high, likely = recorded_bounds(a, b, first, last) if a.is_recorded else (first, None, None)
     note(f"recorded: the same up to step {low}" + (f", different at step {high}" if high else ""))
     if low == first and first and not is_same_state(*states(a, b, first)):
         return describe_state(a, b, first, last)  # before the steps that both have
     if low == last:
-        return identical(a, b, last)
+        return outcome(a, b, None, last)
 
     def is_same(step: int) -> bool:
         for side in (a, b):
@@ -157,7 +158,7 @@ def search(a: Side, b: Side, note: Note) -> Bisection:
     width = 2
     while high is None:
         if low == last:
-            return identical(a, b, last)
+            return outcome(a, b, None, last)
         probe = min(low + width, last)
         if is_same(probe):
             low, width = probe, 2 * width
@@ -179,26 +180,30 @@ def search(a: Side, b: Side, note: Note) -> Bisection:
     return describe_state(a, b, high, last)
 
 
-def identical(a: Side, b: Side, last: int) -> Bisection:
-    """The outcome for runs that do not differ."""
-    differences = recipe_differences(a, b, last)
-    return Bisection(None, last, "", None, differences, [], a.reruns + b.reruns, a.steps + b.steps)
+def outcome(
+    a: Side,
+    b: Side,
+    step: int | None,
+    until: int,
+    value: str = "",
+    difference: TensorDifference | None = None,
+    environments: Sequence[str] = (),
+) -> Bisection:
+    """The fields of a `Bisection`, with those that follow from the two sides."""
+    recipes = recipe_differences(a, b, until if step is None else step)
+    reruns, steps = a.reruns + b.reruns, a.steps + b.steps
+    return Bisection(step, until, value, difference, recipes, [*environments], reruns, steps)
 
 
-class Bounds(NamedTuple):
-    """What is recorded says of the first step at which two runs differ."""
+def recorded_bounds(a: Side, b: Side, first: int, last: int) -> tuple[int, int | None, int | None]:
+    """What the checkpoints and records of both runs say of the first step at which they differ: low, high, likely.
 
-    low: int
-    """The last step of which both have equal checkpoints, or after which both begin."""
-    high: int | None
-    """The first step at which checkpoints or records differ. The difference may be earlier, since few steps are
-    recorded; None: there is none."""
-    likely: int | None
-    """A later step than `low` after which they are probably still the same: equal losses were computed from it."""
-
-
-def recorded_bounds(a: Side, b: Side, first: int, last: int) -> Bounds:
-    """Compare checkpoints and records of the steps that both runs have."""
+    low: the last step of which both have equal checkpoints, or after which both begin.
+    high: the first step at which checkpoints or records differ; None: there is none. Since few steps are recorded, the
+    difference may be earlier.
+    likely: a step after `low` after which the runs are probably still the same, since equal losses were computed from
+    it; None: there is none.
+    """
     low, high = first, None
     for step in sorted(a.run.checkpoints.keys() & b.run.checkpoints.keys()):
         if first < step <= last and all(is_whole(side.run.checkpoints[step]) for side in (a, b)):
@@ -216,7 +221,7 @@ def recorded_bounds(a: Side, b: Side, first: int, last: int) -> Bounds:
             likely = record.step - 1
     if likely is not None and high is None:
         likely = last
-    return Bounds(low, high, likely if likely and likely > low else None)
+    return low, high, likely if likely and likely > low else None
 
 
 def states(a: Side, b: Side, step: int) -> tuple[Path, Path]:
@@ -240,7 +245,7 @@ def make_again(side: Side, step: int) -> Path:
         arguments += [f"--{key.replace('_', '-')}", path]
     call(side, "mygpt", arguments, makes=out)
     side.reruns += 1
-    side.steps += step - (read_manifest(start).step if start else side.begun_after)
+    side.steps += step - (read_manifest(start).step if start else side.origin_step)
     side.made[step] = step_directory(out, step)
     return side.made[step]
 
@@ -255,7 +260,7 @@ def known_state(side: Side, step: int) -> Path | None:
     """The step directory after a step, if it is at hand; also the one after which a branch begins."""
     if step in side.made:
         return side.made[step]
-    if step == side.begun_after:
+    if step == side.origin_step:
         return side.run.origin
     recorded = side.run.checkpoints.get(step) if side.is_recorded else None
     return recorded if recorded and is_whole(recorded) else None
@@ -263,7 +268,7 @@ def known_state(side: Side, step: int) -> Path | None:
 
 def nearest_state(side: Side, step: int) -> Path | None:
     """The newest step directory before a step that is at hand; None: the run's beginning is nearer."""
-    for other in range(step - 1, side.begun_after, -1):
+    for other in range(step - 1, side.origin_step, -1):
         if known := known_state(side, other):
             return known
     return None
@@ -279,26 +284,26 @@ def is_whole(directory: Path) -> bool:
 
 def is_same_state(a: Path, b: Path) -> bool:
     """Whether the tensors of two step directories are the same."""
-    return next(state_differences(a, b), None) is None
+    return not state_differences(a, b)
 
 
-def state_differences(a: Path, b: Path) -> Iterator[TensorDifference]:
+def state_differences(a: Path, b: Path) -> list[TensorDifference]:
     """The tensors of two step directories that differ.
 
-    Only one may have a generator: runs on several processes, and those with exact sums, keep others.
+    A generator that only one of them has does not count: runs on several processes, and those with exact sums, keep
+    others.
     """
-    if read_manifest(a).files == read_manifest(b).files:
-        return
-    for name in (MODEL_FILE, STATE_FILE):
-        for difference in compare_files(a / name, b / name).differences:
-            if not (difference.name.startswith("generator.") and difference.text.startswith("only in")):
-                yield difference
+    return [
+        difference
+        for difference in compare_steps(a, b)
+        if not (difference.name.startswith("generator.") and difference.text.startswith("only in"))
+    ]
 
 
 def look_into(a: Side, b: Side, step: int, last: int) -> Bisection | None:
-    """Compute one step of both, and find the first value that differs; None: all are the same.
+    """Compute one step of both runs, and find the first value that differs; None: all values are the same.
 
-    Both are known to be in the same state before it.
+    The runs have the same state before this step.
     """
     traces = [trace(side, step) for side in (a, b)]
     values_a, values_b = (dict(traced.values) for traced in traces)
@@ -321,22 +326,20 @@ def look_into(a: Side, b: Side, step: int, last: int) -> Bisection | None:
     else:
         for side, traced in zip((a, b), traces, strict=True):
             check_loss(side, step, traced)
-    recipes = recipe_differences(a, b, step)
-    return Bisection(found, last, name, difference, recipes, environments, a.reruns + b.reruns, a.steps + b.steps)
+    return outcome(a, b, found, last, name, difference, environments)
 
 
 def describe_state(a: Side, b: Side, step: int, last: int) -> Bisection:
     """The first tensor that differs after a step, in the order of their names."""
-    difference = next(state_differences(*states(a, b, step)), None)
+    difference = next(iter(state_differences(*states(a, b, step))), None)
     if difference is None:
         raise MygptError(f"the records of step {step} differ, and what is computed here does not", exit_code=1)
-    recipes = recipe_differences(a, b, step)
-    return Bisection(step, last, difference.name, difference, recipes, [], a.reruns + b.reruns, a.steps + b.steps)
+    return outcome(a, b, step, last, difference.name, difference)
 
 
 def trace(side: Side, step: int, name: str = "") -> Trace:
     """Compute one step of a run with its Python; with a name, the value of this name is kept in a file."""
-    before = state_after(side, step - 1) if step - 1 > side.begun_after else side.run.origin
+    before = state_after(side, step - 1) if step - 1 > side.origin_step else side.run.origin
     arguments = [str(side.run.path), str(step), str(before or ""), name, str(trace_file(side, step))]
     arguments += [f"{key}={path}" for key, path in side.inputs.items()]
     call(side, "mygpt.checks.trace", arguments, makes=trace_file(side, step))

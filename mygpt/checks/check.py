@@ -10,7 +10,7 @@ from mygpt.reports.outcome import early_end_line, outcome_lines, place_lines, ve
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, TIMING_FILE
 from mygpt.runs.held_out import Evaluation, read_evaluations
 from mygpt.runs.records import Timing, read_until
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.schemas import ModelMetadata
 from mygpt.runs.steps import read_manifest, read_metadata
 
@@ -22,7 +22,7 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
         CheckpointError: there is no run, or it has no record yet.
         DamagedCheckpointError: it cannot be read.
     """
-    run = Run(path)
+    run = RunDirectory(path)
     recipe = run.recipe
     failures = sorted(entry.name for entry in path.iterdir() if FAILED_NAME.fullmatch(entry.name))
     for failed in failures:
@@ -30,19 +30,18 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
     records, checkpoint = [] if failures and not has_records(path) else run.records, run.newest_checkpoint()
     if not records:
         return
-    last, is_over, ended_early = records[-1], False, False
+    last, ended_by = records[-1], None
     evaluations: list[Evaluation] = []
     end = f"step {last.step} of {recipe.train.steps}, not complete"
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
         evaluations = read_evaluations(path, manifest.step)
-        is_over = manifest.finished
-        if is_over:
+        ended_by = manifest.ended_by
+        if ended_by:
             end = f"complete after {manifest.step} steps"
             if last.step < manifest.step:  # records were lost
                 end += f", of which the records after step {last.step} are missing"
-            ended_early = manifest.ended_by == "patience"
-            if evaluations and ended_early:
+            if evaluations and ended_by == "patience":
                 end = early_end_line(evaluations, recipe.validation.patience, run.best_until(manifest.step))
     yield f"run: {end}", True
     kind, loss = ("training", last.loss) if last.val is None else ("held-out", last.val)
@@ -54,10 +53,10 @@ def check(path: Path) -> Iterator[tuple[str, bool]]:
     if not evaluations and recipe.validation.val_every:
         yield "verdict: none, because no checkpoint has a held-out loss yet", True
     else:
-        yield verdict_line(evaluations, records, recipe.data, ended_early=ended_early), True
+        yield verdict_line(evaluations, records, recipe.data, ended_by=ended_by), True
     judged = list(place_lines(recipe.expected, records, run.info.corpus_sha256))
     timings = read_until(path / TIMING_FILE, Timing, last.step)
-    if is_over and timings:
+    if ended_by and timings:
         judged += [
             (line, True)
             for line in outcome_lines(recipe.expected, last, timings[-1], run.info.stretches[-1].environment.processes)

@@ -16,12 +16,12 @@ from mygpt.estimates import Estimate
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, ModelTable
 from mygpt.runs.changes import RESOLVED_KEYS, differing_keys
-from mygpt.runs.files import STATE_FILE
+from mygpt.runs.files import MODEL_FILE, STATE_FILE
 from mygpt.runs.held_out import Difference, difference, read_evaluations
 from mygpt.runs.records import Record, read_records
-from mygpt.runs.run import Run, find_model_file, run_of
+from mygpt.runs.run import RunDirectory, find_model_file, run_of
 from mygpt.runs.schemas import ModelMetadata
-from mygpt.runs.steps import read_metadata
+from mygpt.runs.steps import read_manifest, read_metadata
 
 
 class TensorDifference(NamedTuple):
@@ -191,7 +191,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
             comparison = comparison._replace(held_out=found, not_comparable=None)
     if not ((Path(a) / RUN_FILE).exists() and (Path(b) / RUN_FILE).exists()):
         return comparison
-    infos = [Run(Path(run)).info for run in (a, b)]
+    infos = [RunDirectory(Path(run)).info for run in (a, b)]
     was, now = (info.stretch_of(step).environment for info, step in zip(infos, comparison.steps, strict=True))
     if infos[0].init_sha256 != infos[1].init_sha256:
         comparison = comparison._replace(recipe=[*comparison.recipe, "init_from: other initial weights"])
@@ -208,7 +208,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     )
 
 
-def _compare_recipes(a: Run, b: Run) -> Iterator[str]:
+def _compare_recipes(a: RunDirectory, b: RunDirectory) -> Iterator[str]:
     if a.info.corpus_sha256 != b.info.corpus_sha256:
         yield "corpus: another text"
     if a.info.held_out_sha256 != b.info.held_out_sha256 and a.info.held_out_text != b.info.held_out_text:
@@ -220,10 +220,21 @@ def _compare_recipes(a: Run, b: Run) -> Iterator[str]:
             yield "{} {} against {}".format(key, *("absent" if value is None else value for value in values))
 
 
-def _held_out_part(run: Run) -> tuple[object, ...]:
+def _held_out_part(run: RunDirectory) -> tuple[object, ...]:
     """What names the part of a text that is held out, apart from the text itself."""
     data = run.recipe.data
     return () if data.val_corpus else (data.val_split, data.hold_out)
+
+
+def compare_steps(a: Path, b: Path) -> list[TensorDifference]:
+    """The tensors of two step directories that differ; if their manifests have the same hashes, none is read.
+
+    Raises:
+        DamagedCheckpointError: one of them cannot be read.
+    """
+    if read_manifest(a).files == read_manifest(b).files:
+        return []
+    return [tensor for name in (MODEL_FILE, STATE_FILE) for tensor in compare_files(a / name, b / name).differences]
 
 
 def compare_files(a: Path, b: Path) -> TensorComparison:

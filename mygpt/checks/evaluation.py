@@ -19,7 +19,7 @@ from mygpt.recipe.tables import Recipe
 from mygpt.runs.held_out import Evaluation
 from mygpt.runs.initial import open_dataset
 from mygpt.runs.records import perplexity
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.schemas import ModelMetadata, RunInfo
 from mygpt.runs.steps import read_metadata
 from mygpt.training.evaluate import evaluate
@@ -73,7 +73,7 @@ def evaluate_saved(recipe: Recipe, *, is_own_text: bool) -> Evaluated:
             raise
         raise type(error)(f"{error}; say with --corpus where the text of the run is now") from None
     if is_own_text:
-        check_text(dataset, Run(file.parent.parent).info, recipe)
+        check_text(dataset, RunDirectory(file.parent.parent).info, recipe)
     set_up(runtime, device)
     gradient_sum = gradient_sum_for(recipe, max_workers=choose_workers(runtime.threads, 1))
     with no_launcher(), open_accelerator(runtime, device, gradient_sum.accumulation_steps) as accelerator:

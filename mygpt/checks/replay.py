@@ -19,15 +19,15 @@ from mygpt.processes.machine import has_matmul, make_deterministic, set_dropout_
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, STATE_FILE, real_path
 from mygpt.runs.loading import read_tensors, read_weights
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.schemas import ModelMetadata, read_table
 from mygpt.runs.steps import read_metadata, verify_checkpoint
 from mygpt.training.failed_step import BATCH_FILE, FailedStep, describe_problem
 from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.loop import train_step
 from mygpt.training.parts import build_parts, open_accelerator
-from mygpt.training.pending import Measured
+from mygpt.training.pending import is_finite
 from mygpt.training.state import dropout_name
-from mygpt.training.step import train_step
 
 
 class Finding(NamedTuple):
@@ -53,7 +53,7 @@ def replay(path: Path, device: torch.device) -> Finding:
         DamagedCheckpointError: what was kept of it cannot be read.
     """
     if not path.is_dir():
-        _ = Run(path).info  # says what is there instead
+        _ = RunDirectory(path).info  # says what is there instead
     directory = _find_failed(path)
     verify_checkpoint(directory, "failed-step-")
     metadata = read_metadata(directory / MODEL_FILE, ModelMetadata)
@@ -85,14 +85,14 @@ def replay(path: Path, device: torch.device) -> Finding:
         parts.gpt.load_state_dict(weights)
         watch = Watch(parts.gpt, failed, states)
         batch = Batch(*(part.to(device) for part in (tokens[:, :-1], tokens[:, 1:])))
-        measured = Measured(*(value.item() for value in train_step(parts, batch, failed.step)))
+        loss, grad_norm, out_of_range = (value.item() for value in train_step(parts, batch, failed.step))
     lines, non_finite = watch.lines, watch.non_finite
-    if non_finite is None and measured.is_finite:
-        lines = [*lines, f"gradient norm: {measured.grad_norm:.4g}"]
+    if non_finite is None and is_finite(loss, grad_norm, out_of_range):
+        lines = [*lines, f"gradient norm: {grad_norm:.4g}"]
     elif non_finite is None:
         problem = "the norm of gradients that are all finite: its square overflows"
-        if measured.out_of_range:
-            problem = describe_problem(measured, gradient_sum.micro_batches)
+        if out_of_range:
+            problem = describe_problem(loss, grad_norm, out_of_range, gradient_sum.micro_batches)
         name, largest = max(watch.largest_gradients.items(), key=lambda item: item[1])
         non_finite = f"{problem}; the largest is in {name}, {largest:.3g}"
     has_same_dropout = not metadata.model.dropout or (

@@ -12,26 +12,25 @@ from mygpt.errors import CheckpointError, CorpusError, InterruptedRunError, Mism
 from mygpt.processes.environment import choose_threads, read_launched
 from mygpt.processes.machine import choose_matmul, has_matmul, resolve_device
 from mygpt.recipe.tables import NAMED_CORPORA, Recipe
-from mygpt.runs.files import COPY_NAME, file_sha256, real_path
+from mygpt.runs.files import file_sha256
 from mygpt.runs.initial import find_initial
-from mygpt.runs.run import Run, find_model_file
-from mygpt.runs.schemas import Environment
-from mygpt.training.train import train_until
+from mygpt.runs.run import RunDirectory, find_model_file
+from mygpt.training.train import train
 
 
-class Part(NamedTuple):
-    """Steps of a run that were trained in one stretch."""
+class Segment(NamedTuple):
+    """Steps of a run that are trained again with one recipe."""
 
     recipe: Recipe
     until: int
-    """The last of them."""
+    """The last of these steps, of which a checkpoint is saved."""
 
 
 Inputs = Mapping[str, str]
 """The paths of texts and of a model that runs have read, and that have been moved since, by their recorded hashes."""
 
 
-def find_inputs(runs: Sequence[Run], given: Mapping[str, str]) -> Inputs:
+def find_inputs(runs: Sequence[RunDirectory], given: Mapping[str, str]) -> Inputs:
     """What a user has given in place of what runs have read, by the key that named it.
 
     Raises:
@@ -56,21 +55,22 @@ def input_sha256(key: str, path: str) -> str:
     return file_sha256(find_model_file(Path(path))) if key == "init_from" else corpus_sha256(path)
 
 
-def parts_of(run: Run, first: int, until: int, inputs: Mapping[str, str] = {}) -> list[Part]:
-    """The steps from `first` + 1 to `until`, stretch by stretch."""
-    ends = [stretch.after_step for stretch in run.info.stretches_until(until) if stretch.after_step > first]
-    return [Part(pinned_recipe(run, end, inputs), end) for end in (*ends, until)]
+def last_step(run: RunDirectory) -> int:
+    """The last step that a run has trained, by its records and checkpoints."""
+    return max(run.info.origin_step, run.records[-1].step, *run.checkpoints)  # the first raises if there is no run
 
 
-def split_at(parts: Sequence[Part], steps: Iterable[int]) -> list[Part]:
-    """The same steps in more parts: one ends with each of `steps`, and so saves it."""
-    ends = sorted({*steps, *(part.until for part in parts)})
-    return [Part(next(part.recipe for part in parts if end <= part.until), end) for end in ends]
+def segments_of(
+    run: RunDirectory, first: int, until: int, inputs: Mapping[str, str] = {}, saving: Iterable[int] = ()
+) -> list[Segment]:
+    """The steps from `first` + 1 to `until`, stretch by stretch; a segment also ends with each step of `saving`."""
+    ends = {stretch.after_step for stretch in run.info.stretches_until(until) if stretch.after_step > first}
+    return [Segment(pinned_recipe(run, end, inputs), end) for end in sorted({*ends, *saving, until})]
 
 
-def pinned_recipe(run: Run, step: int, inputs: Mapping[str, str] = {}) -> Recipe:
-    """The recipe that trains a step again: with the end that was in view, with what its environment had and would not
-    be chosen here, if that can be had, and with the `inputs` that the run has read."""
+def pinned_recipe(run: RunDirectory, step: int, inputs: Mapping[str, str] = {}) -> Recipe:
+    """The recipe that trains a step again: with the end that was in view, with the recorded settings that would be
+    chosen otherwise here, as far as this machine has them, and with the `inputs` that the run has read."""
     stretch, recipe = run.info.stretch_of(step), run.recipe_for(step)
     recorded, launched = stretch.environment, read_launched()
     pins: dict[str, Any] = {"compile": recorded.compile, "deterministic": recorded.deterministic}
@@ -88,18 +88,15 @@ def pinned_recipe(run: Run, step: int, inputs: Mapping[str, str] = {}) -> Recipe
         pins["matmul"] = "auto"
     elif choose_matmul(runtime, device) != recorded.matmul:
         pins["matmul"] = recorded.matmul
-    if (init_from := recipe.train.init_from) and not os.path.lexists(init_from):
-        copy = real_path(run.path).parents[1] / os.path.basename(init_from)  # that of a study, which has been moved
-        pins |= {"init_from": str(copy)} if COPY_NAME.fullmatch(copy.name) and copy.exists() else {}
     return recipe.replace(**pins, **moved_inputs(run, inputs))
 
 
-def moved_inputs(run: Run, inputs: Inputs) -> dict[str, str]:
+def moved_inputs(run: RunDirectory, inputs: Inputs) -> dict[str, str]:
     """Where the `inputs` are now that the run has read, by key."""
     return {key: inputs[sha256] for key, sha256 in run.info.inputs.items() if sha256 and sha256 in inputs}
 
 
-def check_inputs(run: Run, recipe: Recipe, *, from_beginning: bool = False) -> None:
+def check_inputs(run: RunDirectory, recipe: Recipe, *, from_beginning: bool = False) -> None:
     """Check that the texts of a recipe are those that the run has read, and `from_beginning` the initial weights, too.
 
     Raises:
@@ -131,34 +128,34 @@ def check_inputs(run: Run, recipe: Recipe, *, from_beginning: bool = False) -> N
         raise MismatchError(f"{initial.file}: has changed since {run.path} began with its weights; put it back")
 
 
-def train_parts(
-    parts: Sequence[Part],
+def train_segments(
+    segments: Sequence[Segment],
     output: Path,
     resume: str,
     *,
     is_quiet: bool = False,
     saved: Callable[[Path], None] = lambda _: None,
 ) -> Iterator[int]:
-    """Train the parts one after the other into the run `output`; yields the last step of each.
+    """Train the segments one after the other into the run `output`; yields the last step of each.
 
-    The first part begins as `resume` says: "auto" continues a run that is there. Nothing is printed but progress and,
-    unless `is_quiet`, the notes of the first part. `saved` is given each checkpoint; see `Saver`.
+    The first segment begins as `resume` says: "auto" continues a run that is there. Nothing is printed but progress
+    and, unless `is_quiet`, the notes of the first segment. `saved` is given each checkpoint; see `Saver`.
     """
     talk = sys.stderr
-    for number, part in enumerate(parts):
-        recipe = part.recipe.replace(output=str(output), resume=resume)
+    for number, segment in enumerate(segments):
+        recipe = segment.recipe.replace(output=str(output), resume=resume)
         with open(os.devnull, "w") as nowhere, ExitStack() as stack:
             stack.enter_context(redirect_stdout(nowhere))
             if number or is_quiet:  # later parts would warn of changes, which are the run's own
                 stack.enter_context(redirect_stderr(nowhere))
-            train_until(recipe, part.until, talk=talk, saved=saved)
-        yield part.until
+            train(recipe, last_step=segment.until, talk=talk, saved=saved)
+        yield segment.until
         resume = "auto"
 
 
 @contextmanager
 def explain_rerun(run: Path, when_stopped: str) -> Iterator[None]:
-    """Say of a signal, or a value that is not finite, that it came while `run` was run again."""
+    """Name `run` in the error of a signal or of a value that is not finite."""
     try:
         yield
     except InterruptedRunError as stopped:
@@ -167,7 +164,8 @@ def explain_rerun(run: Path, when_stopped: str) -> Iterator[None]:
         raise NonFiniteError(f"running {run} again failed: {str(error).split(';')[0]}") from None
 
 
-def describe_changes(was: Environment, now: Environment) -> list[str]:
-    """What has changed between two environments; the commit, too."""
+def environment_changes(run: RunDirectory, again: RunDirectory, step: int) -> list[str]:
+    """How the environment in which a step was made `again` differs from the recorded one; the commit, too."""
+    was, now = (each.info.stretch_of(step).environment for each in (run, again))
     commits = {} if was.git_commit == now.git_commit else {"git_commit": (was.git_commit, now.git_commit)}
     return [f"{name} {old} -> {new}" for name, (old, new) in (was.changes(now) | commits).items()]

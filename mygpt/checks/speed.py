@@ -16,8 +16,8 @@ from mygpt.processes.environment import choose_workers
 from mygpt.processes.machine import choose_matmul, has_matmul, peak_flops, set_up
 from mygpt.recipe.tables import Recipe
 from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.loop import train_step
 from mygpt.training.parts import build_parts, open_accelerator
-from mygpt.training.step import train_step
 from mygpt.training.train import explain_out_of_memory
 
 WORTH_NAMING = 0.95

@@ -23,11 +23,11 @@ from mygpt.processes.environment import no_launcher
 from mygpt.processes.machine import choose_matmul, describe_environment, resolve_device, set_up
 from mygpt.recipe.tables import Table
 from mygpt.runs.initial import open_dataset
-from mygpt.runs.run import Run
-from mygpt.training.gradient_sum import Mean, gradient_sum_for
+from mygpt.runs.run import RunDirectory
+from mygpt.training.gradient_sum import LossAndOutOfRange, gradient_sum_for
+from mygpt.training.loop import train_step
 from mygpt.training.parts import Parts, build_parts, open_accelerator
 from mygpt.training.state import as_tensor
-from mygpt.training.step import train_step
 
 
 class Trace(Table):
@@ -68,7 +68,7 @@ class Values:
 
 
 def trace_step(
-    run: Run, step: int, checkpoint: Path | None, wanted: str = "", inputs: Mapping[str, str] = {}
+    run: RunDirectory, step: int, checkpoint: Path | None, wanted: str = "", inputs: Mapping[str, str] = {}
 ) -> tuple[Trace, torch.Tensor | None]:
     """Compute one step of a run from the state in `checkpoint`, a step directory; None: from the run's beginning.
 
@@ -86,8 +86,7 @@ def trace_step(
     gradient_sum, values = gradient_sum_for(recipe), Values(wanted)
     dataset = open_dataset(recipe)
     with no_launcher(), open_accelerator(recipe.runtime, device, gradient_sum.accumulation_steps) as accelerator:
-        begun_with = run.info.init_sha256
-        parts = build_parts(recipe, accelerator, dataset, gradient_sum, checkpoint, init_sha256=begun_with)
+        parts = build_parts(recipe, accelerator, dataset, gradient_sum, checkpoint, init_sha256=run.info.init_sha256)
         for name, weight in parts.gpt.state_dict().items():
             values.see(name + BEFORE, weight)
         batch = parts.stream.batch()
@@ -112,14 +111,14 @@ def see_step(parts: Parts, batch: Batch, step: int, values: Values) -> float:
     watch(parts.gpt, see)
     backward = gradient_sum.backward
 
-    def see_sum(*arguments: Any) -> Mean:
-        mean = backward(*arguments)
+    def see_sum(*arguments: Any) -> LossAndOutOfRange:
+        loss, out_of_range = backward(*arguments)
         values.suffix = ""
-        see("mean loss", mean.loss)
+        see("mean loss", loss)
         for name, parameter in parts.gpt.named_parameters():
             if parameter.grad is not None:
                 see(f"gradient of {name}", parameter.grad)
-        return mean
+        return loss, out_of_range
 
     gradient_sum.backward = see_sum  # type: ignore[method-assign,assignment]
     learning_rate = torch.tensor(parts.learning_rate, dtype=torch.float64)
@@ -138,7 +137,7 @@ def main(arguments: list[str]) -> None:
     """The command; prints an error as `mygpt` does."""
     path, step, checkpoint, wanted, out, *given = arguments
     try:
-        run = Run(Path(path))
+        run = RunDirectory(Path(path))
         inputs = find_inputs([run], dict(item.split("=", 1) for item in given))
         trace, kept = trace_step(run, int(step), Path(checkpoint) if checkpoint else None, wanted, inputs)
     except MygptError as error:

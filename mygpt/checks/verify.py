@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mygpt.checks.at import check_step
-from mygpt.checks.compare import TensorDifference, compare_files, compare_records
+from mygpt.checks.compare import TensorDifference, compare_records, compare_steps
 from mygpt.checks.rerun import (
     check_inputs,
-    describe_changes,
+    environment_changes,
     explain_rerun,
     find_inputs,
-    parts_of,
-    split_at,
-    train_parts,
+    last_step,
+    segments_of,
+    train_segments,
 )
 from mygpt.errors import CheckpointError
 from mygpt.processes.environment import is_main_process
-from mygpt.runs.files import MODEL_FILE, STATE_FILE
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.steps import read_manifest, verify_checkpoint
 
 
@@ -61,52 +60,45 @@ def verify(run: Path, steps: int | None = None, inputs: Mapping[str, str] = {}) 
         InterruptedRunError: a signal asked to stop.
         NonFiniteError: a loss or gradient is not finite.
     """
-    recorded = Run(run)
-    begun_after = recorded.info.begun_after
+    recorded = RunDirectory(run)
+    origin_step = recorded.info.origin_step
     records, checkpoints = recorded.records, recorded.checkpoints
     if steps is not None:
         check_step(recorded, steps)
-    until = steps or max(records[-1].step, *checkpoints, begun_after)
-    checkpoints = {step: directory for step, directory in checkpoints.items() if begun_after < step <= until}
-    records = [record for record in records if begun_after < record.step <= until]
+    until = steps or last_step(recorded)
+    checkpoints = {step: directory for step, directory in checkpoints.items() if origin_step < step <= until}
+    records = [record for record in records if origin_step < record.step <= until]
     if not records and not checkpoints:
         raise CheckpointError(
-            f"{run}: nothing is recorded of its steps from {begun_after + 1} to {until}; raise --steps"
+            f"{run}: nothing is recorded of its steps from {origin_step + 1} to {until}; raise --steps"
         )
     for directory in checkpoints.values():
         verify_checkpoint(directory)
-    parts = parts_of(recorded, begun_after, until, find_inputs([recorded], inputs))
-    check_inputs(recorded, parts[-1].recipe, from_beginning=not begun_after)
     # Where the newest save_every does not save: an earlier one did, or the step was the best.
     every = recorded.recipe.checkpoint.save_every
-    parts = split_at(parts, [step for step in checkpoints if not every or step % every])
+    saving = [step for step in checkpoints if not every or step % every]
+    segments = segments_of(recorded, origin_step, until, find_inputs([recorded], inputs), saving)
+    check_inputs(recorded, segments[-1].recipe, from_beginning=not origin_step)
     # Each checkpoint is compared when it is made: a long run again would fill the disk.
-    keeping_one = [part._replace(recipe=part.recipe.replace(keep_last=1)) for part in parts]
+    keeping_one = [segment._replace(recipe=segment.recipe.replace(keep_last=1)) for segment in segments]
     compared: dict[int, list[TensorDifference]] = {}
 
     def compare(made: Path) -> None:
         if recorded_one := checkpoints.get(step := read_manifest(made).step):
-            compared[step] = [] if any(compared.values()) else _compare_checkpoints(recorded_one, made)
+            compared[step] = [] if any(compared.values()) else compare_steps(recorded_one, made)
 
     with tempfile.TemporaryDirectory(prefix="mygpt-verify-") as folder:
-        again = Run(Path(folder) / "run")
+        again = RunDirectory(Path(folder) / "run")
         with explain_rerun(run, "stopped before anything was compared"):
-            for _ in train_parts(keeping_one, again.path, resume=str(recorded.origin or "auto"), saved=compare):
+            for _ in train_segments(keeping_one, again.path, resume=str(recorded.origin or "auto"), saved=compare):
                 pass
         if not is_main_process():
             return Verification(until, 0, 0, "", None, [], [])
         step, tensors = next(((step, tensors) for step, tensors in compared.items() if tensors), (None, []))
         difference = compare_records(records, again.records)
         assert tensors or difference.difference or compared.keys() == checkpoints.keys()
-        pairs = [[run.info.stretch_of(part.until).environment for run in (recorded, again)] for part in parts]
-        changes = list(dict.fromkeys(change for was, now in pairs for change in describe_changes(was, now)))
-        counts, repeatable = (difference.steps, len(compared)), all(was.deterministic for was, _ in pairs)
+        changes = [change for segment in segments for change in environment_changes(recorded, again, segment.until)]
+        changes = list(dict.fromkeys(changes))
+        repeatable = all(recorded.info.stretch_of(segment.until).environment.deterministic for segment in segments)
+        counts = difference.steps, len(compared)
         return Verification(until, *counts, difference.difference, step, tensors, changes, repeatable)
-
-
-def _compare_checkpoints(a: Path, b: Path) -> list[TensorDifference]:
-    if read_manifest(a).files == read_manifest(b).files:
-        return []
-    return [
-        difference for name in (MODEL_FILE, STATE_FILE) for difference in compare_files(a / name, b / name).differences
-    ]

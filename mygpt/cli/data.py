@@ -1,16 +1,16 @@
 """The commands that make and describe prepared corpora: `mygpt data prepare` and `mygpt data info`."""
 
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional
-
-from mygpt.cli.command import command, dispatch, print_json
+from mygpt.cli.command import JsonOptions, command, print_json
+from mygpt.cli.main import choose
 from mygpt.data.formats import DEFAULT_FIELD
 from mygpt.errors import InterruptedRunError, MygptError, counted, print_note
+from mygpt.recipe.flags import Positional
+from mygpt.recipe.tables import Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,9 +29,8 @@ mygpt data COMMAND --help tells more.
 data_command = partial(command, group="mygpt data")
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
-    sources: Positional[tuple[str, ...]]
+class PrepareOptions(Table):
+    sources: Annotated[tuple[str, ...], Positional("SOURCE")]
     """Files, patterns and folders: .txt, .md (one document each), .jsonl (one a line), .json (lines or an array), .csv
     and .parquet (one a row); all but the last also as .gz and .zst."""
     out: Path
@@ -47,12 +46,9 @@ class PrepareOptions:
     """The field of JSON, or the column of CSV and Parquet, that has the text."""
 
 
-@dataclass(frozen=True)
-class InfoOptions:
-    folder: Positional[Path]
+class InfoOptions(JsonOptions):
+    folder: Annotated[Path, Positional("DIR")]
     """A prepared corpus."""
-    json: bool = False
-    """Print its manifest as JSON."""
 
 
 @data_command
@@ -100,7 +96,7 @@ def info(options: InfoOptions) -> None:
     from mygpt.data.prepared import open_prepared
 
     corpus = open_prepared(options.folder, verify=False)
-    if options.json:
+    if options.as_json:
         print_json({"vocab_size": corpus.tokenizer.vocab_size, **corpus.manifest.model_dump()})
         return
     print("\n".join(_description(corpus)))
@@ -126,4 +122,6 @@ def _description(corpus: "Prepared") -> list[str]:
 
 
 def data(arguments: list[str]) -> int | None:
-    return dispatch(arguments, "mygpt data", {"prepare": prepare, "info": info}, USAGE)
+    commands = {"prepare": prepare, "info": info}
+    name = choose(arguments, "mygpt data", commands, USAGE)
+    return commands[name](arguments[1:]) if name else None

@@ -1,47 +1,39 @@
 """The commands that judge the losses of a run: `mygpt eval` and `check`."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-from tyro.conf import Positional
-
-from mygpt.cli.command import command, print_json
+from mygpt.cli.command import JsonOptions, command, print_json
 from mygpt.cli.train import announce_threads
 from mygpt.errors import CheckpointError, MygptError, RecipeError, counted, print_note
 from mygpt.estimates import Estimate
 from mygpt.processes.environment import is_main_process
-from mygpt.recipe.tables import Recipe, check_recipe
+from mygpt.recipe.flags import Positional
+from mygpt.recipe.tables import Count, Recipe, check_recipe
 from mygpt.runs.changes import warn_of_code
-from mygpt.runs.run import Run, find_model_file, run_of
+from mygpt.runs.run import RunDirectory, find_model_file, run_of
 from mygpt.runs.schemas import ModelMetadata
 from mygpt.runs.steps import read_metadata
 
 
-@dataclass(frozen=True)
-class EvalOptions:
-    checkpoint: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN|CHECKPOINT")]
+class EvalOptions(JsonOptions):
+    checkpoint: Annotated[Path, Positional("RUN|CHECKPOINT")]
     """A run directory (its newest checkpoint), RUN/best, a step directory or a model.safetensors."""
     corpus: str | None = None
     """A text, a prepared corpus or a named one, all of which is evaluated; absent: what the run held out. If its sha256
     is that of the run's own text, which has been moved, what the run held out of it is evaluated."""
     sampling: Literal["full", "own-stream"] = "full"
     """"full": all of the text, in consecutive windows. "own-stream": eval_batches random batches of it."""
-    eval_batches: int | None = None
+    eval_batches: Count | None = None
     """Of "own-stream"; absent: 10."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
-    json: bool = False
-    """Print the answer as JSON."""
 
 
 @command
 def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
     """The loss of a model on held-out text, with its standard error."""
-    if options.eval_batches is not None and options.eval_batches < 1:
-        raise MygptError(f"--eval-batches: got {options.eval_batches}, expected at least 1")
     if options.eval_batches and options.sampling == "full":
         raise MygptError("--eval-batches: all of the text is evaluated; add --sampling own-stream for random batches")
     if not is_main_process():
@@ -61,7 +53,7 @@ def eval(options: EvalOptions) -> None:  # noqa: A001 - the name of the command
         print_note(f"{options.corpus} is the text of the run: what it held out of this text is evaluated")
     found = evaluate_saved(recipe, is_own_text=is_own_text)
     estimates = {name: getattr(found, name) for name in ("loss", "bits_per_byte", "bits_per_character")}
-    if options.json:
+    if options.as_json:
         facts = {name: getattr(found, name) for name in ("step", "text", "tokens", "windows", "population")}
         documents = {name: estimate and estimate.document() for name, estimate in estimates.items()}
         print_json({"checkpoint": found.file, **facts, **documents, "perplexity": found.perplexity})
@@ -133,12 +125,9 @@ def _shown(estimate: Estimate) -> str:
     return f"{estimate.mean:.4f} +- {estimate.stderr:.4f} (95% interval {low:.4f} to {high:.4f})"
 
 
-@dataclass(frozen=True)
-class CheckOptions:
-    run: Positional[Path]
+class CheckOptions(JsonOptions):
+    run: Annotated[Path, Positional("RUN")]
     """A run directory."""
-    json: bool = False
-    """Print the answer as JSON."""
 
 
 @command
@@ -147,22 +136,20 @@ def check(options: CheckOptions) -> int:
     from mygpt.checks.check import check
 
     lines = list(check(options.run))
-    warn_of_code(Run(options.run), sys.maxsize, print_note)
+    warn_of_code(RunDirectory(options.run), sys.maxsize, print_note)
     is_normal = all(is_normal for _, is_normal in lines)
-    if options.json:
-        findings = [_finding(line, is_normal=is_normal) for line, is_normal in lines]
-        print_json({"run": options.run, "is_normal": is_normal, "findings": findings, **_numbers(Run(options.run))})
+    if options.as_json:
+        parts = [(*line.partition(": "), is_normal) for line, is_normal in lines]
+        findings = [{"topic": topic, "text": text, "is_normal": is_normal} for topic, _, text, is_normal in parts]
+        print_json(
+            {"run": options.run, "is_normal": is_normal, "findings": findings, **_numbers(RunDirectory(options.run))}
+        )
     else:
         print("\n".join(line for line, _ in lines))
     return int(not is_normal)
 
 
-def _finding(line: str, *, is_normal: bool) -> dict[str, Any]:
-    topic, _, text = line.partition(": ")
-    return {"topic": topic, "text": text, "is_normal": is_normal}
-
-
-def _numbers(run: Run) -> dict[str, Any]:
+def _numbers(run: RunDirectory) -> dict[str, Any]:
     """The last record of a run, and where its losses are beside those of other seeds."""
     from mygpt.checks.check import has_records
     from mygpt.reports.outcome import places

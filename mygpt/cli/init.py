@@ -4,29 +4,28 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from pydantic import Field
 
 from mygpt.cli.command import command
 from mygpt.cli.train import announce_threads
 from mygpt.data.formats import DEFAULT_FIELD
 from mygpt.errors import CorpusError, MygptError, TokenizerError, print_note
-from mygpt.recipe.tables import NAMED_CORPORA, Recipe
+from mygpt.recipe.flags import Positional
+from mygpt.recipe.tables import NAMED_CORPORA, Recipe, Table
 from mygpt.runs.files import explain_refusal, replace_bytes
 
 LARGE = 256_000_000
 """Bytes of a text file from which it is prepared, and not read into memory by each run."""
-MOST_MINUTES = 1_000_000
 
 
-@dataclass(frozen=True)
-class InitOptions:
-    texts: Positional[tuple[str, ...]]
+class InitOptions(Table):
+    texts: Annotated[tuple[str, ...], Positional("TEXT")]
     """A text file, a named corpus or a prepared one. Anything else that `mygpt data prepare` takes is prepared first,
     beside the recipe."""
-    minutes: float = 30
+    minutes: Annotated[float, Field(gt=0, le=1_000_000)] = 30
     """How long training may take on this machine."""
     out: Path | None = None
     """The recipe to write; absent: the text's name with .toml, in this directory."""
@@ -37,10 +36,6 @@ class InitOptions:
 @command
 def init(options: InitOptions) -> None:
     """Look at a text, time this machine for some seconds, and write a recipe for it, with the reasons."""
-    if not options.texts:
-        raise MygptError("expected a text: mygpt init TEXT")
-    if not 0 < options.minutes <= MOST_MINUTES:
-        raise MygptError(f"--minutes: got {options.minutes:g}, expected a number above 0, and at most {MOST_MINUTES:,}")
     out = options.out or _default_out(options.texts)
     _check_out(out)
     announce_threads(Recipe())
@@ -97,7 +92,7 @@ def _find_corpus(options: InitOptions, out: Path) -> tuple[str, bool]:
     """The corpus that the recipe will name, and whether it is prepared, which is done here if need be."""
     from mygpt.data.dataset import is_prepared
     from mygpt.data.prepared import MANIFEST_FILE
-    from mygpt.data.sources import find_sources, is_plain, name_in_manifest
+    from mygpt.data.sources import find_sources, identify, name_in_manifest
 
     name = options.texts[0]
     has_tokens = is_prepared(name) and os.path.lexists(Path(name, MANIFEST_FILE))
@@ -106,7 +101,7 @@ def _find_corpus(options: InitOptions, out: Path) -> tuple[str, bool]:
             raise MygptError(f"--field {options.field}: {name} has no fields; leave it out")
         return name, has_tokens
     sources = find_sources(options.texts, options.field)
-    if len(sources) == 1 and is_plain(sources[0]) and sources[0].stat().st_size < LARGE:
+    if len(sources) == 1 and identify(sources[0])[:2] == ("text", "") and sources[0].stat().st_size < LARGE:
         path = str(sources[0])
         if name_in_manifest(sources[0]) != path:
             raise CorpusError(f"{path}: its name is not UTF-8, as a recipe is; rename it")
@@ -124,13 +119,13 @@ def _prepare(sources: Sequence[Path], folder: Path, field: str) -> None:
     """
     from mygpt.cli.data import prepare_with_bar
     from mygpt.data.prepare import TokenizerChoice, read_all
-    from mygpt.data.prepared import read_manifest
+    from mygpt.data.prepared import read_corpus_manifest
     from mygpt.data.sources import name_in_manifest
     from mygpt.disk import file_sha256
     from mygpt.planning.text import ENOUGH_FOR_WORDS, LEAST_BYTES, check_size, tokenizer_keys
 
     if os.path.lexists(folder):
-        manifest = read_manifest(folder)
+        manifest = read_corpus_manifest(folder)
         known = [(source.path, source.sha256) for source in manifest.sources]
         if manifest.field != field or known != [(name_in_manifest(file), file_sha256(file)) for file in sources]:
             raise CorpusError(f"{folder}: was prepared from other texts; remove it, or choose another --out")

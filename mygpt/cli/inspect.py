@@ -1,35 +1,34 @@
 """The commands that use a finished run: `mygpt generate`, `compare`, `verify`, `replay` and `plot`."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-from tyro.conf import Positional
+from pydantic import Field
 
-from mygpt.cli.command import InputOptions, command, errors_reach_all_processes, print_json
+from mygpt.cli.command import InputOptions, JsonOptions, command, errors_reach_all_processes, print_json
 from mygpt.errors import MygptError, print_note
 from mygpt.processes.environment import is_main_process
+from mygpt.recipe.flags import Positional
+from mygpt.recipe.tables import Count, CountOrOff, Table
 
 if TYPE_CHECKING:
     from mygpt.checks.compare import Comparison, TensorComparison
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
-    run: Annotated[Positional[Path | None], tyro.conf.arg(metavar="RUN|CHECKPOINT")] = None
+class GenerateOptions(Table):
+    run: Annotated[Path | None, Positional("RUN|CHECKPOINT")] = None
     """A run directory (its newest step), a step directory or a model.safetensors."""
     checkpoint: Path | None = None
     """Another way to name it."""
     prompt: str = "\n"
     """The text to continue."""
-    max_new_tokens: int = 200
+    max_new_tokens: CountOrOff = 200
     """Tokens to add."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Field(ge=0)] = 1.0
     """Below 1 safer, above 1 wilder; 0: always the most likely token."""
-    top_k: int = 10
+    top_k: CountOrOff = 10
     """Choose among this many most likely tokens; 0: among all."""
-    seed: int = 0
+    seed: CountOrOff = 0
     """Seed of the choices."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
@@ -43,11 +42,6 @@ def generate(options: GenerateOptions) -> None:
     if (options.run is None) == (options.checkpoint is None):
         got = "nothing" if options.run is None else f"both {options.run} and --checkpoint {options.checkpoint}"
         raise MygptError(f"generate: got {got}, expected one run or checkpoint: mygpt generate RUN")
-    for name in ("max_new_tokens", "top_k", "seed"):
-        if not 0 <= (value := getattr(options, name)) < 2**31:
-            raise MygptError(f"--{name.replace('_', '-')}: got {value}, expected an integer from 0 to {2**31 - 1}")
-    if not 0 <= options.temperature < float("inf"):
-        raise MygptError(f"--temperature: got {options.temperature}, expected a number from 0 up")
     import torch
 
     from mygpt.compat import compute_fp32_in_fp32
@@ -68,16 +62,13 @@ def generate(options: GenerateOptions) -> None:
     print()
 
 
-@dataclass(frozen=True)
-class CompareOptions:
-    a: Positional[Path]
+class CompareOptions(JsonOptions):
+    a: Annotated[Path, Positional("A")]
     """A run directory (its newest step), a step directory or a model.safetensors."""
-    b: Positional[Path]
+    b: Annotated[Path, Positional("B")]
     """Another."""
     tensors: bool = False
     """List the tensors that differ."""
-    json: bool = False
-    """Print the answer as JSON."""
 
 
 @command
@@ -86,7 +77,7 @@ def compare(options: CompareOptions) -> int:
     from mygpt.checks.compare import compare, describe_held_out, table
 
     result = compare(options.a, options.b)
-    if options.json:
+    if options.as_json:
         print_json(_comparison(result))
         return int(not result.identical)
     steps = "step {}".format(" and step ".join(map(str, dict.fromkeys(result.steps))))
@@ -149,21 +140,16 @@ def _tensors(compared: "TensorComparison") -> dict[str, Any]:
     return {"tensors": compared.tensors, "values": compared.values, "different": different}
 
 
-@dataclass(frozen=True)
 class VerifyOptions(InputOptions):
-    run: Positional[Path]
+    run: Annotated[Path, Positional("RUN")]
     """A run directory."""
-    steps: int | None = None
+    steps: Count | None = None
     """Run only this many of its steps again."""
-    json: bool = False
-    """Print the answer as JSON."""
 
 
 @command
 def verify(options: VerifyOptions) -> int:
     """Run a recorded run again, and say whether it is the same."""
-    if options.steps is not None and options.steps < 1:
-        raise MygptError(f"--steps: got {options.steps}, expected at least 1")
     from mygpt.checks.compare import table
     from mygpt.checks.verify import verify
 
@@ -171,7 +157,7 @@ def verify(options: VerifyOptions) -> int:
         result = verify(options.run, options.steps, options.inputs)
     if not is_main_process():
         return 0
-    if options.json:
+    if options.as_json:
         tensors = [difference._asdict() for difference in result.tensors]
         difference = result.difference or None
         print_json({"identical": result.identical, **result._asdict(), "difference": difference, "tensors": tensors})
@@ -190,12 +176,9 @@ def verify(options: VerifyOptions) -> int:
     return int(not result.identical)
 
 
-@dataclass(frozen=True)
-class ReplayOptions:
-    run: Positional[Path]
+class ReplayOptions(JsonOptions):
+    run: Annotated[Path, Positional("RUN")]
     """A run directory (its last step that failed), or a failed-step directory."""
-    json: bool = False
-    """Print the answer as JSON."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
 
@@ -207,7 +190,7 @@ def replay(options: ReplayOptions) -> int:
     from mygpt.processes.machine import resolve_device
 
     failed, lines, broken, not_repeated = replay(options.run, resolve_device(options.device, "fp32"))
-    if options.json:
+    if options.as_json:
         found = {"first_non_finite": broken, "seen": lines, "not_repeated": not_repeated}
         print_json({"step": failed.step, "problem": failed.problem, **found})
         return int(not broken)
@@ -220,9 +203,8 @@ def replay(options: ReplayOptions) -> int:
     return 1
 
 
-@dataclass(frozen=True)
-class PlotOptions:
-    runs: Positional[tuple[Path, ...]]
+class PlotOptions(Table):
+    runs: Annotated[tuple[Path, ...], Positional("RUN")]
     """Run directories, or folders of them."""
     out: Path = Path("loss.png")
     """The picture to write, over a picture of mygpt at most; its ending (.png, .svg, .pdf) chooses the format."""
@@ -249,6 +231,5 @@ def plot(options: PlotOptions) -> None:
     """Draw loss and learning rate of runs."""
     from mygpt.reports.plot import plot
 
-    keys = {name: getattr(options, name) for name in ("y_min", "y_max", "log", "smooth", "grad_norm", "merge_seeds")}
-    plot(options.runs, options.out, options.unit, x=options.x, warn=print_note, **keys)
+    plot(warn=print_note, **dict(options))
     print_note(f"wrote {options.out}")

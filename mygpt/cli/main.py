@@ -3,6 +3,7 @@
 Each command is imported when it runs, so that help answers at once.
 """
 
+import difflib
 import importlib
 import io
 import json
@@ -12,14 +13,17 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
-from mygpt.cli.command import Command, dispatch
+from mygpt import __version__
 from mygpt.errors import InterruptedRunError, MygptError, PeerError, printable
 from mygpt.processes.environment import is_main_process, local_rank, read_launched, set_before_torch
+from mygpt.recipe.names import CLOSE
+
+Command = Callable[[list[str]], int | None]
+"""Takes the arguments after the command's name, and returns the exit code; None: 0."""
 
 USAGE = """\
 usage: mygpt COMMAND [ARGUMENTS]
@@ -47,38 +51,21 @@ Trains small GPTs from one TOML recipe; the same recipe gives the same numbers.
 mygpt COMMAND --help tells more. On several devices: accelerate launch -m mygpt train RECIPE.toml
 """
 
-COMMANDS = {
-    "init": "init",
-    "train": "train",
-    "study": "study",
-    "generate": "inspect",
-    "compare": "inspect",
-    "eval": "evaluate",
-    "check": "evaluate",
-    "verify": "inspect",
-    "at": "steps",
-    "fork": "steps",
-    "bisect": "steps",
-    "replay": "inspect",
-    "plot": "inspect",
-    "data": "data",
-    "doctor": "train",
-    "recipe": "train",
-}
+COMMANDS = {"init": "init", "train": "train", "study": "study", "data": "data"}
+COMMANDS |= dict.fromkeys(("generate", "compare", "verify", "replay", "plot"), "inspect")
+COMMANDS |= dict.fromkeys(("eval", "check"), "evaluate") | dict.fromkeys(("at", "fork", "bisect"), "steps")
+COMMANDS |= dict.fromkeys(("doctor", "recipe"), "train")
 """The module of mygpt.cli that has the function of a command."""
 
 OTHER_NAMES = {
-    "chat": "`mygpt generate RUN --prompt TEXT` continues a text",
-    "continue": "the `mygpt train` command of a run continues it, and so does `mygpt train RUN/recipe.toml`",
+    **dict.fromkeys(("chat", "predict", "sample"), "`mygpt generate RUN --prompt TEXT` continues a text"),
+    **dict.fromkeys(("continue", "resume"), "`mygpt train RUN/recipe.toml` continues a run, as its own command does"),
     "export": "RUN/step-NNNNNN/model.safetensors has the weights, and its metadata the architecture and the vocabulary",
     "finetune": "`mygpt train TEXT --init-from RUN` begins with the weights of a run",
     "help": "`mygpt --help` lists the commands",
     "list": "`mygpt recipe list` lists the recipes, and `ls checkpoints` the runs",
-    "predict": "`mygpt generate RUN --prompt TEXT` continues a text",
     "prepare": "`mygpt data prepare TEXT... --out FOLDER` does this",
-    "resume": "the `mygpt train` command of a run continues it, and so does `mygpt train RUN/recipe.toml`",
     "run": "`mygpt train RECIPE` trains",
-    "sample": "`mygpt generate RUN --prompt TEXT` continues a text",
     "show": "`mygpt recipe show RECIPE` prints a recipe, and `mygpt check RUN` says what a run came to",
     "sweep": "`mygpt study RECIPE --set lr=3e-4,1e-3` runs a recipe with each value",
     "test": "`mygpt eval RUN` prints the held-out loss",
@@ -97,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_before_torch()
     _make_streams_safe()
     try:
-        code = dispatch(arguments, "mygpt", {name: partial(_run, name) for name in COMMANDS}, USAGE, OTHER_NAMES) or 0
+        name = choose(arguments, "mygpt", COMMANDS, USAGE, OTHER_NAMES)
+        code = _command(name)(arguments[1:]) or 0 if name else 0
         sys.stdout.flush()
     except MygptError as error:
         code = error.exit_code
@@ -123,13 +111,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(name: str, arguments: list[str]) -> int | None:
+def choose(
+    arguments: list[str], prog: str, names: Collection[str], usage: str, other_names: Mapping[str, str] = {}
+) -> str | None:
+    """Which of the `names` of commands the first argument is; None: none is needed, and what it asks for is printed.
+
+    `other_names` says what to do instead of a command that other programs have.
+
+    Raises:
+        MygptError: there is no such command.
+    """
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        return print(usage, end="")
+    if name == "--version":
+        return print(f"mygpt {__version__}")
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1, cutoff=CLOSE)
+        hint = f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(names)}"
+        hint = other_names.get(name.replace("-", "").lower(), hint)
+        raise MygptError(f"unknown command '{prog} {name}'; {hint}")
+    return name
+
+
+def _command(name: str) -> Command:
     try:
         os.getcwd()
     except FileNotFoundError:  # torch would end the process
         raise MygptError("the working directory has been removed; change to another one") from None
     command: Command = getattr(importlib.import_module(f"mygpt.cli.{COMMANDS[name]}"), name)
-    return command(arguments)
+    return command
 
 
 def _make_streams_safe() -> None:

@@ -1,29 +1,24 @@
 """The commands that make any step of a run again: `mygpt at`, `fork` and `bisect`."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-
-import tyro
-from tyro.conf import Positional
 
 from mygpt.cli.command import InputOptions, command, errors_reach_all_processes, print_json
 from mygpt.cli.train import announce_threads
 from mygpt.errors import MygptError, counted, print_note
 from mygpt.processes.environment import is_main_process
-from mygpt.recipe.flags import keys_given, parse_changes
+from mygpt.recipe.flags import Positional, SeedOptions, parse_changes
 from mygpt.recipe.tables import SEED_KEYS, Recipe
-from mygpt.runs.run import Run, step_named
+from mygpt.runs.run import RunDirectory, step_named
 
 if TYPE_CHECKING:
     from mygpt.checks.compare import TensorDifference
 
 
-@dataclass(frozen=True)
 class AtOptions(InputOptions):
-    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[Path, Positional("RUN")]
     """A run directory."""
-    step: Annotated[Positional[str], tyro.conf.arg(metavar="STEP")]
+    step: Annotated[str, Positional("STEP")]
     """Any step that the run has trained, counted from 1, or "best" or "latest", its best or newest checkpoint."""
     out: Path
     """The run directory to make; there must be nothing yet."""
@@ -35,32 +30,22 @@ class AtOptions(InputOptions):
     """Compare what is trained again with what the run has recorded of it."""
     keep_all: bool = True
     """Keep the checkpoints before STEP, too, as the run did."""
-    json: bool = False
-    """Print the answer as JSON."""
 
 
 @command
 def at(options: AtOptions) -> None:
     """Make a run again as it was after any of its steps, bit for bit."""
     with errors_reach_all_processes():
-        step = step_named(Run(options.run), options.step)
+        step = step_named(RunDirectory(options.run), options.step)
         announce_recorded_threads(options.run, step)
         from mygpt.checks.at import recreate
 
-        made = recreate(
-            options.run,
-            step,
-            options.out,
-            options.inputs,
-            start=options.start,
-            from_beginning=options.from_beginning,
-            check=options.check,
-            keep_all=options.keep_all,
-        )
+        keys = options.model_dump(include={"start", "from_beginning", "check", "keep_all"})
+        made = recreate(options.run, step, options.out, options.inputs, **keys)
     if not is_main_process():
         return
     count = step - made.first
-    if options.json:
+    if options.as_json:
         facts = {"run": options.run, "step": step, "out": options.out, "trained_steps": count}
         print_json({**facts, **made._asdict()})
         return
@@ -73,19 +58,18 @@ def at(options: AtOptions) -> None:
         print(f"changed since: {change}")
 
 
-@dataclass(frozen=True)
-class ForkOptions:
-    fork_of: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+class ForkOptions(SeedOptions):
+    fork_of: Annotated[Path, Positional("RUN")]
     """A run directory."""
-    after: Annotated[Positional[str], tyro.conf.arg(metavar="STEP")]
+    after: Annotated[str, Positional("STEP")]
     """The step after which the fork begins; or "best" or "latest", the run's best or newest checkpoint."""
 
 
 def fork(arguments: list[str]) -> None:
     """Train on from any step of a run, with other values of some keys."""
     with errors_reach_all_processes():
-        recipe, options = parse_changes(arguments, "mygpt fork", ForkOptions, load_base)
-        run, step = options.fork_of, step_named(Run(options.fork_of), options.after)
+        recipe, options, given = parse_changes(arguments, "mygpt fork", ForkOptions, load_base)
+        run, step = options.fork_of, step_named(RunDirectory(options.fork_of), options.after)
         base = load_base(options)
         if recipe.checkpoint.resume != base.checkpoint.resume:
             raise MygptError("--resume: a fork begins after a step of its run; leave it out")
@@ -93,24 +77,21 @@ def fork(arguments: list[str]) -> None:
         from mygpt.checks.at import fork as train_fork
         from mygpt.checks.at import fork_name
 
-        output, given = Path(recipe.checkpoint.output), keys_given(arguments)
+        output = Path(recipe.checkpoint.output)
         if "output" not in given:
             output = run.parent / fork_name(run, step, base, recipe, given | SEED_KEYS)
         train_fork(run, step, recipe, output)
 
 
-@dataclass(frozen=True)
 class BisectOptions(InputOptions):
-    a: Positional[Path]
+    a: Annotated[Path, Positional("A")]
     """A run directory."""
-    b: Positional[Path]
+    b: Annotated[Path, Positional("B")]
     """Another; or the same, with another Python."""
     python_a: str | None = None
     """The Python that trains steps of A again, of an environment that has mygpt; absent: this one."""
     python_b: str | None = None
     """The same for B."""
-    json: bool = False
-    """Print the answer as JSON."""
 
 
 @command
@@ -119,7 +100,7 @@ def bisect(options: BisectOptions) -> int:
     from mygpt.checks.bisect import bisect
 
     found = bisect(options.a, options.b, options.python_a, options.python_b, print_note, options.inputs)
-    if options.json:
+    if options.as_json:
         difference = found.difference and found.difference._asdict()
         print_json({"identical": found.step is None, **found._asdict(), "difference": difference})
         return int(found.step is not None)
@@ -157,13 +138,13 @@ def describe(difference: "TensorDifference | None") -> str:
 
 def load_base(options: ForkOptions) -> Recipe:
     """The recipe of the run of which this is a fork, as it trained the step after that of the fork."""
-    run = Run(options.fork_of)
+    run = RunDirectory(options.fork_of)
     return run.recipe_for(step_named(run, options.after) + 1)
 
 
 def announce_recorded_threads(run: Path, step: int, recipe: Recipe | None = None) -> None:
     """Set the threads that trained a step, or those of a `recipe` that has others, where torch finds them."""
-    recorded = Run(run)
+    recorded = RunDirectory(run)
     base = recorded.recipe
     recipe = recipe or base
     if recipe.runtime.threads == base.runtime.threads:

@@ -1,15 +1,15 @@
 """The command that compares recipes over several seeds: `mygpt study`."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
-from tyro.conf import Positional
+from pydantic import Field
 
-from mygpt.cli.command import command
+from mygpt.cli.command import JsonOptions, command
 from mygpt.errors import MygptError, print_note
 from mygpt.recipe.files import shipped_recipes
+from mygpt.recipe.flags import Positional, Repeated
+from mygpt.recipe.tables import Count
 
 if TYPE_CHECKING:
     from mygpt.studies.results import Study
@@ -17,28 +17,23 @@ if TYPE_CHECKING:
 MOST_SEEDS = 1000
 
 
-@dataclass(frozen=True)
-class StudyOptions:
-    recipes: Positional[tuple[str, ...]]
+class StudyOptions(JsonOptions):
+    recipes: Annotated[tuple[str, ...], Positional("RECIPE")]
     """Recipes, or names of shipped ones; or the folder of one study, which is shown again."""
-    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE,VALUE")] = field(
-        default=()
-    )
+    set: Annotated[tuple[str, ...], Repeated("KEY=VALUE,VALUE")] = ()
     """Values of a recipe key: every recipe is run with each of them, and with every combination of several --set."""
     seeds: int = 5
     """Runs of each recipe; more extend a study that is there."""
     out: Path | None = None
     """The study's folder; absent: checkpoints/study- and the names of the recipes and keys."""
-    effect: float = 0.01
+    effect: Annotated[float, Field(gt=0)] = 0.01
     """A difference that matters: where none is seen, the study says how many more seeds would reveal one so large.
     In the unit of the table."""
-    side_by_side: int | None = None
+    side_by_side: Count | None = None
     """Runs at a time; absent: as many as are fastest in all and fit into memory, which is measured."""
-    json: bool = False
-    """Print study.json, and not the table."""
     picture: Path | None = None
     """The picture to draw (.png, .svg or .pdf), which needs matplotlib; absent: study.png in the study's folder."""
-    no_picture: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    no_picture: bool = False
     """Draw none."""
 
 
@@ -46,18 +41,12 @@ class StudyOptions:
 def study(options: StudyOptions) -> None:
     """Run recipes with several seeds, and say which is better, by how much, and how sure that is."""
     from mygpt.reports.plot import check_out
-    from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, cells_of, read_settings
+    from mygpt.studies.grid import PICTURE_FILE, PLAN_FILE, STUDY_FILE, read_settings, stem_of, variants_of
     from mygpt.studies.runner import run_study
 
-    if not options.recipes:
-        raise MygptError("expected a recipe: mygpt study RECIPE --set lr=3e-4,1e-3")
     why = ": one seed is not a result" * (options.seeds == 1)
     if not 2 <= options.seeds <= MOST_SEEDS:
         raise MygptError(f"--seeds: got {options.seeds}, expected 2 to {MOST_SEEDS}{why}")
-    if not 0 < options.effect < float("inf"):
-        raise MygptError(f"--effect: got {options.effect:g}, expected a number above 0")
-    if options.side_by_side is not None and options.side_by_side < 1:
-        raise MygptError(f"--side-by-side: got {options.side_by_side}, expected at least 1")
     if options.picture is not None and options.no_picture:
         raise MygptError(f"got --picture {options.picture} and --no-picture; leave one out")
     if options.picture is not None:
@@ -67,15 +56,15 @@ def study(options: StudyOptions) -> None:
         _show(folder, options)
         return
     settings = read_settings(options.set)
-    cells = cells_of(options.recipes, settings)
-    folder = options.out or _default_out(options.recipes, settings)
+    variants = variants_of(options.recipes, settings)
+    folder = options.out or Path("checkpoints", "-".join(["study", *map(stem_of, options.recipes), *settings]))
     picture = options.picture or folder / PICTURE_FILE
     if not options.no_picture:
         check_out(picture)
         if picture.parent != folder and not picture.parent.is_dir():
             raise MygptError(f"--picture: there is no folder {picture.parent}; make it, or choose another name")
-    result = run_study(cells, options.seeds, folder, options.effect, print_note, options.side_by_side)
-    _print(result, as_json=options.json)
+    result = run_study(variants, options.seeds, folder, options.effect, print_note, options.side_by_side)
+    _print(result, as_json=options.as_json)
     written = [str(result.file)]
     if not options.no_picture:
         from mygpt.studies.picture import draw
@@ -92,15 +81,14 @@ def _show(folder: Path, options: StudyOptions) -> None:
     """Print what the study in a folder has found, and draw a picture if one is named; trains nothing."""
     from mygpt.studies.results import read_study
 
-    default = StudyOptions(options.recipes)
     for name in ("set", "seeds", "out", "side_by_side"):
-        if getattr(options, name) != getattr(default, name):
+        if name in options.model_fields_set:
             flag = f"--{name.replace('_', '-')}"
             raise MygptError(f"{folder}: is shown as it is; leave {flag} out, or give the recipes of the study")
     if options.recipes[1:]:
         raise MygptError(f"{folder}: a study, and one is shown at a time; leave {options.recipes[1]} out")
     study = read_study(folder, options.effect)
-    _print(study, as_json=options.json)
+    _print(study, as_json=options.as_json)
     if options.picture:
         from mygpt.studies.picture import draw
 
@@ -114,11 +102,5 @@ def _print(study: "Study", *, as_json: bool) -> None:
     if as_json:
         print(study.file.read_text(encoding="utf-8"), end="")
     else:
-        lines = [*table_lines(study.cells), *verdict_lines(study.cells, study.comparisons, study.effect)]
+        lines = [*table_lines(study.variants), *verdict_lines(study.variants, study.comparisons, study.effect)]
         print("\n".join(lines))
-
-
-def _default_out(recipes: tuple[str, ...], settings: dict[str, list[object]]) -> Path:
-    from mygpt.studies.grid import stem_of
-
-    return Path("checkpoints", "-".join(["study", *map(stem_of, recipes), *settings]))

@@ -2,13 +2,14 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from typing import Annotated
 
-from mygpt.cli.command import dispatch, errors_reach_all_processes, print_json
+from mygpt.cli.command import JsonOptions, errors_reach_all_processes, print_json
+from mygpt.cli.main import choose
 from mygpt.errors import MygptError
 from mygpt.processes.environment import choose_threads, read_launched
 from mygpt.recipe.files import recipe_schema, shipped_recipes
-from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.flags import Positional, RecipeOptions, parse_recipe
 from mygpt.recipe.tables import Recipe
 
 USAGE = """\
@@ -18,18 +19,16 @@ usage: mygpt recipe show RECIPE.toml|TEXT_FILE [FLAGS]   print the resolved reci
 """
 
 
-@dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(RecipeOptions):
     overwrite: bool = False
     """Replace the run that is already in the output directory, which stays there until the first checkpoint."""
 
 
-@dataclass(frozen=True)
-class DoctorOptions:
+class DoctorOptions(RecipeOptions, JsonOptions):
+    target: Annotated[str, Positional("RECIPE|TEXT")] = "quickstart"
+    """A recipe, a shipped recipe's name, or a text; absent: quickstart, whose corpus needs no download."""
     speed: bool = False
     """Run a few steps, too, and say which settings would be faster (about 20 seconds)."""
-    json: bool = False
-    """Print the answer as JSON."""
 
 
 def train(arguments: list[str]) -> None:
@@ -42,15 +41,13 @@ def train(arguments: list[str]) -> None:
 
 
 def doctor(arguments: list[str]) -> None:
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        arguments = ["quickstart", *arguments]  # whose corpus needs no download
     with errors_reach_all_processes():
         recipe, options = parse_recipe(arguments, "mygpt doctor", DoctorOptions)
     announce_threads(recipe)
     from mygpt.checks.doctor import diagnose
 
     found = diagnose(recipe, speed=options.speed)
-    if options.json:
+    if options.as_json:
         findings = [{"topic": topic, "text": text} for topic, text in found]
         if findings:  # the other processes of a launch find nothing
             print_json({"findings": findings})
@@ -71,7 +68,9 @@ def announce_threads(recipe: Recipe) -> None:
 
 
 def recipe(arguments: list[str]) -> int | None:
-    return dispatch(arguments, "mygpt recipe", {"show": _show, "list": _list, "schema": _schema}, USAGE)
+    commands = {"show": _show, "list": _list, "schema": _schema}
+    name = choose(arguments, "mygpt recipe", commands, USAGE)
+    return commands[name](arguments[1:]) if name else None
 
 
 def _show(arguments: list[str]) -> None:

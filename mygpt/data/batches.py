@@ -1,6 +1,7 @@
 """Windows of tokens: the stream of training batches, a process's share of them, and the held-out windows."""
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -42,7 +43,7 @@ class WindowSet(NamedTuple):
     starts: torch.Tensor
     seq_len: int
     consecutive: bool = False
-    """Whether they are all of a text, or of each piece, one behind the other; otherwise they are drawn at random."""
+    """Whether the windows follow each other through all of a text, or of each piece; otherwise they are random."""
 
 
 def get_batch(data: torch.Tensor, batch_size: int, seq_len: int, generator: torch.Generator | None = None) -> Batch:
@@ -98,6 +99,7 @@ def _epoch_order(windows: int, seed: int) -> torch.Tensor:
     return torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
 
 
+@dataclass(eq=False)
 class BatchStream:
     """The endless stream of training batches.
 
@@ -105,27 +107,18 @@ class BatchStream:
     share of them: the global batch does not depend on the number of processes.
     """
 
-    def __init__(
-        self,
-        data: torch.Tensor,
-        batch_size: int,
-        seq_len: int,
-        *,
-        seed: int,
-        share: Share,
-        order: Literal["random", "epoch"] = "random",
-        device: torch.device | None = None,
-        check: Callable[[], None] | None = None,
-    ):
-        self.data = data
-        self.device = device  # where batches go; None: where the data is
-        self.check = check  # called before each batch, to see that the data can still be read
-        self.batch_size = batch_size
-        self.seq_len = seq_len
-        self.share = share
-        self.order = order
-        self.seed = seed
-        self.generator = torch.Generator().manual_seed(seed)  # "shared-stream" evaluation draws from it, too
+    data: torch.Tensor
+    batch_size: int
+    seq_len: int
+    _: KW_ONLY
+    seed: int
+    share: Share
+    order: Literal["random", "epoch"] = "random"
+    device: torch.device | None = None  # where batches go; None: where the data is
+    check: Callable[[], None] | None = None  # called before each batch, to see that the data can still be read
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)  # "shared-stream" evaluation draws from it, too
         self._drawn = 0  # windows taken in the order of epochs
 
     def state(self) -> torch.Tensor:
@@ -201,9 +194,9 @@ def random_windows(
 ) -> list[WindowSet]:
     """The windows of `count` batches drawn with `generator`."""
     if piece_tokens:
-        places = piece_tokens - seq_len  # in a piece
-        drawn = torch.randint(0, len(data) // piece_tokens * places, (count * batch_size,), generator=generator)
-        return [WindowSet(drawn // places * piece_tokens + drawn % places, seq_len)]
+        starts = piece_tokens - seq_len  # at which a window can begin in each piece
+        drawn = torch.randint(0, len(data) // piece_tokens * starts, (count * batch_size,), generator=generator)
+        return [WindowSet(drawn // starts * piece_tokens + drawn % starts, seq_len)]
     draws = [draw_starts(data, batch_size, seq_len, generator) for _ in range(count)]
     return [WindowSet(torch.cat(draws), seq_len)]
 

@@ -20,7 +20,7 @@ from mygpt.errors import TokenizerError, printable
 from mygpt.recipe.reading import decode_utf8, read_file
 
 PIECE = 1 << 16  # characters, or a few more, that are one string of the library: its memory and time grow faster
-BATCH = 32  # pieces encoded at a time: the library takes hundreds of bytes of memory for each token
+PIECES_AT_A_TIME = 32  # pieces encoded at a time: the library takes hundreds of bytes of memory for each token
 CONTEXT = 256  # characters to either side of a place by which is decided whether a text may be cut there
 SPACE = re.compile(rf"(?<!\s)\s{{1,{CONTEXT // 2}}}(?!\s)")  # of a longer run the context shows no beginning or end
 MAX_PIECE = 1 << 20  # characters after which a text that has no place to cut is cut all the same, to bound memory
@@ -93,7 +93,7 @@ class BPETokenizer(Tokenizer):
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         parts = [np.empty(0, dtype=self._id_type)]
         pieces = self.cut(text)
-        while batch := list(islice(pieces, BATCH)):
+        while batch := list(islice(pieces, PIECES_AT_A_TIME)):
             encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             parts += [np.array(encoding.ids, dtype=self._id_type) for encoding in encodings]
         ids = np.concatenate(parts)

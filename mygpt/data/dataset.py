@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from mygpt.data.corpus import load_corpus
-from mygpt.data.prepared import Prepared, open_prepared, read_manifest
+from mygpt.data.prepared import Prepared, open_prepared, read_corpus_manifest
 from mygpt.data.tokenizer import DEFAULT_VOCAB_SIZE, ByteTokenizer, CharTokenizer, Tokenizer, describe_tokenizer
 from mygpt.errors import CorpusError, counted
 from mygpt.recipe.seeds import held_out_pieces_seed
@@ -37,17 +37,17 @@ class Dataset(NamedTuple):
     val: torch.Tensor
     """Empty without `val_split`."""
     sha256: str
-    """The corpus's, in hexadecimal; of a prepared one, that of its tokens."""
+    """The hash of the corpus, in hexadecimal; of a prepared corpus, the hash of its tokens."""
     check_unchanged: Callable[[], None] | None = None
     """Raises CorpusError if the file that holds the tokens has changed; None: they are in memory."""
     piece_tokens: int = 0
     """The length of each of the pieces that `val` is made of; 0: it is one stretch of the corpus."""
     held_out_sha256: str | None = None
-    """That of `val_corpus`; None: what is held out is of the corpus."""
+    """The hash of `val_corpus`; None: the held-out part is of the corpus."""
 
     @property
     def bytes(self) -> int:
-        """Of all tokens."""
+        """The size of all tokens."""
         return sum(part.numel() * part.element_size() for part in (self.train, self.val))
 
     def unseen_characters(self) -> str:
@@ -60,7 +60,7 @@ class Dataset(NamedTuple):
     def count_copies(self) -> tuple[int, int]:
         """How many documents of a prepared held-out part are in the training part, too, and how many it has.
 
-        (0, 0): it was not looked, as nothing is held out, no token ends a document, or the corpus is large.
+        (0, 0): nothing was compared, since nothing is held out, no token ends a document, or the corpus is large.
         """
         end_of_text = self.tokenizer.end_of_text
         if not len(self.val) or self.check_unchanged is None or end_of_text is None or self.bytes > MAX_COMPARED:
@@ -149,7 +149,7 @@ def is_prepared(corpus: str) -> bool:
 
 def corpus_sha256(corpus: str) -> str:
     """The hash that a dataset of this corpus has; raises CorpusError if it cannot be read."""
-    return read_manifest(Path(corpus)).tokens_sha256 if is_prepared(corpus) else load_corpus(corpus).sha256
+    return read_corpus_manifest(Path(corpus)).tokens_sha256 if is_prepared(corpus) else load_corpus(corpus).sha256
 
 
 def check_kind(table: DataTable, tokenizer: Tokenizer, owner: str) -> None:
@@ -269,9 +269,9 @@ def make_tokenizer(table: DataTable, text: str) -> Tokenizer:
 
 
 def place_pieces(tokens: int, val_split: float) -> list[range]:
-    """Where the held-out pieces are in a text of so many tokens: `PIECES` of equal length, in order, at random places.
+    """The held-out pieces of a text of so many tokens: `PIECES` pieces of equal length, in order, at random positions.
 
-    All runs have the same places. Every arrangement in which none overlaps another is as likely.
+    All runs have the same positions. Every arrangement without an overlap is equally likely.
     """
     length = int(val_split * tokens) // PIECES
     generator = torch.Generator().manual_seed(held_out_pieces_seed())
@@ -310,7 +310,7 @@ def split(
 
 
 def _check_lengths(lengths: Mapping[str, int], tokens: int, seq_len: int, tokenizer: str) -> None:
-    """See that a window can be drawn from each part, whose names have lengths in tokens."""
+    """Check that a window can be drawn from each part; `lengths` has the tokens of each by its name."""
     unit = "character" if tokenizer == "char" else "token"
     for name, length in lengths.items():
         if length <= seq_len + 1:

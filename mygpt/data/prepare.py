@@ -1,8 +1,8 @@
 """Makes a prepared corpus of text files on all cores and in bounded memory; can be killed and continued.
 
-The documents are cut into batches that depend on the sources alone. Their tokens are appended to a file, and a journal
-has a record of each batch: the hashes of its text and of its tokens. The same command reads the sources again, and goes
-on after the batches whose hashes are right: it gives the same bytes as a command that was never killed.
+The documents are cut into chunks that depend on the sources alone. The tokens of each are appended to a file, and a
+journal has a record of each chunk: the hashes of its text and of its tokens. The same command reads the sources again,
+and goes on after the chunks whose hashes are right: it gives the same bytes as a command that was never killed.
 """
 
 import errno
@@ -14,7 +14,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -32,7 +32,7 @@ from mygpt.data.prepared import (
     TOKENIZER_FILE,
     TOKENS_FILE,
     TYPES,
-    Manifest,
+    CorpusManifest,
     header,
     type_name,
 )
@@ -46,12 +46,12 @@ from mygpt.data.tokenizer import (
     fingerprint,
 )
 from mygpt.disk import WRONG_PLACE, file_sha256, flush, make_directory, replace_bytes, sync
-from mygpt.errors import CorpusDiskError, CorpusError, MygptError, TokenizerError, counted, print_note
-from mygpt.posix import fcntl
+from mygpt.errors import CorpusError, DiskError, MygptError, TokenizerError, counted, print_note
+from mygpt.posix import lock_file
 from mygpt.recipe.reading import read_file
 
-BATCH = 1 << 20  # characters that one thread tokenizes at a time
-PIECE_COST = 64  # what a document adds to a batch beside its characters, so that many empty ones make a batch, too
+CHUNK = 1 << 20  # characters that one thread tokenizes at a time
+PIECE_COST = 64  # what a document adds to a chunk beside its characters, so that many empty ones make a chunk, too
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_SAMPLE = 1 << 26  # characters to train an encoding on; the library needs some thirty times their memory
 SYNC_SECONDS = 1.0  # of work that a power failure can cost
@@ -60,21 +60,21 @@ SETTINGS_FILE = "settings.json"
 WORKING_FILES = (SETTINGS_FILE, JOURNAL_FILE, TOKENIZER_FILE, TOKENS_FILE, MANIFEST_FILE)
 
 Progress = Callable[[int], None]
-"""Takes how many more bytes of text are done."""
+"""Is given the number of bytes of text that have been encoded since the last call."""
 
 
 class Encoded(NamedTuple):
-    """Consecutive pieces of documents as tokens."""
+    """A chunk, which is consecutive pieces of documents, as tokens."""
 
     sha256: bytes
-    """Of their text, and where documents end."""
+    """The hash of their text, and of where documents end."""
     ids_sha256: bytes
-    """See `_ids_sha256`."""
+    """The hash of all else in the record; see `_ids_sha256`."""
     tokens: int
     documents: int
     text_bytes: int
     ids: npt.NDArray[np.integer] | None = None
-    """None: the file has them already."""
+    """The ids of the tokens; None: the file has them already."""
 
 
 RECORD = struct.Struct("<32s32sQQQ")  # of an `Encoded` in the journal
@@ -96,12 +96,12 @@ def prepare(
     field: str = DEFAULT_FIELD,
     workers: int | None = None,
     progress: Progress = lambda _: None,
-) -> Manifest:
+) -> CorpusManifest:
     """Make the prepared corpus `out` of these files; a command that was killed is continued.
 
     Raises:
         CorpusError: a source cannot be read, or `out` exists.
-        CorpusDiskError: the disk refused it.
+        DiskError: the disk refused it.
         TokenizerError: the tokenizer cannot be made.
     """
     if os.path.lexists(out) or out.name in ("", ".."):
@@ -141,7 +141,7 @@ def prepare(
             _remove_empty(missing)
             raise CorpusError(f"{text}; choose another --out") from None
         advice = "make room, and the same command continues" if error.errno in NO_ROOM else "the same command continues"
-        raise CorpusDiskError(f"{text}; {advice}") from None
+        raise DiskError(f"{text}; {advice}") from None
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
@@ -152,23 +152,18 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Keep other commands from preparing `out` meanwhile; the kernel frees the lock of a killed command."""
-    path = out.with_name(f".tmp-{out.name}.lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    """Keep other commands from preparing `out` meanwhile."""
+    path, refusal = out.with_name(f".tmp-{out.name}.lock"), f"{out}: another command prepares it, or has just done so"
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The command that held it may have ended, and removed the file, since it was opened here.
-            is_current = os.path.samestat(os.fstat(descriptor), os.stat(path)) and not os.path.lexists(out)
-        except (BlockingIOError, FileNotFoundError):
-            is_current = False
-        if not is_current:
-            raise CorpusError(f"{out}: another command prepares it, or has just done so")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        descriptor = lock_file(path)
+    except BlockingIOError:
+        raise CorpusError(refusal) from None
+    try:
+        if os.path.lexists(out):
+            raise CorpusError(refusal)
+        yield
     finally:
+        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -178,7 +173,7 @@ def _is_own(partial: Path) -> bool:
 
 
 def _clear(partial: Path) -> None:
-    """Remove what a command has written; first the settings, without which nothing else is believed."""
+    """Remove what a command has written. The settings go first: without them the other files are not used."""
     for name in WORKING_FILES:
         for path in (partial / name, partial / f".tmp-{name}"):
             path.unlink(missing_ok=True)
@@ -186,7 +181,7 @@ def _clear(partial: Path) -> None:
 
 
 def _kept_bytes(partial: Path) -> int:
-    """The bytes of text whose tokens are in the folder to work in, by its journal."""
+    """How many bytes of text are encoded in the folder to work in, as its journal says."""
     journal = partial / JOURNAL_FILE
     return sum(encoded.text_bytes for encoded in _records(journal.read_bytes())) if journal.exists() else 0
 
@@ -199,7 +194,7 @@ def _records(journal: bytes) -> Iterator[Encoded]:
 def _tokenizer(
     partial: Path, sources: Sequence[Path], choice: TokenizerChoice, field: str
 ) -> tuple[Tokenizer, dict[str, Any] | None]:
-    """The tokenizer, trained if need be, or as the command that was killed had trained it from the same files."""
+    """The tokenizer that a killed command has kept, if it is of the same settings and files; otherwise a new one."""
     settings, made_tokens = _settings(sources, choice, field), ""
     with suppress(OSError, ValueError, KeyError, TypeError):  # pydantic's errors are ValueErrors
         before = json.loads((partial / SETTINGS_FILE).read_bytes())
@@ -219,7 +214,7 @@ def _tokenizer(
 
 
 def _settings(sources: Sequence[Path], choice: TokenizerChoice, field: str) -> list[Any]:
-    """All that the tokenizer depends on."""
+    """Everything on which the tokenizer depends, as JSON."""
     settings: list[Any] = [choice.kind, choice.vocab_size, field]
     if choice.file:
         settings.append(
@@ -245,8 +240,8 @@ def _make_tokenizer(
         return bpe.gpt2(), None
     if choice.file:
         return bpe.read_tokenizer(choice.file), None
-    blocks = ([piece.text for piece in batch] for batch in batches(pieces, bpe.cut_words))
-    sample = take_sample(blocks, MAX_SAMPLE)
+    texts = ([piece.text for piece in chunk] for chunk in chunks(pieces, bpe.cut_words))
+    sample = take_sample(texts, MAX_SAMPLE)
     if not any(sample):
         raise _no_text(sources)
     digest = hashlib.sha256()
@@ -263,25 +258,25 @@ def _no_text(sources: Sequence[Path]) -> CorpusError:
     return CorpusError(f"{named}: no text in {'it' if len(sources) == 1 else 'them'}")
 
 
-def take_sample(blocks: Iterable[Sequence[str]], size: int) -> list[str]:
-    """Up to `size` characters in blocks taken evenly from all of the text; all of a text that is no longer."""
+def take_sample(chunks: Iterable[Sequence[str]], size: int) -> list[str]:
+    """The texts of chunks taken evenly from all, of up to `size` characters together; all, if they have no more."""
     kept: list[Sequence[str]] = []
     every, total = 1, 0
-    for index, block in enumerate(blocks):
+    for index, chunk in enumerate(chunks):
         if index % every:
             continue
-        kept.append(block)
-        total += sum(map(len, block))
+        kept.append(chunk)
+        total += sum(map(len, chunk))
         while total > size and len(kept) > 1:
             kept, every = kept[::2], every * 2
-            total = sum(len(text) for block in kept for text in block)
-    return [text for block in kept for text in block]
+            total = sum(len(text) for chunk in kept for text in chunk)
+    return [text for chunk in kept for text in chunk]
 
 
 def read_all(
     sources: Sequence[Path], field: str, done: list[Source], note: Callable[[str], None] = lambda _: None
 ) -> Iterator[Piece]:
-    """The documents of all sources in pieces, without those that are null, which are counted in a note.
+    """The documents of all sources in pieces. Documents that are null are left out, and a note counts them.
 
     Raises:
         CorpusError: see `read_pieces`.
@@ -297,8 +292,8 @@ def read_all(
             note(f"{source}: left out, as {field!r} is null: {counted(nulls, 'document')}")
 
 
-def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Iterator[list[Piece]]:
-    """The pieces of documents in batches of about `BATCH` characters, cut where `cut` allows it."""
+def chunks(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Iterator[list[Piece]]:
+    """The pieces of documents in chunks of about `CHUNK` characters, cut where `cut` allows it."""
     ready: list[Piece] = []
     size, rest = 0, ""
     for text, is_last in pieces:
@@ -308,33 +303,33 @@ def batches(pieces: Iterable[Piece], cut: Callable[[str], Iterable[str]]) -> Ite
             ready.append(Piece(rest, is_last=True))
             rest = ""
         size += sum(map(len, whole)) + (len(ready[-1].text) + PIECE_COST if is_last else 0)
-        if size >= BATCH:
+        if size >= CHUNK:
             yield ready
             ready, size = [], 0
     if ready:
         yield ready
 
 
-def _text_sha256(batch: Sequence[Piece]) -> bytes:
+def _text_sha256(chunk: Sequence[Piece]) -> bytes:
     digest = hashlib.sha256()
-    for text, is_last in batch:
+    for text, is_last in chunk:
         data = text.encode()
         digest.update(b"%d,%d:" % (len(data), is_last))
         digest.update(data)
     return digest.digest()
 
 
-def encode_batch(tokenizer: Tokenizer, batch: Sequence[Piece], sha256: bytes, dtype: np.dtype[Any]) -> Encoded:
-    """The tokens of a batch; each document ends with `end_of_text`, where the tokenizer has it."""
+def encode_chunk(tokenizer: Tokenizer, chunk: Sequence[Piece], sha256: bytes, dtype: np.dtype[Any]) -> Encoded:
+    """The tokens of a chunk; each document ends with `end_of_text`, where the tokenizer has it."""
     end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    parts = [part for text, is_last in batch for part in (tokenizer.encode(text), np.array(end * is_last, dtype))]
+    parts = [part for text, is_last in chunk for part in (tokenizer.encode(text), np.array(end * is_last, dtype))]
     ids = np.concatenate(parts, dtype=dtype, casting="unsafe")
-    documents, text_bytes = sum(piece.is_last for piece in batch), sum(len(piece.text.encode()) for piece in batch)
+    documents, text_bytes = sum(piece.is_last for piece in chunk), sum(len(piece.text.encode()) for piece in chunk)
     return Encoded(sha256, _ids_sha256(ids.data, documents, text_bytes), len(ids), documents, text_bytes, ids)
 
 
 def _ids_sha256(ids: Any, documents: int, text_bytes: int) -> bytes:
-    """The hash of all that the journal says of a batch but of its text."""
+    """The hash of all that the journal says of a chunk beside the hash of its text."""
     digest = hashlib.sha256(b"%d,%d:" % (documents, text_bytes))
     digest.update(ids)
     return digest.digest()
@@ -348,109 +343,122 @@ def _write_tokens(
     field: str,
     workers: int,
     progress: Progress,
-) -> Manifest:
+) -> CorpusManifest:
     name = type_name(tokenizer.vocab_size)
     dtype, read = TYPES[name], list[Source]()
-    tokens = documents = text_bytes = 0
     with (
         _open(partial / TOKENS_FILE) as file,
-        _open(partial / JOURNAL_FILE) as lines,
+        _open(partial / JOURNAL_FILE) as records,
         ThreadPoolExecutor(workers) as pool,
     ):
         sync(partial)  # or both files may be gone after a power failure, however often they are synced
-        journal = _Journal(file, lines, dtype.itemsize)
-        pending: deque[tuple[int, Future[Encoded]]] = deque()
+        journal = _Journal(file, records, dtype.itemsize)
+        pending: deque[Future[Encoded]] = deque()
 
         def write() -> None:
-            nonlocal tokens, documents, text_bytes
-            number, future = pending.popleft()
-            encoded = future.result()
-            journal.add(encoded, number, HEADER_BYTES + tokens * dtype.itemsize)
-            tokens += encoded.tokens
-            documents += encoded.documents
-            text_bytes += encoded.text_bytes
+            encoded = pending.popleft().result()
+            journal.add(encoded)
             progress(encoded.text_bytes)
 
         try:
-            for number, batch in enumerate(batches(read_all(sources, field, read, print_note), tokenizer.cut)):
-                sha256 = _text_sha256(batch)
-                if number < len(journal.kept) and journal.kept[number].sha256 == sha256:
-                    future: Future[Encoded] = Future()
-                    future.set_result(journal.kept[number])
-                else:
-                    del journal.kept[number:]
-                    future = pool.submit(encode_batch, tokenizer, batch, sha256, dtype)
-                pending.append((number, future))
+            for chunk in chunks(read_all(sources, field, read, print_note), tokenizer.cut):
+                pending.append(_encode_in(pool, tokenizer, chunk, dtype, journal))
                 if len(pending) > workers:
                     write()
             while pending:
                 write()
-        except CorpusError:  # of a source: the batches before it are whole
+        except CorpusError:  # of a source: the chunks before it are whole
             while pending:
                 write()
             journal.sync()
             raise
         finally:
-            for _, future in pending:
+            for future in pending:
                 future.cancel()
-        if not tokens or not text_bytes:
+        if not journal.tokens or not journal.text_bytes:
             raise _no_text(sources)
-        file.truncate(HEADER_BYTES + tokens * dtype.itemsize)
-        file.seek(0)
-        file.write(header(name, tokens))
-        file.flush()
-        flush(file.fileno())
-    return Manifest(
+        journal.finish(header(name, journal.tokens))
+    return CorpusManifest(
         tokenizer=tokenizer.metadata.type,
-        tokenizer_sha256=fingerprint(tokenizer.metadata),
+        tokenizer_sha256=tokenizer.fingerprint,
         trained_on=trained_on,
         dtype=name,
-        tokens=tokens,
-        documents=documents,
-        text_bytes=text_bytes,
+        tokens=journal.tokens,
+        documents=journal.documents,
+        text_bytes=journal.text_bytes,
         tokens_sha256=file_sha256(partial / TOKENS_FILE),
         field=field,
         sources=tuple(read),
     )
 
 
-class _Journal:
-    """Writes tokens to their file, and a record per batch to the journal: one is on the disk only after its tokens.
+def _encode_in(
+    pool: Executor, tokenizer: Tokenizer, chunk: Sequence[Piece], dtype: np.dtype[Any], journal: "_Journal"
+) -> Future[Encoded]:
+    """Have a thread encode a chunk, unless the journal has it."""
+    sha256 = _text_sha256(chunk)
+    if not (kept := journal.take(sha256)):
+        return pool.submit(encode_chunk, tokenizer, chunk, sha256, dtype)
+    future: Future[Encoded] = Future()
+    future.set_result(kept)
+    return future
 
-    `kept` are the batches that a command that was killed has written, and that the files still have.
-    """
+
+class _Journal:
+    """Writes tokens to their file, and a record per chunk to the journal, which has it on the disk after its tokens."""
 
     def __init__(self, tokens_file: IO[bytes], journal_file: IO[bytes], token_bytes: int):
-        self._tokens, self._journal, self.kept = tokens_file, journal_file, list[Encoded]()
+        self._tokens_file, self._journal_file, self._token_bytes = tokens_file, journal_file, token_bytes
+        self._chunks = self.tokens = self.documents = self.text_bytes = 0  # added so far
+        self._kept: deque[Encoded] = deque()
+        """The next chunks, of those that a command that was killed has written."""
         size = tokens_file.seek(0, os.SEEK_END)
         tokens_file.seek(HEADER_BYTES)
-        for entry in _records(journal_file.read()):
-            ids = tokens_file.read(min(entry.tokens * token_bytes, size))  # a damaged record may have any number
-            if _ids_sha256(ids, entry.documents, entry.text_bytes) != entry.ids_sha256:
+        for record in _records(journal_file.read()):
+            ids = tokens_file.read(min(record.tokens * token_bytes, size))  # a damaged record may have any number
+            if _ids_sha256(ids, record.documents, record.text_bytes) != record.ids_sha256:
                 break
-            self.kept.append(entry)
+            self._kept.append(record)
         self._unwritten = b""
         self._synced_at = time.monotonic()
 
-    def add(self, encoded: Encoded, number: int, offset: int) -> None:
-        """Write batch `number`, whose tokens begin at `offset` bytes, if the files do not have it."""
-        if encoded.ids is None:
-            return
-        if not self._unwritten:
-            self._journal.truncate(self._journal.seek(number * RECORD.size))  # the rest is of another text, or damaged
-        self._tokens.seek(offset)
-        self._tokens.write(encoded.ids.tobytes())
-        self._unwritten += RECORD.pack(*encoded[:-1])
-        if time.monotonic() - self._synced_at >= SYNC_SECONDS:
-            self.sync()
+    def take(self, sha256: bytes) -> Encoded | None:
+        """The record of the next chunk, whose text has this hash; None: it and all after it are to be written."""
+        if self._kept and self._kept[0].sha256 == sha256:
+            return self._kept.popleft()
+        self._kept.clear()
+        return None
+
+    def add(self, encoded: Encoded) -> None:
+        """Add the next chunk, and write it if the files do not have it."""
+        if encoded.ids is not None:
+            if not self._unwritten:  # what follows in the journal is of another text, or damaged
+                self._journal_file.truncate(self._journal_file.seek(self._chunks * RECORD.size))
+            self._tokens_file.seek(HEADER_BYTES + self.tokens * self._token_bytes)
+            self._tokens_file.write(encoded.ids.tobytes())
+            self._unwritten += RECORD.pack(*encoded[:-1])
+            if time.monotonic() - self._synced_at >= SYNC_SECONDS:
+                self.sync()
+        self._chunks += 1
+        self.tokens += encoded.tokens
+        self.documents += encoded.documents
+        self.text_bytes += encoded.text_bytes
 
     def sync(self) -> None:
-        for file, data in ((self._tokens, b""), (self._journal, self._unwritten)):
+        for file, data in ((self._tokens_file, b""), (self._journal_file, self._unwritten)):
             file.write(data)
             file.flush()
             flush(file.fileno())
         self._unwritten = b""
         self._synced_at = time.monotonic()
+
+    def finish(self, header: bytes) -> None:
+        """Write the header of the tokens' file, and remove what may be left behind its last token."""
+        self._tokens_file.truncate(HEADER_BYTES + self.tokens * self._token_bytes)
+        self._tokens_file.seek(0)
+        self._tokens_file.write(header)
+        self._tokens_file.flush()
+        flush(self._tokens_file.fileno())
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -18,7 +18,7 @@ from mygpt.data.build import tokenizer_from
 from mygpt.data.sources import Sha256, Source
 from mygpt.data.tokenizer import Tokenizer, TokenizerMetadata, fingerprint
 from mygpt.disk import file_sha256
-from mygpt.errors import CorpusDiskError, CorpusError
+from mygpt.errors import CorpusError, DamagedCorpusError
 from mygpt.recipe.reading import read_file
 from mygpt.recipe.tables import Table
 
@@ -31,22 +31,22 @@ TYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "U16": np.dtype("<u
 """The types of tokens, by their names in a safetensors file."""
 
 
-class Manifest(Table):
+class CorpusManifest(Table):
     """manifest.json: what a prepared corpus was made of, and what its files must be."""
 
     format: Literal[1] = 1
     tokenizer: str
-    """Its kind."""
+    """The kind of the tokenizer."""
     tokenizer_sha256: Sha256
-    """Its fingerprint."""
+    """The fingerprint of the tokenizer."""
     trained_on: dict[str, Any] | None = None
-    """Bytes and sha256 of the text on which the tokenizer was trained; None: it was not."""
+    """Bytes and sha256 of the text on which the tokenizer was trained; None: it was not trained."""
     dtype: Literal["U8", "U16", "I32"]
     tokens: Annotated[int, Field(ge=1)]
     documents: Annotated[int, Field(ge=1)]
     text_bytes: int
     tokens_sha256: Sha256
-    """Of the tokens' file."""
+    """The hash of the tokens' file."""
     field: str
     """The field or column that had the text."""
     sources: tuple[Source, ...]
@@ -58,7 +58,7 @@ class Manifest(Table):
 class Prepared(NamedTuple):
     """A prepared corpus that is open."""
 
-    manifest: Manifest
+    manifest: CorpusManifest
     tokenizer: Tokenizer
     tokens: npt.NDArray[np.integer]
     """(tokens,), memory-mapped."""
@@ -70,25 +70,25 @@ class Prepared(NamedTuple):
         """The text of some of the tokens (n,).
 
         Raises:
-            CorpusDiskError: the tokenizer has no such token.
+            DamagedCorpusError: the tokenizer has no such token.
         """
         try:
             return self.tokenizer.decode(ids.tolist())
         except IndexError as error:
-            raise CorpusDiskError(f"{self.file}: damaged: {error}; prepare it again") from None
+            raise DamagedCorpusError(f"{self.file}: damaged: {error}; prepare it again") from None
 
     def check_unchanged(self) -> None:
         """Compare the state of the tokens' file with that at opening: reading beyond a new end would kill the process.
 
         Raises:
-            CorpusDiskError: it has changed, or is gone.
+            DamagedCorpusError: it has changed, or is gone.
         """
         try:
             is_same = _state(self.file) == self.state
         except OSError:
             is_same = False
         if not is_same:
-            raise CorpusDiskError(
+            raise DamagedCorpusError(
                 f"{self.file}: has changed while it was in use; prepare it again, and the same command continues"
             )
 
@@ -97,10 +97,10 @@ def open_prepared(folder: Path, *, verify: bool = True) -> Prepared:
     """Open a prepared corpus; `verify` compares its tokens with their hash, which reads all of them once.
 
     Raises:
-        CorpusError: it is no prepared corpus; CorpusDiskError if it is not as it was prepared.
+        CorpusError: it is no prepared corpus; DamagedCorpusError if it is not as it was prepared.
         TokenizerError: its tokenizer needs a package that is not installed.
     """
-    manifest = read_manifest(folder)
+    manifest = read_corpus_manifest(folder)
     raw = read_file(folder / TOKENIZER_FILE, CorpusError, expected="a tokenizer", missing="missing: damaged corpus")
     try:
         metadata: Any = TypeAdapter(TokenizerMetadata).validate_json(raw)
@@ -114,22 +114,22 @@ def open_prepared(folder: Path, *, verify: bool = True) -> Prepared:
     try:
         state, size = _state(file), HEADER_BYTES + manifest.tokens * dtype.itemsize
         if state[0] != size:
-            raise CorpusDiskError(f"{file}: has {state[0]:,} bytes, expected {size:,}: truncated or not complete")
+            raise DamagedCorpusError(f"{file}: has {state[0]:,} bytes, expected {size:,}: truncated or not complete")
         if verify and file_sha256(file) != manifest.tokens_sha256:
-            raise CorpusDiskError(
+            raise DamagedCorpusError(
                 f"{file}: damaged: its sha256 is not that in {MANIFEST_FILE}; prepare the corpus again"
             )
         with file.open("rb") as content:
             if content.read(HEADER_BYTES) != header(manifest.dtype, manifest.tokens):
-                raise CorpusDiskError(f"{file}: damaged: its header is not that of {manifest.tokens:,} tokens")
+                raise DamagedCorpusError(f"{file}: damaged: its header is not that of {manifest.tokens:,} tokens")
         # Not to be written: the system would want to have memory for all that may be written.
         tokens = np.memmap(file, dtype, mode="r", offset=HEADER_BYTES, shape=(manifest.tokens,))
     except OSError as error:
-        raise CorpusDiskError(f"{file}: cannot be read: {error.strerror}") from None
+        raise DamagedCorpusError(f"{file}: cannot be read: {error.strerror}") from None
     return Prepared(manifest, tokenizer_from(metadata), tokens, file, state)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_corpus_manifest(folder: Path) -> CorpusManifest:
     """The manifest of a prepared corpus.
 
     Raises:
@@ -141,7 +141,7 @@ def read_manifest(folder: Path) -> Manifest:
     missing = "missing: a corpus is a text file, or a folder that `mygpt data prepare` made"
     raw = read_file(file, CorpusError, expected="a manifest", missing=missing)
     try:
-        return Manifest.model_validate_json(raw)
+        return CorpusManifest.model_validate_json(raw)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise CorpusError(f"{file}: damaged: {where}: {error.errors()[0]['msg']}") from None

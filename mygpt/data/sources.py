@@ -79,20 +79,10 @@ class NoFieldError(CorpusError):
     """A record has no such field, or a table no such column."""
 
 
-class Content(NamedTuple):
-    """What a file holds."""
-
-    form: Form
-    compression: str
-    """Its ending; "": none."""
-    head: bytes
-    """The beginning of what it holds, decompressed."""
-
-
 def find_sources(names: Sequence[str], field: str = DEFAULT_FIELD) -> list[Path]:
     """The files that a user names: files, folders, patterns and tinyshakespeare, each file and each content once.
 
-    A folder stands for all files of known endings in it but hidden ones, and those of mygpt's own folders. Those of a
+    A folder stands for all files of known endings in it, without hidden files and mygpt's own folders. The files of a
     folder or a pattern come in the order of their paths. Notes say what is left out.
 
     Raises:
@@ -125,16 +115,6 @@ def find_sources(names: Sequence[str], field: str = DEFAULT_FIELD) -> list[Path]
     return _each_content_once([*found.values()], field)
 
 
-def is_plain(file: Path) -> bool:
-    """Whether a file is one document, byte by byte as it is.
-
-    Raises:
-        CorpusError: see `read_pieces`.
-    """
-    form, compression, _ = identify(file)
-    return form == "text" and not compression
-
-
 def decode_text(file: Path, raw: bytes) -> str:
     """The text of a file with these bytes, if it is one document, as `read_pieces` reads it.
 
@@ -149,8 +129,10 @@ def decode_text(file: Path, raw: bytes) -> str:
     return "".join(piece.text for piece in _text(file, [raw]))
 
 
-def identify(file: Path, content: bytes | None = None) -> Content:
-    """What a file holds, whose `content` may be known.
+def identify(file: Path, content: bytes | None = None) -> tuple[Form, str, bytes]:
+    """The form of a file, the ending of its compression ("": none), and the beginning of what it holds, decompressed.
+
+    `content` is that of the file, if it is known.
 
     Raises:
         CorpusError: it cannot be read, or is no text.
@@ -162,11 +144,11 @@ def identify(file: Path, content: bytes | None = None) -> Content:
             head, _ = _peek(_decompressed(file, _Hashing(raw)))
     except OSError as error:
         raise CorpusError(f"{file}: cannot be read: {error.strerror or error}") from None
-    return Content(find_form(file, head), compression, head)
+    return find_form(file, head), compression, head
 
 
 def _files_in(folder: Path, field: str) -> list[Path]:
-    """The files of known endings in a folder and those in it, but for hidden ones, as what mygpt is still writing.
+    """The files of known endings in a folder and its subfolders. Hidden files, such as unfinished ones, are left out.
 
     Links to folders are not followed: they may lead in a circle. A note counts what is left out.
     """
@@ -207,9 +189,9 @@ def _files_in(folder: Path, field: str) -> list[Path]:
 
 
 def _has_field(file: Path, field: str) -> bool:
-    """Whether a file has records with this field. One that cannot be read counts: reading it says why."""
+    """Whether a file has records with this field. True of a file that cannot be read: reading it says why."""
     try:
-        if identify(file).form == "text":
+        if identify(file)[0] == "text":
             return False
         next(read_pieces(file, field, []), None)
     except NoFieldError:
@@ -220,7 +202,7 @@ def _has_field(file: Path, field: str) -> bool:
 
 
 def _each_content_once(files: Sequence[Path], field: str) -> list[Path]:
-    """The files without those that hold, decompressed, the same bytes as one before; notes name these."""
+    """The files without copies, which hold, decompressed, the same bytes as an earlier file; notes name the copies."""
     kept: list[Path] = []
     copies: list[str] = []
     alike: dict[tuple[Form, bytes], list[Path]] = {}
@@ -322,17 +304,18 @@ class _Hashing(io.RawIOBase):
 def _decompressed(file: Path, raw: _Hashing) -> Iterator[bytes]:
     """The blocks of a file's content."""
     stream: Any = io.BufferedReader(raw, BLOCK)
-    ending = find_compression(file, stream.peek(4))
+    head = stream.peek(4)
     try:
-        if ending == ".gz":
-            stream = gzip.GzipFile(fileobj=stream)
-        elif ending == ".zst":
+        ending = find_compression(file, head)
+        if ending == ".zst":
             yield from _zstd(file, stream)
             return
+        if ending == ".gz":
+            if not head:
+                raise CorpusError(f"{file}: damaged gzip: the file is empty")
+            stream = gzip.GzipFile(fileobj=stream)
         while block := stream.read(BLOCK):
             yield block
-        if ending == ".gz" and not raw.size:
-            raise CorpusError(f"{file}: damaged gzip: the file is empty")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CorpusError(f"{file}: damaged gzip: {error}") from None
 

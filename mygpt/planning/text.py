@@ -164,7 +164,7 @@ def _windows(data: npt.NDArray[np.uint8], length: int) -> npt.NDArray[np.int64]:
 def _look_up(
     keys: npt.NDArray[np.int64], values: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Which of `wanted` (n,) are in the sorted `keys`, and the values there; of others, any value."""
+    """Whether each of `wanted` (n,) is one of the sorted `keys`, and that key's value; if it is none, any value."""
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return keys[places] == wanted, values[places]
 

@@ -41,11 +41,9 @@ class Preflight(NamedTuple):
     device: torch.device
     dataset: Dataset
     info: RunInfo
-    """Of a run that begins here and now."""
+    """Of a run that begins here and now. Its recipe names the model that `init_from` leads to, and its tokenizer."""
     reports: list[ProcessReport]
     """Of all processes, by rank."""
-    initial: Initial | None
-    """The model to begin with."""
     notes: list[str]
     """Settings that may not be as the user meant them, a sentence each."""
 
@@ -89,7 +87,7 @@ def run_preflight(
         corpus_sha256=dataset.sha256,
         held_out_sha256=dataset.held_out_sha256,
         init_sha256=initial and initial.sha256,
-        recipe=recipe,
+        recipe=with_what_is_there(recipe, initial, dataset),
         stretches=(Stretch(after_step=0, steps=steps, patience=patience, environment=environment),),
     )
     # Only the main process uses output and resume; what is read, and the threads, are compared by content and number.
@@ -107,7 +105,17 @@ def run_preflight(
     reports = [ProcessReport(**report) for report in channel.exchange(own._asdict(), extra_seconds=hashing)]
     check_alike(reports, exact=exact)
     notes = ignored_settings(runtime.precision) + ([initial.note] if initial and initial.note else [])
-    return Preflight(device, dataset, info, reports, initial, [*notes, *doubtful_settings(info, device)])
+    return Preflight(device, dataset, info, reports, [*notes, *doubtful_settings(info, device)])
+
+
+def with_what_is_there(recipe: Recipe, initial: Initial | None, dataset: Dataset) -> Recipe:
+    """The recipe with the path of the initial model, and with the tokenizer that this model or a prepared corpus has,
+    whatever the recipe says."""
+    if initial:
+        recipe = recipe.replace(init_from=initial.path)
+    if initial or is_prepared(recipe.data.corpus):
+        recipe = recipe.replace(tokenizer=dataset.tokenizer.metadata.type)
+    return recipe
 
 
 def doubtful_settings(info: RunInfo, device: torch.device) -> Iterator[str]:

@@ -1,17 +1,19 @@
 """Command-line flags: one for every recipe key, and one for every other option of a command."""
 
-import contextlib
-import dataclasses
+import argparse
 import difflib
-import io
 import os
 import re
-from collections.abc import Callable, Container
-from dataclasses import field, make_dataclass
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
-import tyro
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from mygpt.errors import MygptError, RecipeError
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE, load_recipe, shipped_recipes, with_own_output
@@ -22,66 +24,200 @@ from mygpt.recipe.tables import (
     STUDY_KEYS,
     TABLE_OF_KEY,
     Recipe,
+    Table,
     build_recipe,
     check_recipe,
+    describe_problem,
     lay_over,
     seed_keys,
 )
 
-TARGET_HELP = "A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."
-SEED_HELP = "Sets init_seed and data_seed, for a run that differs only by chance."
+MAX_WIDTH = 100
+"""Columns of help."""
+
+TABLES = {name: type(info.default) for name, info in Recipe.model_fields.items()}
+SAME_FLAGS = {"out": ("--out", "--output"), "output": ("--output", "--out")}
 
 
-def parse_recipe(arguments: list[str], prog: str, options: type | None = None) -> tuple[Recipe, Any]:
-    """The recipe that the arguments give: a recipe or text file, with flags laid over it.
+class Positional(str):
+    """Annotates a field that is given without a flag, with what stands for it in help."""
 
-    `options` is a dataclass of further flags; an instance of it is returned beside the recipe.
+
+class Repeated(str):
+    """Annotates a tuple whose flag adds one value each time it is given, with what stands for the value in help."""
+
+
+class SeedOptions(Table):
+    seed: int | None = None
+    """Sets init_seed and data_seed, for a run that differs only by chance."""
+
+
+class RecipeOptions(SeedOptions):
+    target: Annotated[str, Positional("RECIPE|TEXT")]
+    """A recipe, a shipped recipe's name, or a text to train on with the plain run's settings."""
+
+
+def parse_recipe(arguments: list[str], prog: str, options: type[RecipeOptions] = RecipeOptions) -> tuple[Recipe, Any]:
+    """The recipe that the arguments give, a recipe or text file with flags laid over it; and an instance of `options`.
+
+    Raises as `parse_options` does, and if the recipe cannot be used.
+    """
+    recipe, chosen, _ = parse_changes(arguments, prog, options, lambda chosen: load_target(chosen.target))
+    return recipe, chosen
+
+
+def parse_changes(
+    arguments: list[str], prog: str, options: type[SeedOptions], load: Callable[[Any], Recipe]
+) -> tuple[Recipe, Any, set[str]]:
+    """The recipe that `load` finds by an instance of `options`, with flags laid over it; the instance; the keys given.
+
+    Raises as `parse_recipe` does.
+    """
+    chosen, loaded, keys = parse_options(arguments, prog, options, "Every key of the recipe is a flag.", TABLES, load)
+    given = set(keys)
+    if chosen.seed is not None:
+        if both := sorted(given & SEED_KEYS):
+            raise MygptError(f"--seed sets {both[0]}, too; give --seed alone, or --init-seed and --data-seed")
+        keys |= seed_keys(chosen.seed, "--seed")
+    recipe, target = lay_over(loaded, keys), getattr(chosen, "target", None)
+    check_recipe(recipe, source=target or "recipe")
+    return with_own_output(target, loaded, recipe, keys.keys()) if target else recipe, chosen, given
+
+
+def parse_options(
+    arguments: list[str],
+    prog: str,
+    options: type[Table],
+    about: str,
+    tables: Mapping[str, type[Table]] = {},
+    load: Callable[[Any], Recipe] = lambda _: Recipe(),
+) -> tuple[Any, Recipe, dict[str, Any]]:
+    """An instance of `options`; the recipe that `load` finds by it; and the values that are given for keys of `tables`.
+
+    A value that has not the type of its key is left as it was given, for the recipe to refuse. `about` begins the help,
+    in which the recipe's values are the defaults.
 
     Raises:
-        MygptError: the recipe or a flag cannot be used.
+        MygptError: a flag is unknown, or something is missing or has a value that it may not have.
         SystemExit: help was asked for, and has been printed.
     """
-    arguments = _spell_output(arguments, TABLE_OF_KEY)
-    # The recipe's values are the defaults of the flags, so it must be loaded before the flags are parsed.
-    has_target_first = bool(arguments) and not arguments[0].startswith("-")
-    target = arguments[0] if has_target_first else _parse_flags(arguments, prog, Recipe(), options).target
-    loaded = load_target(target)
-    flags = _parse_flags(arguments, prog, loaded, options)
-    recipe = _lay_over(loaded, flags, arguments, source=target)
-    recipe = with_own_output(target, loaded, recipe, keys_given(arguments) | SEED_KEYS)
-    return recipe, getattr(flags, "run", None)
+    words = list[str]()
+    for word in arguments:
+        if words and re.fullmatch(r"--[^=]+", words[-1]) and re.match(r"-\.?\d", word):
+            words[-1] += f"={word}"  # argparse takes -1e-3 for a flag
+        else:
+            words.append(re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word))
+    namespace, rest = _build_parser(prog, options, about, tables).parse_known_intermixed_args(words)
+    given, own = vars(namespace), _fields_of(options)
+    fields = own | {name: info for table in tables.values() for name, info in table.model_fields.items()}
+    if unknown := [word for word in rest if word.startswith("-")]:
+        raise MygptError(f"unknown flag {unknown[0].split('=')[0]}; {_hint(unknown[0].split('=')[0], prog, fields)}")
+    if rest:
+        raise MygptError(f"unexpected argument {rest[0]!r}; usage: {_usage(prog, options)}")
+    wants_help = given.pop("help", False)
+    values = {name: _typed(value, fields[name].annotation) for name, value in given.items()}
+    chosen = {name: values.pop(name) for name in own if name in values}
+    if wants_help:
+        recipe = Recipe()
+        with suppress(MygptError, ValidationError):
+            recipe = load(options.model_validate(chosen))
+        _build_parser(prog, options, about, tables, recipe.flat()).print_help()
+        raise SystemExit(0)
+    try:
+        instance = options.model_validate(chosen)
+    except ValidationError as error:
+        problems = {str(problem["loc"][0]): problem for problem in error.errors()}
+        shown = {name: _marked(own[name], Positional) or _flag(name) for name in problems}
+        if missing := [shown[name] for name in problems if problems[name]["type"] == "missing"]:
+            usage = f"usage: {_usage(prog, options)}; `{prog} --help` tells more"
+            raise MygptError(f"{' and '.join(missing)} missing; {usage}") from None
+        lines = (f"{shown[name]}: {describe_problem(problem)}" for name, problem in problems.items())
+        raise MygptError("\n".join(lines)) from None
+    return instance, load(instance), values
 
 
-def parse_changes(arguments: list[str], prog: str, options: type, load: Callable[[Any], Recipe]) -> tuple[Recipe, Any]:
-    """The recipe that `load` finds by an instance of the dataclass `options`, with flags laid over it; and that.
-
-    The fields of `options` are what else is on the command line. Raises as `parse_recipe` does.
-    """
-    arguments = _spell_output(arguments, TABLE_OF_KEY)
-    loaded = load(_parse_flags(arguments, prog, Recipe(), options, has_target=False).run)
-    flags = _parse_flags(arguments, prog, loaded, options, has_target=False)
-    return _lay_over(loaded, flags, arguments, source="recipe"), flags.run
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        way = "; a value that begins with a dash is given as --FLAG=VALUE" if "expected" in message else ""
+        raise MygptError(f"{message.removeprefix('argument ')}{way}")
 
 
-def _lay_over(loaded: Recipe, flags: Any, arguments: list[str], source: str) -> Recipe:
-    """The loaded recipe with the values of the parsed flags, checked."""
-    given = keys_given(arguments)
-    keys = {key: vars(getattr(flags, TABLE_OF_KEY[key]))[key] for key in given}
-    if flags.seed is not None:
-        for key in SEED_KEYS:
-            if key in given:
-                raise MygptError(f"--seed sets {key}, too; give --seed alone, or --init-seed and --data-seed")
-        keys |= seed_keys(flags.seed, "--seed")
-    recipe = lay_over(loaded, keys)
-    check_recipe(recipe, source=source)
-    return recipe
+def _build_parser(
+    prog: str, options: type[Table], about: str, tables: Mapping[str, type[Table]], values: Mapping[str, Any] = {}
+) -> _Parser:
+    """A parser of the fields of `options` and `tables`; help shows `values` as the defaults of those of tables."""
+    width = min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns)
+    notes = "In brackets: the default. --no-FLAG turns off a FLAG that takes no value."
+    parser = _Parser(
+        prog,
+        _usage(prog, options),
+        about,
+        f"{notes} `mygpt recipe schema` explains each key in full." if tables else notes,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=28, width=width),
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    for name, info in _fields_of(options).items():
+        _add_flag(parser, name, info, info.description or "", info.default)
+    parser.add_argument("-h", "--help", action="store_true", help="Show this help.")
+    for table, model in tables.items():
+        group = parser.add_argument_group(f"[{table}] {_first_sentence(model.__doc__)}")
+        for name, info in model.model_fields.items():
+            _add_flag(group, name, info, _first_sentence(info.description), values.get(name))
+    return parser
 
 
-def keys_given(arguments: list[str]) -> set[str]:
-    """The recipe keys for which there is a flag of their own among the arguments."""
-    flags = (argument.split("=")[0] for argument in _spell_output(arguments, TABLE_OF_KEY))
-    names = {flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
-    return {name.removeprefix("no_") if name not in TABLE_OF_KEY else name for name in names} & TABLE_OF_KEY.keys()
+def _add_flag(group: Any, name: str, info: FieldInfo, text: str, default: Any) -> None:
+    """Add the flag of a field, or its place among the arguments, to a group of a parser."""
+    flag, parts = _flag(name), _parts(info.annotation)
+    nargs = "*" if any(get_origin(part) is tuple for part in parts) else None
+    if default is not False and isinstance(default, (str, int, float, Path)):
+        shown = "on" if default is True else str(default)
+        text += f" [{shown if shown.isprintable() else repr(shown)}]"
+    text = text.replace("%", "%%")
+    if metavar := _marked(info, Positional):
+        group.add_argument(name, metavar=metavar, nargs=nargs or "?", help=text)
+    elif metavar := _marked(info, Repeated):
+        group.add_argument(flag, metavar=metavar, action="append", help=text)
+    elif info.annotation is bool:
+        group.add_argument(flag, action="store_true", help=text)
+        group.add_argument(f"--no-{flag[2:]}", dest=name, action="store_false", help=argparse.SUPPRESS)
+    else:
+        choices = [part for part in parts if isinstance(part, str)]
+        kinds = [kind.__name__.upper() for kind in (float, int, Path, str) if kind in parts]
+        metavar = f"{{{','.join(choices)}}}" if choices else kinds[0]
+        group.add_argument(*SAME_FLAGS.get(name, (flag,)), metavar=metavar, nargs=nargs, help=text)
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """A value as the type wants it, if the text stands for one; else the text, which the type then refuses."""
+    parts = _parts(kind)
+    if isinstance(value, list):
+        values = tuple(_typed(text, kind) for text in value)
+        rows = [len(get_args(part)) for part in parts if get_origin(part) is tuple][1:]
+        return tuple(values[at : at + rows[0]] for at in range(0, len(values), rows[0])) if rows else values
+    if value == "None" and NoneType in parts:
+        return None
+    for number in (int, float, Path):
+        if number in parts and isinstance(value, str):
+            with suppress(ValueError):
+                return number(value)
+    return value
+
+
+def _hint(flag: str, prog: str, fields: Mapping[str, FieldInfo]) -> str:
+    """What may have been meant by an unknown flag."""
+    name = flag.strip("-").replace("-", "_").lower()
+    key = KEY_OF_FOREIGN_NAME.get(name, name)
+    if "set" in fields and key in TABLE_OF_KEY.keys() - STUDY_KEYS:
+        return f"give the values of a recipe's key with --set {key}=VALUE,VALUE{unit_note(name)}"
+    if name in NOTES:
+        return NOTES[name]
+    switches = [f"no_{name}" for name, info in fields.items() if info.annotation is bool]
+    if close := closest(name, [*fields, *switches]):
+        return f"did you mean {_flag(close)}{unit_note(name)}?"
+    return f"`{prog} --help` lists all"
 
 
 def load_target(target: str) -> Recipe:
@@ -93,12 +229,11 @@ def load_target(target: str) -> Recipe:
     recipes = shipped_recipes()
     if target.lower().endswith(".toml") or target in recipes:
         return load_recipe(target)
-    is_bare_name = os.path.splitext(os.path.basename(target))[0] == target
-    close = difflib.get_close_matches(target, recipes, n=1) if is_bare_name else []
-    if is_bare_name and target not in NAMED_CORPORA and not os.path.lexists(target):
-        known = f"expected a recipe (one of {', '.join(recipes)}), a text or one of {', '.join(NAMED_CORPORA)}"
-        raise RecipeError(f"{target}: no such recipe or text; {f'did you mean {close[0]!r}?' if close else known}")
     if target not in NAMED_CORPORA:
+        if os.path.splitext(os.path.basename(target))[0] == target and not os.path.lexists(target):
+            known = f"expected a recipe (one of {', '.join(recipes)}), a text or one of {', '.join(NAMED_CORPORA)}"
+            close = [f"did you mean {name!r}?" for name in difflib.get_close_matches(target, recipes, n=1)]
+            raise RecipeError(f"{target}: no such recipe or text; {(close or [known])[0]}")
         _check_is_no_run(Path(target))
     return build_recipe({"data": {"corpus": target}, "checkpoint": {"output": f"checkpoints/{Path(target).stem}"}})
 
@@ -115,106 +250,47 @@ def _check_is_no_run(target: Path) -> None:
     is_prepared = os.path.lexists(target / "manifest.json")
     of_many = next(target.glob(f"*/{RUN_FILE}"), None) if os.path.isdir(target) and not is_prepared else None
     if run is None and of_many:
-        way = f"`mygpt train {of_many.with_name(RECIPE_FILE)}` continues one of them"
-        raise RecipeError(f"{target}: a folder of runs, not a recipe; {way}")
-    if run is None or not (os.path.isdir(target) or is_named):
+        kind, recipe, way = "a folder of runs", of_many.with_name(RECIPE_FILE), "one of them"
+    elif run is None or not (os.path.isdir(target) or is_named):
         return
-    if run == target:
-        way = f"`mygpt train {run / RECIPE_FILE}` continues it, with --steps for more steps"
-        raise RecipeError(f"{target}: a run, not a recipe; {way}")
-    way = f"`mygpt train {run / RECIPE_FILE}` continues the run, and --init-from {target} trains its weights on"
-    kind = "a file of a run" if target.suffix in (".json", ".jsonl") else "a checkpoint"
-    raise RecipeError(f"{target}: {kind}, not a recipe; {way}")
+    elif run == target:
+        kind, recipe, way = "a run", run / RECIPE_FILE, "it, with --steps for more steps"
+    else:
+        kind = "a file of a run" if target.suffix in (".json", ".jsonl") else "a checkpoint"
+        recipe, way = run / RECIPE_FILE, f"the run, and --init-from {target} trains its weights on"
+    raise RecipeError(f"{target}: {kind}, not a recipe; `mygpt train {recipe}` continues {way}")
 
 
-def parse_command(kind: type, arguments: list[str], prog: str, description: str) -> Any:
-    """As `parse_options`, for a command whose flags are not those of a recipe."""
-    names = _names_of(kind)
-    arguments = _spell_output(arguments, names)
-    _check_names(arguments, prog, names)
-    return parse_options(kind, arguments, prog, description)
+def _usage(prog: str, options: type[Table]) -> str:
+    """How a command is called: the arguments, the flags that it needs, and whether there are more."""
+    words = [prog]
+    for name, info in _fields_of(options).items():
+        if metavar := _marked(info, Positional):
+            word = metavar + "..." * (get_origin(info.annotation) is tuple)
+            words.append(word if info.is_required() else f"[{word}]")
+        elif info.is_required():
+            words.append(f"{_flag(name)} PATH")
+    return " ".join([*words, "[FLAGS]"])
 
 
-def parse_options(kind: type, arguments: list[str], prog: str, description: str) -> Any:
-    """An instance of the dataclass `kind` from flags.
-
-    Raises:
-        MygptError: a flag cannot be used; with tyro's explanation on one line.
-        SystemExit: help was asked for, and has been printed.
-    """
-    box = io.StringIO()  # in which tyro draws its explanation
-    try:
-        with contextlib.redirect_stderr(box):
-            settings = (tyro.conf.OmitArgPrefixes,)
-            return tyro.cli(kind, args=arguments, prog=prog, description=description, config=settings)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    # The first line is the box's title; lines of dashes separate its paragraphs.
-    paragraphs = re.split(r"\n\W*\n", "\n".join(box.getvalue().splitlines()[1:]))
-    raise MygptError("; ".join(" ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split()) for text in paragraphs))
+def _flag(name: str) -> str:
+    return f"--{name}".replace("_", "-")
 
 
-def _parse_flags(
-    arguments: list[str], prog: str, recipe: Recipe, options: type | None, *, has_target: bool = True
-) -> Any:
-    """Parse the target if there is to be one, --seed, the further `options` and one flag per recipe key.
-
-    The result has an attribute for each table, which holds the table's keys. Flags have the plain types of the keys:
-    the recipe checks the values, so that files and flags get the same messages.
-    """
-    _check_names(arguments, prog, {*TABLE_OF_KEY, "seed", *(_names_of(options) if options else ())})
-    target = ("target", _explained(tyro.conf.Positional[str], TARGET_HELP, metavar="RECIPE|TEXT"), field())
-    further = field(default_factory=options) if options and has_target else field()
-    fields: list[tuple[str, Any, Any]] = [
-        *([target] if has_target else []),
-        *([("run", options, further)] if options else []),
-        ("seed", _explained(int | None, SEED_HELP), field(default=None)),
-    ]
-    for name, table in recipe:
-        keys = [
-            (key, _explained(info.annotation, info.description or ""), field(default=getattr(table, key)))
-            for key, info in type(table).model_fields.items()
-        ]
-        flags = make_dataclass(name, keys, namespace={"__doc__": type(table).__doc__})
-        fields.append((name, flags, field(default_factory=flags)))
-    return parse_options(make_dataclass("Command", fields), arguments, prog, "Every key of the recipe is a flag.")
+def _fields_of(model: type[Table]) -> dict[str, FieldInfo]:
+    """The fields of a model by the names of their flags."""
+    return {info.alias or name: info for name, info in model.model_fields.items()}
 
 
-def _check_names(arguments: list[str], prog: str, names: set[str]) -> None:
-    """Check that all flags have one of the `names`, before tyro does, which knows no names of other programs.
-
-    Raises:
-        MygptError: one is not; with what may have been meant.
-    """
-    flags = [argument.split("=")[0] for argument in arguments]
-    for flag in (flag for flag in flags if re.fullmatch(r"--(?!tyro-)[a-z][\w-]*", flag)):
-        name = flag.removeprefix("--").replace("-", "_")
-        if not {name, name.removeprefix("no_")} & {*names, "help"}:
-            hint = f"`{prog} --help` lists all"
-            key = KEY_OF_FOREIGN_NAME.get(name, name)
-            if "set" in names and key in TABLE_OF_KEY.keys() - STUDY_KEYS:
-                hint = f"give the values of a recipe's key with --set {key}=VALUE,VALUE{unit_note(name)}"
-            elif name in NOTES:
-                hint = NOTES[name]
-            elif close := closest(name, names):
-                hint = f"did you mean --{close.replace('_', '-')}{unit_note(name)}?"
-            raise MygptError(f"unknown flag {flag}; {hint}")
+def _marked(info: FieldInfo, kind: type[str]) -> str | None:
+    """The mark of this kind that annotates a field."""
+    return next((mark for mark in info.metadata if isinstance(mark, kind)), None)
 
 
-def _names_of(options: type) -> set[str]:
-    """The names of the flags that a dataclass stands for."""
-    return {option.name for option in dataclasses.fields(options)}
+def _parts(kind: Any) -> list[Any]:
+    """A type, and all types that it is made of."""
+    return [kind, *(part for argument in get_args(kind) for part in _parts(argument))]
 
 
-def _spell_output(arguments: list[str], names: Container[str]) -> list[str]:
-    """The arguments with --out and --output, which mean one thing, spelled as in `names`."""
-    for own, other in (("out", "output"), ("output", "out")):
-        if own in names and other not in names:
-            return [re.sub(rf"^--{other}(?==|$)", f"--{own}", argument) for argument in arguments]
-    return arguments
-
-
-def _explained(kind: Any, text: str, **settings: Any) -> Any:
-    """A flag's type with its help text."""
-    return Annotated[kind, tyro.conf.arg(help=" ".join(text.split()), **settings)]
+def _first_sentence(text: str | None) -> str:
+    return " ".join((text or "").split()).split(". ")[0].removesuffix(".")

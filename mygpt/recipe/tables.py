@@ -44,8 +44,8 @@ class DataTable(Table):
     "python-docs". A relative path in a recipe file is looked up beside that file first, then in the working
     directory."""
     tokenizer: Literal["char", "byte", "bpe", "gpt2"] = "char"
-    """What a token is. "char": a character. "byte": a byte of the text's UTF-8. "bpe": a byte-pair encoding, trained on
-    the part of the text that is not held out, or read from tokenizer_file. "gpt2": GPT-2's, through tiktoken."""
+    """What a token is: a character, a byte of the text's UTF-8, or that of a byte-pair encoding. A "bpe" is trained on
+    the part of the text that is not held out, or read from tokenizer_file. "gpt2" is GPT-2's, through tiktoken."""
     vocab_size: Annotated[int, Field(ge=257, lt=2**31)] | None = None
     """Tokens of a "bpe" that is trained; absent: 1024."""
     tokenizer_file: Annotated[str, Field(min_length=1)] | None = None
@@ -87,8 +87,8 @@ class ModelTable(Table):
     dropout: Probability = 0.0
     """Probability of dropping an activation in training; 0: off."""
     init: Literal["torch", "gpt2"] = "torch"
-    """The initial weights: torch's defaults, which are large for embeddings; or GPT-2's: normal with deviation 0.02, in
-    layers that add to the residual stream divided by the root of their number, and biases of 0."""
+    """The initial weights: those of torch, or those of GPT-2. torch's are large for embeddings. GPT-2's are normal with
+    deviation 0.02, in layers that add to the residual stream divided by the root of their number, and biases are 0."""
     activation: Literal["gelu", "gelu-tanh"] = "gelu"
     """In the MLP: exact GELU, or the approximation by tanh with which GPT-2 was trained."""
     biases: Literal["mlp", "all", "none"] = "mlp"
@@ -127,7 +127,7 @@ class TrainTable(Table):
     init_seed: Seed = 0
     """Seed of the initial weights."""
     init_from: Annotated[str, Field(min_length=1)] | None = None
-    """Begin with the weights of another model, and with a new optimizer and schedule, at step 1: a run (its newest
+    """Begin at step 1 with the weights of another model, and a new optimizer and schedule. It is a run (its newest
     checkpoint), RUN/best, a step directory or a model.safetensors. The architecture must be the same, but for dropout,
     and the text is encoded with that model's tokenizer. A relative path is looked up as that of the corpus."""
     data_seed: Seed = 42
@@ -212,13 +212,13 @@ class RuntimeTable(Table):
     compile: bool = False
     """Compile the model with torch.compile: slow to start, faster per step."""
     deterministic: bool = True
-    """On cuda, use only kernels that give the same bits every time; false: any kernel, which can be faster, and two
-    runs of the recipe differ in their last bits. CPUs always give the same bits."""
+    """On cuda, use only kernels that give the same bits every time. With false any kernel may be used, which can be
+    faster, and two runs of the recipe differ in their last bits. CPUs always give the same bits."""
     loss_chunk: CountOrOff = 0
-    """Tokens whose logits are in memory at a time, for large vocabularies: less memory, and the head is computed twice.
+    """Tokens whose logits are in memory at a time, for large vocabularies. Less memory, and the head is computed twice.
     0: all of a forward pass. The last bits depend on it."""
     activation_checkpointing: bool = False
-    """Keep only the input of each block, and recompute its activations in the backward pass: less memory, more time,
+    """Keep only the input of each block, and recompute its activations in the backward pass. Less memory, more time,
     the same numbers."""
     reduction: Literal["fast", "exact"] = "fast"
     """How gradients are summed over micro-batches and processes. "fast": as floats, so that the last bits depend on the
@@ -234,7 +234,7 @@ class CheckpointTable(Table):
     save_every: CountOrOff = 0
     """Steps between checkpoints; 0: none. The last step is always saved."""
     save_seconds: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds of training that a kill may cost: so long after the last checkpoint another is saved, between those of
+    """Seconds of training that a kill may cost. So long after the last checkpoint another is saved, between those of
     save_every. It is removed when the next one is there, and so leaves no trace in a complete run; 0: none. While a
     checkpoint is still being written, no other is begun for this."""
     keep_last: CountOrOff = 0
@@ -255,22 +255,22 @@ ExpectedRows = Annotated[
 
 
 class ExpectedTable(Table):
-    """What the recipe as it stands should come to, as `mygpt init` predicts it, or as runs with several seeds came to.
-    A complete run says how close it came, and `mygpt check RUN` at any time. A recipe that extends this one, and a flag
+    """What the recipe as it stands should come to. `mygpt init` predicts it, or runs with several seeds came to it. A
+    complete run says how close it came, and `mygpt check RUN` at any time. A recipe that extends this one, and a flag
     that changes the training, drop it."""
 
     expected_minutes: Annotated[float, Field(gt=0)] | None = None
     """From the first step to the last, with evaluations."""
     expected_bits_per_byte: Annotated[tuple[float, float], Field(strict=False)] | None = None
-    """The range of the held-out loss at the last step: its lower and its upper end."""
+    """The range of the held-out loss at the last step, by its lower and upper end."""
     expected_val: ExpectedRows | None = None
-    """Held-out losses in nats per token, as [[step, mean, deviation], ...] over runs with other seeds."""
+    """Held-out losses in nats per token, as [[step, mean, deviation], ...]. They are over runs with other seeds."""
     expected_loss: ExpectedRows | None = None
-    """The same of the training loss, of which each is the mean over the 100 steps up to that step."""
+    """The same of the training loss. Each is the mean over the 100 steps up to that step."""
     expected_seeds: Annotated[int, Field(ge=2, lt=2**31)] | None = None
     """How many runs these rows are from."""
     expected_text: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None = None
-    """How the sha256 of the text begins on which they were trained: of another text they say nothing."""
+    """How the sha256 of the text begins on which they were trained. Of another text they say nothing."""
 
 
 class Recipe(Table):
@@ -522,12 +522,18 @@ def _explain(problem: Any, source: str | None) -> str:
             return f"{where}: unknown {kind} {name!r}; did you mean '{meant}' in the table [{TABLE_OF_KEY[meant]}]?"
         return f"{where}: unknown {kind} {name!r}{suggest(name, known)}"
     where = f"--{keys[0].replace('_', '-')}" if source is None else " ".join([f"{source} [{table}]", *keys[:1]])
+    return f"{where}: {describe_problem(problem)}"
+
+
+def describe_problem(problem: Any) -> str:
+    """What one of pydantic's errors is about: what was got, and what was expected."""
     of_type = {"model_type": "a table", "missing": "more values"}
     expected = of_type.get(problem["type"], problem["msg"])
     for prefix in ("Input should be ", "Input should ", "String should "):
         expected = expected.removeprefix(prefix)
     value = problem["input"]
-    return f"{where}: got {json.dumps(value) if isinstance(value, bool) else show_value(value)}, expected {expected}"
+    expected = expected.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    return f"got {json.dumps(value) if isinstance(value, bool) else show_value(value)}, expected {expected}"
 
 
 def show_value(value: Any) -> str:

@@ -16,7 +16,7 @@ from mygpt.recipe.files import METRICS_FILE, RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, SEED_KEYS
 from mygpt.runs.files import TIMING_FILE, real_path
 from mygpt.runs.records import Record, Timing, perplexity, read_records, read_until
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 
 Unit = Literal["nats-per-token", "bits-per-byte", "perplexity"]
 Axis = Literal["step", "tokens", "minutes"]
@@ -168,7 +168,7 @@ def _load(path: Path, unit: Unit, axis: Axis, *, alone: bool) -> _Loaded:
 def _recipe_of(path: Path) -> tuple[str, tuple[int, ...]]:
     """A text that is equal for runs whose recipes differ by their seeds alone, and these seeds."""
     try:
-        info, flat = Run(path).info, Run(path).recipe.flat()
+        info, flat = RunDirectory(path).info, RunDirectory(path).recipe.flat()
     except CheckpointError:  # its records can be drawn all the same
         return str(path), ()
     keys = {key: value for key, value in flat.items() if key not in IGNORED_KEYS}

@@ -11,33 +11,33 @@ from mygpt.estimates import Estimate, Floats, difference_of_independent, mean_es
 from mygpt.recipe.tables import DataTable, ExpectedTable, Recipe
 from mygpt.runs.held_out import Evaluation, change_between, last_improvement
 from mygpt.runs.records import Record, Timing
-from mygpt.runs.schemas import Best
+from mygpt.runs.schemas import Best, End
 
 FALSE_ALARMS = 0.01
-"""Runs that are called not normal though only their seed is another one, at most this share of them."""
+"""At most this share of the runs that differ from the expected ones by their seed alone are called not normal."""
 MARK_SPACING = 1.1
-"""The ratio of the steps of two marks at least: see `_begin_of_end`."""
+"""The step of each mark is at least so many times that of the mark before it: see `_begin_of_end`."""
 AROUND = 100
-"""Steps over which training losses are averaged, since one is that of a single batch."""
+"""A training loss is averaged over so many steps, since that of one step is the loss of a single batch."""
 FEWEST_RECORDS = 10
-"""Of these steps, for a training loss that can be compared with those of other runs."""
+"""So many of these steps have to be recorded for a training loss that can be compared with other runs."""
 
 
 def verdict_line(
-    evaluations: Sequence[Evaluation], records: Sequence[Record], data: DataTable, *, ended_early: bool = False
+    evaluations: Sequence[Evaluation], records: Sequence[Record], data: DataTable, *, ended_by: End | None = None
 ) -> str:
     """Whether the held-out loss was still falling at the end of a run, flat, or rising, and the evidence.
 
     A change counts if the 95% interval of the difference excludes 0. Its error is that of the held-out windows, paired
     where they are the same, and of how a model moves from evaluation to evaluation. It is a statement on the text that
-    the windows stand for, and on this run: another seed may end otherwise. Of a run that `ended_early` it is about what
-    came after its last improvement.
+    the windows stand for, and on this run: another seed may end otherwise. Where early stopping finished the run, it
+    is about what came after the last improvement.
     """
     if not evaluations:
         return f"verdict: none, because no held-out loss was measured; {data.flags_that_evaluate} measures it"
     last, lowest = evaluations[-1].step, _lowest(evaluations).step
     first = _begin_of_end([evaluation.step for evaluation in evaluations])
-    if ended_early:
+    if ended_by == "patience":
         first = max(first, last_improvement(evaluations).step)
     if first == last:
         return f"verdict: none, because the held-out loss was measured only once, after step {last}; lower val_every"
@@ -119,15 +119,15 @@ def closing_lines(
     records: Sequence[Record],
     corpus_sha256: str,
     *,
-    ended_early: bool,
+    ended_by: End | None,
     best: Best | None,
     last: tuple[Record, Timing] | None,
     processes: int,
 ) -> Iterator[str]:
     """What a complete run came to. `last` is its last record, if it was made just now."""
-    if evaluations and ended_early:
+    if evaluations and ended_by == "patience":
         yield early_end_line(evaluations, recipe.validation.patience, best)
-    yield verdict_line(evaluations, records, recipe.data, ended_early=ended_early)
+    yield verdict_line(evaluations, records, recipe.data, ended_by=ended_by)
     for line, _ in place_lines(recipe.expected, records, corpus_sha256):
         yield line
     if last:

@@ -124,17 +124,7 @@ def plot(
             _draw(rest[0], curve.grad_norm, _style(index), lw=0.8)
     if log:
         _set_log_scale(loss_axes)
-    bottom, top = _frame(curves, log=log)
-    low, high = (bottom if y_min is None else y_min), (top if y_max is None else y_max)
-    if low >= high and y_max is not None:
-        raise MygptError(f"y_max: got {y_max:g}, expected more than {low:g}, where the picture begins")
-    if low >= high:
-        raise MygptError(f"y_min: got {y_min:g}, expected less than {high:g}, where the picture ends")
-    for curve in curves:
-        lowest = min([*curve.training.y, *curve.held_out.y][1:], default=bottom)  # the first is a fresh model's
-        if y_max is None and lowest > top:
-            warn(f"{curve.name}: its losses are above the picture, from {lowest:.3g} on; --y-max shows them")
-    loss_axes.set(ylim=(low, high), ylabel=LABELS[unit])
+    loss_axes.set(ylim=_limits(curves, y_min, y_max, log=log, warn=warn), ylabel=LABELS[unit])
     rest[-1].set(ylabel="learning rate", xlabel=x, ylim=(0, None))
     if grad_norm:
         rest[0].set(ylabel="gradient norm", yscale="log")
@@ -286,6 +276,27 @@ def _draw_legend(figure: "Figure", curves: Sequence[Curve]) -> None:
     legend = figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
     for text in legend.get_texts():
         text.set_parse_math(False)
+
+
+def _limits(
+    curves: Sequence[Curve], y_min: float | None, y_max: float | None, *, log: bool, warn: Warn
+) -> tuple[float, float]:
+    """The lowest and the highest loss of a picture; `warn` gets a line on each curve that is above it.
+
+    Raises:
+        MygptError: what was given leaves no room.
+    """
+    bottom, top = _frame(curves, log=log)
+    low, high = (bottom if y_min is None else y_min), (top if y_max is None else y_max)
+    if low >= high and y_max is not None:
+        raise MygptError(f"y_max: got {y_max:g}, expected more than {low:g}, where the picture begins")
+    if low >= high:
+        raise MygptError(f"y_min: got {y_min:g}, expected less than {high:g}, where the picture ends")
+    for curve in curves:
+        lowest = min([*curve.training.y, *curve.held_out.y][1:], default=bottom)  # the first is a fresh model's
+        if y_max is None and lowest > top:
+            warn(f"{curve.name}: its losses are above the picture, from {lowest:.3g} on; --y-max shows them")
+    return low, high
 
 
 def _frame(curves: Sequence[Curve], *, log: bool) -> tuple[float, float]:

@@ -1,41 +1,38 @@
-"""Record each step once, and hand the record to every sink: the run's files and the console."""
+"""Record each step once: in the run's files, and for its reader on the console."""
 
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from mygpt.errors import DamagedCheckpointError, print_note
+from mygpt.errors import DiskError, print_note
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import CANNOT_WRITE, EVALUATIONS_FILE, TIMING_FILE, explain_disk_error, sync
 from mygpt.runs.records import LINES, EvaluationLine, Record, Timing, cut_after
 
 PROGRESS_SECONDS = 30.0
-"""Between lines on the progress of a run, where there is no bar."""
-
-Sink = Callable[[Record, Timing, bool], None]
-"""Takes the record and timing of a step, and whether the console prints them. Only the main process has sinks."""
+"""Time between two lines on the progress of a run that has no progress bar."""
 
 
 class Recorder:
-    """Makes the records of a run, and gives each to all sinks: its files, stdout, the progress bar.
+    """Makes the records of a run: in its files, on stdout and on the progress bar, all by the main process alone.
 
     The bar is on `talk`, which is stderr, if that is a terminal; else a thread prints a line there every
     `PROGRESS_SECONDS`. They are about the steps up to `last_step`, which is the recipe's unless it is given; with a
     `talk` of its own the run is part of other work, and its bar goes when it is done.
 
     A run that continues after `step` drops the later records, and prints the lines up to `step` again, so that its
-    output is that of a run never interrupted. The records of a run that `is_complete` are left as they are.
+    output is that of a run never interrupted. The records of a run that `is_finished` are left as they are.
     `peak_tokens_per_second` is what the devices could do at most, if it is known.
 
     Raises:
-        DamagedCheckpointError: the disk refused the files.
+        DiskError: the disk refused the files.
     """
 
     def __init__(
@@ -45,7 +42,7 @@ class Recorder:
         *,
         is_main: bool = True,
         step: int = 0,
-        is_complete: bool = False,
+        is_finished: bool = False,
         peak_tokens_per_second: float | None = None,
         last_step: int | None = None,
         talk: TextIO | None = None,
@@ -56,14 +53,13 @@ class Recorder:
         self._tokens_before = 0
         self.last: tuple[Record, Timing] | None = None
         """The newest record of this process."""
-        self._sinks: list[Sink] = []
         self._files: dict[str, TextIO] = {}
-        self._run = run
+        self._run, self._is_main = run, is_main
         elapsed = 0.0
         if is_main:
-            records = cut_after(run / METRICS_FILE, Record, step, is_complete=is_complete)
-            timings = cut_after(run / TIMING_FILE, Timing, step, is_complete=is_complete)
-            evaluations = cut_after(run / EVALUATIONS_FILE, EvaluationLine, step, is_complete=is_complete)
+            records = cut_after(run / METRICS_FILE, Record, step, is_finished=is_finished)
+            timings = cut_after(run / TIMING_FILE, Timing, step, is_finished=is_finished)
+            evaluations = cut_after(run / EVALUATIONS_FILE, EvaluationLine, step, is_finished=is_finished)
             for record in records:
                 if is_printed(record.step, recipe, evaluated=record.val is not None):
                     print(step_line(record, recipe))
@@ -82,7 +78,6 @@ class Recorder:
                 names = LINES if recipe.validation.val_every else (METRICS_FILE, TIMING_FILE)
                 self._files = {name: (run / name).open("a", encoding="utf-8") for name in names}
                 sync(run)  # or a power failure may leave a checkpoint without its records
-            self._sinks = [self._append, self._show]
         disable = None if is_main else True  # None: unless `talk` is a terminal
         options = {"unit": "step", "dynamic_ncols": True, "leave": talk is None, "file": self._talk}
         self._bar = tqdm(total=self._last_step, initial=step, disable=disable, **options)
@@ -90,7 +85,7 @@ class Recorder:
         self._interval = (step, self._started_at)
         self._paused_seconds = 0.0
         self._ended = threading.Event()
-        if is_main and self._bar.disable and not is_complete:
+        if is_main and self._bar.disable and not is_finished:
             threading.Thread(target=self._print_progress, name="progress", daemon=True).start()
 
     def __enter__(self) -> "Recorder":
@@ -121,7 +116,7 @@ class Recorder:
         """Record a step, and print it if `printed`. `values` are fields of `Record`.
 
         Raises:
-            DamagedCheckpointError: the disk refused the record.
+            DiskError: the disk refused the record.
         """
         now = time.perf_counter()
         last_step, last_time = self._interval
@@ -138,10 +133,12 @@ class Recorder:
             seconds_left=round((self._recipe.train.steps - step) * seconds_per_step, 1),
         )
         self.last = record, timing
-        if self._files and evaluation:
-            self._write(EVALUATIONS_FILE, evaluation)
-        for sink in self._sinks:
-            sink(record, timing, printed)
+        if self._is_main:
+            lines = {EVALUATIONS_FILE: evaluation, METRICS_FILE: record, TIMING_FILE: timing}
+            for name, line in lines.items():
+                if line:
+                    self._write(name, line)
+            self._show(record, timing, printed)
 
     def _print_progress(self) -> None:
         """Print lines on stderr until the run ends, also while a step or an evaluation takes long."""
@@ -157,16 +154,12 @@ class Recorder:
                 print(line, file=self._talk, flush=True)
             before, printed_at = step, now
 
-    def _append(self, record: Record, timing: Timing, _printed: bool) -> None:
-        self._write(METRICS_FILE, record)
-        self._write(TIMING_FILE, timing)
-
     def _write(self, name: str, line: Record | Timing | EvaluationLine) -> None:
         try:
             self._files[name].write(line.model_dump_json(exclude_none=True) + "\n")
             self._files[name].flush()
         except OSError as error:
-            raise DamagedCheckpointError(
+            raise DiskError(
                 f"{self._run / name}: cannot be written: {error.strerror}; make room, and the same command continues"
             ) from None
 

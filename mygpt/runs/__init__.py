@@ -2,5 +2,5 @@
 
 This package holds the schemas of a run's files, safe ways to read and write them, the lock, checkpoints, records, and
 the decision where a run begins. Training, messages between processes, and what a user sees belong elsewhere. Only
-`saver` and `loading` import torch, so that a run can be looked at without waiting for it.
+`saver`, `loading` and `initial` import torch, so that a run can be looked at without waiting for it.
 """

@@ -3,8 +3,6 @@
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ from mygpt.disk import code_sha256
 from mygpt.errors import MismatchError, RecipeError
 from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, TABLE_OF_KEY, Recipe
 from mygpt.runs.files import MODEL_FILE
-from mygpt.runs.run import Run, Warn
+from mygpt.runs.run import RunDirectory, Warn
 from mygpt.runs.schemas import CODE_CHARACTERS, Environment, ModelMetadata, RunInfo
-from mygpt.runs.steps import read_manifest, read_metadata
+from mygpt.runs.steps import read_metadata, step_directory
 
 RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "matmul", "deterministic", *PATH_KEYS}
 """Keys of which run.json has the resolved value or the content, which is compared instead."""
@@ -24,7 +22,7 @@ MAY_CHANGE = HARMLESS_KEYS | RESOLVED_KEYS | {"steps", "patience"}
 """Keys that may change in a run. Another value of any other key makes another run."""
 
 KEPT_BY_BRANCHES = {"init_seed", "init_from"}
-"""Keys that say nothing of a run that begins with the weights of a checkpoint."""
+"""Keys that a branch keeps: its weights are those of a checkpoint."""
 
 OTHER_INPUT = {
     "corpus": "[data] corpus: {now} is not the text that {where} was trained on",
@@ -34,74 +32,60 @@ OTHER_INPUT = {
 """The message for each key that names something else than when a run was trained."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """The run that is continued, or branched off, after one of its checkpoints."""
+def check_checkpoint(
+    checkpoint: Path, recipe: Recipe, tokenizer: TokenizerMetadata, *, in_place: bool, may_end: bool
+) -> int:
+    """Check model, tokenizer and steps; returns the checkpoint's step, which is the last one only if it `may_end`.
 
-    run: Run
-    checkpoint: Path | None
-    """Its step directory; None: the run has none yet."""
-    in_place: bool
-    """Whether this run is continued, and not another one branched off."""
-
-    @cached_property
-    def trained_with(self) -> Recipe:
-        """The recipe, with the end that the run had in view when it trained the checkpoint."""
-        return self.run.recipe_for(read_manifest(self.checkpoint).step if self.checkpoint else 0)
-
-
-def check_checkpoint(source: Source, recipe: Recipe, tokenizer: TokenizerMetadata, *, may_end: bool) -> int:
-    """Check model, tokenizer and steps; returns the checkpoint's step, which is the last one only if it `may_end`."""
-    if source.checkpoint is None:
-        return 0
+    `in_place`: the run of the checkpoint goes on; otherwise another one branches off.
+    """
     # A branch has an output of its own already: another one would change nothing.
-    way_out = "choose another --output" if source.in_place else "a branch goes on with what its checkpoint has"
-    metadata = read_metadata(source.checkpoint / MODEL_FILE, ModelMetadata)
+    way_out = "choose another --output" if in_place else "a branch goes on with what its checkpoint has"
+    metadata = read_metadata(checkpoint / MODEL_FILE, ModelMetadata)
     problems = [
-        f"[model] {key}: {source.checkpoint} has {key} = {_shown(saved)}, you gave {_shown(value)}; {way_out}"
+        f"[model] {key}: {checkpoint} has {key} = {_shown(saved)}, you gave {_shown(value)}; {way_out}"
         for (key, value), (_, saved) in zip(recipe.model, metadata.model, strict=True)
         if key != "dropout" and value != saved
     ]
     if tokenizer != metadata.tokenizer:
         here, there = describe_tokenizer(tokenizer), describe_tokenizer(metadata.tokenizer)
-        problem = f"tokenizer: {source.checkpoint} has the tokenizer {there}, you gave {here}"
+        problem = f"tokenizer: {checkpoint} has the tokenizer {there}, you gave {here}"
         if tokenizer.type == metadata.tokenizer.type == "char":
-            problem = f"corpus: its characters are not the vocabulary of {source.checkpoint}"
+            problem = f"corpus: its characters are not the vocabulary of {checkpoint}"
         problems.append(f"[data] {problem}; {way_out}")
     if problems:
         raise MismatchError("\n".join(problems))
     step, steps = metadata.step, recipe.train.steps
     if step > steps or (step == steps and not may_end):
         more_than = "at least" if may_end else "more than"
-        way_out = ", or choose another --output" if source.in_place else ""
+        way_out = ", or choose another --output" if in_place else ""
         raise RecipeError(
-            f"[train] steps: got {steps}, expected {more_than} {step}, the step of {source.checkpoint}; raise "
-            f"--steps{way_out}"
+            f"[train] steps: got {steps}, expected {more_than} {step}, the step of {checkpoint}; raise --steps{way_out}"
         )
     return step
 
 
-def check_unchanged(source: Source, step: int, recipe: Recipe, info: RunInfo) -> None:
-    """Check that a run can go on after a step with this recipe and these inputs.
+def check_unchanged(run: RunDirectory, step: int, recipe: Recipe, info: RunInfo) -> None:
+    """Check that a run can go on after a step with this recipe and these inputs; step 0: it has no checkpoint yet.
 
     Raises:
         RecipeError, MismatchError: its recipe, or what it read, is another; with the command that branches off.
     """
-    was, now, where = source.run.recipe.flat(), recipe.flat(), source.checkpoint or source.run.path
+    was, now, where = run.recipe.flat(), recipe.flat(), step_directory(run.path, step) if step else run.path
     problems = {
         key: f"[{TABLE_OF_KEY[key]}] {key}: {where} was trained with {key} = {_shown(old)}, you gave {_shown(new)}"
-        for key, (old, new) in differing_keys(source.run.recipe, recipe)
+        for key, (old, new) in differing_keys(run.recipe, recipe)
         if key not in MAY_CHANGE
     }
-    inputs = [key for key, sha256 in info.inputs.items() if sha256 != source.run.info.inputs[key]]
+    inputs = [key for key, sha256 in info.inputs.items() if sha256 != run.info.inputs[key]]
     for key in inputs:
         before = "with other content" if was[key] == now[key] else was[key] or "nothing"
         problems[key] = OTHER_INPUT[key].format(now=now[key] or "nothing", was=before, where=where)
     if not problems:
         return
     way_on = "choose another --output, or --overwrite the run"
-    if source.checkpoint and not KEPT_BY_BRANCHES & problems.keys():
-        command = _fork_command(source.run.path, step, {key: now[key] for key in problems})
+    if step and not KEPT_BY_BRANCHES & problems.keys():
+        command = _fork_command(run.path, step, {key: now[key] for key in problems})
         if any(was[key] == now[key] for key in inputs):  # a fork would look for the old text there
             command = f"--resume {shlex.quote(str(where))} --output NEW, beside your flags,"
         way_on = f"{command} goes on from there in a run of its own; or {way_on}"
@@ -118,14 +102,14 @@ def _fork_command(run: Path, step: int, keys: dict[str, Any]) -> str:
     return f"`{shlex.join(['mygpt', 'fork', str(run), str(step), *flags])}`"
 
 
-def warn_of_branch(source: Source, step: int, recipe: Recipe, info: RunInfo, warn: Warn) -> None:
+def warn_of_branch(run: RunDirectory, step: int, recipe: Recipe, info: RunInfo, warn: Warn) -> None:
     """Warn of what is changed in a branch that begins after a step of another run."""
-    changed = {key: old for key, (old, _) in differing_keys(source.trained_with, recipe) if key not in MAY_CHANGE}
-    inputs = source.run.info.inputs
+    changed = {key: old for key, (old, _) in differing_keys(run.recipe_for(step), recipe) if key not in MAY_CHANGE}
+    inputs = run.info.inputs
     changed |= {key: "another text" for key, sha256 in info.inputs.items() if sha256 != inputs[key]}
     for key, old in changed.items():
         warn(f"from step {step + 1} on: [{TABLE_OF_KEY[key]}] {key} = {recipe.flat()[key]}, before {old}")
-    before, now = source.run.info.stretch_of(step).environment, info.stretches[0].environment
+    before, now = run.info.stretch_of(step).environment, info.stretches[0].environment
     if "batch_size" in changed:  # the micro-batch follows
         before = before.model_copy(update={"micro_batch_size": now.micro_batch_size})
     warn_of_last_bits(before, now, recipe, warn)
@@ -136,7 +120,7 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value)
 
 
-def warn_of_code(run: Run, step: int, warn: Warn) -> None:
+def warn_of_code(run: RunDirectory, step: int, warn: Warn) -> None:
     """Warn if another code of mygpt than this one trained a step of the run."""
     trained_by = run.info.stretch_of(step).environment
     if trained_by.code != code_sha256()[:CODE_CHARACTERS]:
@@ -164,9 +148,9 @@ def differing_keys(old: Recipe, new: Recipe) -> Iterator[tuple[str, tuple[Any, A
     return ((key, (was, values[key])) for key, was in old.flat().items() if was != values[key])
 
 
-def has_same_windows(source: Source, recipe: Recipe, info: RunInfo) -> bool:
-    """Whether evaluations of a branch are over the held-out windows of its source: others cannot be compared."""
-    old, was = source.trained_with, source.run.info
+def has_same_windows(run: RunDirectory, step: int, recipe: Recipe, info: RunInfo) -> bool:
+    """Whether a branch after a step of `run` has the same held-out windows: the losses of others cannot be compared."""
+    old, was = run.recipe_for(step), run.info
     names = {"sampling", "val_split", "hold_out", "seq_len"}
     if any(recipe.validation.sampling != "full" for recipe in (old, recipe)):
         names |= {"eval_batches", "batch_size"}
@@ -177,8 +161,9 @@ def has_same_windows(source: Source, recipe: Recipe, info: RunInfo) -> bool:
     return same_text and not names & dict(differing_keys(old, recipe)).keys()
 
 
-def warn_of_steps(old: Recipe, recipe: Recipe, step: int, warn: Warn) -> None:
+def warn_of_steps(run: RunDirectory, step: int, recipe: Recipe, warn: Warn) -> None:
     """Warn where continuing to another number of steps differs from a run of that many steps from the start."""
+    old = run.recipe_for(step)
     was, now, validation = old.train.steps, recipe.train.steps, old.validation
     schedule = recipe.schedule
     is_same_so_far = schedule.schedule == "constant" or (

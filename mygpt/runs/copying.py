@@ -9,7 +9,7 @@ from mygpt.errors import DamagedCheckpointError, FormatError
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
 from mygpt.runs import files
 from mygpt.runs.records import LINES, cut_after
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.start import recipe_text
 from mygpt.runs.steps import point_to, step_directory, verify_checkpoint
 
@@ -17,13 +17,14 @@ from mygpt.runs.steps import point_to, step_directory, verify_checkpoint
 def copy_until(checkpoint: Path, target: Path) -> None:
     """Make the directory `target` a run that ends with this step directory of another run, which can be continued.
 
-    It gets recipe, run.json and records up to this step, the checkpoint and, if it is still there, the best one before
-    it. The file `best` names no step that is not there.
+    It gets recipe, run.json and records up to this step, the checkpoint, and the best checkpoint before it. If that is
+    missing, there is no file `best`.
 
     Raises:
-        DamagedCheckpointError: a file cannot be read or written.
+        DamagedCheckpointError: the checkpoint cannot be read.
+        DiskError: a file cannot be copied or written.
     """
-    run = Run(checkpoint.parent)
+    run = RunDirectory(checkpoint.parent)
     step = verify_checkpoint(checkpoint).step
     recipe, origin = run.recipe_for(step), run.info.origin
     if origin:
@@ -51,7 +52,7 @@ def publish_run(run: Path, target: Path) -> None:
     """Give a run directory that has been made under a temporary name its own name, at which there must be nothing.
 
     Raises:
-        DamagedCheckpointError: the disk refused it.
+        DiskError: the disk refused it.
     """
     with files.explain_disk_error(files.CANNOT_WRITE, target):
         for folder, _, names in os.walk(run):

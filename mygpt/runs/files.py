@@ -2,7 +2,8 @@
 
 A run directory holds the resolved recipe, run.json, metrics.jsonl, timing.jsonl, evaluations.jsonl, one directory
 `step-NNNNNN` per checkpoint, the files `latest` and `best`, which name one of these, and `.lock`. A step directory is
-written as `.tmp-step-NNNNNN` and renamed when it is complete; before it is deleted it is renamed to `.tmp-old-NNNNNN`.
+written as `.tmp-step-NNNNNN` and renamed when it is complete; before it is deleted it is renamed to
+`.tmp-old-step-NNNNNN`.
 """
 
 import errno
@@ -20,7 +21,7 @@ from mygpt.disk import WRONG_PLACE
 from mygpt.disk import file_sha256 as file_sha256
 from mygpt.disk import replace_bytes as replace_bytes
 from mygpt.disk import sync as sync
-from mygpt.errors import DamagedCheckpointError, MygptError
+from mygpt.errors import DamagedCheckpointError, DiskError, MygptError
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
@@ -43,14 +44,11 @@ STEP_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})")
 FAILED_NAME = re.compile(r"failed-step-(\d{6,})")
 TEMPORARY_NAME = re.compile(r"\.tmp-(step-\d{6,}|failed-step-\d{6,}|old-.*|at-.*|[a-z]+(\.[a-z]+)?)")
 
-# All that a run writes into its directory. Replacing a run removes nothing else.
+# What belongs to a run, and is removed with it: not its lock, the run that it replaces, and what was kept as damaged.
 RUN_ENTRY = re.compile(
     rf"recipe\.toml|run\.json|metrics\.jsonl|timing\.jsonl|evaluations\.jsonl|latest|best|{ORIGIN_NAME}"
     rf"|{STEP_NAME.pattern}|{FAILED_NAME.pattern}|{TEMPORARY_NAME.pattern}"
 )
-
-COPY_NAME = re.compile(r"(\.tmp-)?init-.+\.safetensors")
-"""Of the models that the runs of a study begin with, in its folder; see mygpt/studies/copies.py."""
 
 CANNOT_READ = "{path}: cannot be read: {reason}"
 CANNOT_WRITE = "output: {file}: cannot be written: {reason}"
@@ -59,8 +57,8 @@ MEND_DISK = "; mend the disk or make room, and the same command continues"
 
 
 @contextmanager
-def explain_disk_error(message: str, path: Path) -> Iterator[None]:
-    """Raise a disk error as a DamagedCheckpointError whose message names {path}, {file}, {reason} or {error}.
+def explain_disk_error(message: str, path: Path, kind: type[MygptError] = DiskError) -> Iterator[None]:
+    """Raise a disk error as one of this `kind` whose message names {path}, {file}, {reason} or {error}.
 
     The file is the one that the system names in its error, or else the path.
     """
@@ -69,7 +67,7 @@ def explain_disk_error(message: str, path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         file, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
         text = message.format(path=path, file=file or path, reason=reason or error, error=error)
-        raise DamagedCheckpointError(text) from error
+        raise kind(text) from error
 
 
 @contextmanager
@@ -103,7 +101,7 @@ def regular(file: Path) -> Path:
 
 def read_bytes(file: Path) -> bytes:
     """The content of a regular file; DamagedCheckpointError if it cannot be read."""
-    with explain_disk_error(CANNOT_READ, file):
+    with explain_disk_error(CANNOT_READ, file, DamagedCheckpointError):
         return regular(file).read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Evaluations of the held-out loss, window by window: those of a run, and how two of them are compared.
+"""Evaluations of the held-out loss, window by window: how a run keeps them, and how two of them are compared.
 
 The windows' losses are what a paired comparison needs: how a loss differs between two models varies far less from
 window to window than the loss itself.
@@ -27,19 +27,21 @@ Array = npt.NDArray[Any]
 
 
 class Windows(NamedTuple):
-    """Where held-out windows are, and how long; each of the arrays (windows,)."""
+    """Where held-out windows are, and how long they are.
+
+    Consecutive windows, and those of pieces, are all of the held-out text; other windows were drawn at random.
+    """
 
     starts: Array
-    """int64, the position of the first token in the held-out part."""
+    """int64 (windows,), the position of each window's first token in the held-out part."""
     tokens: Array
-    """int32, targets in the window."""
+    """int32 (windows,), the targets in each window."""
     bytes: Array
-    """int32, bytes of text that these stand for."""
+    """int32 (windows,), the bytes of text for which these targets stand."""
     consecutive: bool
-    """Whether each begins where the one before ends, and all together are the held-out text, which is one stretch."""
+    """Whether each window begins where the one before ends."""
     piece_tokens: int = 0
-    """If they are all of a held-out text that is made of pieces, the length of each, whose loss counts as one number;
-    otherwise 0. Windows that are neither were drawn at random."""
+    """The length of each piece of a held-out text that is made of pieces, whose losses count as one number; or 0."""
 
     def same_as(self, other: "Windows") -> bool:
         return np.array_equal(self.starts, other.starts) and np.array_equal(self.tokens, other.tokens)
@@ -56,7 +58,7 @@ class Windows(NamedTuple):
 
     @property
     def population(self) -> str:
-        """Of what the mean loss over these windows has a standard error, for a reader."""
+        """The text, for a reader, for whose mean loss the standard error holds."""
         if self.piece_tokens:
             return "unseen passages of this text"
         return "text like the held-out part" if self.consecutive else "this held-out text"
@@ -78,7 +80,7 @@ class Evaluation:
 
     @cached_property
     def bits_per_byte(self) -> Estimate | None:
-        """Total loss in bits over the bytes of the text that was predicted; None if there are none.
+        """Total loss in bits over the bytes of the text that was predicted; None: no bytes were counted.
 
         It is exact though windows begin and end within a character, since every byte belongs to one token.
         """
@@ -153,7 +155,7 @@ def improves(before: Evaluation, after: Evaluation) -> bool:
 
 
 def last_improvement(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The last one that improves on the improvement before it. The first one is an improvement."""
+    """The last evaluation that improves on the improvement before it. The first evaluation is an improvement."""
     improved, *others = evaluations
     for evaluation in others:
         if improves(improved, evaluation):
@@ -162,7 +164,7 @@ def last_improvement(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 def count_waiting(evaluations: Sequence[Evaluation], counted_after: int) -> int:
-    """How many have brought no improvement in a row, of those after a step."""
+    """How many evaluations after the step `counted_after` have brought no improvement in a row."""
     improved = last_improvement(evaluations).step if evaluations else 0
     return sum(evaluation.step > max(improved, counted_after) for evaluation in evaluations)
 
@@ -170,7 +172,7 @@ def count_waiting(evaluations: Sequence[Evaluation], counted_after: int) -> int:
 def count_from(stretches: Sequence[Stretch], evaluations: Sequence[Evaluation]) -> int:
     """The step after which early stopping counts evaluations.
 
-    It is where early stopping was turned on, or where less patience than before would have ended the run at once.
+    This is the step at which early stopping was turned on, or at which less patience would have ended the run at once.
     """
     counted_after = 0
     for before, now in pairwise(stretches):
@@ -184,9 +186,9 @@ class Difference(NamedTuple):
     """By how much the held-out loss of a second model differs from that of a first; below 0: it is lower."""
 
     nats_per_token: Estimate | None
-    """None where tokens are not the same."""
+    """None: the two have other tokens."""
     bits_per_byte: Estimate | None
-    """None where no bytes were counted."""
+    """None: no bytes were counted."""
     manner: str
     """How the two were compared, for a reader."""
 
@@ -218,9 +220,9 @@ class PairedChanges(NamedTuple):
     """By how much the losses of two models differ on the same pieces of text."""
 
     changes: Array
-    """Of the total loss of each piece in nats, (pieces,)."""
+    """float64 (pieces,), the change of the total loss of each piece, in nats."""
     lengths: Array
-    """Of the pieces, in tokens or bytes."""
+    """float64 (pieces,), the length of each piece, in tokens or bytes."""
     consecutive: bool
     manner: str
     """What the pieces are, for a reader."""
@@ -251,8 +253,8 @@ def paired_changes(
 def _common_pieces(a: Evaluation, b: Evaluation, unit: Literal["tokens", "bytes"]) -> tuple[Array, Array]:
     """The difference of the losses b - a, in nats, and the lengths of pieces of the text that both took.
 
-    There are as many pieces as the one with fewer windows has. The text is measured from its end, where both end, in
-    tokens or bytes. A piece that ends within a window gets that part of its loss which it has of its length.
+    There are as many pieces as the smaller number of windows. Positions count from the end of the text, where both end,
+    in tokens or bytes. A piece that covers a part of a window gets the same part of the window's loss.
     """
     ends = [np.concatenate([[0], np.cumsum(getattr(e.windows, unit)[::-1], dtype=np.float64)]) for e in (a, b)]
     losses = [np.concatenate([[0], np.cumsum(e.losses[::-1], dtype=np.float64)]) for e in (a, b)]

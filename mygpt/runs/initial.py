@@ -11,9 +11,9 @@ from mygpt.errors import CheckpointError, RecipeError, TokenizerError
 from mygpt.recipe.files import RUN_FILE
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import BEST_FILE, LATEST_FILE, MODEL_FILE, STEP_NAME, file_sha256
-from mygpt.runs.run import Run, find_model_file, named_checkpoint
+from mygpt.runs.run import RunDirectory, find_model_file, named_checkpoint
 from mygpt.runs.schemas import Manifest, ModelMetadata
-from mygpt.runs.steps import TEMPORARY_REASONS, manifest_of, read_metadata, verify_file
+from mygpt.runs.steps import TEMPORARY_REASONS, manifest_of, read_manifest, read_metadata, verify_file
 
 FREE_MODEL_KEYS = {"dropout", "init"}
 """Keys of [model] in which a run may differ from the model that it begins with."""
@@ -34,22 +34,22 @@ class Initial(NamedTuple):
 
 
 def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
-    """The model that a run of the recipe begins, or began, with; None: with random weights.
+    """The model that a run of the recipe begins, or began, with; None: its weights are random.
 
     A run that is there, if it `continues`, and a branch keep the model that run.json records, even if the run that
     `init_from` names has newer checkpoints by now, or is gone: their own newest checkpoint has the same tokenizer.
 
     Raises:
-        CheckpointError: there is none.
-        DamagedCheckpointError: it is not as it was saved.
-        RecipeError: it has another architecture than the recipe.
+        CheckpointError: `init_from` names no model.
+        DamagedCheckpointError: the model is not as it was saved.
+        RecipeError: the model has another architecture than the recipe.
     """
     init_from = recipe.train.init_from
     if init_from is None:
         return None
-    begun = _begun_with(recipe) if continues else None
-    if begun and (_is_same_source(init_from, begun.path) or not os.path.lexists(init_from)):
-        return begun._replace(note=_note_on_source(init_from, begun.path))
+    recorded = _recorded_initial(recipe) if continues else None
+    if recorded and (_may_name(init_from, recorded.path) or not os.path.lexists(init_from)):
+        return recorded._replace(note=_note_on_path(init_from, recorded.path))
     try:
         file = find_model_file(Path(init_from))
     except CheckpointError as error:
@@ -72,46 +72,46 @@ def find_initial(recipe: Recipe, *, continues: bool = True) -> Initial | None:
 
 
 def _is_removable(directory: Path, manifest: Manifest) -> bool:
-    """Whether this is a step directory of a run that has not ended, and that may remove it."""
-    run = Run(directory.parent)
+    """Whether this is a step directory of a run that is not finished, and that may remove it."""
+    run = RunDirectory(directory.parent)
     if not (STEP_NAME.fullmatch(directory.name) and (run.path / RUN_FILE).exists()):
         return False
     with suppress(CheckpointError):
-        if run.ended_with(run.checkpoints[max(run.checkpoints)]):
+        if read_manifest(run.checkpoints[max(run.checkpoints)]).ended_by:
             return False
         return manifest.reason in (*TEMPORARY_REASONS, "best") or run.recipe.checkpoint.keep_last > 0
-    return True  # what it may do is not known
+    return True  # the run cannot be read
 
 
-def _begun_with(recipe: Recipe) -> Initial | None:
-    """The model that the run in `output`, or the one that `resume` names, has recorded; None: there is none."""
+def _recorded_initial(recipe: Recipe) -> Initial | None:
+    """The model that the run in `output`, or that at `resume`, records that it began with; None: it records none."""
     resume = recipe.checkpoint.resume
     for path in (recipe.checkpoint.output, *([] if resume in ("auto", "never") else [resume])):
         with suppress(CheckpointError):
-            place = named_checkpoint(Path(path))
-            run = Run(place if (place / RUN_FILE).exists() else place.parent)
-            begun_with, sha256 = run.recipe.train.init_from, run.info.init_sha256
-            if begun_with is None or sha256 is None:
+            named = named_checkpoint(Path(path))
+            run = RunDirectory(named if (named / RUN_FILE).exists() else named.parent)
+            init_from, sha256 = run.recipe.train.init_from, run.info.init_sha256
+            if init_from is None or sha256 is None:
                 continue
-            for step in reversed([*run.checkpoints.values()] if place == run.path else [place]):
+            for step in reversed([*run.checkpoints.values()] if named == run.path else [named]):
                 with suppress(CheckpointError):
                     return Initial(
-                        begun_with, step / MODEL_FILE, read_metadata(step / MODEL_FILE, ModelMetadata), sha256
+                        init_from, step / MODEL_FILE, read_metadata(step / MODEL_FILE, ModelMetadata), sha256
                     )
-            file = find_model_file(Path(begun_with))  # it has no checkpoint yet
+            file = find_model_file(Path(init_from))  # the run has no checkpoint yet
             if file_sha256(file) == sha256:
-                return Initial(begun_with, file, read_metadata(file, ModelMetadata), sha256)
+                return Initial(init_from, file, read_metadata(file, ModelMetadata), sha256)
     return None
 
 
-def _is_same_source(given: str, recorded: str) -> bool:
+def _may_name(given: str, recorded: str) -> bool:
     """Whether a path names the recorded checkpoint, or the newest or best one of its run, which may be another now."""
     real = os.path.realpath(given)
     run = os.path.dirname(recorded)
     return real in (recorded, run, *(os.path.join(run, name) for name in (BEST_FILE, LATEST_FILE)))
 
 
-def _note_on_source(given: str, recorded: str) -> str:
+def _note_on_path(given: str, recorded: str) -> str:
     """A line for the user if a name does not stand for the recorded model any more; "": it does."""
     try:
         file = find_model_file(Path(given))

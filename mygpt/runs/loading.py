@@ -116,7 +116,10 @@ def read_state(directory: Path, weights: Tensors) -> TrainingState:
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors in a safetensors file; raises DamagedCheckpointError if it cannot be read."""
-    with explain_disk_error("{path}: damaged: {error}", file), safe_open(file, framework="pt") as tensors:
+    with (
+        explain_disk_error("{path}: damaged: {error}", file, DamagedCheckpointError),
+        safe_open(file, framework="pt") as tensors,
+    ):
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - it is no dict
 
 

@@ -2,8 +2,10 @@
 
 import math
 import os
+import sys
 import zlib
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
@@ -113,32 +115,6 @@ LINES: Final[Mapping[str, Any]] = {METRICS_FILE: Record, TIMING_FILE: Timing, EV
 """The files of a run to which lines are added, and what these hold."""
 
 
-def read_records(run: Path) -> list[Record]:
-    """The records of a run directory, without a last line that a killed run left unfinished.
-
-    Raises:
-        CheckpointError: there are none.
-        DamagedCheckpointError: a line is not a record, or not of a later step than the one before.
-    """
-    path = run / METRICS_FILE
-    try:
-        *lines, _unfinished = path.read_bytes().split(b"\n")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path}: cannot be read: {reason}; expected a run directory") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(Record.model_validate_json(line))
-        except ValidationError:
-            raise DamagedCheckpointError(f"{path}: damaged: line {number} is not a record") from None
-        if number > 1 and records[-2].step >= records[-1].step:
-            raise DamagedCheckpointError(f"{path}: damaged: line {number} is of an earlier step than the one before")
-    if not records:
-        raise CheckpointError(f"{path}: no step has been recorded yet")
-    return records
-
-
 _Line = TypeVar("_Line", Record, Timing, EvaluationLine)
 
 
@@ -148,31 +124,50 @@ def read_until(path: Path, kind: type[_Line], step: int, *, strict: bool = False
     Raises:
         DamagedCheckpointError: the file cannot be read, or, if `strict`, a whole line is no record.
     """
-    with explain_disk_error(CANNOT_READ, path):
+    with explain_disk_error(CANNOT_READ, path, DamagedCheckpointError):
         records, _, follows = _scan(path, kind, step) if path.exists() else ([], 0, "")
     if strict and follows == "damage":
         raise DamagedCheckpointError(f"{path}: damaged: line {len(records) + 1} is no record")
     return records
 
 
-def cut_after(path: Path, kind: type[_Line], step: int, *, is_complete: bool = False) -> list[_Line]:
-    """As `read_until`, for the run itself: the file ends after these records from now on.
-
-    The file of a run that `is_complete` is only cut if it has later records, of a continuation that was abandoned.
+def read_records(run: Path) -> list[Record]:
+    """The records of a run directory, without a last line that a killed run left unfinished.
 
     Raises:
-        DamagedCheckpointError: the disk refused it.
+        CheckpointError: there are none.
+        DamagedCheckpointError: a line is no record, or not of a later step than the one before.
+    """
+    path = run / METRICS_FILE
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file; expected a run directory")
+    records = read_until(path, Record, sys.maxsize, strict=True)
+    for number, (before, record) in enumerate(pairwise(records), 2):
+        if before.step >= record.step:
+            raise DamagedCheckpointError(f"{path}: damaged: line {number} is of an earlier step than the one before")
+    if not records:
+        raise CheckpointError(f"{path}: no step has been recorded yet")
+    return records
+
+
+def cut_after(path: Path, kind: type[_Line], step: int, *, is_finished: bool = False) -> list[_Line]:
+    """As `read_until`, for the run itself: the file ends after these records from now on.
+
+    The file of a run that `is_finished` is only cut if it has later records, of a continuation that was abandoned.
+
+    Raises:
+        DiskError: the disk refused it.
     """
     with explain_disk_error("{path}: cannot be continued: {reason}", path):
-        if path.is_symlink() and not is_complete:
+        if path.is_symlink() and not is_finished:
             path.unlink()  # records are appended to a file in the run directory
         if not path.exists():
             return []
         records, size, follows = _scan(path, kind, step)
-        if follows == "damage" and not is_complete:  # a killed run leaves no whole line that is wrong
+        if follows == "damage" and not is_finished:  # a killed run leaves no whole line that is wrong
             aside = set_aside(path, copy=True)
             print_note(f"{path}: line {len(records) + 1} is no record; the file is kept as {aside}")
-        if not is_complete or (follows == "later" and not path.is_symlink()):
+        if not is_finished or (follows == "later" and not path.is_symlink()):
             os.truncate(path, size)
     return records
 

@@ -25,8 +25,8 @@ KEPT = (RUN_FILE, RECIPE_FILE)
 def set_aside_run(run: Path) -> None:
     """Move the run in this directory into RUN/replaced-run.
 
-    If there is one already, it stays if the run that was to replace it has no whole checkpoint, or none but that of a
-    signal; that run is removed.
+    If RUN/replaced-run holds a run already, and the run that was to replace it has no checkpoint that counts, the
+    former stays, and the latter is removed.
     """
     replaced, partial = run / REPLACED_NAME, run / PARTIAL_NAME
     if files.is_directory(replaced):
@@ -51,7 +51,7 @@ def put_back(run: Path, *, partial_only: bool = False) -> bool:
     Returns whether a run has been put back. A kill at any moment leaves what the next call completes.
 
     Raises:
-        DamagedCheckpointError: the disk refused it.
+        DiskError: the disk refused it.
     """
     replaced, partial = run / REPLACED_NAME, run / PARTIAL_NAME
     with files.explain_disk_error(files.CANNOT_WRITE, run):

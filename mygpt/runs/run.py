@@ -1,4 +1,4 @@
-"""A run directory: reading what it holds (class `Run`), and checking that a run may be written there."""
+"""A run directory: reading what it holds (class `RunDirectory`), and checking that a run may be written there."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunDirectory:
     """A run directory, to be read. run.json and the recipe are read once, when they are first needed.
 
     Raises CheckpointError if there is no run, DamagedCheckpointError for a file that cannot be read, and
@@ -73,10 +73,10 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run ended with its newest whole checkpoint, and not by a signal."""
+        """Whether the run has nothing left to do after its newest whole checkpoint; a signal finishes no run."""
         self.check_exists()
         newest = self.newest_checkpoint()
-        return newest is not None and self.ended_with(newest)
+        return newest is not None and read_manifest(newest).ended_by is not None
 
     @property
     def has_no_steps(self) -> bool:
@@ -89,14 +89,14 @@ class Run:
     @property
     def origin(self) -> Path | None:
         """The step directory of another run after which this one began, or None; MismatchError if it has changed."""
-        if (begun := self.info.origin) is None:
+        if (origin := self.info.origin) is None:
             return None
-        path = self.path / begun.checkpoint
+        path = self.path / origin.checkpoint
         try:
             found = files.file_sha256(path / files.MANIFEST_FILE)
         except (OSError, ValueError):
             found = None
-        if found != begun.manifest_sha256:
+        if found != origin.manifest_sha256:
             raise MismatchError(
                 f"{path}: the checkpoint after which {self.path} began is {'another now' if found else 'gone'}; put it "
                 "back, or begin again with --overwrite and the --resume of where it is now",
@@ -133,10 +133,6 @@ class Run:
         stretch = self.info.stretch_of(step)
         return self.recipe.replace(steps=stretch.steps, patience=stretch.patience)
 
-    def ended_with(self, checkpoint: Path) -> bool:
-        """Whether the run ended with this checkpoint."""
-        return read_manifest(checkpoint).finished
-
     def best_until(self, step: int) -> Best | None:
         """The evaluation up to a step with the lowest held-out loss, of those whose checkpoint is there."""
         records, checkpoints = read_until(self.path / METRICS_FILE, Record, step), self.checkpoints
@@ -163,7 +159,7 @@ class Run:
         )
 
 
-def step_named(run: Run, step: str) -> int:
+def step_named(run: RunDirectory, step: str) -> int:
     """The number of a step that is given by it, or as "best" or "latest".
 
     Raises:
@@ -190,7 +186,7 @@ def named_checkpoint(path: Path) -> Path:
         if path.name == files.BEST_FILE:
             reason = "keeps no best checkpoint: it has save_best = false, or no held-out loss yet"
         raise CheckpointError(f"{path}: {path.parent} {reason}")
-    return Run(path.parent).pointed_by(path.name)
+    return RunDirectory(path.parent).pointed_by(path.name)
 
 
 def find_model_file(path: Path) -> Path:
@@ -214,7 +210,7 @@ def find_model_file(path: Path) -> Path:
             raise DamagedCheckpointError(
                 f"{path / files.MODEL_FILE}: is missing; resuming falls back to the step before"
             )
-        return Run(path).pointed_by(files.LATEST_FILE) / files.MODEL_FILE
+        return RunDirectory(path).pointed_by(files.LATEST_FILE) / files.MODEL_FILE
     except OSError:
         problem = "has no checkpoint" if path.is_dir() else "no such run, step directory or model file"
         if (path / files.REPLACED_NAME).is_dir():
@@ -226,9 +222,9 @@ def find_model_file(path: Path) -> Path:
         raise CheckpointError(f"{str(path)!r}: not a path: {error}") from None
 
 
-def run_of(file: Path) -> Run | None:
+def run_of(file: Path) -> RunDirectory | None:
     """The run in which a model file is a checkpoint's; None: it is in none."""
-    return Run(file.parent.parent) if (file.parent.parent / RUN_FILE).exists() and manifest_of(file) else None
+    return RunDirectory(file.parent.parent) if (file.parent.parent / RUN_FILE).exists() and manifest_of(file) else None
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -269,7 +265,7 @@ def _output_problem(run: Path, replace: bool) -> str:
         return f"{run} holds a run without its {RUN_FILE}; restore it, or choose another --output"
     if entries and RUN_FILE not in entries:
         return f"{run} is not empty and not a run (it holds {entries[0]!r}); choose another --output"
-    if entries and not replace and not Run(run).has_no_steps:
+    if entries and not replace and not RunDirectory(run).has_no_steps:
         return f"{run} already holds a run; choose another --output, or replace it with --overwrite"
     return ""
 

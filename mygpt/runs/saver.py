@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from mygpt.data.tokenizer import Tokenizer
-from mygpt.errors import DamagedCheckpointError, NonFiniteError, print_note
+from mygpt.errors import DiskError, NonFiniteError, print_note
 from mygpt.recipe.files import METRICS_FILE
 from mygpt.recipe.tables import ModelTable, Recipe
 from mygpt.runs import files
@@ -44,7 +44,7 @@ class Saver:
     recipe: Recipe
     tokenizer: Tokenizer
     saved: Callable[[Path], None] = lambda _: None
-    """Is given each step directory, in the thread that writes, before those that it supersedes are removed."""
+    """Is given each step directory, in the thread that writes, before superseded ones are removed."""
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _writing: Future[None] | None = None
     _reason: Reason = "scheduled"  # of what is being written
@@ -52,7 +52,7 @@ class Saver:
     _copies: dict[str, torch.Tensor] = field(default_factory=dict)
     _saved_at: float = field(default_factory=time.monotonic)
     _reasons: dict[int, Reason] | None = None
-    """Of the checkpoints that are there: reading all manifests at each save would take longer with each of them."""
+    """Why each checkpoint was saved: reading all manifests at each save would take longer with each checkpoint."""
 
     def __enter__(self) -> "Saver":
         return self
@@ -72,10 +72,10 @@ class Saver:
     ) -> None:
         """Save the weights and state of a step as `run`/step-NNNNNN, and point `latest` there, and `best` to that step.
 
-        `ended_by` says why the run ends with this step; None: it does not.
+        `ended_by` says why the run is finished with this step; None: it is not.
 
         Raises:
-            DamagedCheckpointError, NonFiniteError: the checkpoint before could not be saved; see `write_checkpoint`.
+            DiskError, NonFiniteError: the checkpoint before could not be saved; see `write_checkpoint`.
         """
         self.wait()
         step = state.metadata.step
@@ -83,7 +83,6 @@ class Saver:
         manifest = Manifest(
             step=step,
             reason=reason,
-            finished=ended_by is not None,
             ended_by=ended_by,
             files={},
         )
@@ -107,7 +106,7 @@ class Saver:
             writing, self._writing = self._writing, None
             try:
                 writing.result()
-            except DamagedCheckpointError as error:
+            except DiskError as error:
                 if self._reason != "timed":
                     raise
                 problem = str(error).removesuffix(files.MEND_DISK)
@@ -164,7 +163,7 @@ def write_checkpoint(
     `texts` are the contents of further files, by name.
 
     Raises:
-        DamagedCheckpointError: the disk refused it; earlier checkpoints are untouched.
+        DiskError: the disk refused it; earlier checkpoints are untouched.
         NonFiniteError: a weight is not finite, and the manifest's reason is not "failed".
     """
     for name, tensor in weights.items():
@@ -192,7 +191,7 @@ def write_checkpoint(
                 partial / files.MANIFEST_FILE, manifest.model_copy(update={"files": entries}).to_json() + "\n"
             )
             files.publish(partial, target)
-    except DamagedCheckpointError:
+    except DiskError:
         # Free the space: this checkpoint may have filled the disk.
         shutil.rmtree(partial, ignore_errors=True)
         raise

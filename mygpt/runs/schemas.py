@@ -15,7 +15,7 @@ FORMAT: Final = 3
 """Format of run.json and of checkpoints. No other one is read."""
 
 HASH_OF_PATH = {"corpus": "corpus_sha256", "val_corpus": "held_out_sha256", "init_from": "init_sha256"}
-"""For keys that name what is read, the hash of that in run.json: it counts, and not the path."""
+"""The field of run.json that has the hash of what each of these keys names. The hash counts, not the path."""
 
 
 class _Metadata(Table):
@@ -69,7 +69,7 @@ class FileEntry(Table):
 
 
 End = Literal["steps", "patience"]
-"""Why a run ended: it did all steps, or early stopping."""
+"""Why a run is finished: it did all steps, or early stopping ended it."""
 Reason = Literal["scheduled", "best", "timed", "interrupted", "failed"]
 
 
@@ -78,17 +78,15 @@ class Manifest(_Metadata):
 
     reason: Reason
     """scheduled: by `save_every`, or the last step. best: the lowest held-out loss so far. timed: by
-    `save_seconds`. interrupted: by a signal. failed: before a step that was not finite. Those of "best", "timed" and
-    "interrupted" are removed once superseded."""
-    finished: bool
-    """Whether the run ended with this step, and not by a signal."""
+    `save_seconds`. interrupted: by a signal, or by `last_step`. failed: before a step that was not finite. Those of
+    "best", "timed" and "interrupted" are removed once superseded."""
     ended_by: End | None = None
-    """Why the run ended with this step; None: it did not."""
+    """Why the run was finished with this step; None: it was not, as after a signal."""
     files: dict[Literal["model.safetensors", "state.safetensors"], FileEntry]
 
 
 CODE_CHARACTERS = 12
-"""Of the hash of mygpt's code, where it is compared and shown."""
+"""How many characters of the hash of mygpt's code are compared and shown."""
 
 
 class Environment(Table):
@@ -100,7 +98,7 @@ class Environment(Table):
     accelerator: str | None
     git_commit: str | None
     code_sha256: str
-    """Of mygpt's own Python files."""
+    """The hash of mygpt's own Python files."""
     device: str
     compile: bool
     threads: Annotated[int, Field(ge=1, le=1024)]
@@ -120,7 +118,7 @@ class Environment(Table):
         return self.code_sha256[:CODE_CHARACTERS]
 
     def values(self) -> dict[str, Any]:
-        """All but the commit, which changes no bits by itself, by name."""
+        """All values by name, without the commit, which changes no bits by itself."""
         fields = self.model_dump(exclude={"versions", "git_commit", "code_sha256"})
         return {**self.versions, "code": self.code, **fields}
 
@@ -136,7 +134,7 @@ class Stretch(Table):
     after_step: Annotated[int, Field(ge=0)]
     """The step after which it begins. It ends where the next one begins."""
     steps: Count
-    """How many the run was to have: schedules depend on it."""
+    """How many steps the run was to have: schedules depend on it."""
     patience: CountOrOff
     environment: Environment
 
@@ -147,12 +145,12 @@ class Origin(Table):
     checkpoint: str
     """Its step directory: absolute, or relative to the run if it lies in it."""
     manifest_sha256: str
-    """Of its manifest.json, and so of all that is in it."""
+    """The hash of its manifest.json, and so of all that is in it."""
     after_step: Annotated[int, Field(ge=0)]
 
 
 class Recreated(Table):
-    """Of which run, and up to which step, `mygpt at` made a run directory."""
+    """The run, and its step, that `mygpt at` made again in a run directory."""
 
     run: str
     """The directory of that run, absolute."""
@@ -168,20 +166,20 @@ class RunInfo(Table):
     platform: str
     command: tuple[str, ...]
     launch_id: str | None
-    """Of the Slurm job or torchrun's launch that began the run; None: it had no id."""
+    """The id of the Slurm job or of torchrun's launch that started the run; None: it had no id."""
     corpus_sha256: str
     held_out_sha256: str | None
-    """Of `val_corpus`; None: there is none."""
+    """The hash of `val_corpus`; None: the recipe names none."""
     init_sha256: str | None
-    """Of the model file that `init_from` named; None: the weights were random."""
+    """The hash of the model file that `init_from` named; None: the weights were random."""
     recipe: Recipe
     """As in recipe.toml, but replaced atomically with `stretches`."""
     origin: Origin | None = None
-    """Only of a branch."""
+    """Only a branch has one."""
     recreated: Recreated | None = None
-    """Only of a run that `mygpt at` made."""
+    """Only a run that `mygpt at` made has this."""
     stretches: Annotated[tuple[Stretch, ...], Field(min_length=1)]
-    """By step."""
+    """In the order of their steps."""
 
     def to_json(self) -> str:
         absent = {name for name in ("origin", "recreated") if getattr(self, name) is None}
@@ -200,16 +198,16 @@ class RunInfo(Table):
         return self.held_out_sha256 or self.corpus_sha256
 
     @property
-    def begun_after(self) -> int:
-        """The step after which the run began: 0, but of a branch."""
+    def origin_step(self) -> int:
+        """The step of the checkpoint with which a branch began; 0 of another run."""
         return self.origin.after_step if self.origin else 0
 
     def stretches_until(self, step: int) -> tuple[Stretch, ...]:
-        """Those that trained the steps up to this one."""
+        """The stretches that trained the steps up to this one."""
         return self.stretches[:1] + tuple(stretch for stretch in self.stretches[1:] if stretch.after_step < step)
 
     def stretch_of(self, step: int) -> Stretch:
-        """The one that trained a step, or that would train it."""
+        """The stretch that trained a step, or that would train it."""
         return self.stretches_until(step)[-1]
 
 
@@ -220,14 +218,14 @@ def read_table(kind: type[T], file: Path) -> T:
     """Read a JSON file as a table of this kind.
 
     Raises:
-        DamagedCheckpointError: it cannot be read, or holds something else.
-        FormatError: another version of mygpt wrote it.
+        DamagedCheckpointError: the file cannot be read, or holds something else.
+        FormatError: another version of mygpt wrote the file.
     """
     return parse_table(kind, read_bytes(file), file)
 
 
 def parse_table(kind: type[T], text: str | bytes, file: Path) -> T:
-    """As `read_table`, of JSON that was read from `file`."""
+    """The table in JSON that was read from `file`; see `read_table`."""
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:

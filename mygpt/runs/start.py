@@ -1,4 +1,4 @@
-"""Where a run begins (anew, or after a checkpoint of its own or another run), and making its directory ready."""
+"""Where a run starts (at the beginning, or after a checkpoint of its own or another run), and making it ready."""
 
 import os
 import shutil
@@ -14,7 +14,6 @@ from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
 from mygpt.recipe.tables import HARMLESS_KEYS, NAMED_CORPORA, PATH_KEYS, Recipe
 from mygpt.runs import files
 from mygpt.runs.changes import (
-    Source,
     check_checkpoint,
     check_unchanged,
     has_same_windows,
@@ -23,11 +22,10 @@ from mygpt.runs.changes import (
     warn_of_last_bits,
     warn_of_steps,
 )
-from mygpt.runs.held_out import count_from, evaluations_of
 from mygpt.runs.records import LINES, EvaluationLine, read_until
 from mygpt.runs.replacing import set_aside_run
-from mygpt.runs.run import Run, Warn, named_checkpoint
-from mygpt.runs.schemas import HASH_OF_PATH, Best, Origin, RunInfo, Stretch
+from mygpt.runs.run import RunDirectory, Warn, named_checkpoint
+from mygpt.runs.schemas import HASH_OF_PATH, Best, End, Origin, RunInfo, Stretch
 from mygpt.runs.steps import (
     TEMPORARY_REASONS,
     point_to,
@@ -42,28 +40,29 @@ ANOTHER_OUTPUT = "choose another --output"
 
 
 class Start(NamedTuple):
-    """Where a run begins."""
+    """Where a run starts: at the beginning, after its newest checkpoint, or after its origin."""
 
     checkpoint: Path | None
-    """The verified step directory after which it continues; None: it starts from the beginning."""
+    """The verified step directory after which it goes on; None: it starts at the beginning."""
     step: int
     """That checkpoint's step, or 0."""
     in_place: bool
     """Whether the run directory already holds this run."""
     overwrite: bool
     """Whether another run that is there is replaced."""
-    recipe: Recipe
-    """To be written as recipe.toml."""
     info: RunInfo
-    """To be written as run.json."""
-    is_complete: bool = False
-    """Whether the run is over, so that nothing will be trained."""
+    """What run.json is to hold."""
+    ended_by: End | None = None
+    """Why the run is finished; None: something is left to be trained."""
     best: Best | None = None
     """The best evaluation so far, if the recipe keeps its checkpoint."""
     evaluations: tuple[EvaluationLine, ...] = ()
-    """Those so far that are over the same held-out windows as later ones."""
-    counted_after: int = 0
-    """The step after which early stopping counts evaluations."""
+    """The evaluations so far that are over the same held-out windows as later ones."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What recipe.toml is to hold."""
+        return self.info.recipe
 
 
 def find_start(
@@ -75,67 +74,80 @@ def find_start(
     is_restart: bool = False,
     warn: Warn,
 ) -> Start:
-    """Decide where a run of `recipe` begins, touching nothing.
+    """Decide where a run of `recipe` starts; only reads.
 
-    `info` is that of a run that begins here and now, and `tokenizer` that of the corpus. A run that goes on has the
-    recipe with which it began; changes on which only the last bits depend cost a warning. When a launcher restarts the
-    command, `overwrite` spares the run that this same command has begun.
+    `info` is that of a run that starts here and now, and `tokenizer` that of the corpus. A run that goes on keeps its
+    recipe; changes on which only the last bits depend cost a warning. When a launcher restarts the command,
+    `overwrite` spares the run that this same command has started.
 
     Raises:
         CheckpointError: there is a run that `resume` does not allow to continue, or nothing where it points.
-        RecipeError: the recipe is not that of the run.
-        MismatchError: the architecture or the corpus is not.
-        DamagedCheckpointError: there are checkpoints, and none of them is whole.
+        RecipeError: the run has another recipe.
+        MismatchError: the run has another architecture or corpus.
+        DamagedCheckpointError: no checkpoint of the run is whole.
     """
-    run, recipe = Run(Path(recipe.checkpoint.output)), self_contained(recipe)
+    run, recipe = RunDirectory(Path(recipe.checkpoint.output)), self_contained(recipe)
     info = info.model_copy(update={"recipe": recipe})
-    overwrite = overwrite and not (is_restart and _was_begun_by(run, recipe, info))
-    source = _find_source(run, recipe.checkpoint.resume, overwrite, warn)
-    if source is None:
-        init_from, place = recipe.train.init_from, files.real_path(run.path)
-        if overwrite and init_from and place in Path(init_from).parents:
-            entry = Path(init_from).relative_to(place).parts[0]
-            if files.RUN_ENTRY.fullmatch(entry):
-                raise CheckpointError(
-                    f"init_from: {init_from} is in the run that --overwrite would remove; {ANOTHER_OUTPUT}"
-                )
-        return Start(None, 0, False, overwrite, recipe, info)
-    if source.in_place:
-        return _continue(source, recipe, info, tokenizer, warn)
-    return _branch(source, recipe, info, tokenizer, overwrite, warn)
+    overwrite = overwrite and not (is_restart and _was_started_by(run, recipe, info))
+    resume, origin = recipe.checkpoint.resume, None
+    is_path = resume not in ("auto", "never")
+    # A run gets its recipe.toml last: without it, the run was killed while it was made.
+    if os.path.lexists(run.path / RECIPE_FILE) and not overwrite and (is_path or not run.has_no_steps):
+        if resume not in ("auto", self_contained(run.recipe).checkpoint.resume):
+            raise CheckpointError(
+                f"output: {run.path} already holds a run, and resume is {resume!r}; choose another --output, replace "
+                'it with --overwrite, or continue it with --resume "auto"'
+            )
+        checkpoint = run.newest_checkpoint(warn)
+        # A branch that was killed before its first checkpoint starts again at its origin.
+        if checkpoint or not (origin := run.origin):
+            return _continue(run, checkpoint, recipe, info, tokenizer, warn)
+    if origin or is_path:
+        return _branch(_resolve_origin(origin or Path(resume), warn), recipe, info, tokenizer, overwrite, warn)
+    init_from, place = recipe.train.init_from, files.real_path(run.path)
+    if overwrite and init_from and place in Path(init_from).parents:
+        entry = Path(init_from).relative_to(place).parts[0]
+        if files.RUN_ENTRY.fullmatch(entry):
+            raise CheckpointError(
+                f"init_from: {init_from} is in the run that --overwrite would remove; {ANOTHER_OUTPUT}"
+            )
+    return Start(None, 0, False, overwrite, info)
 
 
-def _continue(source: Source, recipe: Recipe, info: RunInfo, tokenizer: TokenizerMetadata, warn: Warn) -> Start:
-    """The start of a run that goes on, or is over."""
-    run, checkpoint = source.run, source.checkpoint
-    is_over = checkpoint is not None and run.ended_with(checkpoint)
-    step = check_checkpoint(source, recipe, tokenizer, may_end=is_over)
-    check_unchanged(source, step, recipe, info)
+def _continue(
+    run: RunDirectory, checkpoint: Path | None, recipe: Recipe, info: RunInfo, tokenizer: TokenizerMetadata, warn: Warn
+) -> Start:
+    """The start of a run that goes on after its newest checkpoint, if it has one, or is finished."""
     if checkpoint is None:
-        return Start(None, 0, True, False, recipe, info)
+        check_unchanged(run, 0, recipe, info)
+        return Start(None, 0, True, False, info)
+    ended_by = read_manifest(checkpoint).ended_by
+    step = check_checkpoint(checkpoint, recipe, tokenizer, in_place=True, may_end=ended_by is not None)
+    check_unchanged(run, step, recipe, info)
     warn_of_code(run, step, warn)
-    is_complete = is_over and not _ends_later(checkpoint, source.trained_with, recipe)
-    if is_complete:  # only keys that train nothing, and paths, can change
+    trained_with = run.recipe_for(step)
+    goes_on = recipe.train.steps != trained_with.train.steps
+    if ended_by == "patience":
+        goes_on = not 0 < recipe.validation.patience <= trained_with.validation.patience
+    if ended_by and not goes_on:  # only keys that train nothing, and paths, can change
         values = {key: recipe.flat()[key] for key in (*HARMLESS_KEYS, *PATH_KEYS)}
-        recipe, stretches = source.trained_with.replace(**values), run.info.stretches_until(step)
+        recipe, stretches = trained_with.replace(**values), run.info.stretches_until(step)
     else:
-        stretches = _stretches(run.info, step, info)
+        ended_by, stretches = None, _stretches(run.info, step, info)
         warn_of_last_bits(run.info.stretch_of(step).environment, info.stretches[0].environment, recipe, warn)
-        warn_of_steps(source.trained_with, recipe, step, warn)
-    recipe = recipe.replace(resume=run.recipe.checkpoint.resume)  # where the run began stays on record
+        warn_of_steps(run, step, recipe, warn)
+    recipe = recipe.replace(resume=run.recipe.checkpoint.resume)  # the origin stays on record
     info = run.info.model_copy(update={"recipe": recipe, "stretches": stretches})
     best = run.best_until(step) if recipe.keeps_best else None
     evaluations = tuple(read_until(run.path / files.EVALUATIONS_FILE, EvaluationLine, step))
-    counted_after = count_from(stretches, evaluations_of(evaluations))
-    return Start(checkpoint, step, True, False, recipe, info, is_complete, best, evaluations, counted_after)
+    return Start(checkpoint, step, True, False, info, ended_by, best, evaluations)
 
 
 def _branch(
-    source: Source, recipe: Recipe, info: RunInfo, tokenizer: TokenizerMetadata, overwrite: bool, warn: Warn
+    checkpoint: Path, recipe: Recipe, info: RunInfo, tokenizer: TokenizerMetadata, overwrite: bool, warn: Warn
 ) -> Start:
-    """The start of a run that begins with the checkpoint of another."""
-    run, checkpoint, output = source.run, source.checkpoint, files.real_path(Path(recipe.checkpoint.output))
-    assert checkpoint is not None
+    """The start of a run whose origin is a checkpoint of another run."""
+    run, output = RunDirectory(checkpoint.parent), files.real_path(Path(recipe.checkpoint.output))
     is_own = output in checkpoint.parents  # as of a fork
     if files.real_path(run.path) == output or (overwrite and is_own):
         raise CheckpointError(
@@ -143,7 +155,7 @@ def _branch(
         )
     if not is_own and read_manifest(checkpoint).reason in TEMPORARY_REASONS:
         warn(f"resume: {checkpoint} is removed when its run saves the next checkpoint: `verify` needs it")
-    step = check_checkpoint(source, recipe, tokenizer, may_end=False)
+    step = check_checkpoint(checkpoint, recipe, tokenizer, in_place=False, may_end=False)
     seed, init_from = run.recipe.train.init_seed, run.recipe.train.init_from
     if recipe.train.init_seed != seed:
         warn(f"init_seed: stays {seed}: the weights are those of {checkpoint}")
@@ -153,47 +165,40 @@ def _branch(
         recipe = recipe.replace(init_from=init_from)
         info = info.model_copy(update={"init_sha256": run.info.init_sha256})
     warn_of_code(run, step, warn)
-    warn_of_branch(source, step, recipe, info, warn)
-    warn_of_steps(source.trained_with, recipe, step, warn)
+    warn_of_branch(run, step, recipe, info, warn)
+    warn_of_steps(run, step, recipe, warn)
     origin = Origin(
         checkpoint=str(checkpoint.relative_to(output) if is_own else checkpoint),
         manifest_sha256=files.file_sha256(checkpoint / files.MANIFEST_FILE),
         after_step=step,
     )
-    stretches = _stretches(run.info, step, info)
-    info = info.model_copy(update={"recipe": recipe, "origin": origin, "stretches": stretches})
+    info = info.model_copy(
+        update={"recipe": recipe, "origin": origin, "stretches": _stretches(run.info, step, info)},
+    )
     evaluations: tuple[EvaluationLine, ...] = ()
-    if has_same_windows(source, recipe, info):
+    if has_same_windows(run, step, recipe, info):
         evaluations = tuple(read_until(run.path / files.EVALUATIONS_FILE, EvaluationLine, step))
-    counted_after = count_from(stretches, evaluations_of(evaluations))
-    return Start(checkpoint, step, False, overwrite, recipe, info, evaluations=evaluations, counted_after=counted_after)
+    return Start(checkpoint, step, False, overwrite, info, evaluations=evaluations)
 
 
 def _stretches(trained: RunInfo, step: int, here: RunInfo) -> tuple[Stretch, ...]:
-    """Those of a run that goes on after a step as `here`, or of a branch of it.
+    """The stretches of a run that goes on after a step as `here`, or of a branch of it.
 
     A run that was only killed and continued records nothing. Later stretches belong to a continuation that this one
     replaces.
     """
     before, now = trained.stretch_of(step), here.stretches[0]
-    is_same = now.model_copy(update={"after_step": before.after_step}) == before
-    return trained.stretches_until(step) + (() if is_same else (now.model_copy(update={"after_step": step}),))
+    if now.model_copy(update={"after_step": before.after_step}) == before:
+        return trained.stretches_until(step)
+    return (*trained.stretches_until(step), now.model_copy(update={"after_step": step}))
 
 
-def _ends_later(checkpoint: Path, was: Recipe, recipe: Recipe) -> bool:
-    """Whether `recipe` has another end than the run, which is over."""
-    if read_manifest(checkpoint).ended_by == "patience":
-        patience = recipe.validation.patience
-        return patience == 0 or patience > was.validation.patience
-    return recipe.train.steps != was.train.steps
-
-
-def begin_run(start: Start) -> None:
+def write_start(start: Start) -> None:
     """Make the directory of a new run, or update that of a run that continues.
 
     Raises:
         CheckpointError: there is a run, and `overwrite` is not set.
-        DamagedCheckpointError: the disk refused it.
+        DiskError: the disk refused it.
     """
     run = Path(start.recipe.checkpoint.output)
     with files.explain_disk_error(files.CANNOT_WRITE, run):
@@ -206,7 +211,7 @@ def _create(run: Path, start: Start) -> None:
             f"output: {run} holds checkpoints but no {RECIPE_FILE}; restore it, choose another --output, or "
             "--overwrite the run"
         )
-    if start.overwrite and not Run(run).has_no_steps:
+    if start.overwrite and not RunDirectory(run).has_no_steps:
         set_aside_run(run)
         print_note(f"the run that is replaced stays in {run / files.REPLACED_NAME} until the first checkpoint")
     for entry in run.iterdir():
@@ -217,7 +222,7 @@ def _create(run: Path, start: Start) -> None:
             files.remove(entry)
     # A directory without recipe.toml is a run that was killed while it was made.
     files.replace_text(run / RUN_FILE, start.info.to_json())
-    for name in LINES:  # a branch begins with the records of its source
+    for name in LINES:  # a branch has the records of its origin
         is_kept = name != files.EVALUATIONS_FILE or bool(start.evaluations)
         if start.checkpoint is not None and is_kept and (start.checkpoint.parent / name).is_file():
             shutil.copyfile(start.checkpoint.parent / name, run / name)
@@ -260,8 +265,8 @@ def self_contained(recipe: Recipe) -> Recipe:
     return recipe.replace(**paths)
 
 
-def _was_begun_by(run: Run, recipe: Recipe, info: RunInfo) -> bool:
-    """Whether this command began the run in the same job or launch, perhaps in another environment.
+def _was_started_by(run: RunDirectory, recipe: Recipe, info: RunInfo) -> bool:
+    """Whether this command started the run in the same job or launch, perhaps in another environment.
 
     Without an id of the job, recipe and command decide. It is an error if run.json is damaged.
     """
@@ -271,45 +276,25 @@ def _was_begun_by(run: Run, recipe: Recipe, info: RunInfo) -> bool:
     # The program and what it reads may have been moved since.
     paths = {key: value for key, value in recipe.flat().items() if key in HASH_OF_PATH}
     is_same_recipe = self_contained(run.recipe).replace(**paths, output=recipe.checkpoint.output) == recipe
-    has_same_input = all(getattr(before, name) == getattr(info, name) for name in HASH_OF_PATH.values())
-    is_same_launch = before.launch_id in (None, info.launch_id)
-    return is_same_recipe and has_same_input and is_same_launch and before.command[1:] == info.command[1:]
+    is_same_launch = before.launch_id in (None, info.launch_id) and before.command[1:] == info.command[1:]
+    return is_same_recipe and before.inputs == info.inputs and is_same_launch
 
 
-def _find_source(run: Run, resume: str, overwrite: bool, warn: Warn) -> Source | None:
-    """The run itself if it is continued, or the run that `resume` names; None: start from the beginning."""
-    is_path = resume not in ("auto", "never")
-    # A run gets its recipe.toml last: without it, the run was killed while it was made.
-    is_run = os.path.lexists(run.path / RECIPE_FILE) and not overwrite and (is_path or not run.has_no_steps)
-    if not is_run:
-        return _named_source(Path(resume), warn) if is_path else None
-    if resume not in ("auto", self_contained(run.recipe).checkpoint.resume):
-        raise CheckpointError(
-            f"output: {run.path} already holds a run, and resume is {resume!r}; choose another --output, replace it "
-            'with --overwrite, or continue it with --resume "auto"'
-        )
-    checkpoint = run.newest_checkpoint(warn)
-    # A branch that was killed before its first checkpoint begins again where it began.
-    if checkpoint is None and (origin := run.origin):
-        return _named_source(origin, warn)
-    return Source(run, checkpoint, in_place=True)
-
-
-def _named_source(path: Path, warn: Warn) -> Source:
-    """The run and the checkpoint that a user names by the path of either."""
+def _resolve_origin(path: Path, warn: Warn) -> Path:
+    """The whole step directory that a user names by its path, or by that of its run."""
     try:
         path = files.real_path(named_checkpoint(path))
         if files.FAILED_NAME.fullmatch(path.name):
             raise CheckpointError(f"resume: {path} is the record of a step that failed; name a step directory")
         if (path / RUN_FILE).exists():
-            checkpoint = Run(path).newest_checkpoint(warn)
+            checkpoint = RunDirectory(path).newest_checkpoint(warn)
             if checkpoint is None:
                 raise CheckpointError(f"resume: {path} has no checkpoint yet")
-            return Source(Run(path), checkpoint, in_place=False)
+            return checkpoint
         is_in_run = (path.parent / RUN_FILE).exists() and path.is_dir()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"resume: got {str(path)!r}: {error}") from None
     if not is_in_run:
         raise CheckpointError(f'resume: got {str(path)!r}, expected "auto", "never", or a run or step directory')
     verify_checkpoint(path)
-    return Source(Run(path.parent), path, in_place=False)
+    return path

@@ -60,7 +60,7 @@ def verify_checkpoint(directory: Path, prefix: str = "step-") -> Manifest:
 def verify_file(file: Path, manifest: Manifest) -> None:
     """Compare size and hash of a file with the manifest that names it."""
     entry = manifest.files[file.name]  # type: ignore[index]
-    with files.explain_disk_error(files.CANNOT_READ, file):
+    with files.explain_disk_error(files.CANNOT_READ, file, DamagedCheckpointError):
         size = files.regular(file).stat().st_size
         if size != entry.bytes:
             raise DamagedCheckpointError(f"{file}: damaged: {size:,} bytes, expected {entry.bytes:,}")
@@ -111,10 +111,10 @@ def _saved_reason(directory: Path) -> Reason | None:
 
 
 def superseded(reasons: Mapping[int, Reason], keep_last: int, newest: int, best: int | None) -> set[int]:
-    """The steps up to `newest` that are not to be kept, of those with these reasons.
+    """The steps up to `newest` whose checkpoints can be removed, of those with these reasons.
 
-    To be kept are the newest, the best, and the `keep_last` newest scheduled ones (0: all); without a `best` also those
-    that were the best of an earlier kind of evaluation.
+    The newest, the best, and the `keep_last` newest scheduled ones (0: all) stay; without a `best`, as after
+    save_best = false, also all that were saved as the best.
     """
     steps = sorted(step for step in reasons if step <= newest)
     scheduled = [step for step in steps if reasons[step] == "scheduled"]

@@ -16,41 +16,41 @@ from mygpt.estimates import CrossedEstimate, Estimate, crossed_estimate, mean_es
 from mygpt.runs.held_out import LN_2, Evaluation, difference, paired_changes
 
 LEVEL = 0.05
-"""Studies of equal recipes that may call two of them different, in the long run at most this share of them."""
+"""At most this share of studies of equal recipes call two of them different, in the long run."""
 POWER = 0.8
-"""Chance to see a difference that is there, by which seeds are counted."""
+"""The chance of seeing a difference for which the needed seeds are counted."""
 MOST_SEEDS = 1000
-"""Beyond which no number of seeds is named."""
+"""The largest number of seeds that a study names."""
 
 
 class RunResult(NamedTuple):
     """What a run of a study came to."""
 
     evaluation: Evaluation
-    """The last."""
+    """The last evaluation."""
     curve: tuple[tuple[int, float], ...]
     """Held-out loss in nats per token by step, of all evaluations."""
     path: str
     """The run directory, relative to the study."""
 
 
-class CellResult(NamedTuple):
+class VariantResult(NamedTuple):
     """What the runs of a recipe came to."""
 
     name: str
     runs: Mapping[int, RunResult]
-    """By seed, those that are complete."""
+    """The complete runs, by seed."""
     failures: Mapping[int, str]
-    """By seed, those that ended in an error, such as a loss that is not a number."""
+    """Why each other run ended, by seed, such as a loss that is not a number."""
     tokenizer: str
-    """Its fingerprint: losses per token are of the same tokens where it is the same."""
+    """Its tokenizer as JSON: losses per token can be compared between recipes with the same one."""
 
     def losses(self, unit: str) -> dict[int, float]:
         """The held-out loss at the end of each run, by seed."""
         return {seed: _loss(run.evaluation, unit).mean for seed, run in self.runs.items()}
 
     def mean(self, unit: str) -> Estimate:
-        """Over the seeds: its error is that of the mean over all seeds, on this held-out text."""
+        """The mean loss over the seeds, with its error as that of all possible seeds, on this held-out text."""
         return mean_estimate(np.array(list(self.losses(unit).values())))
 
     def spread(self, unit: str) -> float | None:
@@ -68,20 +68,20 @@ class ComparisonResult(NamedTuple):
     change: Estimate | None
     """The mean loss of b less that of a; None: fewer than two seeds. Its error has both parts below."""
     seed_stderr: float | None
-    """Of the mean over all seeds, on this text."""
+    """The standard error of the change because there are few seeds, on this text."""
     text_stderr: float | None
-    """Of the mean over all text that the windows stand for, with these seeds; None: the seeds' windows differ, so that
-    it is in the other part."""
+    """The standard error of the change because there are few windows, with these seeds; None: the seeds have
+    different windows, so that `seed_stderr` includes it."""
     manner: str
     """How the windows are paired."""
     p: float | None
-    """Chance of a difference as large between equal recipes."""
+    """The chance of a difference at least as large between equal recipes."""
     corrected_p: float | None
-    """The same for the largest difference of the study: Holm's correction for the number of comparisons."""
+    """`p` after Holm's correction for the number of comparisons in the study."""
     worth_steps: int | None
-    """How many steps before its end the better recipe has the other one's last loss; None: not measured."""
+    """How many steps before its end the better recipe has reached the last loss of the worse; None: not measured."""
     is_bound: bool
-    """Whether it had this loss at its first evaluation already, and so `worth_steps` is the least that it is worth."""
+    """Whether it had this loss at its first evaluation already: then `worth_steps` is a lower bound."""
     seeds_needed: int | None
     """More seeds with which a difference of `effect` would probably be seen; None: no number of seeds would do."""
 
@@ -98,7 +98,7 @@ class ComparisonResult(NamedTuple):
         return self.a if self.better == self.b else self.b
 
     def verdict(self, effect: float) -> str:
-        """In words."""
+        """What the comparison says, in words."""
         if self.change is None or self.p is None:
             return f"{self.a} and {self.b}: not compared, since fewer than two seeds are complete with both"
         size = Estimate(abs(self.change.mean), self.change.stderr).text().lstrip("+")
@@ -117,17 +117,19 @@ class ComparisonResult(NamedTuple):
         return f"no difference seen between {self.a} and {self.b}: {self.change.text()}; {rest}"
 
 
-def unit_of(cells: Sequence[CellResult]) -> str:
-    """In which unit all cells can be compared."""
-    return "nats per token" if len({cell.tokenizer for cell in cells if cell.runs}) <= 1 else "bits per byte"
+def unit_of(variants: Sequence[VariantResult]) -> str:
+    """The unit in which all variants can be compared."""
+    return (
+        "nats per token" if len({variant.tokenizer for variant in variants if variant.runs}) <= 1 else "bits per byte"
+    )
 
 
-def compare_cells(cells: Sequence[CellResult], effect: float) -> list[ComparisonResult]:
+def compare_variants(variants: Sequence[VariantResult], effect: float) -> list[ComparisonResult]:
     """Every pair of recipes, with p-values corrected for their number.
 
     `effect` is the difference that more seeds should reveal.
     """
-    unit, pairs = unit_of(cells), list(combinations(cells, 2))
+    unit, pairs = unit_of(variants), list(combinations(variants, 2))
     level = LEVEL / max(1, len(pairs))
     results = [_compare(a, b, unit, effect, level) for a, b in pairs]
     corrected = holm([result.p for result in results])
@@ -148,7 +150,7 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def paired_change(a: CellResult, b: CellResult, unit: str) -> tuple[CrossedEstimate | None, str]:
+def paired_change(a: VariantResult, b: VariantResult, unit: str) -> tuple[CrossedEstimate | None, str]:
     """The mean difference b - a over common seeds, and how windows are paired; None: fewer than two common seeds.
 
     Where the windows of a and b cannot be paired, the error of the text is that of independent estimates. Where each
@@ -187,7 +189,7 @@ def paired_change(a: CellResult, b: CellResult, unit: str) -> tuple[CrossedEstim
     return CrossedEstimate(total, of_seeds.stderr, text.stderr, text.dof), f"seeds paired; {manner}"
 
 
-def _compare(a: CellResult, b: CellResult, unit: str, effect: float, level: float) -> ComparisonResult:
+def _compare(a: VariantResult, b: VariantResult, unit: str, effect: float, level: float) -> ComparisonResult:
     crossed, manner = paired_change(a, b, unit)
     seeds = len(a.runs.keys() & b.runs.keys())
     if crossed is None:
@@ -208,11 +210,11 @@ def _compare(a: CellResult, b: CellResult, unit: str, effect: float, level: floa
 def seeds_for(effect: float, crossed: CrossedEstimate, seeds: int, level: float = LEVEL) -> int | None:
     """With how many seeds a difference of `effect` is seen with a chance of `POWER`, given the errors with `seeds`.
 
-    At least `seeds`; None: not with `MOST_SEEDS`, because of the error of the text.
+    The answer is at least `seeds`; None: `MOST_SEEDS` are not enough, because of the error of the text.
     """
     from scipy.special import nctdtr
 
-    # What more seeds average out; the rest is of the text.
+    # More seeds average this part out; the rest is the error of the text.
     of_seeds = crossed.seed_stderr**2
     of_text = max(0.0, (crossed.total.stderr or 0.0) ** 2 - of_seeds)
 
@@ -232,9 +234,9 @@ def seeds_for(effect: float, crossed: CrossedEstimate, seeds: int, level: float 
     return low
 
 
-def mean_curve(cell: CellResult) -> list[tuple[int, float, float]]:
+def mean_curve(variant: VariantResult) -> list[tuple[int, float, float]]:
     """Step, mean and standard deviation of the held-out loss over the seeds, where all were evaluated."""
-    curves = [dict(run.curve) for run in cell.runs.values()]
+    curves = [dict(run.curve) for run in variant.runs.values()]
     steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     values = {step: np.array([curve[step] for curve in curves]) for step in steps}
     return [
@@ -243,12 +245,12 @@ def mean_curve(cell: CellResult) -> list[tuple[int, float, float]]:
     ]
 
 
-def _worth_steps(a: CellResult, b: CellResult) -> tuple[int | None, bool]:
-    """How many steps before its end the mean curve of the better recipe is at the other one's last loss.
+def _worth_steps(a: VariantResult, b: VariantResult) -> tuple[int | None, bool]:
+    """How many steps before its end the better recipe's mean curve reaches the worse one's last loss; and `is_bound`.
 
-    And whether that is a bound, since it was there at its first evaluation. Between evaluations the curve is a line.
+    Between evaluations the curve is a line.
     """
-    curves = [[(step, mean) for step, mean, _ in mean_curve(cell)] for cell in (a, b)]
+    curves = [[(step, mean) for step, mean, _ in mean_curve(variant)] for variant in (a, b)]
     if not all(curves):
         return None, False
     better, worse = sorted(curves, key=lambda curve: curve[-1][1])

@@ -16,16 +16,15 @@ STUDY_FILE = "study.json"
 PLAN_FILE = "plan.json"
 PICTURE_FILE = "study.png"
 OWN_FILES = (STUDY_FILE, PLAN_FILE, PICTURE_FILE)
-"""Beside which each recipe has a folder."""
+"""The files of a study, beside the folders of its recipes."""
 HELD_OUT_KEYS = ("val_corpus", "corpus", "val_split", "hold_out")
-"""Keys that choose the held-out text: the first alone, where it is given."""
+"""Keys that choose the held-out text. If val_corpus is given, the other three do not matter."""
 
 
-class Cell(NamedTuple):
-    """One recipe of a study."""
+class Variant(NamedTuple):
+    """One recipe of a study, with its name, which is also that of its folder."""
 
     name: str
-    """Also that of its folder."""
     recipe: Recipe
 
 
@@ -50,14 +49,14 @@ def read_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
     return settings
 
 
-def cells_of(targets: Sequence[str], settings: Mapping[str, Sequence[Any]]) -> list[Cell]:
+def variants_of(targets: Sequence[str], settings: Mapping[str, Sequence[Any]]) -> list[Variant]:
     """Every target, a recipe file or a shipped recipe's name, with every combination of the settings.
 
     Raises:
         RecipeError: a recipe cannot be used, has no held-out loss, or holds out another text than the others.
         MygptError: two recipes have the same name, or one has that of a file of the study.
     """
-    cells = []
+    variants = []
     for target in targets:
         loaded = load_target(target).replace(**dict.fromkeys(ExpectedTable.model_fields))
         for values in itertools.product(*settings.values()):
@@ -76,12 +75,12 @@ def cells_of(targets: Sequence[str], settings: Mapping[str, Sequence[Any]]) -> l
                 )
             if recipe.checkpoint.resume not in ("auto", "never"):
                 raise RecipeError(f"{name} [checkpoint] resume: expected none, since the runs of a study begin anew")
-            cells.append(Cell(name, recipe))
-    _check_texts(cells)
-    names = [cell.name.casefold() for cell in cells]  # some disks do not know capital letters
+            variants.append(Variant(name, recipe))
+    _check_texts(variants)
+    names = [variant.name.casefold() for variant in variants]  # some disks do not know capital letters
     if double := next((name for name in names if names.count(name) > 1), None):
         raise MygptError(f"two recipes of the study are called {double!r}; rename one, or give each value once")
-    return cells
+    return variants
 
 
 def stem_of(target: str) -> str:
@@ -89,15 +88,15 @@ def stem_of(target: str) -> str:
     return re.sub(r"(?i)\.toml$", "", os.path.basename(target.rstrip("/")))
 
 
-def _check_texts(cells: Sequence[Cell]) -> None:
-    """See that all hold out the same text: losses on different texts say nothing about recipes."""
-    first, *others = (self_contained(cell.recipe).flat() for cell in cells)
-    for cell, other in zip(cells[1:], others, strict=True):
+def _check_texts(variants: Sequence[Variant]) -> None:
+    """Check that all hold out the same text: losses on different texts say nothing about recipes."""
+    first, *others = (self_contained(variant.recipe).flat() for variant in variants)
+    for variant, other in zip(variants[1:], others, strict=True):
         for key in HELD_OUT_KEYS[:1] if first["val_corpus"] else HELD_OUT_KEYS:
             if other[key] != first[key]:
                 raise RecipeError(
-                    f"{cell.name} [data] {key}: got {other[key]}, and {cells[0].name} has {first[key]}; expected the "
-                    "same in all recipes of a study, which must hold out the same text"
+                    f"{variant.name} [data] {key}: got {other[key]}, and {variants[0].name} has {first[key]}; expected "
+                    "the same in all recipes of a study, which must hold out the same text"
                 )
 
 

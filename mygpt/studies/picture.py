@@ -8,7 +8,7 @@ import numpy as np
 from mygpt.estimates import Estimate
 from mygpt.reports.curves import Points
 from mygpt.reports.plot import COLORS, default_style, drawable, highest_that_matters, new_figure, save_figure
-from mygpt.studies.analysis import CellResult, mean_curve, unit_of
+from mygpt.studies.analysis import VariantResult, mean_curve, unit_of
 from mygpt.studies.results import Study
 
 if TYPE_CHECKING:
@@ -25,24 +25,26 @@ def draw(study: Study, out: Path) -> "Figure":
     Raises:
         MygptError: matplotlib is not installed, or `out` cannot be written.
     """
-    unit = unit_of(study.cells)
-    cells = sorted((cell for cell in study.cells if cell.runs), key=lambda cell: cell.mean(unit).mean)
-    width = 11 + 0.08 * max([0, *(len(cell.name) - 12 for cell in cells)])
-    figure = new_figure(figsize=(width, 2.8 + 0.4 * len(cells)), layout="constrained")
-    count = 3 if len(cells) > 1 else 2
+    unit = unit_of(study.variants)
+    variants = sorted(
+        (variant for variant in study.variants if variant.runs), key=lambda variant: variant.mean(unit).mean
+    )
+    width = 11 + 0.08 * max([0, *(len(variant.name) - 12 for variant in variants)])
+    figure = new_figure(figsize=(width, 2.8 + 0.4 * len(variants)), layout="constrained")
+    count = 3 if len(variants) > 1 else 2
     curves, ends, *others = figure.subplots(1, count, width_ratios=(4, 3, 3)[:count])
-    _draw_curves(curves, cells)
-    for row, cell in enumerate(cells):
-        color, losses = _color(row), list(cell.losses(unit).values())
+    _draw_curves(curves, variants)
+    for row, variant in enumerate(variants):
+        color, losses = _color(row), list(variant.losses(unit).values())
         ends.plot(losses, [row + 0.16] * len(losses), "o", color=color, ms=5, alpha=0.4, mew=0)
-        _draw_estimate(ends, row - 0.16, cell.mean(unit), color)
-        if row and (change := _change(study, cells[0].name, cell.name)):
+        _draw_estimate(ends, row - 0.16, variant.mean(unit), color)
+        if row and (change := _change(study, variants[0].name, variant.name)):
             _draw_estimate(others[0], row, change, color)
     for axes in (ends, *others):
-        axes.set(yticks=range(len(cells)), ylim=(max(1, len(cells)) - 0.5, -0.5))
+        axes.set(yticks=range(len(variants)), ylim=(max(1, len(variants)) - 0.5, -0.5))
         axes.grid(alpha=0.3, axis="x")
     ends.set(xlabel=f"held-out loss ({unit})")
-    ends.set_yticklabels([drawable(cell.name) for cell in cells], parse_math=False)
+    ends.set_yticklabels([drawable(variant.name) for variant in variants], parse_math=False)
     ends.set_title("each run at its last step,\nand their mean with its 95% interval", fontsize="small")
     for differences in others:
         differences.axvline(0, color="gray", lw=0.8)
@@ -54,16 +56,16 @@ def draw(study: Study, out: Path) -> "Figure":
     return figure
 
 
-def _draw_curves(axes: "Axes", cells: list[CellResult]) -> None:
+def _draw_curves(axes: "Axes", variants: list[VariantResult]) -> None:
     lowest, highest = [], []
-    for index, cell in enumerate(cells):
-        x, mean, deviation = np.array(mean_curve(cell)).T
+    for index, variant in enumerate(variants):
+        x, mean, deviation = np.array(mean_curve(variant)).T
         axes.plot(x, mean, color=_color(index), marker="o", ms=2.5)
         axes.fill_between(x, mean - deviation, mean + deviation, color=_color(index), alpha=0.2, lw=0)
         lowest.append(min(mean - deviation))
         empty = np.array([])
         highest.append(highest_that_matters(Points(empty, empty, empty), Points(x, mean + deviation, deviation)))
-    if cells:
+    if variants:
         space = 0.05 * (max(highest) - min(lowest)) or 0.1
         axes.set_ylim(min(lowest) - space, max(highest) + space)
     axes.set(xlabel="step", ylabel="held-out loss (nats per token)")

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from mygpt.errors import CheckpointError, DamagedCheckpointError
 from mygpt.runs.files import FAILED_NAME, MODEL_FILE, TEMPORARY_NAME, read_bytes
 from mygpt.runs.held_out import read_evaluations
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.schemas import ModelMetadata
 from mygpt.runs.steps import read_manifest, read_metadata, saved_reasons, step_directory, superseded
-from mygpt.studies.analysis import CellResult, ComparisonResult, RunResult, compare_cells, mean_curve, unit_of
+from mygpt.studies.analysis import ComparisonResult, RunResult, VariantResult, compare_variants, mean_curve, unit_of
 from mygpt.studies.grid import STUDY_FILE
 
 FORMAT = 1
@@ -22,15 +22,15 @@ FORMAT = 1
 class Study(NamedTuple):
     """A study whose runs are all over."""
 
-    cells: list[CellResult]
+    variants: list[VariantResult]
     comparisons: list[ComparisonResult]
     effect: float
     file: Path
-    """study.json, which has all of it."""
+    """study.json, which holds all results."""
 
 
 def read_study(folder: Path, effect: float) -> Study:
-    """What the study in a folder has found, read from its runs again.
+    """The results of the study in a folder, read from its runs again.
 
     Raises:
         CheckpointError: it is not complete, or study.json or a run cannot be read.
@@ -40,18 +40,18 @@ def read_study(folder: Path, effect: float) -> Study:
         raise CheckpointError(f"{folder}: a study that is not complete; the command that began it continues it")
     try:
         found = [
-            (cell["name"], {int(seed): folder / path for seed, path in cell["runs"].items()}, cell["failures"])
-            for cell in json.loads(read_bytes(file))["recipes"]
+            (variant["name"], {int(seed): folder / path for seed, path in variant["runs"].items()}, variant["failures"])
+            for variant in json.loads(read_bytes(file))["recipes"]
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{file}: damaged; the command that made the study writes it again") from None
-    cells = [read_cell(name, folder, runs, failures) for name, runs, failures in found]
-    return Study(cells, compare_cells(cells, effect), effect, file)
+    variants = [read_variant(name, folder, runs, failures) for name, runs, failures in found]
+    return Study(variants, compare_variants(variants, effect), effect, file)
 
 
-def is_complete(path: Path) -> bool:
+def is_finished(path: Path) -> bool:
     """Whether a run is there and has ended."""
-    run = Run(path)
+    run = RunDirectory(path)
     try:
         return bool(run.info) and run.is_finished
     except CheckpointError:
@@ -60,7 +60,7 @@ def is_complete(path: Path) -> bool:
 
 @contextmanager
 def explain_damage(run: Path) -> Iterator[None]:
-    """Say of a run of the study that cannot be read how it is made again; raises DamagedCheckpointError."""
+    """Raise DamagedCheckpointError, with the way to train the run again, if it cannot be read."""
     try:
         yield
     except CheckpointError as error:
@@ -69,13 +69,13 @@ def explain_damage(run: Path) -> Iterator[None]:
 
 
 def has_failed(path: Path) -> bool:
-    """Whether a step of the run was not finite: it would be again."""
+    """Whether a step of the run was not finite: training it again would fail again."""
     return path.is_dir() and any(FAILED_NAME.fullmatch(entry.name) for entry in path.iterdir())
 
 
 def is_settled(path: Path) -> bool:
-    """Whether the last save of a complete run was finished; if not, continuing the run does it."""
-    run = Run(path)
+    """Whether a complete run has pointed to and pruned its last checkpoints; if not, continuing it does that."""
+    run = RunDirectory(path)
     try:
         newest = run.newest_checkpoint()
         assert newest is not None
@@ -88,8 +88,8 @@ def is_settled(path: Path) -> bool:
     return is_pointed_to and not unneeded and not any(TEMPORARY_NAME.fullmatch(name) for name in os.listdir(path))
 
 
-def read_cell(name: str, folder: Path, paths: Mapping[int, Path], failures: Mapping[int, str]) -> CellResult:
-    """What the complete runs at `paths`, by seed, came to; `folder` is that of the study.
+def read_variant(name: str, folder: Path, paths: Mapping[int, Path], failures: Mapping[int, str]) -> VariantResult:
+    """The results of the complete runs at `paths`, by seed; `folder` is that of the study.
 
     Raises:
         DamagedCheckpointError: one cannot be read.
@@ -97,43 +97,47 @@ def read_cell(name: str, folder: Path, paths: Mapping[int, Path], failures: Mapp
     runs, tokenizer = {}, ""
     for seed, path in paths.items():
         with explain_damage(path):
-            checkpoint = Run(path).newest_checkpoint()
+            checkpoint = RunDirectory(path).newest_checkpoint()
             evaluations = read_evaluations(path, read_manifest(checkpoint).step) if checkpoint else []
             if checkpoint is None or not evaluations:
                 raise CheckpointError(f"{path}: has no held-out loss at its end")
             tokenizer = json.dumps(read_metadata(checkpoint / MODEL_FILE, ModelMetadata).model_dump()["tokenizer"])
-            curve = tuple((record.step, record.val) for record in Run(path).records if record.val is not None)
+            curve = tuple((record.step, record.val) for record in RunDirectory(path).records if record.val is not None)
             runs[seed] = RunResult(evaluations[-1], curve, str(path.relative_to(folder)))
-    return CellResult(name, runs, dict(failures), tokenizer)
+    return VariantResult(name, runs, dict(failures), tokenizer)
 
 
-def table_lines(cells: Sequence[CellResult]) -> Iterator[str]:
+def table_lines(variants: Sequence[VariantResult]) -> Iterator[str]:
     """The recipes, best first, as aligned lines under a heading."""
-    unit = unit_of(cells)
+    unit = unit_of(variants)
     rows = [("recipe", "seeds", "loss", "deviation", "95% interval")]
-    complete = [cell for cell in cells if cell.runs]
-    for cell in sorted(complete, key=lambda cell: cell.mean(unit).mean):
-        mean, spread = cell.mean(unit), cell.spread(unit)
+    complete = [variant for variant in variants if variant.runs]
+    for variant in sorted(complete, key=lambda variant: variant.mean(unit).mean):
+        mean, spread = variant.mean(unit), variant.spread(unit)
         interval = "" if spread is None else "{:.4f} to {:.4f}".format(*mean.interval)
-        failed = f" ({len(cell.failures)} failed)" if cell.failures else ""
+        failed = f" ({len(variant.failures)} failed)" if variant.failures else ""
         shown = "" if spread is None else f"{spread:.4f}"
-        rows.append((cell.name, f"{len(cell.runs)}{failed}", f"{mean.mean:.4f}", shown, interval))
-    rows += [(cell.name, f"0 ({len(cell.failures)} failed)", "", "", "") for cell in cells if not cell.runs]
+        rows.append((variant.name, f"{len(variant.runs)}{failed}", f"{mean.mean:.4f}", shown, interval))
+    rows += [
+        (variant.name, f"0 ({len(variant.failures)} failed)", "", "", "") for variant in variants if not variant.runs
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         yield "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip()
-    populations = {run.evaluation.windows.population for cell in complete for run in cell.runs.values()}
+    populations = {run.evaluation.windows.population for variant in complete for run in variant.runs.values()}
     on = " and ".join(sorted(populations))
     yield f"(held-out loss at the last step, {unit}; deviation between seeds; interval of the mean over all seeds)"
     if on:
         yield f"(+- is the standard error of a difference, for other seeds and {on})"
 
 
-def verdict_lines(cells: Sequence[CellResult], comparisons: Sequence[ComparisonResult], effect: float) -> Iterator[str]:
-    """What the study says, in words: differences that were seen first, the surest at the top."""
-    for cell in cells:
-        for seed, problem in cell.failures.items():
-            yield f"{cell.name}, seed {seed}: {problem}"
+def verdict_lines(
+    variants: Sequence[VariantResult], comparisons: Sequence[ComparisonResult], effect: float
+) -> Iterator[str]:
+    """The verdicts in words, the surest difference first."""
+    for variant in variants:
+        for seed, problem in variant.failures.items():
+            yield f"{variant.name}, seed {seed}: {problem}"
     surest_first = sorted(comparisons, key=lambda result: (result.corrected_p is None, result.corrected_p, result.p))
     yield from (result.verdict(effect) for result in surest_first)
     if any(result.text_stderr is None and result.change for result in comparisons):
@@ -143,26 +147,27 @@ def verdict_lines(cells: Sequence[CellResult], comparisons: Sequence[ComparisonR
 
 
 def to_json(
-    cells: Sequence[CellResult], comparisons: Sequence[ComparisonResult], plan: Mapping[str, Any], effect: float
+    variants: Sequence[VariantResult], comparisons: Sequence[ComparisonResult], plan: Mapping[str, Any], effect: float
 ) -> str:
-    """All of it, for programs. Losses are in the unit that is named, curves in nats per token."""
-    unit = unit_of(cells)
+    """All results, for programs. Losses are in the unit that is named, curves in nats per token."""
+    unit = unit_of(variants)
     document = {
         "format": FORMAT,
         "plan": plan,
         "unit": unit,
         "recipes": [
             {
-                "name": cell.name,
-                "losses": {str(seed): loss for seed, loss in cell.losses(unit).items()},
-                "runs": {str(seed): run.path for seed, run in cell.runs.items()},
-                "failures": {str(seed): problem for seed, problem in cell.failures.items()},
-                **({"mean": cell.mean(unit).document(), "deviation": cell.spread(unit)} if cell.runs else {}),
+                "name": variant.name,
+                "losses": {str(seed): loss for seed, loss in variant.losses(unit).items()},
+                "runs": {str(seed): run.path for seed, run in variant.runs.items()},
+                "failures": {str(seed): problem for seed, problem in variant.failures.items()},
+                **({"mean": variant.mean(unit).document(), "deviation": variant.spread(unit)} if variant.runs else {}),
                 "curve": [
-                    {"step": step, "mean": mean, "deviation": deviation} for step, mean, deviation in mean_curve(cell)
+                    {"step": step, "mean": mean, "deviation": deviation}
+                    for step, mean, deviation in mean_curve(variant)
                 ],
             }
-            for cell in cells
+            for variant in variants
         ],
         "comparisons": [
             {

@@ -23,27 +23,27 @@ LOCK_SECONDS = 60
 
 
 class Task(NamedTuple):
-    """What to do."""
+    """What a process of a study does: it trains a recipe or, as a probe, times it."""
 
     recipe: str
-    """As JSON."""
+    """The recipe as JSON."""
     cpus: tuple[int, ...] = ()
-    """The cores to run on; none: any."""
+    """The cores to run on; empty: any."""
     seconds: float = 0.0
-    """For which a probe times steps."""
+    """How long a probe times steps."""
     reports: int | None = None
-    """The descriptor to which a probe reports."""
+    """The descriptor to which a probe reports; None: this is no probe."""
 
 
 class Measured(NamedTuple):
     """What a probe measured."""
 
     seconds: float
-    """Of a step."""
+    """The duration of a step."""
     memory: int
-    """Most bytes of memory that the process had."""
+    """The peak of the memory of its process, in bytes."""
     device_share: float
-    """The share of the memory of its GPU; 0 without one."""
+    """The share of its GPU's memory that it used; 0 without a GPU."""
 
 
 def main() -> None:

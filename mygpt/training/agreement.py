@@ -48,6 +48,9 @@ def checksum(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Ten
     again. As odd numbers have an inverse modulo 2**64, a single element that changes always changes the result, and
     several that change leave it as it is by chance alone. A sum of integers does not depend on their order, so that
     the result is the same on every kind of device.
+
+    torch.hash_tensor does not do: it combines elements by XOR, so that 64 ones have the hash of 64 twos, and a tensor
+    that of its elements in another order.
     """
     total = torch.zeros((), dtype=torch.int64, device=device)
     factors = torch.zeros(0, dtype=torch.int64, device=device)

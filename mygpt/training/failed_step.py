@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from mygpt.errors import DamagedCheckpointError, NonFiniteError
+from mygpt.errors import DiskError, NonFiniteError
 from mygpt.processes.machine import choose_matmul
 from mygpt.recipe.tables import Count, Table
 from mygpt.runs.files import remove
@@ -15,7 +15,7 @@ from mygpt.runs.saver import Tensors, TrainingState, model_metadata, write_check
 from mygpt.runs.schemas import Manifest
 from mygpt.training.gradient_sum import RANGE
 from mygpt.training.parts import Parts
-from mygpt.training.pending import Measured, NonFiniteStep
+from mygpt.training.pending import Reading
 
 BATCH_FILE = "batch.json"
 REMEDY = "lower lr, or add warmup and clipping (max_grad_norm) where there is none"
@@ -47,41 +47,42 @@ class FailedStep(Table):
     activation_checkpointing: bool
 
 
-def report_failed_step(parts: Parts, failed: NonFiniteStep) -> NonFiniteError:
+def report_failed_step(parts: Parts, failed: Reading) -> NonFiniteError:
     """Keep the failed step with the state before it in the run directory; returns the error to raise.
 
     Every process has to call this.
     """
     run = Path(parts.recipe.checkpoint.output)
-    weights, state = parts.capture(failed.step - 1, failed.before)
-    problem, remedy = describe_problem(failed.measured, parts.gradient_sum.micro_batches), REMEDY
-    if failed.measured.out_of_range:
+    weights, state = parts.capture(failed.step - 1, failed.generators)
+    numbers = failed.loss, failed.grad_norm, failed.out_of_range
+    problem, remedy = describe_problem(*numbers, parts.gradient_sum.micro_batches), REMEDY
+    if failed.out_of_range:
         remedy += '; or, if they are numbers, use reduction = "fast"'
     look = f"`mygpt replay {run}` looks into it"
     if parts.accelerator.is_main_process:
         try:
             _write(run, parts, problem, weights, state)
-        except DamagedCheckpointError as error:
+        except DiskError as error:
             look = f"no record of it: {error}"
     parts.accelerator.wait_for_everyone()
     return NonFiniteError(f"step {failed.step}: {problem}; not updated: {look}; {remedy}")
 
 
-def describe_problem(measured: Measured, micro_batches: int) -> str:
+def describe_problem(loss: float, grad_norm: float, out_of_range: float, micro_batches: int) -> str:
     """What was not finite, or did not fit into an exact sum over so many micro-batches."""
-    if measured.out_of_range:
+    if out_of_range:
         return (
-            f"{measured.out_of_range:.0f} of {micro_batches} micro-batches have a loss or gradients that are no "
+            f"{out_of_range:.0f} of {micro_batches} micro-batches have a loss or gradients that are no "
             f"numbers, or beyond the {RANGE / micro_batches:,.0f} that an exact sum holds"
         )
-    return f"the loss is {measured.loss}, the gradient norm {measured.grad_norm}"
+    return f"the loss is {loss}, the gradient norm {grad_norm}"
 
 
 def _write(run: Path, parts: Parts, problem: str, weights: Tensors, state: TrainingState) -> None:
     """Write `run`/failed-step-NNNNNN: the checkpoint before the step, and batch.json.
 
     Raises:
-        DamagedCheckpointError: the disk refused it.
+        DiskError: the disk refused it.
     """
     recipe, dataset, gradient_sum = parts.recipe, parts.dataset, parts.gradient_sum
     table, runtime, step = recipe.train, recipe.runtime, state.metadata.step + 1
@@ -108,12 +109,7 @@ def _write(run: Path, parts: Parts, problem: str, weights: Tensors, state: Train
     target = run / f"failed-step-{step:06d}"
     if os.path.lexists(target):
         remove(target)
-    manifest = Manifest(
-        step=step,
-        reason="failed",
-        finished=False,
-        files={},
-    )
+    manifest = Manifest(step=step, reason="failed", files={})
     write_checkpoint(
         target,
         {name: weight.cpu() for name, weight in weights.items()},

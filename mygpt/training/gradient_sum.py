@@ -6,12 +6,11 @@ Source: the idea of pre-rounding, Demmel & Nguyen, "Fast Reproducible Floating-P
 """
 
 import threading
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
-from torch.distributed import all_reduce, broadcast
+from torch.distributed import all_reduce
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,7 +18,6 @@ from mygpt.compat import autocast_forward
 from mygpt.data.batches import Batch, Share
 from mygpt.errors import RecipeError
 from mygpt.model.gpt import GPT
-from mygpt.processes.exchange import Sum, open_sum
 from mygpt.processes.workers import ALONE, Workers
 from mygpt.recipe.seeds import micro_batch_dropout_seed
 from mygpt.recipe.tables import Recipe, TrainTable
@@ -30,15 +28,7 @@ RANGE = 2.0**22
 
 
 Prepared = tuple[torch.nn.Module, Optimizer, LambdaLR]
-
-
-class Mean(NamedTuple):
-    """What the backward passes of a step measured, as scalars on the device."""
-
-    loss: torch.Tensor
-    """Mean loss of this process's share of the global batch or, summed exactly, of all of it."""
-    out_of_range: torch.Tensor
-    """Micro-batches whose loss or gradients an exact sum could not hold."""
+LossAndOutOfRange = tuple[torch.Tensor, torch.Tensor]
 
 
 class GradientSum:
@@ -60,27 +50,16 @@ class GradientSum:
         self.micro_batches = table.batch_size // micro_batch_size  # of the global batch
         self.share = Share(micro_batch_size, rank, processes)
         self._table = table
-        self._parameters: Sequence[torch.nn.Parameter] = ()
-        self._sum_over_processes: Sum | None = None
-        """None for one process, or where the model that Accelerate wraps does it."""
 
     def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
         """Have Accelerate wrap the parts of a run."""
         raise NotImplementedError
 
-    def _prepare_unwrapped(
-        self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR
-    ) -> Prepared:
-        self._parameters = list(gpt.parameters())
-        if accelerator.num_processes > 1:
-            self._sum_over_processes = open_sum() if accelerator.device.type == "cpu" else all_reduce
-        # As for evaluation: the precision, and nothing that would sum gradients by itself.
-        return accelerator.prepare_model(gpt, evaluation_mode=True), *accelerator.prepare(optimizer, scheduler)
-
-    def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> Mean:
+    def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> LossAndOutOfRange:
         """Give the model the gradient of 1-based `step`, averaged over the micro-batches of all processes.
 
-        `batch` is this process's share of the global batch.
+        `batch` is this process's share of the global batch. Returns scalars on the device: the mean loss of this share
+        or, summed exactly, of the whole batch; and how many micro-batches an exact sum could not hold.
         """
         raise NotImplementedError
 
@@ -119,32 +98,22 @@ class FastSum(GradientSum):
         self.accumulation_steps = rows // size
 
     def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
-        if accelerator.device.type == "cpu" and not accelerator.is_fsdp2:
-            # DistributedDataParallel would send gradients during the backward pass, which takes all cores itself.
-            prepared = self._prepare_unwrapped(accelerator, gpt, optimizer, scheduler)
-            if accelerator.num_processes > 1:
-                for parameter in self._parameters:  # equal already, unless machines differ
-                    broadcast(parameter.detach(), 0)
-            return prepared
         if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
             autocast_forward(gpt, accelerator.device)
         return accelerator.prepare(gpt, optimizer, scheduler)
 
-    def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> Mean:
+    def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> LossAndOutOfRange:
         losses = []
         for inputs, targets in self._pieces(batch):
             # On all but the last micro-batch this keeps the processes from averaging their gradients.
             with accelerator.accumulate(model):
                 loss = model(inputs, targets)
                 losses.append(loss.detach())
-                # An infinite loss can have a finite gradient: times 1, which is exact, or times nan, for all to see.
+                # An infinite loss can have finite gradients. So the loss is multiplied by 1, which changes no bit, or,
+                # if it is infinite or nan, by nan, which the gradients of all processes then are, too.
                 accelerator.backward(loss * (losses[-1] * 0 + 1))
-        if self._sum_over_processes:
-            gradients = torch.cat([parameter.grad.flatten() for parameter in self._parameters])  # type: ignore[union-attr]
-            self._sum_over_processes(gradients)
-            set_gradients(self._parameters, gradients.div_(accelerator.num_processes))
         mean = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
-        return Mean(mean, torch.zeros_like(mean))
+        return mean, torch.zeros_like(mean)
 
 
 class ExactSum(GradientSum):
@@ -164,9 +133,11 @@ class ExactSum(GradientSum):
     def prepare(self, accelerator: Accelerator, gpt: GPT, optimizer: Optimizer, scheduler: LambdaLR) -> Prepared:
         if accelerator.device.type == "cpu":
             self.workers = Workers(self._max_workers)
-        return self._prepare_unwrapped(accelerator, gpt, optimizer, scheduler)
+        self._parameters = list(gpt.parameters())
+        # As for evaluation: the precision, and nothing that would sum gradients by itself.
+        return accelerator.prepare_model(gpt, evaluation_mode=True), *accelerator.prepare(optimizer, scheduler)
 
-    def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> Mean:
+    def backward(self, accelerator: Accelerator, model: torch.nn.Module, batch: Batch, step: int) -> LossAndOutOfRange:
         seeds = self.dropout_seeds(step, self.share.micro_batches(self._table.batch_size))
         total = FixedPointSum(self._parameters, self.micro_batches)
 
@@ -178,7 +149,7 @@ class ExactSum(GradientSum):
             total.add(loss.detach(), torch.autograd.grad(loss, self._parameters))
 
         self.workers.map(add, zip(self._pieces(batch), seeds, strict=True))
-        return total.mean_over(self._sum_over_processes)
+        return total.mean_over(all_reduce if accelerator.num_processes > 1 else None)
 
     def dropout_seeds(self, step: int, micro_batches: Iterable[int]) -> tuple[int, ...]:
         return tuple(micro_batch_dropout_seed(self._table.data_seed, step, index) for index in micro_batches)
@@ -230,16 +201,17 @@ class FixedPointSum:
             self._sum[:-1] += integers
             self._sum[-1] += is_out
 
-    def mean_over(self, sum_over_processes: Sum | None) -> Mean:
-        """Set the gradients to their mean over the processes.
+    def mean_over(self, sum_over_processes: Callable[[torch.Tensor], object] | None) -> LossAndOutOfRange:
+        """Set the gradients to their mean over the processes. If there are several, all have to call this, with a
+        function that replaces a vector (n,) by its sum over all of them.
 
-        If any micro-batch was out of range the means are garbage.
+        Returns the mean loss, and how many micro-batches were out of range; if any was, the means are garbage.
         """
         if sum_over_processes:
             sum_over_processes(self._sum)
         means = self._sum[:-1].to(self._parameters[0].dtype).div_(SCALE * self._micro_batches)
         set_gradients(self._parameters, means[:-1])
-        return Mean(means[-1], self._sum[-1])
+        return means[-1], self._sum[-1]
 
 
 def set_gradients(parameters: Sequence[torch.nn.Parameter], gradients: torch.Tensor) -> None:

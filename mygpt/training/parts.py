@@ -167,12 +167,8 @@ def build_parts(
     if checkpoint:
         steps_done, values = restore(accelerator, checkpoint, gpt, optimizer, stream, table.data_seed)
     else:
-        if recipe.train.init_from:
-            file = find_model_file(Path(recipe.train.init_from))
-            gpt.load_state_dict(read_weights(file, gpt.config, gpt.vocab_size))
-            if init_sha256 not in (None, file_sha256(file)):
-                sha256 = f"its sha256 was {str(init_sha256)[:12]}"
-                raise MismatchError(f"init_from: {file} is not what the run began with: {sha256}; put it back")
+        if table.init_from:
+            load_initial_weights(gpt, table.init_from, init_sha256)
         # Only dropout draws from the global generator, and the windows of each process need different masks.
         torch.manual_seed(process_dropout_seed(table.data_seed, accelerator.process_index))
     scheduler = build_scheduler(optimizer, recipe.schedule, recipe.optimizer.lr, table.steps, steps_done=steps_done)
@@ -188,6 +184,20 @@ def build_parts(
         settle_buckets(accelerator, model, optimizer, *first)
         parts.set_generators(before)
     return parts
+
+
+def load_initial_weights(gpt: GPT, init_from: str, sha256: str | None) -> None:
+    """Give the model the weights with which a run begins; `sha256` is the hash of their file, if it is known.
+
+    Raises:
+        DamagedCheckpointError: they cannot be read.
+        MismatchError: they are other ones.
+    """
+    file = find_model_file(Path(init_from))
+    gpt.load_state_dict(read_weights(file, gpt.config, gpt.vocab_size))
+    if sha256 not in (None, file_sha256(file)):
+        began_with = f"its sha256 was {str(sha256)[:12]}"
+        raise MismatchError(f"init_from: {file} is not what the run began with: {began_with}; put it back")
 
 
 @contextmanager

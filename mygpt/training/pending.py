@@ -9,46 +9,46 @@ import torch
 from accelerate import Accelerator
 
 from mygpt.training.state import GeneratorStates
-from mygpt.training.step import Update
 
 MAX_UNREAD_SECONDS = 1.0
 """Seconds of training after which a signal to another process, or a non-finite number, is noticed at the latest."""
 
 
-class Measured(NamedTuple):
-    """An `Update` as the host has read it; the same on all processes."""
+class Update(NamedTuple):
+    """What an optimizer step measured: scalars on the device, which the host reads when it needs them."""
 
+    loss: torch.Tensor
+    """Mean loss before the update, of this process's share of the global batch or, summed exactly, of all of it."""
+    grad_norm: torch.Tensor
+    """Global L2 norm of the global batch's gradient, before clipping."""
+    out_of_range: torch.Tensor
+    """Micro-batches that an exact sum could not hold."""
+
+
+class Reading(NamedTuple):
+    """What the host has read of the newest step, or of the first one that was not finite; the same on all processes."""
+
+    step: int
+    generators: GeneratorStates
+    """As they were before the step."""
     loss: float
     """Mean loss of the global batch."""
     grad_norm: float
     out_of_range: float
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the loss and the norm are finite; if not, there was no update."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm) and not self.out_of_range
-
-
-class NonFiniteStep(NamedTuple):
-    """A step with a loss or gradient that is not finite: it and those after it updated nothing."""
-
-    step: int
-    measured: Measured
-    before: GeneratorStates
-    """The generators as they were before the step."""
-
-
-class Reading(NamedTuple):
-    """What the host has read; the same on all processes."""
-
-    last: Measured
-    """Of the newest step."""
-    non_finite: NonFiniteStep | None
-    """The first step that was not finite."""
     stop: int
     """The signal that asked some process to stop; 0: none did."""
     save: bool
     """Whether some process has found that it is time for a checkpoint."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step updated the weights; if not, those after it did not, either."""
+        return is_finite(self.loss, self.grad_norm, self.out_of_range)
+
+
+def is_finite(loss: float, grad_norm: float, out_of_range: float) -> bool:
+    """Whether an update with these numbers is made."""
+    return math.isfinite(loss) and math.isfinite(grad_norm) and not out_of_range
 
 
 class PendingSteps:
@@ -63,8 +63,8 @@ class PendingSteps:
         self._max_steps = 1
         self._started_at = time.perf_counter()
 
-    def add(self, step: int, before: GeneratorStates, update: Update) -> None:
-        self._steps.append((step, before, update))
+    def add(self, step: int, generators: GeneratorStates, update: Update) -> None:
+        self._steps.append((step, generators, update))
 
     def must_be_read(self, stop: bool) -> bool:
         """Whether it is time to read; a process alone reads at once when it is asked to `stop`."""
@@ -84,13 +84,13 @@ class PendingSteps:
         *columns, stops, saves, seconds_each = zip(*shared.view(processes, -1).tolist(), strict=True)
         # Correctly rounded, so that a mean does not depend on the order, and that of equal values is the value.
         values = list(map(mean, columns))
-        measured = [Measured(*three) for three in zip(values[::3], values[1::3], values[2::3], strict=True)]
-        read = zip(self._steps, measured, strict=True)
-        non_finite = (NonFiniteStep(step, now, before) for (step, before, _), now in read if not now.is_finite)
+        measured = list(zip(values[::3], values[1::3], values[2::3], strict=True))
+        chosen = next((index for index, three in enumerate(measured) if not is_finite(*three)), -1)
+        step, generators, _ = self._steps[chosen]
         self._steps, self._max_steps = [], max(1, int(MAX_UNREAD_SECONDS / mean(seconds_each)))
         # The smallest: SIGINT, from a user, makes a launcher send SIGTERM to the other processes.
         stop = int(min(filter(None, stops), default=0))
-        return Reading(measured[-1], next(non_finite, None), stop, any(saves))
+        return Reading(step, generators, *measured[chosen], stop, any(saves))
 
     def restart_clock(self) -> None:
         """Leave the time since the last reading, which went into evaluation and saving, out of the time per step."""

@@ -16,9 +16,9 @@ from mygpt.processes.machine import set_dropout_generator_state
 from mygpt.recipe.seeds import batch_seed_after, process_dropout_seed
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import MODEL_FILE, STATE_FILE
-from mygpt.runs.held_out import Evaluation, count_waiting, evaluations_of, improves, last_improvement
+from mygpt.runs.held_out import Evaluation, count_from, count_waiting, evaluations_of, improves, last_improvement
 from mygpt.runs.loading import MOMENTS, NUMBERS, read_state, read_weights
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.saver import Tensors
 from mygpt.runs.schemas import Best, End, OptimizerMetadata
 from mygpt.runs.start import Start
@@ -41,11 +41,12 @@ class Progress:
 
     @classmethod
     def at(cls, start: Start) -> Self:
-        """That of a run that begins there."""
+        """The progress of a run that starts there."""
         progress = cls(start.step, start.best, evaluations_of(start.evaluations))
         if start.recipe.validation.patience and progress.evaluations:
             progress.improved = last_improvement(progress.evaluations)
-            progress.waited = count_waiting(progress.evaluations, start.counted_after)
+            counted_after = count_from(start.info.stretches, progress.evaluations)
+            progress.waited = count_waiting(progress.evaluations, counted_after)
         return progress
 
     def observe(self, evaluation: Evaluation, recipe: Recipe) -> bool:
@@ -61,15 +62,12 @@ class Progress:
         self.best = Best(step=evaluation.step, val=val)
         return True
 
-    def has_stopped_early(self, recipe: Recipe) -> bool:
-        """Whether `patience` evaluations have brought no improvement beyond doubt."""
-        return 0 < recipe.validation.patience <= self.waited
-
-    def end(self, recipe: Recipe) -> End | None:
-        """Why the run ends here; None: it does not."""
+    def ended_by(self, recipe: Recipe) -> End | None:
+        """Why the run is finished here; None: it is not."""
         if self.step == recipe.train.steps:
             return "steps"
-        return "patience" if self.has_stopped_early(recipe) else None
+        # So many evaluations have brought no improvement beyond doubt.
+        return "patience" if 0 < recipe.validation.patience <= self.waited else None
 
 
 class GeneratorStates(NamedTuple):
@@ -133,7 +131,7 @@ def restore(
         raise DamagedCheckpointError(f"{checkpoint / STATE_FILE}: damaged: {stray} is of no parameter or group")
     gpt.load_state_dict(weights)
     name = dropout_name(accelerator.device, accelerator.process_index)
-    before = Run(checkpoint.parent).recipe.train
+    before = RunDirectory(checkpoint.parent).recipe.train
     is_reseeded = (before.data_seed, before.order) != (data_seed, stream.order)
     try:
         if is_reseeded:

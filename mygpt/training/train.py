@@ -10,9 +10,9 @@ from typing import TextIO
 
 from pydantic import TypeAdapter
 
-from mygpt.data.dataset import Dataset, is_prepared
+from mygpt.data.dataset import Dataset
 from mygpt.errors import (
-    DamagedCheckpointError,
+    DiskError,
     InterruptedRunError,
     MygptError,
     NonFiniteError,
@@ -36,7 +36,7 @@ from mygpt.runs.records import Record, read_until
 from mygpt.runs.replacing import PARTIAL_NAME, put_back
 from mygpt.runs.run import check_output
 from mygpt.runs.saver import Saver
-from mygpt.runs.start import Start, begin_run, find_start
+from mygpt.runs.start import Start, find_start, write_start
 from mygpt.runs.steps import step_directories, step_directory
 from mygpt.training.agreement import REMEDY_AFTER_RESUMING, REMEDY_AT_START, check_agreement
 from mygpt.training.gradient_sum import gradient_sum_for
@@ -48,11 +48,21 @@ MOST_CHARACTERS = 20
 """How many of the characters that only the held-out text has are shown."""
 
 
-def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
+def train(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    last_step: int | None = None,
+    talk: TextIO | None = None,
+    saved: Callable[[Path], None] = lambda _: None,
+) -> Path:
     """Train as `recipe` says, and return the run directory; a run that is there is continued.
 
     To be called by every process that a launcher started. Whatever can be wrong with the recipe, the corpus and the
     output is found before anything is written. With `overwrite` a run that is already there is replaced.
+
+    With a `last_step` the run is saved after that step and ends early, as if it had been stopped. Progress goes to
+    `talk`; None: to stderr, as notes do. `saved` is given each checkpoint; see `Saver`.
 
     It is meant to have its process to itself: it sets torch's threads, how memory is freed, the precision of fp32
     products, global seeds and, on CUDA, deterministic algorithms, and leaves them set. In the main thread it takes
@@ -60,21 +70,6 @@ def train(recipe: Recipe, *, overwrite: bool = False) -> Path:
 
     Raises:
         MygptError: anything that the user can act on.
-    """
-    return train_until(recipe, None, overwrite=overwrite)
-
-
-def train_until(
-    recipe: Recipe,
-    last_step: int | None,
-    *,
-    overwrite: bool = False,
-    talk: TextIO | None = None,
-    saved: Callable[[Path], None] = lambda _: None,
-) -> Path:
-    """As `train`; with a `last_step` the run is saved after that step and ends early, as if it had been stopped.
-
-    Progress goes to `talk`; None: to stderr, as notes do. `saved` is given each checkpoint; see `Saver`.
     """
     check_recipe(recipe)
     launched = launched_processes()
@@ -86,44 +81,27 @@ def train_until(
 
         max_workers = choose_workers(recipe.runtime.threads, launched.local_processes)
         gradient_sum = gradient_sum_for(recipe, launched.rank, launched.processes, max_workers)
-        micro_batch_size = gradient_sum.micro_batch_size
-        if launched.rank == 0:
-            put_back_before_reading(recipe, overwrite=overwrite)
-        channel.exchange({}, "put back")  # the others read that run, too
+        put_back_before_reading(recipe, channel, overwrite=overwrite)
         continues = not overwrite or is_restart()  # a restarted command does not replace what it has begun
-        preflight = run_preflight(recipe, launched, channel, micro_batch_size, continues=continues)
-        if preflight.initial:
-            recipe = recipe.replace(init_from=preflight.initial.path)
-        if is_prepared(recipe.data.corpus) or recipe.train.init_from:
-            # A prepared corpus, or the model to begin with, has a tokenizer of its own, whatever the recipe says.
-            recipe = recipe.replace(tokenizer=preflight.dataset.tokenizer.metadata.type)
-        accelerator = stack.enter_context(
-            open_accelerator(recipe.runtime, preflight.device, gradient_sum.accumulation_steps)
-        )
+        checked = run_preflight(recipe, launched, channel, gradient_sum.micro_batch_size, continues=continues)
+        accumulation_steps = gradient_sum.accumulation_steps
+        accelerator = stack.enter_context(open_accelerator(recipe.runtime, checked.device, accumulation_steps))
         check_joined(launched.processes, accelerator.num_processes)
-        start = None
-        if accelerator.is_main_process:
-            start = stack.enter_context(decide_start(recipe, preflight, overwrite=overwrite))
-        start = share_start(start, recipe, channel)
-        parts = build_parts(
-            start.recipe,
-            accelerator,
-            preflight.dataset,
-            gradient_sum,
-            start.checkpoint,
-            preflight.reports,
-            init_sha256=preflight.info.init_sha256,
-        )
-        prepare_run(start, parts, preflight.dataset)
-        with explain_overwrite(Path(recipe.checkpoint.output), overwrite=overwrite and accelerator.is_main_process):
+        is_main, decided = accelerator.is_main_process, decide_start(checked, overwrite=overwrite)
+        start = share_start(stack.enter_context(decided) if is_main else None, checked.info.recipe, channel)
+        where, sha256 = (start.checkpoint, checked.reports), checked.info.init_sha256
+        parts = build_parts(start.recipe, accelerator, checked.dataset, gradient_sum, *where, init_sha256=sha256)
+        prepare_run(start, parts, checked.dataset)
+        with explain_overwrite(Path(recipe.checkpoint.output), overwrite=overwrite and is_main):
             run = run_steps(start, parts, stop, last_step, talk, saved)
         del parts  # the model must be gone before the process group ends
         return run
 
 
 @contextmanager
-def decide_start(recipe: Recipe, preflight: Preflight, *, overwrite: bool) -> Iterator[Start]:
+def decide_start(preflight: Preflight, *, overwrite: bool) -> Iterator[Start]:
     """Where the run begins, for the main process, which holds the run directory meanwhile."""
+    recipe = preflight.info.recipe
     run = Path(recipe.checkpoint.output)
     for text in preflight.notes:
         print_note(text)
@@ -140,13 +118,14 @@ def decide_start(recipe: Recipe, preflight: Preflight, *, overwrite: bool) -> It
         )
 
 
-def put_back_before_reading(recipe: Recipe, *, overwrite: bool) -> None:
-    """Put a run back whose replacement was killed, before anything reads run.json, which is that of the other run."""
-    run = Path(recipe.checkpoint.output)
-    if any(os.path.lexists(run / name) for name in (REPLACED_NAME, PARTIAL_NAME)):
+def put_back_before_reading(recipe: Recipe, channel: Channel, *, overwrite: bool) -> None:
+    """Put a run back whose replacement was killed, before any process reads its run.json, which is the other run's."""
+    run, is_main = Path(recipe.checkpoint.output), channel.launched.rank == 0
+    if is_main and any(os.path.lexists(run / name) for name in (REPLACED_NAME, PARTIAL_NAME)):
         check_output(run, replace=overwrite or recipe.checkpoint.resume != "never")
         with locked(run):
             put_back_killed(run, overwrite=overwrite)
+    channel.exchange({}, "put back")
 
 
 def put_back_killed(run: Path, *, overwrite: bool) -> None:
@@ -164,7 +143,7 @@ def put_back_if_unsaved(run: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         if not (isinstance(error, NonFiniteError) or may_be_restarted()):
-            with suppress(DamagedCheckpointError):  # the next start tries again
+            with suppress(DiskError):  # the next start tries again
                 put_back(run)
         raise
 
@@ -191,7 +170,7 @@ def share_start(start: Start | None, recipe: Recipe, channel: Channel) -> Start:
         return start
     start = whole.validate_json(shared)
     paths = {key: value for key, value in recipe.flat().items() if key in PATH_KEYS}
-    return start._replace(recipe=start.recipe.replace(**paths))
+    return start._replace(info=start.info.model_copy(update={"recipe": start.recipe.replace(**paths)}))
 
 
 def prepare_run(start: Start, parts: Parts, dataset: Dataset) -> None:
@@ -200,7 +179,7 @@ def prepare_run(start: Start, parts: Parts, dataset: Dataset) -> None:
         remedy = REMEDY_AFTER_RESUMING if start.checkpoint else REMEDY_AT_START
         check_agreement(parts, *parts.capture(start.step), f"before step {start.step + 1}", remedy)
     if parts.accelerator.is_main_process:
-        begin_run(start)
+        write_start(start)
         print_header(start, parts, dataset)
 
 
@@ -215,13 +194,15 @@ def run_steps(
     """Train, and say how it ended; returns the run directory."""
     recipe, progress, is_main = start.recipe, Progress.at(start), parts.accelerator.is_main_process
     run, until = Path(recipe.checkpoint.output), min(recipe.train.steps, last_step or recipe.train.steps)
+    if start.ended_by:  # also where a file of evaluations has been lost since, which early stopping counts
+        until = start.step
     with (
         Recorder(
             recipe,
             run,
             is_main=is_main,
             step=progress.step,
-            is_complete=start.is_complete,
+            is_finished=start.ended_by is not None,
             peak_tokens_per_second=peak_tokens_per_second(parts) if is_main else None,
             last_step=until,
             talk=talk,
@@ -232,8 +213,8 @@ def run_steps(
         stopped = train_loop(parts, progress, until, recorder, saver, stop)
     parts.accelerator.wait_for_everyone()
 
-    ended_by = progress.end(recipe)
-    if stopped and ended_by is None:  # a run that a signal found at its last step is complete
+    ended_by = start.ended_by or progress.ended_by(recipe)
+    if stopped and ended_by is None:  # a run that a signal found at its last step is finished
         number = signal.Signals(stopped)
         text = f"stopped by {number.name}; saved {step_directory(run, progress.step)}, and the same command continues"
         if files.is_directory(run / REPLACED_NAME):
@@ -247,7 +228,7 @@ def run_steps(
             progress.evaluations,
             read_until(run / METRICS_FILE, Record, progress.step),
             parts.dataset.sha256,
-            ended_early=ended_by == "patience",
+            ended_by=ended_by,
             best=progress.best,
             last=recorder.last,
             processes=parts.accelerator.num_processes,
@@ -296,10 +277,10 @@ def print_header(start: Start, parts: Parts, dataset: Dataset) -> None:
     if accelerator.num_processes > 1:
         of_weights = "; the weights are sharded over them" if accelerator.is_fsdp2 else ""
         print_note(f"{accelerator.num_processes} processes share each batch{of_weights}")
-    if start.checkpoint and not start.is_complete:
+    if start.checkpoint and not start.ended_by:
         lines_from = f"the lines up to it are from {METRICS_FILE}"
         print_note(f"continuing after step {start.step} from {start.checkpoint}; {lines_from}")
-    elif recipe.train.init_from and not start.is_complete:
+    elif recipe.train.init_from and not start.ended_by:
         print_note(f"beginning with the weights of {recipe.train.init_from}")
     if not start.step and (unseen := dataset.unseen_characters()):
         shown = f"{unseen[:MOST_CHARACTERS]!r}{' and others' * (len(unseen) > MOST_CHARACTERS)}"

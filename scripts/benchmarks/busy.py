@@ -16,17 +16,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.flags import RecipeOptions, parse_recipe
 
 BUSY = (0, 1, 3)
 """Numbers of other busy processes."""
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(RecipeOptions):
     rounds: int = 3
     """Runs of each setting beside each number of busy processes."""
     spins: tuple[str, ...] = ("mygpt", "default", "0", "1000", "10000", "100000")

@@ -8,17 +8,15 @@ takes back when it needs them. At last it compares the ids of 10 MB with those o
 one string and, if it is installed, with those of tiktoken. Needs Linux, and pip install tokenizers.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import tyro
 
 from mygpt.data import bpe
 from mygpt.data.corpus import load_corpus
@@ -28,23 +26,17 @@ MYGPT = [sys.executable, "-m", "mygpt"]
 STEPS = 300
 
 
-@dataclass(frozen=True)
-class Options:
-    megabytes: tuple[int, ...] = (10, 100)
-    """Sizes of the text."""
-    tokenizers: tuple[str, ...] = ("byte", "char", "bpe")
-    """Which to measure."""
-    folder: Path | None = None
-    """Where to write; absent: a temporary directory."""
-
-
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100], help="sizes of the text")
+    parser.add_argument("--tokenizers", nargs="+", default=["byte", "char", "bpe"], help="which to measure")
+    parser.add_argument("--folder", help="where to write; absent: a temporary directory")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         measure(options, Path(folder))
 
 
-def measure(options: Options, folder: Path) -> None:
+def measure(options: argparse.Namespace, folder: Path) -> None:
     text = load_corpus("python-docs").text
     print(f"{'tokenizer':<10}{'MB':>6}{'MB/s':>8}{'own MiB':>9}{'resident':>9}   training: tokens/s, own MiB, resident")
     for size in options.megabytes:

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -26,18 +25,17 @@ from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.model.gpt import GPT
 from mygpt.processes.environment import choose_threads, choose_workers, launched_processes
 from mygpt.processes.machine import resolve_device, set_up
-from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.flags import RecipeOptions, parse_recipe
 from mygpt.recipe.tables import Recipe
 from mygpt.training.gradient_sum import FastSum, Prepared, gradient_sum_for
+from mygpt.training.loop import train_step
 from mygpt.training.parts import build_parts, open_accelerator
-from mygpt.training.step import train_step
 
 WAYS = {"fast": ("alone", "fast"), "exact": ("exact",)}
 """By the recipe's `reduction`, what takes turns in a launch."""
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(RecipeOptions):
     processes: tuple[int, ...] = (1, 2, 4)
     """Numbers of processes to launch."""
     rounds: int = 3

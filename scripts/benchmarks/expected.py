@@ -15,8 +15,8 @@ from mygpt.recipe.flags import load_target
 from mygpt.recipe.tables import ExpectedTable
 from mygpt.reports.outcome import training_loss
 from mygpt.runs.records import Record
-from mygpt.runs.run import Run
-from mygpt.studies.grid import Cell
+from mygpt.runs.run import RunDirectory
+from mygpt.studies.grid import Variant
 from mygpt.studies.runner import run_grid
 
 ROWS = 4
@@ -31,10 +31,10 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.recipes:
         recipe = load_target(name).replace(**dict.fromkeys(ExpectedTable.model_fields))
-        cells = [Cell(Path(name).stem, recipe)]
-        for cell, paths in run_grid(cells, options.seeds, options.out / Path(name).stem, print_note):
-            runs = [Run(path) for path in paths.values()]
-            print("\n".join([f"# {cell.name}", *table([run.records for run in runs], runs[0].info.corpus_sha256)]))
+        variants = [Variant(Path(name).stem, recipe)]
+        for variant, paths in run_grid(variants, options.seeds, options.out / Path(name).stem, print_note):
+            runs = [RunDirectory(path) for path in paths.values()]
+            print("\n".join([f"# {variant.name}", *table([run.records for run in runs], runs[0].info.corpus_sha256)]))
 
 
 def table(runs: Sequence[Sequence[Record]], corpus_sha256: str) -> list[str]:

@@ -8,18 +8,17 @@ run to outlook.csv. The second prints the constants for mygpt/planning/outlook.p
 text that the formula was not fitted to. Needs pip install tokenizers.
 """
 
+import argparse
 import csv
 import itertools
 import math
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import tyro
 
 from mygpt.model.gpt import GPT
 from mygpt.planning.outlook import Constants, terms
@@ -47,17 +46,12 @@ class Row(NamedTuple):
     bits_per_byte: float
 
 
-@dataclass(frozen=True)
-class Options:
-    texts: tuple[Path, ...] = ()
-    """Text files to train on; absent: fit only."""
-    size: tuple[int, ...] = (0,)
-    millions: tuple[float, ...] = (1.0,)
-    """Tokens to train on."""
-
-
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=Path, nargs="+", default=[], help="text files to train on; absent: fit only")
+    parser.add_argument("--size", type=int, nargs="+", default=[0], help="sizes of the model, from 0")
+    parser.add_argument("--millions", type=float, nargs="+", default=[1.0], help="tokens to train on")
+    options = parser.parse_args()
     for path, size, millions in itertools.product(options.texts, options.size, options.millions):
         add(measure(path, size, millions))
     if not options.texts:

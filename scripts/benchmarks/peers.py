@@ -140,8 +140,8 @@ def mygpt(size: Size, tokens: Path, device: torch.device, **keys: Any) -> Iterat
     from mygpt.processes.machine import set_up
     from mygpt.recipe.tables import Recipe
     from mygpt.training.gradient_sum import gradient_sum_for
+    from mygpt.training.loop import train_step
     from mygpt.training.parts import build_parts, open_accelerator
-    from mygpt.training.step import train_step
 
     recipe = Recipe.of(
         embed_dim=size.embed_dim,

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,16 +24,15 @@ from accelerate import Accelerator
 from mygpt.data.dataset import Dataset
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.processes.machine import resolve_device, set_up
-from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.flags import RecipeOptions, parse_recipe
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.saver import Saver
 from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.loop import train_step
 from mygpt.training.parts import build_parts, open_accelerator
-from mygpt.training.step import train_step
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(RecipeOptions):
     rounds: int = 5
     """Saves by each; the medians are printed."""
     vocab: int = 65

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import reference
 import torch
@@ -21,15 +20,14 @@ from mygpt.data.batches import BatchStream, Share
 from mygpt.data.dataset import Dataset, load_dataset
 from mygpt.model.gpt import GPT
 from mygpt.processes.machine import peak_flops, resolve_device, set_up
-from mygpt.recipe.flags import parse_recipe
+from mygpt.recipe.flags import RecipeOptions, parse_recipe
 from mygpt.recipe.tables import Recipe
 from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.loop import train_step
 from mygpt.training.parts import build_parts, open_accelerator
-from mygpt.training.step import train_step
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(RecipeOptions):
     rounds: int = 12
     """Turns of each contender; the median is printed."""
     steps_per_round: int = 40

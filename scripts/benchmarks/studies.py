@@ -19,8 +19,8 @@ import numpy as np
 
 from mygpt.estimates import Floats
 from mygpt.runs.held_out import Evaluation, Windows
-from mygpt.studies.analysis import CellResult, RunResult, compare_cells
-from mygpt.studies.results import is_complete, read_cell
+from mygpt.studies.analysis import RunResult, VariantResult, compare_variants
+from mygpt.studies.results import is_finished, read_variant
 
 
 class Deviations(NamedTuple):
@@ -40,38 +40,38 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--studies", type=int, default=1000)
     options = parser.parse_args()
-    found = deviations(next(cells_of(options.study)))
+    found = deviations(next(variants_of(options.study)))
     rest = float(found.rest.std())
     print(f"between seeds {found.seed:.4f}; between seeds, window by window {rest:.4f}; {len(found.hard):,} windows")
     print("recipes  seeds  effect  share of studies that see a difference")
-    for cells, seeds, effect in plans(found.seed):
+    for variants, seeds, effect in plans(found.seed):
         rng = np.random.default_rng(0)
-        studies = (simulate(found, rng, cells=cells, seeds=seeds, effect=effect) for _ in range(options.studies))
-        seen = sum(any(result.is_seen for result in compare_cells(study, 0.01)) for study in studies)
+        studies = (simulate(found, rng, variants=variants, seeds=seeds, effect=effect) for _ in range(options.studies))
+        seen = sum(any(result.is_seen for result in compare_variants(study, 0.01)) for study in studies)
         error = math.sqrt(seen / options.studies * (1 - seen / options.studies) / options.studies)
-        print(f"{cells:7}  {seeds:5}  {effect:6.3f}  {seen / options.studies:6.1%} +- {error:.1%}")
+        print(f"{variants:7}  {seeds:5}  {effect:6.3f}  {seen / options.studies:6.1%} +- {error:.1%}")
 
 
 def plans(deviation: float) -> Iterator[tuple[int, int, float]]:
     """Recipes, seeds, and by how much the first recipe is better."""
-    for cells in (2, 4, 6):
+    for variants in (2, 4, 6):
         for seeds in (2, 3, 5, 10):
-            yield cells, seeds, 0.0
+            yield variants, seeds, 0.0
     for effect in (0.5, 1, 2, 3):
         for seeds in (3, 5, 10):
             yield 2, seeds, effect * deviation
 
 
-def cells_of(study: Path) -> Iterator[CellResult]:
+def variants_of(study: Path) -> Iterator[VariantResult]:
     """The recipes of a study with their complete runs."""
     document = json.loads((study / "study.json").read_text())
     for recipe in document["recipes"]:
         paths = {int(seed): study / path for seed, path in recipe["runs"].items()}
-        yield read_cell(recipe["name"], study, {s: path for s, path in paths.items() if is_complete(path)}, {})
+        yield read_variant(recipe["name"], study, {s: path for s, path in paths.items() if is_finished(path)}, {})
 
 
-def deviations(cell: CellResult) -> Deviations:
-    evaluations = [run.evaluation for run in cell.runs.values()]
+def deviations(variant: VariantResult) -> Deviations:
+    evaluations = [run.evaluation for run in variant.runs.values()]
     windows = evaluations[0].windows
     losses_SN = np.stack([evaluation.losses / windows.tokens for evaluation in evaluations])
     own_S = np.array([evaluation.loss.mean for evaluation in evaluations])
@@ -81,7 +81,9 @@ def deviations(cell: CellResult) -> Deviations:
     return Deviations(windows, losses_SN.mean(0), float(own_S.std(ddof=1)), rest_SN)
 
 
-def simulate(found: Deviations, rng: np.random.Generator, *, cells: int, seeds: int, effect: float) -> list[CellResult]:
+def simulate(
+    found: Deviations, rng: np.random.Generator, *, variants: int, seeds: int, effect: float
+) -> list[VariantResult]:
     """A study whose recipes differ by chance alone, but for the first, which is better by `effect`.
 
     What windows have beside the mean is that of a real run, in stretches that keep neighbours together, with random
@@ -97,8 +99,8 @@ def simulate(found: Deviations, rng: np.random.Generator, *, cells: int, seeds: 
         return RunResult(Evaluation(1, found.windows, losses_N.astype(np.float32)), ((1, 0.0),), "")
 
     return [
-        CellResult(f"r{cell}", {seed: run(effect * (cell == 0)) for seed in range(seeds)}, {}, "same")
-        for cell in range(cells)
+        VariantResult(f"r{number}", {seed: run(effect * (number == 0)) for seed in range(seeds)}, {}, "same")
+        for number in range(variants)
     ]
 
 

@@ -22,8 +22,8 @@ from mygpt.errors import InterruptedRunError
 from mygpt.recipe.tables import Recipe
 from mygpt.reports import recorder
 from mygpt.runs.loading import load_checkpoint
-from mygpt.runs.run import Run
-from mygpt.training.train import train, train_until
+from mygpt.runs.run import RunDirectory
+from mygpt.training.train import train
 
 KEYS = {"steps": 12, "dropout": 0.1, "val_split": 0.2, "val_every": 3, "save_best": True, "schedule": "cosine"}
 KEYS |= {"warmup": 4, "max_grad_norm": 1.0, "micro_batch_size": 2}
@@ -62,7 +62,7 @@ def test_checkpoints_on_the_way_are_removed_where_one_is_asked_for(place, tmp_pa
         assert call("at", place / "all", 6, "--out", out, "--from-beginning", *flags)[0] == 0
         assert max(counts) == (2 if flags else 6)
         assert steps_of(out) == ([6] if flags else [1, 2, 3, 4, 5, 6])
-        assert not (out / "best").exists() or Run(out).best
+        assert not (out / "best").exists() or RunDirectory(out).best
         assert_is_step(out, 6, place / "all")
 
 
@@ -79,10 +79,12 @@ def test_any_step_has_the_bytes_that_it_had(place, tmp_path, step):
     lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
     assert (tmp_path / "at" / "metrics.jsonl").read_text().splitlines() == lines[:step]
     assert made.records == step - made.first
-    info = Run(tmp_path / "at").info
+    info = RunDirectory(tmp_path / "at").info
     assert (info.recreated.run, info.recreated.after_step) == (str(place / "run"), step)
-    assert info.stretches == Run(place / "run").info.stretches
-    assert Run(tmp_path / "at").recipe == Run(place / "run").recipe.replace(output=str(tmp_path / "at"))
+    assert info.stretches == RunDirectory(place / "run").info.stretches
+    assert RunDirectory(tmp_path / "at").recipe == RunDirectory(place / "run").recipe.replace(
+        output=str(tmp_path / "at")
+    )
 
 
 def test_what_is_made_is_a_run(place, tmp_path, call, text_file):
@@ -173,28 +175,28 @@ def test_steps_of_a_run_that_changed_are_made_with_their_stretches(tiny, tmp_pat
         out = tmp_path / f"at-{step}"
         recreate(run, step, out)
         assert_is_step(out, step, every)
-        assert Run(out).recipe.train.steps == (8 if step > 4 else 4)
-        assert [stretch.after_step for stretch in Run(out).info.stretches] == ([0, 4] if step > 4 else [0])
+        assert RunDirectory(out).recipe.train.steps == (8 if step > 4 else 4)
+        assert [stretch.after_step for stretch in RunDirectory(out).info.stretches] == ([0, 4] if step > 4 else [0])
     recreate(run, 7, tmp_path / "whole", from_beginning=True)
     assert_is_step(tmp_path / "whole", 7, every)
-    found = [(s.after_step, s.steps, s.environment.threads) for s in Run(tmp_path / "whole").info.stretches]
+    found = [(s.after_step, s.steps, s.environment.threads) for s in RunDirectory(tmp_path / "whole").info.stretches]
     assert found == [(0, 4, 1), (4, 8, 2)]
 
 
 def test_keys_that_change_no_number_may_have_changed(tiny, tmp_path):
     """Keeping the best from a later step on changes no byte of a checkpoint."""
     keys = {"save_every": 4, "val_split": 0.2, "val_every": 1, "steps": 8}
-    train_until(tiny(**keys), 4)
+    train(tiny(**keys), last_step=4)
     run = train(tiny(**keys, save_best=True))
     for step in (3, 6):
         recreate(run, step, tmp_path / str(step))
-        assert_is_step(tmp_path / str(step), step, train_until(tiny(**keys, output=str(tmp_path / "before")), step))
+        assert_is_step(tmp_path / str(step), step, train(tiny(**keys, output=str(tmp_path / "before")), last_step=step))
         shutil.rmtree(tmp_path / "before")
 
 
 def test_steps_of_a_branch_begin_after_its_origin(tiny, tmp_path, call):
     """Earlier steps are its source's; it needs the checkpoint after which it began."""
-    train_until(tiny(save_every=2, output=str(tmp_path / "source")), 4)
+    train(tiny(save_every=2, output=str(tmp_path / "source")), last_step=4)
     branch = train(tiny(resume=str(tmp_path / "source"), output=str(tmp_path / "branch"), steps=8))
     every = train(tiny(resume=str(tmp_path / "source"), output=str(tmp_path / "all"), steps=8, save_every=1))
     recreate(branch, 6, tmp_path / "at")
@@ -294,7 +296,7 @@ def test_fork_that_changes_nothing_ends_as_its_run(place, tmp_path, call):
     made = tmp_path / "run-at-7"
     assert_same_run(made, run)
     assert contents(made / "step-000012") == contents(run / "step-000012")
-    assert Run(made).info.origin.checkpoint == "origin/step-000007"
+    assert RunDirectory(made).info.origin.checkpoint == "origin/step-000007"
     assert_is_step(made / "origin", 7, place / "all")
 
 
@@ -304,8 +306,8 @@ def test_fork_differs_in_its_keys_alone(place, tmp_path, call):
     code, _, err = call("fork", run, 7, "--lr", 5e-4, "--steps", 14)
     assert code == 0
     made = tmp_path / "run-at-7-steps=14-lr=0.0005"
-    assert [(stretch.after_step, stretch.steps) for stretch in Run(made).info.stretches] == [(0, 12), (7, 14)]
-    assert Run(made).recipe.optimizer.lr == 5e-4
+    assert [(stretch.after_step, stretch.steps) for stretch in RunDirectory(made).info.stretches] == [(0, 12), (7, 14)]
+    assert RunDirectory(made).recipe.optimizer.lr == 5e-4
     assert "from step 8 on: [optimizer] lr = 0.0005, before 0.001" in err
     records, others = ((path / "metrics.jsonl").read_text().splitlines() for path in (run, made))
     assert [a == b for a, b in zip(records, others, strict=False)] == [True] * 7 + [False] * 5
@@ -326,7 +328,7 @@ def test_fork_differs_in_its_keys_alone(place, tmp_path, call):
     shutil.rmtree(run)
     assert verify(moved).identical
     recreate(moved, 9, tmp_path / "at")
-    assert Run(tmp_path / "at").origin == moved / "origin" / "step-000007"
+    assert RunDirectory(tmp_path / "at").origin == moved / "origin" / "step-000007"
     assert call("train", moved / "recipe.toml", "--steps", 15)[0] == 0
 
 
@@ -343,7 +345,7 @@ def test_fork_where_early_stopping_ended_the_run_needs_more_patience(tiny, tmp_p
     """With the same, it would end there again; nothing is written."""
     keys = {"val_split": 0.2, "val_every": 2, "sampling": "full", "patience": 1, "lr": 1e-9, "steps": 20}
     run = train(tiny(**keys))
-    step = Run(run).records[-1].step
+    step = RunDirectory(run).records[-1].step
     assert step < 20
     code, _, err = call("fork", run, step, "--lr", 1e-2)
     assert (code, err.count("\n")) == (2, 1)
@@ -351,7 +353,7 @@ def test_fork_where_early_stopping_ended_the_run_needs_more_patience(tiny, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["run"]
     assert call("fork", run, step, "--lr", 1e-2, "--patience", 0)[0] == 0
     made = tmp_path / f"run-at-{step}-lr=0.01-patience=0"
-    assert Run(made).records[-1].step == 20
+    assert RunDirectory(made).records[-1].step == 20
 
 
 def test_fork_with_other_batches_or_seeds_is_named_and_warned_of_what_changes(tiny, tmp_path, call):
@@ -386,7 +388,7 @@ def test_killed_fork_is_continued(folder, forked_run, point, count):
     assert run_forked(FORK, here, point, count, command="fork") == -signal.SIGKILL
     assert run_forked(FORK, here, command="fork") == 0
     assert_same_run(here / "fork", undisturbed / "fork")
-    assert Run(here / "fork").recipe.optimizer.lr == 5e-4
+    assert RunDirectory(here / "fork").recipe.optimizer.lr == 5e-4
     assert contents(here / "run") == contents(undisturbed / "run")
 
 

@@ -19,7 +19,7 @@ from mygpt.checks.bisect import bisect
 from mygpt.cli.main import main
 from mygpt.errors import CheckpointError, LaunchError, MygptError
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.training.train import train
 
 STEPS = 24
@@ -87,7 +87,7 @@ def test_equal_runs_are_identical(make, tmp_path, in_this_process):
 def test_fork_differs_in_the_step_after_it(make, tmp_path, in_this_process, step):
     """In its learning rate: the values before it are the same. Few reruns find it."""
     a = make("plain")
-    base = Run(a).recipe
+    base = RunDirectory(a).recipe
     b = fork(a, step, base.replace(lr=5e-4), tmp_path / "fork")
     notes = []
     found = bisect(a, b, note=notes.append)
@@ -174,7 +174,7 @@ def test_run_that_is_not_repeated_here_is_an_error(make, tmp_path, in_this_proce
 def test_branches_are_compared_where_they_have_steps(make, tmp_path, in_this_process, tiny):
     """From the checkpoint after which they begin on."""
     source = make("saved", save_every=8)
-    keys = TINY | {"steps": STEPS, "dropout": 0.1, "corpus": Run(source).recipe.data.corpus}
+    keys = TINY | {"steps": STEPS, "dropout": 0.1, "corpus": RunDirectory(source).recipe.data.corpus}
     branch = Recipe.of(**keys, resume=str(source / "step-000008"), output=str(tmp_path / "branch"), weight_decay=0.5)
     found = bisect(source, train(branch))
     assert (found.step, found.value) == (9, "token_embedding.weight, updated")
@@ -231,7 +231,7 @@ def test_signal_ends_all_and_leaves_nothing(make, tmp_path):
 
 
 PERTURBED = """
-import mygpt.training.step as module
+import mygpt.training.loop as module
 import torch
 
 original = module.train_step

@@ -16,7 +16,7 @@ from mygpt.errors import DamagedCheckpointError
 from mygpt.model.gpt import GPT
 from mygpt.recipe.tables import ModelTable
 from mygpt.runs.records import read_records
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 @pytest.fixture
@@ -184,10 +184,10 @@ def test_one_window_has_no_verdict(tiny, tmp_path):
 
 def test_records_after_the_compared_checkpoint_are_left_out(tiny, tmp_path):
     """A run that was killed has some: their losses are not those of the model that is compared."""
-    a = train_until(tiny(**HELD_OUT, output=str(tmp_path / "a")), 3)
+    a = train(tiny(**HELD_OUT, output=str(tmp_path / "a")), last_step=3)
     b = train(tiny(**HELD_OUT, lr=1e-4, output=str(tmp_path / "b")))
     before = compare(a, b).records
-    again = train_until(tiny(**HELD_OUT, output=str(tmp_path / "again")), 6)
+    again = train(tiny(**HELD_OUT, output=str(tmp_path / "again")), last_step=6)
     (a / "metrics.jsonl").write_bytes((again / "metrics.jsonl").read_bytes())
     assert compare(a, b).records == before
     assert before.totals[0] == 3

@@ -16,7 +16,7 @@ from mygpt.checks.verify import verify
 from mygpt.errors import CheckpointError, InterruptedRunError, MismatchError
 from mygpt.processes import machine
 from mygpt.runs.saver import Saver
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def answer(call):
 def test_untouched_run_verifies(tiny, answer):
     """All of it, or its first steps; also one that was interrupted and continued, and one that is not finished."""
     recipe = tiny(save_every=2, dropout=0.1, val_split=0.2, val_every=3)
-    run = train_until(recipe, 5)
+    run = train(recipe, last_step=5)
     assert answer("verify", run) == (0, "identical: 5 records and 3 checkpoints up to step 5\n")
     train(recipe)
     assert answer("verify", run) == (0, "identical: 6 records and 3 checkpoints up to step 6\n")
@@ -119,7 +119,7 @@ def test_run_whose_products_cannot_be_had_here_is_verified_without(tiny, answer,
 
 def test_branch_is_verified_from_its_first_step(tiny, tmp_path, answer):
     """Records that it copied from its source are not compared with themselves."""
-    train_until(tiny(save_every=2, output=str(tmp_path / "source")), 4)
+    train(tiny(save_every=2, output=str(tmp_path / "source")), last_step=4)
     branch = train(tiny(save_every=2, resume=str(tmp_path / "source"), output=str(tmp_path / "branch")))
     assert answer("verify", branch) == (0, "identical: 2 records and 1 checkpoints up to step 6\n")
     with pytest.raises(CheckpointError, match="got step 4, expected one from 5 to 6, the last that it has trained"):

@@ -18,12 +18,12 @@ from support.runs import FLAGS
 from mygpt import __version__
 from mygpt.cli.data import PrepareOptions
 from mygpt.cli.init import InitOptions
-from mygpt.cli.inspect import PlotOptions
+from mygpt.cli.inspect import GenerateOptions, PlotOptions
 from mygpt.cli.main import COMMANDS
 from mygpt.cli.steps import AtOptions
 from mygpt.cli.study import StudyOptions
 from mygpt.data.prepare import TokenizerChoice, prepare
-from mygpt.recipe.flags import parse_command, parse_recipe
+from mygpt.recipe.flags import parse_options, parse_recipe
 from mygpt.recipe.tables import Recipe
 
 
@@ -55,7 +55,7 @@ BAD_RECIPES = {
     "40-nan": ("[optimizer]\nlr = nan", r"\[optimizer\] lr: got nan, expected a finite number"),
     "40-inf": ("[optimizer]\nlr = inf", r"\[optimizer\] lr: got inf, expected a finite number"),
     "40-overflow": ("[optimizer]\nlr = 1e400", r"\[optimizer\] lr: got inf, expected a finite number"),
-    "41-negative-warmup": ("[schedule]\nwarmup = -1", r"\[schedule\] warmup: got -1, expected greater than or equal"),
+    "41-negative-warmup": ("[schedule]\nwarmup = -1", r"\[schedule\] warmup: got -1, expected at least 0"),
     "42-warmup-over-steps": ("[schedule]\nwarmup = 2001", "warmup: got 2001, expected at most steps = 2000"),
     "44-micro-batch": ("[train]\nmicro_batch_size = 5", "expected a divisor of batch_size = 16"),
     "45-heads": ("[model]\nnum_heads = 5", "num_heads: got 5, expected a divisor of embed_dim = 64"),
@@ -187,7 +187,7 @@ def test_unreadable_text_costs_one_line(call, tmp_path):
     [
         (["--lr", "nan"], "mygpt: --lr: got nan, expected a finite number\n"),
         (["--val-split", "1"], "mygpt: --val-split: got 1.0, expected less than 1\n"),
-        (["--steps", "0"], "mygpt: --steps: got 0, expected greater than or equal to 1\n"),
+        (["--steps", "0"], "mygpt: --steps: got 0, expected at least 1\n"),
         (["--warmup", "7"], "text.txt [schedule] warmup: got 7, expected at most steps = 6"),
         (["--step", "3"], "unknown flag --step; did you mean --steps?"),
         (["--learning-rate", "3"], "unknown flag --learning-rate; did you mean --lr?"),
@@ -197,9 +197,25 @@ def test_unreadable_text_costs_one_line(call, tmp_path):
         ),
         (["--seed", "1", "--output", "data_seed", "--lr", "-1"], "--lr: got -1.0"),
         (["--zzz=3"], "unknown flag --zzz; `mygpt train --help` lists all"),
-        (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
-        (["--schedule", "cosin"], "invalid choice"),
-        (["--lr"], "--lr"),
+        (["--steps", "many"], "--steps: got 'many', expected a valid integer\n"),
+        (["--steps", "1e3"], "--steps: got '1e3', expected a valid integer\n"),
+        (["--micro-batch-size", "none"], "--micro-batch-size: got 'none', expected a valid integer\n"),
+        (["--lr=a"], "--lr: got 'a', expected a valid number\n"),
+        (["--lr", "-1"], "--lr: got -1.0, expected at least 0\n"),
+        (["--lr", "-1e-3"], "--lr: got -0.001, expected at least 0\n"),
+        (["--schedule", "cosin"], "--schedule: got 'cosin', expected 'constant', 'cosine', 'linear' or 'wsd'\n"),
+        (["--lr"], "--lr: expected one argument"),
+        (
+            ["--save-best", "--output", "--lr", "1"],
+            "expected one argument; a value that begins with a dash is given as",
+        ),
+        (["--compile", "true"], "unexpected argument 'true'; usage: mygpt train RECIPE|TEXT [FLAGS]\n"),
+        (["--compile=1"], "--compile: ignored explicit argument '1'"),
+        (["--no-compil"], "unknown flag --no-compil; did you mean --no-compile?\n"),
+        (["-lr", "1"], "unknown flag -lr; did you mean --lr?\n"),
+        (["--Steps", "1"], "unknown flag --Steps; did you mean --steps?\n"),
+        (["--expected-bits-per-byte", "1"], "--expected-bits-per-byte: got (1.0,), expected more values\n"),
+        (["more.txt"], "unexpected argument 'more.txt'; usage: mygpt train RECIPE|TEXT [FLAGS]\n"),
     ],
 )
 def test_bad_flags_are_named(call, text_file, flags, message):
@@ -223,7 +239,7 @@ def test_bad_flags_are_named(call, text_file, flags, message):
 def test_out_and_output_are_one_flag(kind, arguments):
     """Of the commands with --out; those with --output, a recipe's key, take --out."""
     for given in (["--out", "x.toml"], ["--output", "x.toml"], ["--out=x.toml"], ["--output=x.toml"]):
-        assert parse_command(kind, [*arguments, *given], "mygpt", "").out == Path("x.toml")
+        assert parse_options([*arguments, *given], "mygpt", kind, "")[0].out == Path("x.toml")
         assert parse_recipe(["quickstart", *given], "mygpt train")[0].checkpoint.output == "x.toml"
 
 
@@ -247,6 +263,14 @@ def test_out_and_output_are_one_flag(kind, arguments):
         ("train quickstart --wandb", "unknown flag --wandb; metrics.jsonl in the run directory has the numbers; "),
         ("train quickstart --gpus 8", "unknown flag --gpus; the launcher starts the processes: "),
         ("generate run --steps 3", "unknown flag --steps; `mygpt generate --help` lists all"),
+        ("train", "RECIPE|TEXT missing; usage: mygpt train RECIPE|TEXT [FLAGS]; `mygpt train --help` tells more"),
+        ("train --wandb", "unknown flag --wandb; metrics.jsonl in the run directory has the numbers; "),
+        ("at run", "STEP and --out missing; usage: mygpt at RUN STEP --out PATH [FLAGS]; `mygpt at --help` tells"),
+        ("study quickstart --set", "--set: expected one argument"),
+        ("study quickstart --effect 0", "--effect: got 0.0, expected greater than 0"),
+        ("study quickstart --side-by-side 0", "--side-by-side: got 0, expected at least 1"),
+        ("generate run --top-k -1", "--top-k: got -1, expected at least 0"),
+        ("generate run --device gpu", "--device: got 'gpu', expected 'auto', 'cpu', 'cuda' or 'mps'"),
         ("generate", "generate: got nothing, expected one run or checkpoint: mygpt generate RUN"),
         ("generate a --checkpoint b", "generate: got both a and --checkpoint b, expected one run or checkpoint"),
         ("export run", "unknown command 'mygpt export'; RUN/step-NNNNNN/model.safetensors has the weights"),
@@ -254,7 +278,7 @@ def test_out_and_output_are_one_flag(kind, arguments):
         ("list", "unknown command 'mygpt list'; `mygpt recipe list` lists the recipes"),
         ("sample run", "unknown command 'mygpt sample'; `mygpt generate RUN"),
         ("run quickstart", "unknown command 'mygpt run'; `mygpt train RECIPE` trains"),
-        ("resume run", "unknown command 'mygpt resume'; the `mygpt train` command of a run continues it"),
+        ("resume run", "unknown command 'mygpt resume'; `mygpt train RUN/recipe.toml` continues a run"),
         ("fine-tune run", "unknown command 'mygpt fine-tune'; `mygpt train TEXT --init-from RUN`"),
         ("trian run", "unknown command 'mygpt trian'; did you mean 'train'?"),
         ("xyz", "unknown command 'mygpt xyz'; expected one of init, train, study, "),
@@ -351,16 +375,50 @@ def test_ending_of_a_recipe_may_be_in_capitals(call, tmp_path):
     assert 'output = "checkpoints/MINE"' in out
 
 
-def test_every_key_is_a_flag_with_help(call):
-    """Help names each key and explains it, with the recipe's own values as defaults."""
+@pytest.mark.parametrize("columns", [1, 100, 300])
+def test_every_key_is_a_flag_with_help(call, monkeypatch, columns):
+    """Help names each key and says its first sentence, with the recipe's own values as defaults, on few lines."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     code, out, _ = call("train", "hardened", "--help")
     assert code == 0
-    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
+    words = " ".join(out.split())
     for table in Recipe.model_fields.values():
         for key, info in type(table.default).model_fields.items():
-            assert f"--{key.replace('_', '-')}" in words
-            assert " ".join(info.description.split()) in words, key
-    assert "(default: cosine)" in words
+            assert f" --{key.replace('_', '-')} " in words
+            assert columns == 1 or " ".join(info.description.split()).split(". ")[0].removesuffix(".") in words, key
+    assert "[cosine]" in words
+    if columns > 1:
+        assert max(map(len, out.splitlines())) <= 100
+        assert out.count("\n") < 145
+
+
+def test_help_shows_plain_defaults_where_there_is_no_recipe(call):
+    """Before a recipe is named, and where it cannot be read."""
+    for arguments in (("train", "--help"), ("--help", "gone.toml"), ("fork", "-h")):
+        code, out, err = call(*arguments if arguments[0] != "--help" else ("train", *arguments))
+        assert (code, err) == (0, "")
+        assert "[constant]" in " ".join(out.split())
+
+
+def test_values_are_read_as_they_are_given():
+    """Flags stand anywhere, numbers may have underscores, and the last of two flags counts."""
+
+    def recipe(*flags):
+        return parse_recipe(["quickstart", *flags], "mygpt train")[0]
+
+    assert recipe("--output=--x").checkpoint.output == "--x"
+    assert recipe("--steps", "1_000", "--lr", "2e-3").train.steps == 1000
+    assert recipe("--lr", "2", "--lr=.5").optimizer.lr == 0.5
+    assert recipe("--compile", "--no-compile").runtime.compile is False
+    assert recipe("--no_tied_head").model.tied_head is False
+    assert recipe("--micro-batch-size", "4", "--micro_batch_size=None").train.micro_batch_size is None
+    rows = ("--expected-seeds", "3", "--expected-val", "5", "3.5", "0.1", "9", "3", "0.2")
+    expected = recipe(*rows, "--expected-bits-per-byte", "1", "2").expected
+    assert expected.expected_val == ((5, 3.5, 0.1), (9, 3.0, 0.2))
+    assert expected.expected_bits_per_byte == (1.0, 2.0)
+    study = parse_options(["--set", "lr=1,2", "a", "--set=steps=3", "b"], "mygpt study", StudyOptions, "")[0]
+    assert (study.recipes, study.set) == (("a", "b"), ("lr=1,2", "steps=3"))
+    assert parse_options(["--prompt", "- x"], "mygpt generate", GenerateOptions, "")[0].prompt == "- x"
 
 
 def test_shown_recipe_is_the_recipe_of_the_run(call, text_file):
@@ -426,7 +484,7 @@ def test_help_names_every_command(call):
 
 def test_help_and_package_import_neither_torch_nor_pydantic(tmp_path):
     """They answer at once: torch alone takes seconds to import."""
-    code = "import sys, mygpt, mygpt.cli; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    code = "import sys, mygpt, mygpt.cli.main; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
     started_at = time.perf_counter()
     subprocess.run([sys.executable, "-m", "mygpt", "--help"], cwd=tmp_path, check=True, capture_output=True)

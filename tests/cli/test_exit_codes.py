@@ -1,4 +1,4 @@
-"""The tables of exit codes and streams in the guide: every code, and every command, gives what they say."""
+"""The tables of exit codes and streams in the reference: every code, and every command, gives what they say."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from mygpt.errors import NonFiniteError
 from mygpt.recipe.tables import Recipe
 from mygpt.training.train import train
 
-GUIDE = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
-SECTION = GUIDE[GUIDE.index("## Exit codes and streams") :]
+REFERENCE = (REPOSITORY / "docs" / "reference.md").read_text(encoding="utf-8")
+SECTION = REFERENCE[REFERENCE.index("## Exit codes and streams") :]
 CODES = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", SECTION, re.MULTILINE) for code in row.split(",")}
 STREAMS = {
     name: (stdout, other.strip())

@@ -1,4 +1,4 @@
-"""The answers of commands as JSON: documents with the fields that the guide documents, and nothing else on stdout."""
+"""The answers of commands as JSON: documents with the fields that the reference names, and nothing else on stdout."""
 
 import json
 import re
@@ -12,8 +12,8 @@ from mygpt.errors import NonFiniteError
 from mygpt.runs.records import Record
 from mygpt.training.train import train
 
-GUIDE = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
-SECTION = GUIDE[GUIDE.index("## Answers as JSON") : GUIDE.index("## Exit codes and streams")]
+REFERENCE = (REPOSITORY / "docs" / "reference.md").read_text(encoding="utf-8")
+SECTION = REFERENCE[REFERENCE.index("## Answers as JSON") : REFERENCE.index("## Exit codes and streams")]
 ROWS = dict(re.findall(r"^\| `(.+?)` \| (.*) \|$", SECTION, re.MULTILINE))
 
 
@@ -60,7 +60,7 @@ def answer(call, *arguments, code=0) -> dict:
 
 
 def test_every_answer_is_documented(runs, call, text_file, tmp_path):
-    """Each command of the guide's table gives the fields of its row, at every level, and no others."""
+    """Each command of the reference's table gives the fields of its row, at every level, and no others."""
     first, second = runs
     prepare([text_file], tmp_path / "tokens", TokenizerChoice("byte", 0, None))
     answers = {
@@ -93,11 +93,12 @@ def test_answer_about_a_failed_step(tiny, call, monkeypatch):
     """Infinite values are null: JSON has none."""
     step = POINTS["before-step"]
     original = getattr(step.owner, step.name)
-    monkeypatch.setattr(
-        step.owner, step.name, lambda *args: (update := original(*args))._replace(loss=update.loss * float("nan"))
-    )
-    with pytest.raises(NonFiniteError):
-        train(tiny())
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            step.owner, step.name, lambda *args: (update := original(*args))._replace(loss=update.loss * float("nan"))
+        )
+        with pytest.raises(NonFiniteError):
+            train(tiny())
     document = answer(call, "replay", tiny().checkpoint.output, "--device", "cpu", code=1)
     assert document.keys() == documented("replay")
     assert document["first_non_finite"] is None

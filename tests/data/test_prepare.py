@@ -32,10 +32,10 @@ from mygpt.data.prepare import TokenizerChoice, prepare, take_sample
 from mygpt.data.prepared import open_prepared
 from mygpt.data.sources import find_sources
 from mygpt.data.tokenizer import CharTokenizer
-from mygpt.errors import CorpusDiskError, CorpusError, MygptError
+from mygpt.errors import CorpusError, DamagedCorpusError, DiskError, MygptError
 from mygpt.recipe.tables import DataTable
-from mygpt.runs.run import Run
-from mygpt.training.train import train, train_until
+from mygpt.runs.run import RunDirectory
+from mygpt.training.train import train
 
 KINDS = {
     "char": TokenizerChoice("char", 0, None),
@@ -47,9 +47,9 @@ DOCUMENTS = ["First one, añ€😀 with\r\nline ends.\n", "", "a b  c\n\n" * 30
 
 @pytest.fixture
 def small(monkeypatch):
-    """Blocks and batches of a few hundred characters, and a journal that is synced after each."""
+    """Blocks and chunks of a few hundred characters, and a journal that is synced after each."""
     monkeypatch.setattr("mygpt.data.sources.BLOCK", 100)
-    monkeypatch.setattr(preparing, "BATCH", 300)
+    monkeypatch.setattr(preparing, "CHUNK", 300)
     monkeypatch.setattr("mygpt.data.bpe.PIECE", 50)
     monkeypatch.setattr(preparing, "SYNC_SECONDS", 0.0)
 
@@ -125,9 +125,9 @@ class Killed(BaseException):
 
 
 @contextmanager
-def killed_after(batches):
-    """Inside, a command dies when it has encoded so many batches."""
-    encode, left = preparing.encode_batch, batches
+def killed_after(chunks):
+    """Inside, a command dies when it has encoded so many chunks."""
+    encode, left = preparing.encode_chunk, chunks
 
     def encode_or_die(*arguments):
         nonlocal left
@@ -137,13 +137,13 @@ def killed_after(batches):
         return encode(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "encode_batch", encode_or_die)
+        patch.setattr(preparing, "encode_chunk", encode_or_die)
         yield
 
 
-def prepare_and_die(batches, *arguments):
-    """Prepare, and be killed after so many batches."""
-    with killed_after(batches), pytest.raises(Killed):
+def prepare_and_die(chunks, *arguments):
+    """Prepare, and be killed after so many chunks."""
+    with killed_after(chunks), pytest.raises(Killed):
         prepare(*arguments, workers=1)
 
 
@@ -199,7 +199,7 @@ def test_sigkill_at_any_moment(tmp_path, text):
 @pytest.mark.fault(73)
 @pytest.mark.parametrize("kind", KINDS)
 def test_source_that_changes_in_between_is_read_anew(tmp_path, small, kind):
-    """From the first batch whose text is another one; a tokenizer that is made of the text is made again."""
+    """From the first chunk whose text is another one; a tokenizer that is made of the text is made again."""
     (tmp_path / "a.txt").write_text("the old text. " * 200)
     prepare_and_die(5, [tmp_path / "a.txt"], tmp_path / "out", KINDS[kind])
     text = "the old text. " * 30 + "a new text! " * 100
@@ -243,7 +243,7 @@ def test_source_that_changes_in_between_is_read_anew(tmp_path, small, kind):
 )
 @pytest.mark.fault(75)
 def test_bad_source_costs_one_line_and_leaves_nothing(tmp_path, small, name, content, message):
-    """Also where a source before it is whole, but shorter than a batch."""
+    """Also where a source before it is whole, but shorter than a chunk."""
     pytest.importorskip("pyarrow", reason="needs pyarrow")
     pytest.importorskip("zstandard", reason="needs zstandard")
     files = [tmp_path / name]
@@ -259,28 +259,28 @@ def test_bad_source_costs_one_line_and_leaves_nothing(tmp_path, small, name, con
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The first words of each batch that is encoded from here on."""
-    encode, firsts = preparing.encode_batch, []
+    """The first words of each chunk that is encoded from here on."""
+    encode, firsts = preparing.encode_chunk, []
 
-    def encode_and_note(tokenizer, batch, *rest):
-        firsts.append(batch[0].text[:8])
-        return encode(tokenizer, batch, *rest)
+    def encode_and_note(tokenizer, chunk, *rest):
+        firsts.append(chunk[0].text[:8])
+        return encode(tokenizer, chunk, *rest)
 
-    monkeypatch.setattr(preparing, "encode_batch", encode_and_note)
+    monkeypatch.setattr(preparing, "encode_chunk", encode_and_note)
     return firsts
 
 
 @pytest.mark.parametrize("sync_seconds", [0.0, 60.0])
 @pytest.mark.fault(92)
 def test_bad_line_in_the_last_source_costs_no_finished_work(tmp_path, small, monkeypatch, encoded, sync_seconds):
-    """Every batch before it is kept. Once the line is mended, the same command encodes only what is after them."""
+    """Every chunk before it is kept. Once the line is mended, the same command encodes only what is after them."""
     monkeypatch.setattr(preparing, "SYNC_SECONDS", sync_seconds)
     (tmp_path / "a.txt").write_text("".join(f"{number:07d} " for number in range(500)))
     whole, bad = '{"text": "the last text"}\n', '{"text": "the last\n'
     sources = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
     sources[1].write_text(whole)
     prepare(sources, tmp_path / "whole", KINDS["byte"])
-    batches, last = len(encoded), encoded[-1]
+    chunks, last = len(encoded), encoded[-1]
     sources[1].write_text(bad)
     kept = r"; mend this, and the command continues after the ([\d,]+) bytes of text that .*\.tmp-out keeps$"
     with pytest.raises(CorpusError, match=r"b\.jsonl: line 1: not JSON: .*" + kept):
@@ -288,7 +288,7 @@ def test_bad_line_in_the_last_source_costs_no_finished_work(tmp_path, small, mon
     sources[1].write_text(whole)
     encoded.clear()
     prepare(sources, tmp_path / "out", KINDS["byte"])
-    assert batches > 10
+    assert chunks > 10
     assert encoded == [last]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.jsonl", "whole", "out"}
@@ -469,7 +469,7 @@ def test_second_command_is_refused_while_one_works(tmp_path, small, monkeypatch,
     (tmp_path / "a.txt").write_text("some text " * 500)
     (tmp_path / "b.txt").write_text("other text " * 500)
     second = tmp_path / ("a.txt" if same else "b.txt")
-    encode, refused = preparing.encode_batch, []
+    encode, refused = preparing.encode_chunk, []
 
     def encode_after_second(*arguments):
         if not refused:
@@ -478,7 +478,7 @@ def test_second_command_is_refused_while_one_works(tmp_path, small, monkeypatch,
             refused.append(caught)
         return encode(*arguments)
 
-    monkeypatch.setattr(preparing, "encode_batch", encode_after_second)
+    monkeypatch.setattr(preparing, "encode_chunk", encode_after_second)
     prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["char"], workers=1)
     assert refused
     corpus = open_prepared(tmp_path / "out")
@@ -518,7 +518,7 @@ def test_tokens_that_the_disk_has_lost_are_made_again(tmp_path, small):
         elif damage == "flip":
             flip(tokens, 300)
         elif damage == "journal":
-            flip(tokens.with_name("journal"), preparing.RECORD.size + 72)  # the documents of the second batch
+            flip(tokens.with_name("journal"), preparing.RECORD.size + 72)  # the documents of the second chunk
         else:
             tokens.unlink()
         prepare([tmp_path / "a.txt"], tmp_path / damage, KINDS["char"])
@@ -553,7 +553,7 @@ def test_full_disk_keeps_what_was_done(tmp_path, small, monkeypatch):
         sync(journal)
 
     monkeypatch.setattr(preparing._Journal, "sync", sync_or_fail)
-    with pytest.raises(CorpusDiskError, match=r"\.tmp-out: No space left on device; make room, and the same command"):
+    with pytest.raises(DiskError, match=r"\.tmp-out: No space left on device; make room, and the same command"):
         prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["char"])
     assert (tmp_path / ".tmp-out" / "journal").stat().st_size == 5 * preparing.RECORD.size
     prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["char"])
@@ -652,7 +652,7 @@ def test_run_on_prepared_text_continues_and_is_replayed(tiny, tmp_path, prepared
     keys = {"save_every": 2, "corpus": str(prepared)}
     whole = train(tiny(**keys))
     where = {"output": str(tmp_path / "stopped" / "run")}
-    train_until(tiny(**keys, **where), 3)
+    train(tiny(**keys, **where), last_step=3)
     stopped = train(tiny(**keys, **where))
     own = ("run.json", "recipe.toml")
     assert contents(stopped, without=own) == contents(whole, without=own)
@@ -722,10 +722,10 @@ def test_corpus_that_changes_while_in_use_ends_the_run(tiny, tmp_path, prepared,
             (tmp_path / "copy").replace(tokens)
 
     disturb(point, act, count=3, patch=monkeypatch.setattr)
-    with pytest.raises(CorpusDiskError, match=r"tokens\.safetensors: has changed while it was in use"):
+    with pytest.raises(DamagedCorpusError, match=r"tokens\.safetensors: has changed while it was in use"):
         train(tiny(corpus=str(prepared), save_every=1, val_split=0.2, val_every=1))
     assert (tmp_path / "run" / "step-000002").is_dir()
-    assert CorpusDiskError.exit_code == 1
+    assert DamagedCorpusError.exit_code == DiskError.exit_code == 1
 
 
 def test_tokenizer_of_the_recipe_must_be_that_of_the_corpus(prepared):
@@ -765,7 +765,7 @@ def test_command_prepares_describes_and_trains(tmp_path, call, text_file):
     assert "tokenizer:    byte " in printed
     code, _, _ = call("train", out, *FLAGS, "--output", tmp_path / "run")
     assert code == 0
-    assert Run(tmp_path / "run").recipe.data.tokenizer == "byte"
+    assert RunDirectory(tmp_path / "run").recipe.data.tokenizer == "byte"
     assert call("verify", tmp_path / "run")[0] == 0
     assert call("train", out, *FLAGS, "--output", tmp_path / "run")[0] == 0  # it is complete, and nothing has changed
     for arguments, message in (
@@ -774,7 +774,7 @@ def test_command_prepares_describes_and_trains(tmp_path, call, text_file):
             ["prepare", text_file, "--tokenizer", "byte", "--vocab-size", 9, "--out", tmp_path / "x"],
             "--vocab-size: only",
         ),
-        (["prepare", "--out", tmp_path / "x"], "expected a source"),
+        (["prepare", "--out", tmp_path / "x"], "SOURCE missing; usage: mygpt data prepare SOURCE..."),
         (["prepare", text_file], "mygpt data prepare --help"),
         (["info", tmp_path], "manifest.json: missing"),
     ):
@@ -799,7 +799,7 @@ def test_run_in_epochs_by_documents_continues_to_the_same_bytes(tiny, tmp_path, 
     assert data.train[-1] == data.tokenizer.end_of_text
     whole = train(tiny(**keys))
     where = {"output": str(tmp_path / "stopped" / "run")}
-    train_until(tiny(**keys, **where), 71)
+    train(tiny(**keys, **where), last_step=71)
     stopped = train(tiny(**keys, **where))
     own = ("run.json", "recipe.toml")
     assert contents(stopped, without=own) == contents(whole, without=own)
@@ -807,7 +807,7 @@ def test_run_in_epochs_by_documents_continues_to_the_same_bytes(tiny, tmp_path, 
     changed = keys | {"data_seed": 7, "steps": 84, "save_every": 1, "resume": str(whole / "step-000078")}
     for name, stop in (("x", 81), ("y", 84)):
         branch = tiny(**changed, output=str(tmp_path / name))
-        train_until(branch, stop)
+        train(branch, last_step=stop)
         train(branch)
     weights = [(tmp_path / name / "step-000084" / "model.safetensors").read_bytes() for name in ("x", "y")]
     assert weights[0] == weights[1]

@@ -96,11 +96,20 @@ def test_readme_names_every_page():
 
 
 def test_fresh_machine_commands_are_the_ones_that_ci_runs():
-    """The two commands for a fresh machine: set-up, then a whole first run or the tests. CI starts from the second."""
-    first, second = COMMANDS[:2]
-    assert first.startswith(SETUP + "-e '.[report]' && mygpt train quickstart && mygpt generate ")
+    """Set-up line by line, then two commands from nothing: the main job, and the tests. CI starts from the second."""
+    first, second = (line for line in COMMANDS if line.startswith(SETUP))
+    assert COMMANDS[:3] == [*SETUP.split(" && ")[:2], SETUP.split(" && ")[2] + "-e '.[report]'"]
+    assert [line.split()[1] for line in COMMANDS[3:6]] == ["train", "generate", "plot"]
+    assert first == SETUP + "-e '.[report]' && accelerate launch scripts/train.py recipes/hardened.toml"
     assert second == SETUP + "-e '.[dev]' && pytest -n 2 --dist worksteal"
     assert "README.md" in (REPOSITORY / ".ci" / "run").read_text()
+
+
+def test_page_for_students_has_the_lines_that_the_readme_says():
+    """The whole method, in one file that imports nothing of mygpt."""
+    code = (REPOSITORY / "scripts" / "benchmarks" / "reference.py").read_text(encoding="utf-8")
+    assert f" {len(code.splitlines())} lines of plain PyTorch" in README
+    assert not re.search(r"^(from|import) mygpt", code, re.MULTILINE)
 
 
 def test_nothing_says_to_install_mygpt_from_a_registry():
@@ -128,7 +137,7 @@ def test_every_command_and_example_runs(text_file, tmp_path):
             ran += 1
             printed[page, language] = result.stdout
     assert ran >= 30
-    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
     assert printed["docs/guide.md", "python"].startswith("ROMEO:")
     assert "loss = " in printed["docs/guide.md", "python"]
     assert (tmp_path / "checkpoints" / "mine.safetensors").is_file()
@@ -179,11 +188,3 @@ def test_named_files_are_there(document):
     """Each file of the program that a document names is there, by its path from the checkout or from mygpt/."""
     for name in re.findall(r"`([\w.-]+/[\w./-]*\.(?:py|toml|yaml|sh))`", document.read_text(encoding="utf-8")):
         assert (REPOSITORY / name).is_file() or (REPOSITORY / "mygpt" / name).is_file(), name
-
-
-def test_design_names_every_module():
-    """The table of files in docs/design.md has a row for each module; those of cli/ share one."""
-    folder = REPOSITORY / "mygpt"
-    modules = {str(path.relative_to(REPOSITORY)) for path in folder.rglob("*.py") if not path.name.startswith("__")}
-    named = set(re.findall(r"^\| `(mygpt/.+?)` \|", TEXTS["docs/design.md"], re.MULTILINE))
-    assert {name for name in modules if not name.startswith("mygpt/cli/")} == named - {"mygpt/cli/main.py"}

@@ -11,15 +11,15 @@ from support.runs import contents
 from mygpt.errors import CheckpointError, MismatchError, RecipeError
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
-from mygpt.runs.run import Run
-from mygpt.training.train import train, train_until
+from mygpt.runs.run import RunDirectory
+from mygpt.training.train import train
 
 
 @pytest.fixture
 def interrupted(tiny):
     """A run with checkpoints at steps 2 and 4, to be continued to step 6."""
     recipe = tiny(save_every=2)
-    return recipe, train_until(recipe, 4)
+    return recipe, train(recipe, last_step=4)
 
 
 def truncate(file):
@@ -184,7 +184,7 @@ def test_changed_corpus_is_refused(interrupted, tiny, tmp_path, text):
         train(changed)
     assert caught.value.exit_code == 2
     branch = {"resume": str(run), "output": str(tmp_path / "branch")}
-    assert Run(train(changed.replace(**branch))).is_finished
+    assert RunDirectory(train(changed.replace(**branch))).is_finished
     other.write_text("abc" * 1000)
     with pytest.raises(MismatchError, match="its characters are not the vocabulary of"):
         train(tiny(save_every=2, corpus=str(other), steps=8, **branch), overwrite=True)

@@ -15,7 +15,7 @@ from mygpt.errors import MygptError, RecipeError
 from mygpt.recipe.files import load_recipe
 from mygpt.recipe.tables import TABLE_OF_KEY, Recipe, check_recipe
 from mygpt.runs.loading import load_checkpoint
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 KEYS = st.sampled_from([*TABLE_OF_KEY, *Recipe.model_fields, "extends"]) | st.text(max_size=8)
 VALUES = st.recursive(
@@ -55,7 +55,7 @@ def test_any_bytes_are_a_recipe_or_an_error(tmp_path, content):
 def saved(tmp_path_factory, text_file):
     """A run with checkpoints at steps 2 and 4."""
     run = tmp_path_factory.mktemp("fuzz") / "saved"
-    train_until(Recipe.of(**TINY | {"corpus": str(text_file), "output": str(run), "save_every": 2}), 4)
+    train(Recipe.of(**TINY | {"corpus": str(text_file), "output": str(run), "save_every": 2}), last_step=4)
     return run
 
 

@@ -17,7 +17,7 @@ from mygpt.checks.replay import replay
 from mygpt.errors import NonFiniteError
 from mygpt.model.gpt import GPT
 from mygpt.runs.records import read_records
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 CPU = torch.device("cpu")
 
@@ -211,7 +211,7 @@ def test_failed_step_keeps_the_weights_before_it(tiny, tmp_path):
     keys = {"lr": 1e30, "steps": 50}
     with pytest.raises(NonFiniteError, match=r"^step 2: "):
         train(tiny(save_every=2, **keys))
-    before = train_until(tiny(**keys, output=str(tmp_path / "before")), 1)
+    before = train(tiny(**keys, output=str(tmp_path / "before")), last_step=1)
     failed = load_file(tmp_path / "run" / "failed-step-000002" / "model.safetensors")
     for name, weight in load_file(before / "step-000001" / "model.safetensors").items():
         assert torch.equal(weight, failed[name])

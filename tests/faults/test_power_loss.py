@@ -17,12 +17,12 @@ from mygpt.recipe.tables import Recipe
 from mygpt.runs.files import replace_text
 from mygpt.runs.records import Record, cut_after, read_until
 from mygpt.runs.replacing import put_back, set_aside_run
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.saver import Saver
 from mygpt.runs.steps import verify_checkpoint
 from mygpt.studies import runner
-from mygpt.studies.grid import Cell
-from mygpt.studies.results import is_complete
+from mygpt.studies.grid import Variant
+from mygpt.studies.results import is_finished
 from mygpt.training.train import train
 
 KEYS = {
@@ -117,7 +117,7 @@ def training(place, text_file, patch):
         undisturbed.update(contents(run))
 
     def check(notes):
-        steps, found = (Run(run).checkpoints, contents(run)) if run.exists() else ({}, {})
+        steps, found = (RunDirectory(run).checkpoints, contents(run)) if run.exists() else ({}, {})
         assert all(found.get(name) in (None, undisturbed[name]) for name in ("run.json", "recipe.toml"))
         assert max(steps, default=0) >= max(notes, default=0)
         for step, directory in steps.items():
@@ -127,8 +127,8 @@ def training(place, text_file, patch):
             records = read_until(run / "metrics.jsonl", Record, max(steps))
             assert steps.keys() <= {record.step for record in records}
         if notes:
-            assert Run(run).latest
-            assert Run(run).best or max(notes) < 2
+            assert RunDirectory(run).latest
+            assert RunDirectory(run).best or max(notes) < 2
 
     def again(_notes):
         train(recipe)
@@ -140,12 +140,12 @@ def training(place, text_file, patch):
 def preparing_a_corpus(place, text_file, patch):
     """A prepared corpus: absent or whole; of its tokens none is made twice that was saved."""
     patch.setattr("mygpt.data.sources.BLOCK", 500)
-    patch.setattr(preparing, "BATCH", 1500)
+    patch.setattr(preparing, "CHUNK", 1500)
     patch.setattr(preparing, "SYNC_SECONDS", 0.0)
     source, out, prepared, encoded = text_file.with_name("short.txt"), place / "new" / "corpus", {}, []
     source.write_bytes(text_file.read_bytes()[:8000])
     patch.setattr(
-        preparing, "encode_batch", lambda *given, encode=preparing.encode_batch: encoded.append(0) or encode(*given)
+        preparing, "encode_chunk", lambda *given, encode=preparing.encode_chunk: encoded.append(0) or encode(*given)
     )
 
     def prepare(progress=lambda _: None):
@@ -179,11 +179,10 @@ def preparing_a_corpus(place, text_file, patch):
 
 
 def studying(place, text_file, patch):
-    """A study: its plan, the model that its runs begin with, runs that are over, and its results."""
-    folder, source, expected = place / "new" / "study", place.with_name("source"), {}
+    """A study: its plan, runs that are over, and its results."""
+    folder, expected = place / "new" / "study", {}
     keys = TINY | KEYS | {"steps": 2, "corpus": str(text_file)}
-    weights = train(Recipe.of(**keys, output=str(source))) / "step-000002" / "model.safetensors"
-    cells = [Cell("cell", Recipe.of(**keys, init_from=str(weights)))]
+    variants = [Variant("small", Recipe.of(**keys))]
     patch.setattr(runner, "POLL_SECONDS", 0)
     recorded = []
 
@@ -191,7 +190,6 @@ def studying(place, text_file, patch):
         recipe = Recipe.model_validate_json(task.recipe)
         for recording_ in recorded:
             recording_.note(folder / "plan.json")
-            recording_.note(Path(recipe.train.init_from))
         train(recipe)
         for recording_ in recorded:
             recording_.note(Path(recipe.checkpoint.output))
@@ -200,7 +198,7 @@ def studying(place, text_file, patch):
     patch.setattr(runner, "start_worker", train_here)
 
     def study():
-        runner.run_study(cells, 2, folder, 0.01, lambda _: None, side_by_side=1)
+        runner.run_study(variants, 2, folder, 0.01, lambda _: None, side_by_side=1)
 
     def do(recording_):
         recorded[:] = [recording_]
@@ -214,7 +212,7 @@ def studying(place, text_file, patch):
 
     def check(notes):
         for path in notes:
-            assert is_complete(path) if path.name.startswith("seed-") else path.exists()
+            assert is_finished(path) if path.name.startswith("seed-") else path.exists()
         for path in folder.glob("[!.]*"):
             assert path.is_dir() or contents(path.parent)[path.name] == expected[path.name]
 

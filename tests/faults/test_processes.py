@@ -12,7 +12,7 @@ from support.runs import FLAGS, contents
 from support.threads import together
 
 from mygpt.runs.records import EvaluationLine
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.schemas import Best
 from mygpt.runs.start import Start
 from mygpt.training.train import share_start
@@ -167,18 +167,16 @@ def test_run_that_patience_ended_is_over_for_all_processes(folder):
 
 def test_all_processes_get_the_whole_start(exact_run, tiny, monkeypatch):
     """Every field; of the recipe all but the paths of what a process reads, which may differ between machines."""
-    own, info = tiny(steps=9), Run(exact_run).info
+    own, recipe = tiny(steps=9), tiny(corpus="/elsewhere.txt", lr=0.25, output="/a/run", tokenizer="byte")
     values = {
         "checkpoint": exact_run / "step-000006",
         "step": 6,
         "in_place": True,
         "overwrite": True,
-        "recipe": tiny(corpus="/elsewhere.txt", lr=0.25, output="/a/run", tokenizer="byte"),
-        "info": info,
-        "is_complete": True,
+        "info": RunDirectory(exact_run).info.model_copy(update={"recipe": recipe}),
+        "ended_by": "patience",
         "best": Best(step=4, val=2.5),
         "evaluations": (EvaluationLine.of(2, None, bytes(range(200))),),
-        "counted_after": 2,
     }
     assert values.keys() == {*Start._fields}, "a new field needs a value here that is not its default"
     start = Start(**values)
@@ -189,13 +187,15 @@ def test_all_processes_get_the_whole_start(exact_run, tiny, monkeypatch):
         lambda channel: share_start(None, own, channel),
     )
     assert main is start
-    assert other == start._replace(recipe=start.recipe.replace(corpus=own.data.corpus))
+    assert other.recipe == recipe.replace(corpus=own.data.corpus)
+    assert other._replace(info=start.info) == start
+    assert other.info.model_copy(update={"recipe": recipe}) == start.info
 
 
 WITH_DDP = """from mygpt.training.gradient_sum import FastSum
 FastSum.prepare = lambda self, accelerator, *parts: accelerator.prepare(*parts)
 """
-UNTIL_5 = "import functools; phases.train = functools.partial(phases.train_until, last_step=5)"
+UNTIL_5 = "import functools; phases.train = functools.partial(phases.train, last_step=5)"
 
 
 @pytest.mark.slow

@@ -255,7 +255,7 @@ def test_signal_during_the_last_step_ends_a_complete_run(tiny, monkeypatch, caps
         disturb(point, send(signal.SIGTERM), count=count, patch=patch.setattr)
         run = train(tiny(val_split=0.2, val_every=6))
     assert (run / "latest").read_text() == "step-000006\n"
-    assert read_manifest(run / "step-000006").finished
+    assert read_manifest(run / "step-000006").ended_by == "steps"
     assert f"saved {run}" in capsys.readouterr().err
     if point == "before-step":  # the negative control: one step earlier the run is to be continued
         disturb(point, send(signal.SIGTERM), count=5, patch=monkeypatch.setattr)

@@ -13,7 +13,7 @@ from support.fault_points import disturb, os_error
 from support.forked import ARGUMENTS, run
 from support.runs import FLAGS, assert_undisturbed, contents
 
-from mygpt.errors import DamagedCheckpointError
+from mygpt.errors import DiskError
 from mygpt.training.train import train
 
 needs_namespaces = pytest.mark.skipif(
@@ -116,6 +116,6 @@ mount -t tmpfs -o ro tmpfs disk
 def test_disk_that_fills_before_the_first_step_costs_one_line(tiny, tmp_path, monkeypatch, point):
     """With the folder and the reason."""
     disturb(point, os_error(errno.ENOSPC), patch=monkeypatch.setattr)
-    with pytest.raises(DamagedCheckpointError) as caught:
+    with pytest.raises(DiskError) as caught:
         train(tiny())
     assert str(caught.value) == f"output: {tmp_path / 'run'}: cannot be written: No space left on device"

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from mygpt.checks.compare import compare
 from mygpt.cli.main import print_error
 from mygpt.runs.records import read_records
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 
 
 def launch(*launcher, target, cwd, flags=()):
@@ -61,7 +61,7 @@ def test_any_number_of_processes_trains_on_the_same_batches(text_file, tmp_path)
     assert_close_records(*runs, "loss", "val", "val_stderr", abs=5e-5)
     assert_close_records(*runs, "grad_norm", rel=1e-4)
     assert max(difference.max_abs for difference in compare(*runs).weights.differences) < 1e-3
-    assert Run(runs[0]).info.stretches[0].environment.processes == 3
+    assert RunDirectory(runs[0]).info.stretches[0].environment.processes == 3
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_launcher_ends_with_the_message(text_file, tmp_path, launcher):
     arguments = ["-m", "mygpt", "train", text_file, *FLAGS, "--lr", -1, "--output", "run"]
     result = run_process([*command, *arguments], tmp_path)
     assert result.returncode == 1
-    assert "traceback : --lr: got -1.0, expected greater than or equal to 0" in result.stderr.splitlines()[-2]
+    assert "traceback : --lr: got -1.0, expected at least 0" in result.stderr.splitlines()[-2]
     assert "To enable traceback see" not in result.stderr
 
 

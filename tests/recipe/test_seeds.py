@@ -12,7 +12,7 @@ from mygpt.data.dataset import place_pieces
 from mygpt.recipe import seeds as derivations
 from mygpt.recipe.seeds import held_out_seed, micro_batch_dropout_seed, process_dropout_seed
 from mygpt.recipe.tables import ValidationTable
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 DATA = torch.arange(4000) % 50
 
@@ -107,7 +107,7 @@ def test_run_that_moves_to_other_processes_drops_by_its_data_seed(tiny, monkeypa
     from mygpt.training import state
 
     recipe = tiny(dropout=0.5, save_every=2, data_seed=seed)
-    train_until(recipe, 4)
+    train(recipe, last_step=4)
     seeded = []
     monkeypatch.setattr(state, "dropout_name", lambda *_: "generator.elsewhere")
     monkeypatch.setattr(

@@ -14,7 +14,7 @@ from mygpt.recipe.flags import parse_recipe
 from mygpt.recipe.tables import DataTable, ExpectedTable, Recipe, check_recipe
 from mygpt.reports.outcome import outcome_lines, place_lines, verdict_line
 from mygpt.runs.records import Record, Timing, read_records
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 RANGE = ExpectedTable(expected_bits_per_byte=(1.9, 2.2))
 
@@ -163,7 +163,7 @@ def test_verdict_on_an_early_end_is_about_what_came_after_the_last_improvement()
     known = records(FALLING, held_out)
     assert "still improving: held-out loss -0.6" in (line := verdict_line(evaluations, known, DataTable()))
     assert line.endswith("from step 260 to 300")
-    assert "flat from step 280 to 300" in verdict_line(evaluations, known, DataTable(), ended_early=True)
+    assert "flat from step 280 to 300" in verdict_line(evaluations, known, DataTable(), ended_by="patience")
 
 
 def test_verdict_without_held_out_text_says_how_to_get_one():
@@ -179,7 +179,7 @@ def test_verdict_without_held_out_text_says_how_to_get_one():
 def test_every_complete_run_ends_with_a_verdict(tiny, capsys):
     """Also one that is found complete; not one that a signal or a last step stopped."""
     recipe = tiny(val_split=0.2, val_every=2, sampling="full")
-    train_until(recipe, 4)
+    train(recipe, last_step=4)
     assert "verdict" not in capsys.readouterr().err
     for _ in range(2):
         train(recipe)
@@ -252,7 +252,7 @@ def test_rows_are_whole_and_have_their_number_of_runs():
         check_recipe(Recipe.of(expected_val=[[10, 3.0, 0.1]]))
     for rows, message in (
         ([[10, 3.0]], "expected_val: got [10, 3.0], expected more values"),
-        ([[10, 3.0, -0.1]], "expected_val: got -0.1, expected greater than or equal to 0"),
+        ([[10, 3.0, -0.1]], "expected_val: got -0.1, expected at least 0"),
         ([[10.0, 3.0, 0.1]], "expected_val: got 10.0, expected a valid integer"),
         ([], "expected_val: got [], expected at least one [step, mean, deviation]"),
         ([[20, 3.0, 0.1], [10, 3.0, 0.1]], "expected_val: got [[20, 3.0, 0.1], [10, 3.0, 0.1]], expected .* by rising"),
@@ -280,7 +280,7 @@ def test_check_says_whether_a_run_is_normal(tiny, call, tmp_path):
     value = read_records(run)[-1].val
     for mean, code in ((value, 0), (value - 1, 1)):
         other = tiny(**keys, expected_val=[[6, mean, 0.01]], expected_seeds=5, output=f"{run}-{code}")
-        train_until(other, 4)
+        train(other, last_step=4)
         assert call("check", other.checkpoint.output)[0] == 0
         assert "step 4 of 6, not complete" in call("check", other.checkpoint.output)[1]
         train(other)
@@ -289,7 +289,7 @@ def test_check_says_whether_a_run_is_normal(tiny, call, tmp_path):
 
 def test_check_of_a_run_without_a_checkpoint(tiny, call, tmp_path):
     """The loss is known, and the verdict is not; it does not ask for evaluations that there are."""
-    run = train_until(tiny(val_split=0.2, val_every=2, steps=20), 5)
+    run = train(tiny(val_split=0.2, val_every=2, steps=20), last_step=5)
     shutil.rmtree(run / "step-000005")
     code, out, _ = call("check", run)
     assert code == 0

@@ -19,7 +19,7 @@ from mygpt import disk
 from mygpt.errors import MygptError
 from mygpt.reports.plot import COLORS, plot
 from mygpt.runs.records import read_records
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 pytest.importorskip("matplotlib", reason="needs the report extra")
 
@@ -125,7 +125,7 @@ def test_copy_of_a_run_is_no_other_seed(tiny, tmp_path):
         train(tiny(init_seed=seed, output=str(tmp_path / "seeds" / f"{seed}")))
     alone, copies = plot([tmp_path / "seeds"]), tmp_path / "copies"
     shutil.copytree(tmp_path / "seeds" / "2", copies / "2")
-    train_until(tiny(init_seed=1, output=str(copies / "1")), 3)
+    train(tiny(init_seed=1, output=str(copies / "1")), last_step=3)
     warnings = []
     figure = plot([copies, tmp_path / "seeds"], warn=warnings.append)
     assert "other seeds (3 seeds)" in texts_of_labels(figure)[0]
@@ -146,8 +146,9 @@ def test_mean_over_seeds_ends_where_the_first_ends(tiny, tmp_path):
     """Beyond that it would be over fewer; it is said."""
     warnings = []
     for seed, steps in ((1, 6), (2, 6)):
-        train_until(
-            tiny(steps=steps, init_seed=seed, output=str(tmp_path / "seeds" / str(seed))), 3 if seed == 1 else 6
+        train(
+            tiny(steps=steps, init_seed=seed, output=str(tmp_path / "seeds" / str(seed))),
+            last_step=3 if seed == 1 else 6,
         )
     figure = plot([tmp_path / "seeds"], warn=warnings.append)
     assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [1, 2, 3]

@@ -116,7 +116,7 @@ def test_progress_is_printed_without_a_terminal(tmp_path, capsys, monkeypatch):
     first, *_, last = capsys.readouterr().err.splitlines()[1:]
     assert first == "at step 1,000 of 1,200: 0 tokens/s"
     assert re.fullmatch(r"at step 1,100 of 1,200: [\d,]+ tokens/s, 00:00 left", last)
-    for keys in ({"is_complete": True}, {"is_main": False}):
+    for keys in ({"is_finished": True}, {"is_main": False}):
         with Recorder(Recipe.of(steps=3), tmp_path, **keys):
             time.sleep(0.1)
         assert "at step" not in capsys.readouterr().err
@@ -128,7 +128,7 @@ def test_missing_and_damaged_records_are_refused(tmp_path):
         read_records(tmp_path)
     for line in ('{"step": 1}', "[" * 100_000, '{"step": 1, "loss": NaN, "lr": 1}', "\udc80"):
         (tmp_path / "metrics.jsonl").write_text(line + "\n", errors="surrogateescape")
-        with pytest.raises(CheckpointError, match="line 1 is not a record"):
+        with pytest.raises(CheckpointError, match="line 1 is no record"):
             read_records(tmp_path)
 
 

@@ -9,8 +9,8 @@ from support.runs import assert_same_run, contents, steps_of
 
 from mygpt.checks.verify import verify
 from mygpt.errors import CheckpointError, MismatchError, MygptError, NonFiniteError, RecipeError
-from mygpt.runs.run import Run
-from mygpt.training.train import train, train_until
+from mygpt.runs.run import RunDirectory
+from mygpt.training.train import train
 
 
 @pytest.mark.parametrize("point", ["run", "step"])
@@ -18,14 +18,14 @@ def test_branch_continues_as_its_source_would(tiny, tmp_path, point):
     """A branch has its source's records, and ends with the bytes of the whole run; the source does not change."""
     keys = {"save_every": 2, "dropout": 0.1, "val_split": 0.2, "val_every": 2}
     whole = train(tiny(**keys, output=str(tmp_path / "whole")))
-    source = train_until(tiny(**keys, output=str(tmp_path / "source")), 4)
+    source = train(tiny(**keys, output=str(tmp_path / "source")), last_step=4)
     before = contents(source)
     path = source if point == "run" else source / "step-000004"
     branch = train(tiny(**keys, output=str(tmp_path / "branch"), resume=str(path)))
     assert contents(source) == before
     assert_same_run(branch, whole)
     assert steps_of(branch) == [6]
-    begun = Run(branch).info.origin
+    begun = RunDirectory(branch).info.origin
     assert (begun.after_step, Path(begun.checkpoint)) == (4, source / "step-000004")
 
 
@@ -66,7 +66,7 @@ def test_impossible_branch_is_refused(tiny, tmp_path):
 
 def test_lost_or_changed_source_is_named(tiny, tmp_path):
     """A branch that has saved nothing continues only from the checkpoint with which it began."""
-    source = train_until(tiny(save_every=2, output=str(tmp_path / "source")), 4)
+    source = train(tiny(save_every=2, output=str(tmp_path / "source")), last_step=4)
     branch = tiny(resume=str(source), output=str(tmp_path / "branch"), lr=1e30)
     with pytest.raises(NonFiniteError):
         train(branch)
@@ -83,21 +83,21 @@ def test_lost_or_changed_source_is_named(tiny, tmp_path):
 
 def test_branch_with_another_data_seed_sees_other_batches(tiny, tmp_path, capsys):
     """The weights are those of the checkpoint, so that init_seed has no effect, which a message says."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     weights = set()
     for seed in (42, 7, 8):
         keys = {"init_seed": seed, "data_seed": seed, "output": str(tmp_path / str(seed)), "resume": str(run)}
         branch = train(tiny(**keys))
         weights.add((branch / "step-000006" / "model.safetensors").read_bytes())
         assert f"init_seed: stays 0: the weights are those of {run}" in capsys.readouterr().err
-        assert Run(branch).recipe.train.init_seed == 0
+        assert RunDirectory(branch).recipe.train.init_seed == 0
         assert verify(branch).identical
     assert len(weights) == 3
 
 
 def test_advice_for_a_branch_helps(tiny, tmp_path):
     """It has its own output already: another output, or --overwrite, would not help."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     branch = {"output": str(tmp_path / "branch"), "resume": str(run)}
     for keys in ({"num_layers": 3}, {"steps": 4}):
         with pytest.raises(MygptError) as caught:

@@ -16,7 +16,7 @@ from mygpt.errors import CheckpointError, DamagedCheckpointError, FormatError, M
 from mygpt.runs.copying import copy_until
 from mygpt.runs.files import METADATA_KEY
 from mygpt.runs.loading import load_checkpoint, read_state
-from mygpt.runs.run import Run, find_model_file
+from mygpt.runs.run import RunDirectory, find_model_file
 from mygpt.training.train import train
 
 
@@ -178,7 +178,7 @@ def test_missing_moment_is_named(run):
 def test_copy_of_a_run_leaves_out_a_best_checkpoint_of_another_format(tiny, tmp_path):
     """As one that is damaged: the copy goes on from the step itself."""
     run = train(tiny(save_every=1, val_split=0.2, val_every=1, save_best=True))
-    best = Run(run).best_until(5).step
+    best = RunDirectory(run).best_until(5).step
     manifest = run / f"step-{best:06d}" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
     step = 6 if best == 5 else 5

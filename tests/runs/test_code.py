@@ -13,8 +13,8 @@ import mygpt
 from mygpt.disk import code_sha256
 from mygpt.errors import LaunchError
 from mygpt.processes.preflight import ProcessReport, check_alike
-from mygpt.runs.run import Run
-from mygpt.training.train import train, train_until
+from mygpt.runs.run import RunDirectory
+from mygpt.training.train import train
 
 OTHER_CODE = "mygpt's code is another than that which trained {} (0.2.0, commit unknown): numbers may differ"
 
@@ -50,13 +50,13 @@ def test_edited_code_is_noticed(tiny, tmp_path):
 def test_run_that_goes_on_with_other_code_records_it(tiny, tmp_path, capsys, call):
     """A warning of one line, and a stretch in run.json, by which each step knows its code."""
     keys = {"save_every": 2, "val_split": 0.2, "val_every": 2}
-    run = train_until(tiny(**keys), 4)
+    run = train(tiny(**keys), last_step=4)
     trained_by_other_code(run)
     train(tiny(**keys))
     notes = capsys.readouterr().err
     assert OTHER_CODE.format(run) in notes.splitlines()
     assert "last bits" not in notes
-    info, now = Run(run).info, code_sha256()[:12]
+    info, now = RunDirectory(run).info, code_sha256()[:12]
     assert [info.stretch_of(step).environment.code for step in (4, 5)] == ["0" * 12, now]
     assert "mygpt's code" not in call("check", run)[2]
     undisturbed = train(tiny(**keys, output=str(tmp_path / "undisturbed")))
@@ -69,7 +69,7 @@ def test_run_that_goes_on_with_other_code_records_it(tiny, tmp_path, capsys, cal
 @pytest.mark.fault(99)
 def test_branch_of_other_code_is_warned_of(tiny, tmp_path, capsys):
     """The warning names the run of which it is a branch."""
-    source = train_until(tiny(save_every=2), 4)
+    source = train(tiny(save_every=2), last_step=4)
     trained_by_other_code(source)
     capsys.readouterr()
     train(tiny(resume=str(source), output=str(tmp_path / "branch")))
@@ -79,7 +79,7 @@ def test_branch_of_other_code_is_warned_of(tiny, tmp_path, capsys):
 @pytest.mark.fault(99)
 def test_exact_sums_need_the_same_code(tiny):
     """Of the processes of one launch, as they need the same versions."""
-    own = Run(train(tiny(steps=1))).info.stretches[0].environment
+    own = RunDirectory(train(tiny(steps=1))).info.stretches[0].environment
     other = own.model_copy(update={"code_sha256": "0" * 64})
     reports = [ProcessReport(node, "cpu", "gloo", {}, {}, each.values()) for node, each in (("a", own), ("b", other))]
     reports = [report._replace(inputs=dict.fromkeys(("corpus", "val_corpus", "init_from"))) for report in reports]

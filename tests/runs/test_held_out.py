@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from support.commands import torchrun
-from support.runs import EXACT, assert_same_run, evaluation_of, flags_of
+from support.runs import EXACT, assert_same_run, contents, evaluation_of, flags_of
 
 from mygpt.checks.compare import compare
 from mygpt.errors import DamagedCheckpointError, RecipeError
@@ -20,10 +20,10 @@ from mygpt.runs.held_out import (
     read_evaluations,
 )
 from mygpt.runs.records import EvaluationLine, read_records
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.steps import read_manifest
 from mygpt.training.state import Progress
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 NOISE = np.random.default_rng(0).standard_normal(40)
 EVALUATED = {"val_split": 0.2, "val_every": 2, "sampling": "own-stream", "eval_batches": 3}
@@ -158,17 +158,17 @@ def test_patience_that_is_set_later_counts_from_there(tiny, monkeypatch, capsys,
     run = train(tiny(**PATIENT | {"patience": patience, "steps": 28}))
     notes = capsys.readouterr().err
     assert "not lower beyond doubt than that of step 6" in notes
-    assert list(Run(run).checkpoints)[-1] == end
-    assert Run(run).best == Run(run).checkpoints[12]
+    assert list(RunDirectory(run).checkpoints)[-1] == end
+    assert RunDirectory(run).best == RunDirectory(run).checkpoints[12]
 
 
 def test_best_is_not_named_while_it_is_not_kept(tiny, monkeypatch):
     """Lower losses that have no checkpoint may follow: an old `best` would be false."""
     losses_at(monkeypatch, TURNING)
     run = train(tiny(**PATIENT))
-    assert Run(run).best == run / "step-000006"
+    assert RunDirectory(run).best == run / "step-000006"
     train(tiny(**PATIENT | {"patience": 0}))
-    assert Run(run).best is None
+    assert RunDirectory(run).best is None
 
 
 def test_patience_ends_the_run_and_keeps_the_best(tiny, monkeypatch, capsys):
@@ -181,9 +181,9 @@ def test_patience_ends_the_run_and_keeps_the_best(tiny, monkeypatch, capsys):
     )
     assert "verdict: overfitting since step 6: held-out loss +0.1996" in notes
     manifest = read_manifest(run / "step-000010")
-    assert (manifest.finished, manifest.ended_by, manifest.reason) == (True, "patience", "scheduled")
-    assert Run(run).is_finished
-    assert Run(run).best == run / "step-000006"
+    assert (manifest.ended_by, manifest.reason) == ("patience", "scheduled")
+    assert RunDirectory(run).is_finished
+    assert RunDirectory(run).best == run / "step-000006"
     before = (run / "metrics.jsonl").read_bytes()
     train(tiny(**PATIENT))
     assert "is complete" in capsys.readouterr().err
@@ -199,9 +199,22 @@ def test_more_patience_continues_a_run_that_ended_early(tiny, monkeypatch, tmp_p
     train(tiny(**PATIENT))
     run = train(tiny(**PATIENT | {"patience": 3}))
     assert read_manifest(run / "step-000012").ended_by == "patience"
-    assert [(s.after_step, s.patience) for s in Run(run).info.stretches] == [(0, 2), (10, 3)]
+    assert [(s.after_step, s.patience) for s in RunDirectory(run).info.stretches] == [(0, 2), (10, 3)]
     other = train(tiny(**PATIENT | {"patience": 3, "output": str(tmp_path / "other")}))
     assert_same_run(run, other)
+
+
+def test_run_that_early_stopping_ended_stays_ended_without_its_evaluations(tiny, monkeypatch, capsys):
+    """It is its last checkpoint that says why the run is finished."""
+    losses_at(monkeypatch, TURNING)
+    run = train(tiny(**PATIENT))
+    file = run / "evaluations.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    before = contents(run)
+    capsys.readouterr()
+    train(tiny(**PATIENT))
+    assert f"{run} is complete; raise --patience to train on" in capsys.readouterr().err
+    assert contents(run) == before
 
 
 def test_early_stopping_survives_interruption(tiny, monkeypatch, tmp_path):
@@ -209,7 +222,7 @@ def test_early_stopping_survives_interruption(tiny, monkeypatch, tmp_path):
     losses_at(monkeypatch, TURNING)
     run = train(tiny(**PATIENT))
     for step in range(1, 10):
-        train_until(tiny(**PATIENT, output=str(tmp_path / "pieces")), step)
+        train(tiny(**PATIENT, output=str(tmp_path / "pieces")), last_step=step)
     assert_same_run(train(tiny(**PATIENT, output=str(tmp_path / "pieces"))), run)
 
 
@@ -228,7 +241,7 @@ def test_patience_needs_evaluations_of_the_same_windows(tiny, keys, expected):
 @pytest.mark.parametrize("damage", ["bit", "gap", "text"])
 def test_damaged_evaluations_are_found(tiny, call, damage):
     """A flipped bit would be a verdict: commands that read them say so. The run goes on with those before."""
-    run = train_until(tiny(**EVALUATED, patience=5), 4)
+    run = train(tiny(**EVALUATED, patience=5), last_step=4)
     file = run / "evaluations.jsonl"
     first, second = file.read_text().splitlines(keepends=True)
     at = second.index('"losses"') + 30
@@ -248,7 +261,7 @@ def test_damaged_evaluations_are_found(tiny, call, damage):
 
 def test_lost_evaluations_are_said(tiny, capsys):
     """Where early stopping counts them."""
-    run = train_until(tiny(**EVALUATED, patience=5), 4)
+    run = train(tiny(**EVALUATED, patience=5), last_step=4)
     (run / "evaluations.jsonl").unlink()
     train(tiny(**EVALUATED, patience=5))
     assert "evaluations.jsonl: has 0 of 2 evaluations" in capsys.readouterr().err
@@ -273,7 +286,7 @@ def test_branch_begins_with_the_evaluations_of_its_source(
     evaluated = EVALUATED | ({"val_split": 0.0, "val_corpus": str(text_file)} if has_val_corpus else {})
     source = train(tiny(**evaluated, save_every=2))
     branch = evaluated | {"resume": str(source / "step-000004"), "output": str(tmp_path / "branch"), "steps": 8} | keys
-    train_until(tiny(**branch), 5)
+    train(tiny(**branch), last_step=5)
     run = train(tiny(**branch))
     assert [evaluation.step for evaluation in read_evaluations(run, 8)] == kept
 
@@ -309,6 +322,6 @@ def test_best_is_kept_when_a_run_goes_on(tiny, monkeypatch):
     """Though it is older than the checkpoints that are kept."""
     losses_at(monkeypatch, TURNING)
     keys = PATIENT | {"save_every": 2, "keep_last": 1}
-    train_until(tiny(**keys), 8)
+    train(tiny(**keys), last_step=8)
     run = train(tiny(**keys))
-    assert Run(run).best == run / "step-000006"
+    assert RunDirectory(run).best == run / "step-000006"

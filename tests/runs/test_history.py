@@ -13,14 +13,14 @@ from support.fault_points import disturb, send
 from support.forked import run as run_forked
 from support.runs import FLAGS, assert_same_run, contents
 
-from mygpt.checks.rerun import parts_of
+from mygpt.checks.rerun import segments_of
 from mygpt.checks.verify import verify
 from mygpt.errors import FormatError, InterruptedRunError, MismatchError, RecipeError
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.steps import read_manifest
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 @pytest.fixture
@@ -34,14 +34,14 @@ def lengthened(tiny):
 @pytest.mark.fault(65)
 def test_run_info_knows_the_end_and_the_environment_of_each_step(lengthened, tiny, tmp_path):
     """As full values, stretch by stretch; manifests have no recipe, and a kill changes no byte of run.json."""
-    stretches = Run(lengthened).info.stretches
+    stretches = RunDirectory(lengthened).info.stretches
     found = [(stretch.after_step, stretch.steps, stretch.environment.threads) for stretch in stretches]
     assert found == [(0, 4, 1), (4, 6, 2)]
-    assert [Run(lengthened).info.stretch_of(step).steps for step in (1, 4, 5, 9)] == [4, 4, 6, 6]
+    assert [RunDirectory(lengthened).info.stretch_of(step).steps for step in (1, 4, 5, 9)] == [4, 4, 6, 6]
     assert read_manifest(lengthened / "step-000006").model_dump().keys() == {
-        *("format", "step", "reason", "finished", "ended_by", "files")
+        *("format", "step", "reason", "ended_by", "files")
     }
-    other = train_until(tiny(output=str(tmp_path / "other")), 3)
+    other = train(tiny(output=str(tmp_path / "other")), last_step=3)
     before = (other / "run.json").read_bytes()
     train(tiny(output=str(tmp_path / "other")))
     assert (other / "run.json").read_bytes() == before
@@ -60,7 +60,7 @@ def test_run_info_knows_the_end_and_the_environment_of_each_step(lengthened, tin
 )
 def test_refusal_has_the_command_that_goes_on(tiny, call, keys, flags):
     """Ready to copy: a run of its own, which begins with the checkpoint. Another architecture has none."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     before = contents(run)
     with pytest.raises((RecipeError, MismatchError)) as caught:
         train(tiny(save_every=2, **keys))
@@ -78,8 +78,8 @@ def test_refusal_has_the_command_that_goes_on(tiny, call, keys, flags):
     code, _, err = call(*shlex.split(command)[1:])
     assert code == 0, err
     (made,) = run.parent.glob("run-at-4-*")
-    assert Run(made).info.origin.after_step == 4
-    assert Run(made).recipe.flat().items() >= keys.items()
+    assert RunDirectory(made).info.origin.after_step == 4
+    assert RunDirectory(made).recipe.flat().items() >= keys.items()
 
 
 @pytest.mark.fault(36)
@@ -87,13 +87,13 @@ def test_refusal_of_a_text_that_was_edited_has_the_flags_that_go_on(tiny, text, 
     """A fork would make the step again with the text as it was."""
     own = tmp_path / "own.txt"
     own.write_text(text, encoding="utf-8", newline="")
-    run = train_until(tiny(corpus=str(own), save_every=2), 4)
+    run = train(tiny(corpus=str(own), save_every=2), last_step=4)
     own.write_text(text[10_000:] + text[:10_000], encoding="utf-8", newline="")
     with pytest.raises(MismatchError, match="is not the text that") as caught:
         train(tiny(corpus=str(own), save_every=2))
     assert f"--resume {run / 'step-000004'} --output NEW, beside your flags, goes on from there" in str(caught.value)
     branch = tiny(corpus=str(own), save_every=2, resume=str(run / "step-000004"), output=str(tmp_path / "branch"))
-    assert Run(train(branch)).is_finished
+    assert RunDirectory(train(branch)).is_finished
 
 
 @pytest.mark.fault(65)
@@ -116,7 +116,7 @@ def test_stretches_of_a_lost_continuation_are_lost(lengthened, tiny):
     for step in (4, 6):
         os.truncate(lengthened / f"step-{step:06d}" / "model.safetensors", 100)
     train(tiny(steps=8, save_every=2, dropout=0.1, threads=3))
-    found = [(stretch.after_step, stretch.environment.threads) for stretch in Run(lengthened).info.stretches]
+    found = [(stretch.after_step, stretch.environment.threads) for stretch in RunDirectory(lengthened).info.stretches]
     assert found == [(0, 1), (2, 3)]
     assert verify(lengthened).identical
 
@@ -127,10 +127,10 @@ def test_stretches_of_a_lost_continuation_are_lost(lengthened, tiny):
 def test_verify_repeats_the_stretches(tiny, steps):
     """Threads, products, steps: each part of the run is run again as it was."""
     keys = {"save_every": 2, "dropout": 0.1, "val_split": 0.2, "val_every": 2, "schedule": "linear"}
-    train_until(tiny(**keys, steps=4, matmul="blas"), 3)
+    train(tiny(**keys, steps=4, matmul="blas"), last_step=3)
     train(tiny(**keys, steps=5, threads=2, matmul="onednn"))
     run = train(tiny(**keys, steps=8, threads=2, matmul="onednn"))
-    found = [(s.after_step, s.steps, s.environment.matmul) for s in Run(run).info.stretches]
+    found = [(s.after_step, s.steps, s.environment.matmul) for s in RunDirectory(run).info.stretches]
     assert found == [(0, 4, "blas"), (3, 5, "onednn"), (5, 8, "onednn")]
     result = verify(run, steps)
     assert result.identical, (result.difference, result.tensors)
@@ -144,7 +144,7 @@ def test_warning_names_the_steps_of_the_schedule_before(tiny, tmp_path, capsys):
     """A schedule over 4 steps, then over 6: after step 2 the warning names the first, after step 5 the second."""
     keys = {"save_every": 1, "schedule": "linear"}
     run = train(tiny(**keys, steps=4))
-    train_until(tiny(**keys, steps=6), 5)
+    train(tiny(**keys, steps=6), last_step=5)
     assert "steps 4 -> 6: from step 5 on" in capsys.readouterr().err
     train(tiny(**keys, steps=8, resume=str(run / "step-000002"), output=str(tmp_path / "branch")))
     assert "steps 4 -> 8: from step 3 on" in capsys.readouterr().err
@@ -170,13 +170,13 @@ def test_older_formats_are_named(tiny):
 
 def test_another_commit_alone_costs_no_warning(tiny, capsys):
     """The commit is recorded, but changes no bits by itself."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     info = json.loads((run / "run.json").read_text())
     info["stretches"][0]["environment"]["git_commit"] = "0" * 40
     (run / "run.json").write_text(json.dumps(info))
     train(tiny(save_every=2))
     assert "last bits" not in capsys.readouterr().err
-    first, second = Run(run).info.stretches
+    first, second = RunDirectory(run).info.stretches
     assert first.environment.values() == second.environment.values()
     assert first.environment.git_commit == "0" * 40 != second.environment.git_commit
 
@@ -194,7 +194,10 @@ def test_lengthened_run_that_is_killed_early_continues(folder, monkeypatch, poin
     monkeypatch.chdir(place)
     result = verify(Path("run"))
     assert result.identical, (result.difference, result.tensors)
-    assert [(stretch.after_step, stretch.steps) for stretch in Run(Path("run")).info.stretches] == [(0, 4), (4, 6)]
+    assert [(stretch.after_step, stretch.steps) for stretch in RunDirectory(Path("run")).info.stretches] == [
+        (0, 4),
+        (4, 6),
+    ]
 
 
 def stop_at(step, recipe):
@@ -236,8 +239,8 @@ def test_run_without_a_step_may_change_its_recipe(folder):
 
 def test_stretches_are_repeated_with_their_micro_batches(tiny):
     """As they were resolved."""
-    run = train_until(tiny(save_every=2), 2)
+    run = train(tiny(save_every=2), last_step=2)
     train(tiny(save_every=2, micro_batch_size=2))
-    first, second = parts_of(Run(run), 0, 6)
+    first, second = segments_of(RunDirectory(run), 0, 6)
     assert (first.until, first.recipe.train.micro_batch_size) == (2, 4)
     assert (second.until, second.recipe.train.micro_batch_size) == (6, 2)

@@ -17,9 +17,9 @@ from mygpt.errors import CheckpointError, CorpusError, MismatchError, RecipeErro
 from mygpt.recipe.tables import Recipe, check_recipe
 from mygpt.runs.initial import find_initial, open_dataset
 from mygpt.runs.loading import load_checkpoint, read_weights
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.training import parts
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_run_begins_with_the_weights_of_another(tiny, source, other_text, name, 
         assert torch.equal(weight, begun.model.state_dict()[key])
     assert model.tokenizer.metadata == begun.tokenizer.metadata
     assert model.step == 1
-    assert find_initial(Run(run).recipe).sha256 == Run(run).info.init_sha256
-    assert Run(run).recipe.train.init_from.startswith(str(source / f"step-{step:06d}"))
+    assert find_initial(RunDirectory(run).recipe).sha256 == RunDirectory(run).info.init_sha256
+    assert RunDirectory(run).recipe.train.init_from.startswith(str(source / f"step-{step:06d}"))
 
 
 def test_run_goes_on_though_its_beginning_is_gone(tiny, source, other_text, tmp_path):
@@ -103,12 +103,12 @@ def test_run_goes_on_though_its_beginning_is_gone(tiny, source, other_text, tmp_
     shutil.copytree(source, tmp_path / "copy")
     recipe = tiny(corpus=str(other_text), init_from=str(tmp_path / "copy"), dropout=0.1)
     whole = train(recipe.replace(output=str(tmp_path / "whole"), init_from=str(source)))
-    run = train_until(recipe.replace(save_every=3), 3)
+    run = train(recipe.replace(save_every=3), last_step=3)
     shutil.rmtree(tmp_path / "copy")
     train(recipe)
     assert_same_run(run, whole)
     branch = train(recipe.replace(output=str(tmp_path / "branch"), resume=str(run / "step-000003"), steps=7))
-    assert Run(branch).info.init_sha256 == Run(whole).info.init_sha256
+    assert RunDirectory(branch).info.init_sha256 == RunDirectory(whole).info.init_sha256
     with pytest.raises(
         CheckpointError, match=r"began with \(sha256 \w{12}\) cannot be read, and step 1 needs them: .*no such run"
     ):
@@ -124,15 +124,15 @@ def test_steps_are_made_again_from_the_same_weights(tiny, source, other_text, tm
     run = train(tiny(corpus=str(other_text), init_from=str(copy / "step-000002"), save_every=3))
     assert verify(run).identical
     recreate(run, 2, tmp_path / "at", from_beginning=True)
-    assert Run(tmp_path / "at").info.init_sha256 == Run(run).info.init_sha256
+    assert RunDirectory(tmp_path / "at").info.init_sha256 == RunDirectory(run).info.init_sha256
     shutil.rmtree(copy / "step-000002")
     train(tiny(output=str(tmp_path / "x"), steps=2, data_seed=1))
     shutil.copytree(tmp_path / "x" / "step-000002", copy / "step-000002")
     with pytest.raises(MismatchError, match=r"has changed since .* began with its weights; put it back"):
         verify(run)
-    sha256 = Run(run).info.init_sha256
+    sha256 = RunDirectory(run).info.init_sha256
     train(tiny(corpus=str(other_text), init_from=str(copy / "step-000002"), save_every=3, steps=8))
-    assert Run(run).info.init_sha256 == sha256  # it has its own weights by now
+    assert RunDirectory(run).info.init_sha256 == sha256  # it has its own weights by now
     recreate(run, 5, tmp_path / "five")  # from a checkpoint, which needs no other weights
 
 
@@ -144,8 +144,8 @@ def test_other_weights_to_begin_with_are_refused_for_a_run_that_is_there(tiny, s
         train(other)
     run = train(other.replace(resume=str(run), output=str(tmp_path / "branch")))
     assert f"init_from: stays {source}/step-000006: the weights are those of" in capsys.readouterr().err
-    assert Run(run).recipe.train.init_from == f"{source}/step-000006"
-    assert Run(run).info.init_sha256 == find_initial(Run(run).recipe).sha256
+    assert RunDirectory(run).recipe.train.init_from == f"{source}/step-000006"
+    assert RunDirectory(run).info.init_sha256 == find_initial(RunDirectory(run).recipe).sha256
 
 
 def test_the_other_run_may_go_on(tiny, source, other_text, tmp_path):
@@ -156,18 +156,18 @@ def test_the_other_run_may_go_on(tiny, source, other_text, tmp_path):
     whole = train(recipe.replace(output=str(tmp_path / "whole"), init_from=str(source)))
     for killed_at in (None, 3):  # before its first checkpoint, and after it
         if killed_at:
-            train_until(recipe, killed_at)
+            train(recipe, last_step=killed_at)
         else:
-            run = train_until(recipe, 2)
+            run = train(recipe, last_step=2)
             shutil.rmtree(run / "step-000002")
             (run / "latest").unlink()
-        train(Run(live).recipe.replace(steps=7 + (killed_at or 0)))
+        train(RunDirectory(live).recipe.replace(steps=7 + (killed_at or 0)))
         assert (live / "latest").read_text() != "step-000006\n"
     train(recipe)
     assert_same_run(run, whole)
-    assert Run(run).recipe.train.init_from == f"{live}/step-000006"
+    assert RunDirectory(run).recipe.train.init_from == f"{live}/step-000006"
     train(recipe, overwrite=True)  # begins again, with the newest
-    assert Run(run).recipe.train.init_from == f"{live}/step-000010"
+    assert RunDirectory(run).recipe.train.init_from == f"{live}/step-000010"
 
 
 def test_restarted_command_keeps_its_run_though_the_other_went_on(tiny, source, other_text, tmp_path, monkeypatch):
@@ -175,13 +175,13 @@ def test_restarted_command_keeps_its_run_though_the_other_went_on(tiny, source, 
     live = tmp_path / "live"
     shutil.copytree(source, live)
     recipe = tiny(corpus=str(other_text), init_from=str(live), save_every=2)
-    run = train_until(recipe, 4)
-    train(Run(live).recipe.replace(steps=7))
+    run = train(recipe, last_step=4)
+    train(RunDirectory(live).recipe.replace(steps=7))
     before = (run / "step-000002" / "model.safetensors").stat().st_ino
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     train(recipe, overwrite=True)
     assert (run / "step-000002" / "model.safetensors").stat().st_ino == before
-    assert Run(run).recipe.train.init_from == f"{live}/step-000006"
+    assert RunDirectory(run).recipe.train.init_from == f"{live}/step-000006"
 
 
 def test_fork_needs_the_first_weights_no_more(tiny, source, other_text, tmp_path):
@@ -189,24 +189,24 @@ def test_fork_needs_the_first_weights_no_more(tiny, source, other_text, tmp_path
     shutil.copytree(source, tmp_path / "copy")
     run = train(tiny(corpus=str(other_text), init_from=str(tmp_path / "copy"), save_every=2))
     shutil.rmtree(tmp_path / "copy")
-    recipe = Run(run).recipe_for(5).replace(dropout=0.2)
+    recipe = RunDirectory(run).recipe_for(5).replace(dropout=0.2)
     made = fork(run, 4, recipe, tmp_path / "fork")
-    assert Run(made).is_finished
+    assert RunDirectory(made).is_finished
 
 
 def test_beginning_with_a_checkpoint_that_will_go_says_so(tiny, source, other_text, tmp_path, capsys):
     """One that was made by the clock, or for a signal, is removed at the next save of its run."""
-    stopped = train_until(tiny(output=str(tmp_path / "stopped")), 3)
+    stopped = train(tiny(output=str(tmp_path / "stopped")), last_step=3)
     train(tiny(corpus=str(other_text), init_from=str(stopped), steps=2))
     assert f"init_from: {stopped}/step-000003 may be removed when its run goes on, and" in capsys.readouterr().err
     shutil.copytree(stopped / "step-000003", tmp_path / "copy")
     train(tiny(corpus=str(other_text), init_from=str(tmp_path / "copy"), steps=2), overwrite=True)
     assert "may be removed" not in capsys.readouterr().err
     keys = {"output": str(tmp_path / "best"), "save_every": 2, "val_split": 0.2, "val_every": 1, "save_best": True}
-    going_on = train_until(tiny(**keys, lr=1e-5), 5)  # the best is none of those that are saved by the step
+    going_on = train(tiny(**keys, lr=1e-5), last_step=5)  # the best is none of those that are saved by the step
     for name, is_removable in (("best", True), ("step-000002", False)):
         assert bool(find_initial(tiny(init_from=str(going_on / name))).note) == is_removable
-    going_on = train_until(tiny(**keys, lr=1e-5, keep_last=1), 5)
+    going_on = train(tiny(**keys, lr=1e-5, keep_last=1), last_step=5)
     assert find_initial(tiny(init_from=str(going_on / "step-000004"))).note
     shutil.copytree(going_on, tmp_path / "damaged")
     (tmp_path / "damaged" / "run.json").write_text("{")  # what the run may do is not known
@@ -224,13 +224,13 @@ def test_beginning_with_a_checkpoint_that_will_go_says_so(tiny, source, other_te
 def test_a_beginning_that_is_not_there_is_named(tiny, source, other_text, capsys):
     """The run goes on with its own weights; a damaged newest checkpoint does not hide what it began with."""
     recipe = tiny(corpus=str(other_text), init_from=str(source), save_every=2)
-    run = train_until(recipe, 3)
-    train_until(recipe.replace(init_from="mistyped"), 4)
+    run = train(recipe, last_step=3)
+    train(recipe.replace(init_from="mistyped"), last_step=4)
     note = f"init_from: mistyped is not there; what began with {source}/step-000006 goes on\n"
     assert note in capsys.readouterr().err
     (run / "step-000004" / "model.safetensors").write_bytes(b"")
     train(recipe)
-    assert Run(run).recipe.train.init_from == f"{source}/step-000006"
+    assert RunDirectory(run).recipe.train.init_from == f"{source}/step-000006"
     assert "init_from" not in capsys.readouterr().err
     train(recipe.replace(init_from=str(source / "best"), steps=7))
     note = f"init_from: {source}/best is {source}/step-000004 by now; what began with {source}/step-000006 goes on\n"
@@ -246,7 +246,7 @@ def test_overwriting_does_not_remove_the_beginning(tiny, source, tmp_path):
     assert (run / "step-000006" / "model.safetensors").exists()
     shutil.copytree(source, run / "inner")  # which --overwrite leaves where it is
     train(tiny(init_from=str(run / "inner")), overwrite=True)
-    assert Run(run).recipe.train.init_from == str(run / "inner" / "step-000006")
+    assert RunDirectory(run).recipe.train.init_from == str(run / "inner" / "step-000006")
 
 
 def test_weights_that_change_while_a_run_begins_are_noticed(tiny, source, other_text, tmp_path, monkeypatch):

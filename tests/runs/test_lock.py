@@ -44,7 +44,7 @@ def test_disk_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with locked(tmp_path / "run"):
         pass
-    assert "cannot be locked (No locks available): see that no two runs write there" in capsys.readouterr().err
+    assert "cannot be locked (No locks available): see that no two commands write there" in capsys.readouterr().err
 
 
 @pytest.mark.fault(67)

@@ -11,8 +11,8 @@ from mygpt.checks.verify import verify
 from mygpt.errors import CheckpointError, CorpusError
 from mygpt.recipe.files import load_recipe
 from mygpt.recipe.flags import load_target
-from mygpt.runs.run import Run
-from mygpt.training.train import train, train_until
+from mygpt.runs.run import RunDirectory
+from mygpt.training.train import train
 
 TRAIN = ("text.txt", *FLAGS, "--save-every", 2, "--output", "run")
 
@@ -44,7 +44,7 @@ def test_moved_text_is_the_same_text(tiny, tmp_path, text):
     corpus = corpus.rename(tmp_path / "moved.txt")
     with pytest.raises(CorpusError, match=r"text\.txt: no such text file; expected the path"):
         verify(run)
-    train(Run(run).recipe.replace(corpus=str(corpus)))
+    train(RunDirectory(run).recipe.replace(corpus=str(corpus)))
     assert verify(run).identical
 
 
@@ -73,7 +73,7 @@ def test_recipe_that_extends_a_run_has_its_own_output(tiny, tmp_path):
 @pytest.mark.fault(66)
 def test_recipe_that_extends_a_branch_does_not_inherit_resume(tiny, tmp_path):
     """`resume` belongs to the run, as `output` does."""
-    source = train_until(tiny(save_every=2), 2)
+    source = train(tiny(save_every=2), last_step=2)
     train(tiny(resume=str(source), output=str(tmp_path / "branch")))
     (tmp_path / "mine.toml").write_text('extends = "branch/recipe.toml"\n')
     assert load_recipe(tmp_path / "mine.toml").checkpoint.resume == "auto"

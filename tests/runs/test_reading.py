@@ -7,7 +7,7 @@ import pytest
 import mygpt
 from mygpt.errors import DamagedCheckpointError
 from mygpt.runs.records import Timing, read_records, read_until
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 def state_of(folder: Path) -> dict[str, tuple[object, ...]]:
@@ -41,7 +41,7 @@ COMMANDS = {
 @pytest.fixture
 def training(tiny) -> Path:
     """A run as it is while it trains: a record is half written, and more steps are timed than recorded."""
-    run = train_until(tiny(steps=8, save_every=2, save_best=True, val_split=0.2, val_every=2), 6)
+    run = train(tiny(steps=8, save_every=2, save_best=True, val_split=0.2, val_every=2), last_step=6)
     with (run / "metrics.jsonl").open("a") as records, (run / "timing.jsonl").open("a") as timings:
         records.write('{"step":7,"loss":3.2')
         for step in (7, 8):

@@ -9,9 +9,9 @@ from support.runs import contents
 
 from mygpt.data.tokenizer import CharTokenizer
 from mygpt.errors import CheckpointError, OutOfMemoryError
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.start import find_start
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 def timed_steps(run) -> list[int]:
@@ -21,17 +21,17 @@ def timed_steps(run) -> list[int]:
 
 def test_restart_continues_the_run_that_overwrite_began(tiny, monkeypatch):
     """A restart of the same command does not begin again; another run is still replaced."""
-    run = train_until(tiny(steps=8, save_every=2), 2)
+    run = train(tiny(steps=8, save_every=2), last_step=2)
     recipe, notes = tiny(save_every=2), []
     start = find_start(
-        recipe, Run(run).info, CharTokenizer("a").metadata, overwrite=True, is_restart=True, warn=notes.append
+        recipe, RunDirectory(run).info, CharTokenizer("a").metadata, overwrite=True, is_restart=True, warn=notes.append
     )
     assert (start.checkpoint, start.overwrite) == (None, True)
-    train_until(recipe, 4, overwrite=True)
+    train(recipe, last_step=4, overwrite=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(recipe, overwrite=True)
     assert timed_steps(run) == [1, 2, 3, 4, 5, 6]
-    assert len(Run(run).info.stretches) == 1
+    assert len(RunDirectory(run).info.stretches) == 1
 
 
 @pytest.mark.fault(63)
@@ -68,7 +68,7 @@ def test_job_queued_again_before_it_began_replaces_the_run_of_another(tiny, monk
     monkeypatch.setenv(variable, "2")
     train(tiny(), overwrite=True)
     assert f"saved {run}" in capsys.readouterr().err
-    assert Run(run).info.launch_id == f"{variable}=2"
+    assert RunDirectory(run).info.launch_id == f"{variable}=2"
     train(tiny(), overwrite=True)
     assert f"{run} is complete" in capsys.readouterr().err
 
@@ -79,7 +79,7 @@ def test_restart_without_an_id_keeps_what_recipe_and_command_began(tiny, monkeyp
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run = train(tiny(), overwrite=True)
-    assert Run(run).info.launch_id is None
+    assert RunDirectory(run).info.launch_id is None
     for launch in ("none", "its own"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
         capsys.readouterr()
@@ -91,7 +91,7 @@ def test_restart_without_an_id_keeps_what_recipe_and_command_began(tiny, monkeyp
 def test_requeued_job_with_overwrite_keeps_its_run(tiny, monkeypatch, capsys):
     """Also with another processor, kernel or commit than at the first start: recipe and command identify the run."""
     recipe = tiny(save_every=2)
-    run = train_until(recipe, 4, overwrite=True)
+    run = train(recipe, last_step=4, overwrite=True)
     info = json.loads((run / "run.json").read_text())
     other = {"cpu": "another", "platform": "another", "git_commit": "0" * 40 + "-dirty", "cpu_capability": "AVX2"}
     (run / "run.json").write_text(json.dumps(info | other))
@@ -113,7 +113,7 @@ def test_requeued_job_deletes_nothing_that_may_be_its_own(tiny, tmp_path, text, 
     """Another path of the program or of the same text is the same command; an unreadable run is not removed."""
     corpus = tmp_path / "text.txt"
     corpus.write_text(text, encoding="utf-8", newline="")
-    run = train_until(tiny(save_every=2, corpus=str(corpus)), 4, overwrite=True)
+    run = train(tiny(save_every=2, corpus=str(corpus)), last_step=4, overwrite=True)
     before = contents(run)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     if change == "program":

@@ -16,7 +16,7 @@ from support.fault_points import disturb, fail
 from support.forked import run as run_forked
 from support.runs import FLAGS, assert_same_run, contents, latest_step, steps_of
 
-from mygpt.errors import CheckpointError, DamagedCheckpointError, MygptError
+from mygpt.errors import CheckpointError, DiskError, MygptError
 from mygpt.recipe.seeds import process_dropout_seed
 from mygpt.runs import files, saver, steps
 from mygpt.runs.loading import load_checkpoint
@@ -25,7 +25,7 @@ from mygpt.runs.saver import Saver
 from mygpt.runs.steps import verify_checkpoint
 from mygpt.training import pending
 from mygpt.training.pending import PendingSteps
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tiny):
@@ -42,7 +42,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tiny):
 @pytest.mark.parametrize("keep_last", [0, 2])
 def test_a_save_reads_no_manifest_of_those_before(tiny, monkeypatch, keep_last):
     """However many there are: a process reads each once, and those that it removes once more."""
-    train_until(tiny(steps=20, save_every=1, keep_last=0), 10)
+    train(tiny(steps=20, save_every=1, keep_last=0), last_step=10)
     read, read_manifest = [], steps.read_manifest
     monkeypatch.setattr(steps, "read_manifest", lambda *args: read.append(args[0].name) or read_manifest(*args))
     write, counts = Saver._write, []
@@ -82,7 +82,7 @@ def test_a_checkpoint_by_the_clock_that_fails_costs_a_warning(tiny, tmp_path, mo
     def refuse(target, weights, metadata, state, manifest, reason="timed"):
         if manifest.reason == reason and len(refused) < 2:
             refused.append(manifest.step)
-            raise DamagedCheckpointError(f"{target}: cannot be saved: No space left on device{files.MEND_DISK}")
+            raise DiskError(f"{target}: cannot be saved: No space left on device{files.MEND_DISK}")
         write(target, weights, metadata, state, manifest)
 
     monkeypatch.setattr(saver, "write_checkpoint", refuse)
@@ -95,7 +95,7 @@ def test_a_checkpoint_by_the_clock_that_fails_costs_a_warning(tiny, tmp_path, mo
     assert_same_run(run, whole)
     refused.clear()
     monkeypatch.setattr(saver, "write_checkpoint", partial(refuse, reason="scheduled"))
-    with pytest.raises(DamagedCheckpointError, match=r"cannot be saved: .*the same command continues"):
+    with pytest.raises(DiskError, match=r"cannot be saved: .*the same command continues"):
         train(tiny(output=str(tmp_path / "other")))
 
 
@@ -109,7 +109,7 @@ def test_all_checkpoints_are_kept_by_default(tiny):
 
 def test_pruning_removes_only_whole_checkpoints(tiny):
     """A directory that merely has the name of a step, or holds another file, stays."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     (run / "step-000001").mkdir()
     (run / "step-000001" / "thesis.txt").write_text("precious")
     (run / "step-000002" / "notes.txt").write_text("precious")
@@ -132,7 +132,7 @@ def test_run_with_a_dangling_run_json_is_not_replaced(tiny, tmp_path):
 
 def test_damaged_records_are_set_aside(tiny, capsys):
     """With a damaged line in the middle the run continues, and the file that it replaces is kept."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join([lines[0], "scribble\n", *lines[2:]]))
     train(tiny(save_every=2))
@@ -163,7 +163,7 @@ def test_more_steps_after_an_extra_evaluation_cost_a_warning(tiny, capsys):
 
 def test_missing_records_cost_a_warning(tiny, capsys):
     """The weights continue exactly; a message says that the records before are missing."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     (run / "metrics.jsonl").unlink()
     train(tiny(save_every=2))
     assert "metrics.jsonl: it has no record, and the checkpoint is of step 4" in capsys.readouterr().err
@@ -182,7 +182,7 @@ def test_records_of_a_complete_run_are_not_rewritten(tiny):
 
 def test_tokens_are_counted_across_a_change_of_the_batch(tiny, tmp_path):
     """A record has the tokens trained on so far, at both batch sizes."""
-    run = train_until(tiny(save_every=2), 2)
+    run = train(tiny(save_every=2), last_step=2)
     run = train(tiny(save_every=2, batch_size=2, resume=str(run), output=str(tmp_path / "branch")))
     assert [record.tokens for record in read_records(run)] == [64, 128, 160, 192, 224, 256]
 
@@ -223,11 +223,11 @@ def test_checkpoint_may_be_copied_and_linked_for_generating(tiny, tmp_path, monk
 def test_continued_run_is_read_from_its_first_step(tiny, monkeypatch):
     """Where nothing is recorded for long, the host still reads, and so notices a signal, every second."""
     keys = {"steps": 40, "log_every": 1000, "print_every": 1000}
-    train_until(tiny(**keys), 3)
+    train(tiny(**keys), last_step=3)
     read, calls = PendingSteps.read, []
     monkeypatch.setattr(PendingSteps, "read", lambda *args, **keys: calls.append(1) or read(*args, **keys))
     monkeypatch.setattr(pending, "MAX_UNREAD_SECONDS", 0.0)
-    train_until(tiny(**keys), 9)
+    train(tiny(**keys), last_step=9)
     assert len(calls) == 6
 
 
@@ -258,7 +258,7 @@ def test_run_that_failed_before_its_first_checkpoint_begins_again(tiny, tmp_path
 
 def test_folder_that_cannot_be_removed_stays_until_the_next_start(tiny, monkeypatch):
     """A network disk keeps a file that is open, and so its folder."""
-    run = train_until(tiny(save_every=2), 4)
+    run = train(tiny(save_every=2), last_step=4)
     (run / ".tmp-step-000003").mkdir()
 
     def refuse(*_args, **_keys):
@@ -266,7 +266,7 @@ def test_folder_that_cannot_be_removed_stays_until_the_next_start(tiny, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rmdir", refuse)
-        train_until(tiny(save_every=2), 5)
+        train(tiny(save_every=2), last_step=5)
     assert latest_step(run) == 5
     assert any(path.name.startswith(".tmp-") for path in run.iterdir())
     train(tiny(save_every=2))
@@ -276,7 +276,7 @@ def test_folder_that_cannot_be_removed_stays_until_the_next_start(tiny, monkeypa
 def test_dropout_on_another_number_of_processes_is_seeded_by_the_data_seed(tiny, monkeypatch):
     """The checkpoint has no generator for it."""
     keys = {"dropout": 0.1, "save_every": 2, "data_seed": 7}
-    run = train_until(tiny(**keys), 4)
+    run = train(tiny(**keys), last_step=4)
     file = run / "step-000004" / "state.safetensors"
     rewrite(file, metadata=lambda values: values.update(processes=2))
     fit_manifest(file)

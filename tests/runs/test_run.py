@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError
-from mygpt.runs.run import Run
-from mygpt.training.train import train, train_until
+from mygpt.runs.run import RunDirectory
+from mygpt.training.train import train
 
 
 def test_a_run_knows_what_it_holds(tiny):
     """Recipe, records, checkpoints, the best of them, and whether it has ended: not before its last step."""
     recipe = tiny(save_every=2, save_best=True, val_split=0.2, val_every=2, lr=1e-2)
-    run = Run(train_until(recipe, 5))
+    run = RunDirectory(train(recipe, last_step=5))
     assert run.recipe == recipe
     assert [record.step for record in run.records] == [1, 2, 3, 4, 5]
     assert list(run.checkpoints) == [2, 4, 5]
@@ -32,7 +32,7 @@ def test_checkpoints_have_names(tiny, call, tmp_path, monkeypatch):
     """RUN/best and RUN/latest are checkpoints wherever one is expected, and `best` and `latest` are steps."""
     monkeypatch.chdir(tmp_path)
     run = train(tiny(save_every=2, save_best=True, val_split=0.2, val_every=2, lr=1.0))
-    best = Run(run).best
+    best = RunDirectory(run).best
     assert best is not None
     assert best.name != "step-000006"
     same = call("compare", run / "best", best)
@@ -42,9 +42,9 @@ def test_checkpoints_have_names(tiny, call, tmp_path, monkeypatch):
         assert call("generate", "--checkpoint", run / name, "--max-new-tokens", 3)[0] == 0
         assert call("at", run, name, "--out", f"at-{name}")[0] == 0
         assert call("train", run / "recipe.toml", "--output", name, "--resume", run / name, "--steps", 7)[0] == 0
-    steps = [max(Run(Path(f"at-{name}")).checkpoints) for name in ("best", "latest")]
+    steps = [max(RunDirectory(Path(f"at-{name}")).checkpoints) for name in ("best", "latest")]
     assert steps == [int(best.name[-6:]), 6]
-    begun = [Run(Path(name)).info.origin for name in ("best", "latest")]
+    begun = [RunDirectory(Path(name)).info.origin for name in ("best", "latest")]
     assert [origin and origin.after_step for origin in begun] == steps
     assert call("fork", run, "latest", "--steps", 7)[0] == 0
     assert "not a run, but in one; expected the run" in call("verify", run / "best")[2]
@@ -67,7 +67,7 @@ def test_checkpoints_have_names(tiny, call, tmp_path, monkeypatch):
 
 def test_a_run_whose_last_checkpoint_is_damaged_has_not_ended(tiny):
     """It falls back, and would train on; where no checkpoint is whole, or there is no run, that is an error."""
-    run = Run(train(tiny(save_every=2)))
+    run = RunDirectory(train(tiny(save_every=2)))
     os.truncate(run.checkpoints[6] / "state.safetensors", 10)
     assert not run.is_finished
     for step in (2, 4):
@@ -75,12 +75,12 @@ def test_a_run_whose_last_checkpoint_is_damaged_has_not_ended(tiny):
     with pytest.raises(DamagedCheckpointError, match="none of its 3 checkpoints is whole"):
         _ = run.is_finished
     with pytest.raises(CheckpointError, match="no such run"):
-        _ = Run(run.path / "nothing").recipe
+        _ = RunDirectory(run.path / "nothing").recipe
 
 
 def test_a_step_directory_has_one_name(tiny):
     """A name with more zeros than needed is none: it cannot stand in for the checkpoint of that step."""
-    run = Run(train(tiny()))
+    run = RunDirectory(train(tiny()))
     (run.path / "step-0000006").mkdir()
     assert list(run.checkpoints.values()) == [run.path / "step-000006"]
     assert run.is_finished

@@ -17,7 +17,7 @@ from mygpt.errors import MismatchError, NonFiniteError, RecipeError
 from mygpt.recipe.tables import check_recipe
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 pytest.importorskip("tokenizers", reason="needs tokenizers")
 
@@ -42,7 +42,7 @@ def test_run_continues_to_the_same_bytes_and_can_be_verified(tiny, tmp_path, key
     """Whatever a token is; the checkpoint alone is enough to generate from."""
     whole = train(tiny(**EVALUATED, **keys[kind]))
     where = {"output": str(tmp_path / "stopped" / "run")}
-    train_until(tiny(**EVALUATED, **keys[kind], **where), 4)
+    train(tiny(**EVALUATED, **keys[kind], **where), last_step=4)
     stopped = train(tiny(**EVALUATED, **keys[kind], **where))
     own = ("run.json", "recipe.toml")  # they have the command and the paths
     assert contents(stopped, without=own) == contents(whole, without=own)

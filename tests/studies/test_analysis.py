@@ -7,14 +7,22 @@ import pytest
 from support.runs import evaluation_of
 
 from mygpt.estimates import CrossedEstimate, Estimate
-from mygpt.studies.analysis import CellResult, RunResult, compare_cells, holm, mean_curve, paired_change, seeds_for
+from mygpt.studies.analysis import (
+    RunResult,
+    VariantResult,
+    compare_variants,
+    holm,
+    mean_curve,
+    paired_change,
+    seeds_for,
+)
 from mygpt.studies.results import table_lines, to_json, verdict_lines
 
 NATS = "nats per token"
 
 
 def simulated(
-    rng, *, cells, seeds=5, windows=60, seed_deviation=0.012, text_deviation=0.1, effect=0.0, consecutive=False
+    rng, *, variants, seeds=5, windows=60, seed_deviation=0.012, text_deviation=0.1, effect=0.0, consecutive=False
 ):
     """Cells whose losses differ by chance alone, but for the first, which is better by `effect`.
 
@@ -30,29 +38,31 @@ def simulated(
         )
 
     return [
-        CellResult(f"r{cell}", {seed: run(-effect * (cell == 0)) for seed in range(seeds)}, {}, "same")
-        for cell in range(cells)
+        VariantResult(f"r{variant}", {seed: run(-effect * (variant == 0)) for seed in range(seeds)}, {}, "same")
+        for variant in range(variants)
     ]
 
 
 def alarms(studies, **settings):
     """The share of simulated studies that see a difference, between any two recipes."""
     rng = np.random.default_rng(0)
-    seen = [any(result.is_seen for result in compare_cells(simulated(rng, **settings), 0.01)) for _ in range(studies)]
+    seen = [
+        any(result.is_seen for result in compare_variants(simulated(rng, **settings), 0.01)) for _ in range(studies)
+    ]
     return sum(seen) / studies
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"cells": 2},
-        {"cells": 2, "seeds": 2},
-        {"cells": 4, "seeds": 3},
-        {"cells": 2, "text_deviation": 0.0},
-        {"cells": 4, "seed_deviation": 0.0},
-        {"cells": 2, "windows": 200, "consecutive": True},
-        {"cells": 6, "seeds": 2, "windows": 160, "text_deviation": 0.05},
-        {"cells": 4, "seeds": 3, "windows": 1000},
+        {"variants": 2},
+        {"variants": 2, "seeds": 2},
+        {"variants": 4, "seeds": 3},
+        {"variants": 2, "text_deviation": 0.0},
+        {"variants": 4, "seed_deviation": 0.0},
+        {"variants": 2, "windows": 200, "consecutive": True},
+        {"variants": 6, "seeds": 2, "windows": 160, "text_deviation": 0.05},
+        {"variants": 4, "seeds": 3, "windows": 1000},
     ],
     ids=str,
 )
@@ -63,10 +73,10 @@ def test_equal_recipes_are_called_different_in_at_most_5_percent_of_studies(sett
 
 def test_a_difference_that_is_there_is_seen():
     """Five times its error, with five seeds: nearly always, though the windows' losses deviate by 0.4."""
-    assert alarms(100, cells=2, effect=0.06) > 0.9
+    assert alarms(100, variants=2, effect=0.06) > 0.9
 
 
-def cell(name, losses, tokenizer="same", curve=None):
+def variant(name, losses, tokenizer="same", curve=None):
     """A recipe whose runs have these losses, on windows that differ by the same for all."""
     noise = np.linspace(-1, 1, 40)
     runs = {
@@ -75,12 +85,12 @@ def cell(name, losses, tokenizer="same", curve=None):
         )
         for seed, loss in enumerate(losses, 1)
     }
-    return CellResult(name, runs, {}, tokenizer)
+    return VariantResult(name, runs, {}, tokenizer)
 
 
 def test_seeds_and_windows_are_paired():
     """The seeds' losses scatter by 0.1 and the windows' by 0.6; the difference is the same for each: no error."""
-    a, b = cell("a", [2.0, 2.1, 2.2]), cell("b", [1.9, 2.0, 2.1])
+    a, b = variant("a", [2.0, 2.1, 2.2]), variant("b", [1.9, 2.0, 2.1])
     (change, seed_stderr, window_stderr, _), manner = paired_change(a, b, NATS)
     assert change.mean == pytest.approx(-0.1, abs=1e-6)
     assert max(change.stderr, seed_stderr, window_stderr) < 1e-6
@@ -89,19 +99,19 @@ def test_seeds_and_windows_are_paired():
 
 def test_verdict_says_what_the_difference_is_worth():
     """The better recipe has the other's last loss halfway between its two evaluations."""
-    a, b = cell("a", [2.25, 2.351, 2.449]), cell("b", [2.0, 2.1, 2.2])
-    (result,) = compare_cells([a, b], 0.01)
+    a, b = variant("a", [2.25, 2.351, 2.449]), variant("b", [2.0, 2.1, 2.2])
+    (result,) = compare_variants([a, b], 0.01)
     assert result.is_seen
     assert (result.better, result.worse, result.worth_steps, result.is_bound) == ("b", "a", 100, False)
     assert result.verdict(0.01).startswith("b is better than a by 0.25000 +- 0.00058, worth 100 steps (corrected p ")
-    far = cell("c", [3.0, 3.101, 3.199])
-    (result,) = compare_cells([far, b], 0.01)
+    far = variant("c", [3.0, 3.101, 3.199])
+    (result,) = compare_variants([far, b], 0.01)
     assert "worth more than 200 steps" in result.verdict(0.01)
 
 
 def test_verdict_says_how_many_seeds_would_reveal_a_difference():
     """None is seen: with the errors at hand, so many more seeds; or none, if the text is the limit."""
-    (result,) = compare_cells([cell("a", [2.0, 2.03, 2.02]), cell("b", [2.02, 2.0, 2.03])], 0.02)
+    (result,) = compare_variants([variant("a", [2.0, 2.03, 2.02]), variant("b", [2.02, 2.0, 2.03])], 0.02)
     assert result.verdict(0.02).startswith("no difference seen between a and b: +0.000 +- 0.015; ")
     assert result.verdict(0.02).endswith("more seeds would probably reveal a difference of 0.02")
     assert result.seeds_needed > 3
@@ -115,23 +125,23 @@ def test_seeds_that_are_named_have_the_power():
     rng = np.random.default_rng(1)
     stderr = 0.02 * 2**0.5 / 3**0.5
     needed = seeds_for(0.02, CrossedEstimate(Estimate(0.0, stderr, 2), stderr, 0.0, 59), 3)
-    settings = {"cells": 2, "seeds": needed, "text_deviation": 0.0, "seed_deviation": 0.02, "effect": 0.02}
-    seen = [compare_cells(simulated(rng, **settings), 0.02)[0].is_seen for _ in range(300)]
+    settings = {"variants": 2, "seeds": needed, "text_deviation": 0.0, "seed_deviation": 0.02, "effect": 0.02}
+    seen = [compare_variants(simulated(rng, **settings), 0.02)[0].is_seen for _ in range(300)]
     assert 0.75 < sum(seen) / 300 < 0.87
 
 
 def test_other_tokenizers_are_compared_in_bits_per_byte():
     """Their tokens are others; what they are worth in steps is not said."""
-    cells = [cell("a", [2.0, 2.1, 2.21]), cell("b", [1.0, 1.1, 1.2], tokenizer="other")]
-    (result,) = compare_cells(cells, 0.01)
-    assert "bits per byte" in "".join(table_lines(cells))
+    variants = [variant("a", [2.0, 2.1, 2.21]), variant("b", [1.0, 1.1, 1.2], tokenizer="other")]
+    (result,) = compare_variants(variants, 0.01)
+    assert "bits per byte" in "".join(table_lines(variants))
     assert result.worth_steps is None
 
 
 def test_recipes_without_two_common_seeds_are_not_compared():
-    a, b = cell("a", [2.0, 2.1]), cell("b", [1.0])
-    failed = CellResult("c", {}, {1: "step 3 was not finite", 2: "step 4 was not finite"}, "same")
-    results = compare_cells([a, b, failed], 0.01)
+    a, b = variant("a", [2.0, 2.1]), variant("b", [1.0])
+    failed = VariantResult("c", {}, {1: "step 3 was not finite", 2: "step 4 was not finite"}, "same")
+    results = compare_variants([a, b, failed], 0.01)
     assert all(result.change is None for result in results)
     lines = list(verdict_lines([a, b, failed], results, 0.01))
     assert lines[0] == "c, seed 1: step 3 was not finite"
@@ -152,7 +162,7 @@ def test_holm_is_the_published_procedure():
 
 
 def test_curve_is_the_mean_over_the_seeds_at_common_steps():
-    assert mean_curve(cell("a", [2.0, 3.0])) == [
+    assert mean_curve(variant("a", [2.0, 3.0])) == [
         (200, 3.0, pytest.approx(0.5**0.5)),
         (400, 2.5, pytest.approx(0.5**0.5)),
     ]

@@ -5,7 +5,7 @@ import pytest
 from support.runs import evaluation_of
 
 from mygpt.reports.plot import COLORS
-from mygpt.studies.analysis import CellResult, RunResult, compare_cells
+from mygpt.studies.analysis import RunResult, VariantResult, compare_variants
 from mygpt.studies.picture import draw
 from mygpt.studies.results import Study
 
@@ -21,11 +21,11 @@ def study_of(losses, folder) -> Study:
         mean = evaluation.loss.mean
         return RunResult(evaluation, ((100, mean + 30), (200, mean + 0.5), (300, mean + 0.1), (400, mean)), "")
 
-    cells = [
-        CellResult(name, {seed: run(loss) for seed, loss in enumerate(of_seeds, 1)}, {}, "same")
+    variants = [
+        VariantResult(name, {seed: run(loss) for seed, loss in enumerate(of_seeds, 1)}, {}, "same")
         for name, of_seeds in losses.items()
     ]
-    return Study(cells, compare_cells(cells, 0.01), 0.01, folder / "study.json")
+    return Study(variants, compare_variants(variants, 0.01), 0.01, folder / "study.json")
 
 
 def test_picture_shows_runs_means_and_paired_differences(tmp_path):

@@ -1,6 +1,5 @@
 """`mygpt study`: the grid, its runs, and what it survives."""
 
-import errno
 import json
 import os
 import random
@@ -17,15 +16,12 @@ import pytest
 from support.commands import MYGPT, wait_for
 from support.runs import TINY, assert_same_run, contents, flags_of
 
-from mygpt.errors import DamagedCheckpointError, MismatchError
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.files import file_sha256
 from mygpt.runs.records import read_records
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.studies import runner
-from mygpt.studies.copies import copy_model
-from mygpt.studies.grid import Cell
-from mygpt.training.train import train, train_until
+from mygpt.studies.grid import Variant
+from mygpt.training.train import train
 
 PLAN = '{"side_by_side": 2, "threads": 1}'
 KEYS = {key: value for key, value in TINY.items() if key != "threads"} | {
@@ -121,61 +117,39 @@ def test_one_code_trains_all_runs_of_a_study(place):
     assert "was trained by another code of mygpt than this one; go back to that code, or" in problem("--seeds", "3")
 
 
-def test_all_runs_begin_with_the_same_weights(place, tmp_path, text):
-    """Whatever becomes of the run that had them: the study keeps a copy."""
-    source, given = tmp_path / "source", ["--set", "init_from=source"]
+@pytest.mark.fault(83)
+def test_all_runs_begin_with_the_same_weights(place, tmp_path):
+    """If the model that init_from names becomes another, also while the study trains, no run is added or compared."""
+    source, given = tmp_path / "source", ["--set", "init_from=source", "--no-picture"]
     recipe = Recipe.of(**KEYS | {"save_seconds": 0}, corpus=str(place / "text.txt"), output=str(source), threads=1)
-    train_until(recipe, 3)
-    sha256 = file_sha256(source / "step-000003" / "model.safetensors")
-    first = run(place, *given, "--seeds", "2")
+    train(recipe, last_step=3)
+    first = run(place, *given)
     assert first.returncode == 0, first.stderr
-    train(recipe)  # which removes step 3
-    more = run(place, *given, "--seeds", "3")
-    assert more.returncode == 0, more.stderr
-    assert "4 of 6 runs are complete" in more.stderr
-    assert more.stderr.count("init_from: source is another model by now; the study goes on with study/init-") == 1
-    assert {Run(path).info.init_sha256 for path in runs_of(place)} == {sha256}
-    assert [file_sha256(file) for file in (place / "study").glob("init-*-source-*.safetensors")] == [sha256]
-    other = run(place, "--set", "init_from=source/step-000002")
-    assert other.returncode == 2
-    assert "had another init_from than" in other.stderr
-    shutil.rmtree(source)
-    (place / "study" / "plan.json").unlink()
-    again = run(place, *given, "--seeds", "3")
-    assert (again.returncode, again.stdout) == (0, more.stdout), again.stderr
-    (place / "study").rename(place / "moved")
-    moved = next((place / "moved").glob("*/seed-1"))
-    assert subprocess.run([*MYGPT, "verify", moved], check=False, capture_output=True).returncode == 0
-    (place / "moved").rename(place / "study")
-    copy, *_ = (place / "study").glob("init-*")
-    with copy.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\1")
-    damaged = run(place, *given, "--seeds", "3")
-    assert (damaged.returncode, damaged.stderr) == (
-        1,
-        f"mygpt: study/{copy.name}: damaged; put it back, or choose another --out\n",
-    )
+    assert len({RunDirectory(path).info.init_sha256 for path in runs_of(place)}) == 1
+    train(recipe)  # `source` names its newest checkpoint
+    before = contents(place / "study")
+    for extended in ([], ["--seeds", "3"]):
+        refused = run(place, *given, *extended)
+        assert refused.returncode == 2
+        assert "had another init_from than source; choose another --out\n" in refused.stderr
+    assert contents(place / "study") == before
 
-
-def test_copy_that_fails_leaves_nothing(tmp_path, tiny, monkeypatch):
-    """A full disk, and a model that changes while it is copied."""
-    recipe = tiny(init_from=str(train(tiny())))
-    with pytest.raises(MismatchError, match=r"init_from: .* has changed meanwhile"):
-        copy_model(recipe, tmp_path, "0" * 64)
-    monkeypatch.setattr(shutil, "copyfile", lambda _, to: to.write_text("half") and fail_with(errno.ENOSPC))
-    with pytest.raises(DamagedCheckpointError, match=r"No space left .*; mend the disk"):
-        copy_model(recipe, tmp_path, "0" * 64)
-    assert not list(tmp_path.glob("*init-*"))
-
-
-def fail_with(number: int):
-    raise OSError(number, os.strerror(number))
+    (place / "other").mkdir()
+    (place / "other" / "plan.json").write_text(PLAN.replace("2", "1"))
+    process = start(place, *given, "--set", "steps=400", "--set", "save_every=200", "--out", "other")
+    try:
+        wait_for(lambda: next((place / "other").glob("*/seed-*/run.json"), None), process)
+        train(recipe.replace(steps=14))
+        assert process.wait(120) == 2
+    finally:
+        process.kill()
+    assert "had another init_from than source; choose another --out\n" in (place / "err").read_text()
+    assert len(list((place / "other").glob("*/seed-*/run.json"))) == 2
 
 
 def test_progress_of_a_run_is_passed_on(tmp_path):
     """The newest line of its log that tells the progress."""
-    job = runner.Job(Cell("small", Recipe()), 1, tmp_path / "small" / "seed-1")
+    job = runner.Job(Variant("small", Recipe()), 1, tmp_path / "small" / "seed-1")
     log = tmp_path / "small" / "seed-1.log"
     log.parent.mkdir()
     log.write_text("step     1: loss = 1.0\nat step 8 of 9: 10 tokens/s, 00:01 left\nstep     9: loss = 1.0\n")
@@ -267,7 +241,7 @@ def test_killed_study_continues_to_the_same_bytes(place, tmp_path):
     result = run(place)
     assert result.returncode == 0, result.stderr
     for path in runs_of(place):
-        recipe = Run(path).recipe.replace(output=str(tmp_path / "alone" / path.parent.name / path.name))
+        recipe = RunDirectory(path).recipe.replace(output=str(tmp_path / "alone" / path.parent.name / path.name))
         assert_same_run(path, train(recipe))
 
 
@@ -298,7 +272,7 @@ def test_signal_stops_all_runs_and_the_same_command_continues(place, number):
     assert (
         f"stopped by {number.name}; the runs are saved, and the same command continues" in (place / "err").read_text()
     )
-    assert all(Run(path).newest_checkpoint() for path in runs_of(place))
+    assert all(RunDirectory(path).newest_checkpoint() for path in runs_of(place))
 
 
 @pytest.mark.fault(82)
@@ -381,8 +355,8 @@ def test_study_refuses_what_it_cannot_use(place, call, monkeypatch):
             ["small.toml", "--out", "study", "--side-by-side", "3"],
             "and the study has begun with 2; remove study/plan.json",
         ),
-        (["small.toml", "--effect", "0"], "--effect: got 0, expected a number above 0"),
-        ([], "expected a recipe"),
+        (["small.toml", "--effect", "0"], "--effect: got 0.0, expected greater than 0"),
+        ([], "RECIPE missing; usage: mygpt study RECIPE..."),
     ):
         code, _, err = call("study", *arguments)
         assert (code, message in err) == (2, True), err

@@ -14,12 +14,9 @@ import pytest
 import torch.distributed.tensor  # noqa: F401 - clipping imports it, which takes a second
 
 from mygpt.cli.main import main
-from mygpt.recipe.flags import parse_recipe
 from support.commands import TESTS
 from support.fault_points import FAULTS, disturb
 from support.runs import FLAGS
-
-parse_recipe(["python-docs"], "mygpt train")  # reads the sources for help texts, once for all processes
 
 # Whatever gives a run state: dropout, accumulation, warmup, a shared stream, a best checkpoint, pruning.
 EVERYTHING = [

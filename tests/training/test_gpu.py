@@ -12,9 +12,9 @@ from mygpt.data.prepare import TokenizerChoice, prepare
 from mygpt.errors import NonFiniteError
 from mygpt.runs.records import read_records
 from mygpt.training.gradient_sum import gradient_sum_for
+from mygpt.training.loop import train_step
 from mygpt.training.parts import build_parts, open_accelerator
-from mygpt.training.step import train_step
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,7 +89,7 @@ def test_cuda_runs_resume_to_the_last_bit(tiny, tmp_path, precision, compiled, r
     whole = train(tiny(**keys, output=str(tmp_path / "whole")))
     for until in (5, 30, None):
         torch.compiler.reset()
-        parted = train_until(tiny(**keys, output=str(tmp_path / "parted")), until)
+        parted = train(tiny(**keys, output=str(tmp_path / "parted")), last_step=until)
     assert_same_run(parted, whole)
 
 
@@ -98,7 +98,7 @@ def test_checkpoint_moves_between_cpu_and_cuda(tiny, tmp_path, capsys):
     keys = KEYS | {"log_every": 1, "save_every": 30}
     alone = train(tiny(**keys | {"device": "cpu"}, output=str(tmp_path / "alone")))
     for device, until in (("cpu", 20), ("cuda", 40), ("cpu", None)):
-        moved = train_until(tiny(**keys | {"device": device}, output=str(tmp_path / "moved")), until)
+        moved = train(tiny(**keys | {"device": device}, output=str(tmp_path / "moved")), last_step=until)
     assert "device cpu -> cuda" in capsys.readouterr().err
     assert_close_records(moved, alone, "loss", abs=5e-5)
 
@@ -109,7 +109,7 @@ def test_device_withholds_the_update_of_a_non_finite_step(tiny, tmp_path, log_ev
     keys = KEYS | {"lr": 1e30, "warmup": 0, "max_grad_norm": 0.0, "log_every": log_every, "print_every": 1000}
     with pytest.raises(NonFiniteError, match=r"^step 2: the loss is nan"):
         train(tiny(**keys))
-    before = train_until(tiny(**keys, output=str(tmp_path / "before")), 1)
+    before = train(tiny(**keys, output=str(tmp_path / "before")), last_step=1)
     failed = tmp_path / "run" / "failed-step-000002" / "model.safetensors"
     for name, weight in load_file(before / "step-000001" / "model.safetensors").items():
         assert torch.equal(weight, load_file(failed)[name]), name

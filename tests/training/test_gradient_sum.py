@@ -14,7 +14,7 @@ from mygpt.checks.compare import compare
 from mygpt.processes.workers import Workers
 from mygpt.recipe.seeds import micro_batch_dropout_seed
 from mygpt.recipe.tables import Recipe
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.training.gradient_sum import RANGE, SCALE, FixedPointSum, fixed_micro_batch, gradient_sum_for
 from mygpt.training.train import train
 
@@ -131,7 +131,7 @@ KEYS = TINY | {
 def launch_exact(processes, folder, recipe, last_step=None) -> str:
     """Train `recipe` on so many processes, up to `last_step`, and return what was printed."""
     (folder / "recipe.toml").write_text(recipe.to_toml())
-    patch = f"import functools; phases.train = functools.partial(phases.train_until, last_step={last_step})"
+    patch = f"import functools; phases.train = functools.partial(phases.train, last_step={last_step})"
     result = torchrun(processes, folder, "recipe.toml", patch=patch if last_step else "")
     assert result.returncode == 0, result.stderr
     assert "last bits may differ" not in result.stderr
@@ -169,13 +169,12 @@ def test_exact_sums_are_the_same_bits_with_any_number_of_workers(text_file, tmp_
         ("cpu", {"reduction": "fast"}, 1),
     ],
 )
-def test_workers_share_nothing_that_is_not_theirs(monkeypatch, device, keys, workers):
+def test_workers_share_nothing_that_is_not_theirs(device, keys, workers):
     """One where they would share a generator, the compiler or a GPU."""
     gradient_sum = gradient_sum_for(Recipe.of(**{"reduction": "exact"} | keys), max_workers=4)
-    monkeypatch.setattr(type(gradient_sum), "_prepare_unwrapped", lambda *_: None)
-    gradient_sum.prepare(
-        SimpleNamespace(device=torch.device(device), num_processes=1, is_fsdp2=False), None, None, None
-    )
+    accelerator = SimpleNamespace(device=torch.device(device), is_fsdp2=False)
+    accelerator.prepare_model, accelerator.prepare = (lambda *_, **__: None), (lambda *parts: parts)
+    gradient_sum.prepare(accelerator, SimpleNamespace(parameters=list), None, None)
     assert gradient_sum.workers.count == workers
 
 
@@ -215,7 +214,7 @@ def test_exact_runs_move_between_numbers_of_processes(text_file, tmp_path, capfd
     train(moved)
     assert capfd.readouterr().out == printed
     assert contents(tmp_path / "moved", without=["run.json"]) == contents(whole, without=["run.json"])
-    stretches = Run(tmp_path / "moved").info.stretches
+    stretches = RunDirectory(tmp_path / "moved").info.stretches
     assert [(stretch.after_step, stretch.environment.processes) for stretch in stretches] == [(0, 3), (3, 2), (8, 1)]
     # And it verifies on a third number.
     again = run_process([BIN / "torchrun", "--nproc-per-node", 4, "-m", "mygpt", "verify", "moved"], tmp_path)

@@ -23,8 +23,8 @@ from mygpt.recipe.tables import Recipe, TrainTable
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import Timing, read_records
 from mygpt.training.gradient_sum import FastSum, gradient_sum_for
+from mygpt.training.loop import train_step
 from mygpt.training.parts import build_parts, open_accelerator
-from mygpt.training.step import train_step
 from mygpt.training.train import train
 
 

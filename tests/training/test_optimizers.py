@@ -12,9 +12,9 @@ from support.runs import assert_same_run
 
 from mygpt.checks.trace import trace_step
 from mygpt.errors import DamagedCheckpointError, MismatchError, MygptError, NonFiniteError
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.training import parts
-from mygpt.training.train import train, train_until
+from mygpt.training.train import train
 
 
 class Own(torch.optim.Optimizer):
@@ -86,7 +86,7 @@ def test_a_stopped_run_of_any_optimizer_continues_to_the_same_bytes(use, tiny, t
     use(OPTIMIZERS[name])
     keys = {"reduction": "exact"} if name == "own" else {}
     whole = train(tiny(output=str(tmp_path / "whole"), **keys))
-    train_until(tiny(**keys), 3)
+    train(tiny(**keys), last_step=3)
     assert_same_run(train(tiny(**keys)), whole)
 
 
@@ -135,7 +135,7 @@ def test_state_that_cannot_be_saved_is_refused_at_the_first_step(use, tiny, keep
 
 def test_another_optimizer_does_not_continue_a_run(use, tiny):
     """Neither AdamW after SGD, nor SGD after AdamW: one line names both."""
-    train_until(tiny(), 3)
+    train(tiny(), last_step=3)
     use(torch.optim.SGD)
     with pytest.raises(MismatchError, match="was trained with AdamW, and this mygpt trains with SGD; use the version"):
         train(tiny())
@@ -163,7 +163,7 @@ def test_another_optimizer_does_not_continue_a_run(use, tiny):
 def test_damaged_state_of_any_optimizer_is_an_error(use, tiny, damage):
     """Also where sizes and hashes are right: a value that is missing, another's, or of another kind."""
     use(OPTIMIZERS["rmsprop"])
-    file = train_until(tiny(), 3) / "step-000003" / "state.safetensors"
+    file = train(tiny(), last_step=3) / "step-000003" / "state.safetensors"
     rewrite(file, **damage)
     fit_manifest(file)
     with pytest.raises(DamagedCheckpointError, match=r"damaged: .*(norm|more)"):
@@ -174,6 +174,6 @@ def test_numbers_in_the_state_are_seen_when_a_step_is_traced(use, tiny):
     """What `mygpt bisect` compares includes what an optimizer counts."""
     use(OPTIMIZERS["own"])
     run = train(tiny(save_every=3, keep_last=0))
-    traced, kept = trace_step(Run(run), 4, run / "step-000003", "count of token_embedding.weight, updated")
+    traced, kept = trace_step(RunDirectory(run), 4, run / "step-000003", "count of token_embedding.weight, updated")
     assert kept == torch.tensor(4)
     assert "scale of token_embedding.weight, updated" in dict(traced.values)

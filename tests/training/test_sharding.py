@@ -13,7 +13,7 @@ from mygpt.errors import LaunchError
 from mygpt.processes.preflight import check_sharding
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.records import read_records
-from mygpt.runs.run import Run
+from mygpt.runs.run import RunDirectory
 from mygpt.training.train import train
 
 SCRIPT = TESTS / "support" / "sharded.py"
@@ -53,7 +53,7 @@ def test_sharded_weights_give_the_numbers_of_one_process(text_file, tmp_path):
     # Three, among which the weights cannot be shared evenly.
     many = run(3, text_file, tmp_path, *flags, FLOAT64="1")
     assert "sharded over" in many.stderr
-    assert Run(tmp_path / "sharded").info.stretches[0].environment.sharded
+    assert RunDirectory(tmp_path / "sharded").info.stretches[0].environment.sharded
     names = ("loss", "grad_norm", "val", "val_stderr")
     assert_close_records(tmp_path / "sharded", tmp_path / "alone", *names, rel=1e-10, abs=0)
     assert max(record.grad_norm for record in read_records(tmp_path / "alone")) > 1.0

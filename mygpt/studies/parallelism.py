@@ -1,4 +1,4 @@
-"""How many runs of a study go side by side: as many as this machine has measured room for."""
+"""How many runs of a study go side by side: measured on this machine; and the cores and GPU of each run."""
 
 import json
 import os
@@ -14,37 +14,31 @@ from typing import IO, NamedTuple
 import psutil
 
 from mygpt.cores import available_cores, cgroups, core_count
-from mygpt.errors import MygptError
+from mygpt.errors import MygptError, counted
 from mygpt.recipe.tables import Recipe
 from mygpt.studies.worker import Measured, Task
 
 WORTH_ADDING = 1.05
-"""More runs side by side are worth it if all together are faster by this."""
+"""More runs side by side must be this many times as fast, all together."""
 MEMORY_SHARE = 0.8
-"""Of the memory that is free: evaluations and other programs need some, too."""
-
-
+"""Runs may use this share of the free memory: evaluations and other programs need some, too."""
 PROBE_SECONDS = 3.0
-"""For which a recipe is timed, alone and beside others."""
-
-
-RUNS_PER_GPU = 4
-"""Most runs that share a GPU."""
-
+"""How long a recipe is timed, alone and beside others."""
+MAX_RUNS_PER_GPU = 4
 CORE_MARK = "\0mygpt-core-{}"
 """The address of a socket that a study binds for a core that it takes; Linux frees it when the study ends."""
 
 
-class Slot(NamedTuple):
-    """The place of a run beside others."""
+class Resources(NamedTuple):
+    """Where one of several runs computes."""
 
     cpus: tuple[int, ...]
-    """Cores, one for each thread; empty: any."""
+    """Its cores, one for each thread; empty: any."""
     gpu: str | None
-    """As CUDA_VISIBLE_DEVICES names it; None: there is none."""
+    """Its GPU, as CUDA_VISIBLE_DEVICES names it; None: there is none."""
 
 
-class Room(NamedTuple):
+class Parallelism(NamedTuple):
     """How many runs go side by side, and with how many threads each."""
 
     side_by_side: int
@@ -52,15 +46,15 @@ class Room(NamedTuple):
 
 
 @contextmanager
-def take_slots(room: Room) -> Iterator[list[Slot]]:
-    """Places for the runs: GPUs in turn, and cores, at first those that no other study on this machine has taken."""
-    cores, gpus = available_cores(), visible_gpus()
+def reserve_resources(parallelism: Parallelism) -> Iterator[list[Resources]]:
+    """Resources for each run: GPUs in turn, and cores, first those that no other study on this machine has taken."""
+    count, threads = parallelism
+    cores, gpus, taken = available_cores(), visible_gpus(), list[int]()
     if core_count() < len(cores):
         cores = []  # a share of the time of all of them, which may be that of other containers, too
     with ExitStack() as held:
-        taken: list[int] = []
         for core in cores:
-            if len(taken) < room.side_by_side * room.threads:
+            if len(taken) < count * threads:
                 mark = socket.socket(socket.AF_UNIX)
                 try:
                     mark.bind(CORE_MARK.format(core))
@@ -70,16 +64,16 @@ def take_slots(room: Room) -> Iterator[list[Slot]]:
                     held.callback(mark.close)
                     taken.append(core)
         cores = [*taken, *(core for core in cores if core not in taken)]
-        shares = [tuple(cores[index * room.threads : (index + 1) * room.threads]) for index in range(room.side_by_side)]
+        shares = [tuple(cores[index * threads : (index + 1) * threads]) for index in range(count)]
         yield [
             # Threads that had fewer cores than they are would wait for each other.
-            Slot(share if len(share) == room.threads else (), gpus[index % len(gpus)] if gpus else None)
+            Resources(share if len(share) == threads else (), gpus[index % len(gpus)] if gpus else None)
             for index, share in enumerate(shares)
         ]
 
 
 def free_memory() -> int:
-    """Bytes that runs may still take: of the machine, and of the containers in which they are."""
+    """Bytes of memory that runs may still take, of the machine and of the containers in which they are."""
     free = [int(psutil.virtual_memory().available)]
     for folder in cgroups("memory"):
         for limit, used, cache in (
@@ -105,45 +99,45 @@ def visible_gpus() -> list[str]:
     return []
 
 
-def measure_room(recipe: Recipe, most: int, report: Callable[[str], None]) -> Room:
+def measure_parallelism(recipe: Recipe, most: int, report: Callable[[str], None]) -> Parallelism:
     """Time this recipe alone and side by side with itself, up to `most` times, and choose what is fastest in all.
 
     Raises:
         MygptError: the recipe cannot be trained here.
     """
-    best, best_rate = Room(1, recipe.runtime.threads or core_count()), 0.0
-    for room in candidates(recipe.runtime.threads, most, on_gpus=recipe.runtime.device in ("auto", "cuda")):
-        measured = time_side_by_side(recipe.replace(threads=room.threads), room)
+    best, best_rate = Parallelism(1, recipe.runtime.threads or core_count()), 0.0
+    for tried in candidates(recipe.runtime.threads, most, on_gpus=recipe.runtime.device in ("auto", "cuda")):
+        measured = time_side_by_side(recipe.replace(threads=tried.threads), tried)
         if measured is None:
-            report(f"{room.side_by_side} runs side by side: do not fit")
+            report(f"{tried.side_by_side} runs side by side: do not fit")
             break
         rate = sum(1 / run.seconds for run in measured)
         memory = sum(run.memory for run in measured)
-        each = f"{room.threads} thread{'s' * (room.threads > 1)} each"
-        report(f"{room.side_by_side} side by side, {each}: {rate:.3g} steps/s in all, {memory / 2**20:,.0f} MiB")
+        each = f"{counted(tried.threads, 'thread')} each"
+        report(f"{tried.side_by_side} side by side, {each}: {rate:.3g} steps/s in all, {memory / 2**20:,.0f} MiB")
         share = sum(run.device_share for run in measured) / max(1, len(visible_gpus()))
         if rate < WORTH_ADDING * best_rate or (best_rate and share > MEMORY_SHARE):
             break
-        best, best_rate = room, rate
-        needed = memory / room.side_by_side
+        best, best_rate = tried, rate
+        needed = memory / tried.side_by_side
         if 2 * share > MEMORY_SHARE or 2 * memory > MEMORY_SHARE * (free_memory() + needed):
             break
     return best
 
 
-def candidates(threads: int | None, most: int, *, on_gpus: bool = True) -> Iterator[Room]:
-    """1, 2, 4, ... runs, which share the cores or, if there are any, the GPUs."""
+def candidates(threads: int | None, most: int, *, on_gpus: bool = True) -> Iterator[Parallelism]:
+    """1, 2, 4, ... runs, which share the GPUs or, without any, the cores."""
     cores, gpus = core_count(), len(visible_gpus()) if on_gpus else 0
-    largest = max(1, min(most, RUNS_PER_GPU * gpus if gpus else cores // (threads or 1)))
+    largest = max(1, min(most, MAX_RUNS_PER_GPU * gpus if gpus else cores // (threads or 1)))
     counts = [2**power for power in range(largest.bit_length()) if 2**power < largest]
     for count in (*counts, largest):
-        yield Room(count, threads or max(1, cores // count))
+        yield Parallelism(count, threads or max(1, cores // count))
 
 
-def time_side_by_side(recipe: Recipe, room: Room) -> list[Measured] | None:
-    """What each run measures while all of them train; None: some did not fit beside the others."""
-    with take_slots(room) as slots, ExitStack() as running:
-        probes = [running.enter_context(_probe(recipe, slot)) for slot in slots]
+def time_side_by_side(recipe: Recipe, parallelism: Parallelism) -> list[Measured] | None:
+    """What each probe measures while all of them train; None: they do not fit into memory together."""
+    with reserve_resources(parallelism) as reserved, ExitStack() as running:
+        probes = [running.enter_context(_probe(recipe, resources)) for resources in reserved]
         if _next_reports(probes) is None:
             return None
         for probe in probes:
@@ -160,18 +154,18 @@ class _Probe(NamedTuple):
 
     process: "subprocess.Popen[str]"
     reports: IO[str]
-    """What it reports: not on stdout, where a library of the user's environment may print, too."""
+    """Its reports, which do not come by stdout, since libraries may print there, too."""
     output: IO[bytes]
-    """What is printed."""
+    """What it and its libraries print."""
 
 
 @contextmanager
-def _probe(recipe: Recipe, slot: Slot) -> Iterator[_Probe]:
+def _probe(recipe: Recipe, resources: Resources) -> Iterator[_Probe]:
     read, write = os.pipe()
     with os.fdopen(read, encoding="utf-8") as reports, TemporaryFile() as output:
         try:
-            task = Task(recipe.model_dump_json(), slot.cpus, PROBE_SECONDS, write)
-            process = start_worker(task, slot, output.fileno())
+            task = Task(recipe.model_dump_json(), resources.cpus, PROBE_SECONDS, write)
+            process = start_worker(task, resources, output.fileno())
         finally:
             os.close(write)
         try:
@@ -183,10 +177,10 @@ def _probe(recipe: Recipe, slot: Slot) -> Iterator[_Probe]:
 
 
 def _next_reports(probes: Sequence[_Probe]) -> list[str] | None:
-    """The next line of each; None: one of several has ended.
+    """The next line that each probe reports; None: one of several has ended.
 
     Raises:
-        MygptError: the only one has ended.
+        MygptError: the only probe has ended.
     """
     lines = []
     for process, reports, output in probes:
@@ -206,12 +200,12 @@ def _next_reports(probes: Sequence[_Probe]) -> list[str] | None:
     return lines
 
 
-def start_worker(task: Task, slot: Slot, output: int) -> "subprocess.Popen[str]":
-    """Start a process with this task; its stdin stays open, and its closing tells it that the study has ended.
+def start_worker(task: Task, resources: Resources, output: int) -> "subprocess.Popen[str]":
+    """Start a process with this task; it prints to the descriptor `output`.
 
-    `output` is the descriptor of the file in which all goes that is printed.
+    Its stdin stays open: when it closes, the process knows that the study has ended.
     """
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": slot.gpu} if slot.gpu is not None else {})
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": resources.gpu} if resources.gpu is not None else {})
     process = subprocess.Popen(
         [sys.executable, "-m", "mygpt.studies.worker"],
         stdin=subprocess.PIPE,

@@ -11,8 +11,16 @@ from mygpt.cores import core_count
 from mygpt.errors import MygptError
 from mygpt.processes.environment import choose_threads
 from mygpt.recipe.tables import Recipe
-from mygpt.studies import room
-from mygpt.studies.room import Room, candidates, complaint, free_memory, measure_room, take_slots, time_side_by_side
+from mygpt.studies import parallelism
+from mygpt.studies.parallelism import (
+    Parallelism,
+    candidates,
+    complaint,
+    free_memory,
+    measure_parallelism,
+    reserve_resources,
+    time_side_by_side,
+)
 from mygpt.studies.worker import Measured
 
 
@@ -23,11 +31,13 @@ def machine(monkeypatch, tmp_path):
     def make(cores, gpus=0, free=100):
         monkeypatch.setattr(machine_cores, "OWN_CGROUPS", tmp_path / "cgroup")
         monkeypatch.setattr(machine_cores, "CGROUPS", tmp_path / "fs")
-        monkeypatch.setattr(room, "CORE_MARK", f"\0mygpt-test-{os.getpid()}-{{}}")
-        for module in (room, machine_cores):
+        monkeypatch.setattr(parallelism, "CORE_MARK", f"\0mygpt-test-{os.getpid()}-{{}}")
+        for module in (parallelism, machine_cores):
             monkeypatch.setattr(module, "available_cores", lambda: list(range(cores)))
-        monkeypatch.setattr(room, "visible_gpus", lambda: [str(number) for number in range(gpus)])
-        monkeypatch.setattr(room.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free * 2**30}))
+        monkeypatch.setattr(parallelism, "visible_gpus", lambda: [str(number) for number in range(gpus)])
+        monkeypatch.setattr(
+            parallelism.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free * 2**30})
+        )
 
     return make
 
@@ -35,43 +45,47 @@ def machine(monkeypatch, tmp_path):
 def test_candidates_share_the_cores_and_take_turns_on_the_gpus(machine):
     """Runs are doubled up to the cores, or four on a GPU; the recipe's threads are kept."""
     machine(cores=6)
-    assert list(candidates(None, 100)) == [Room(1, 6), Room(2, 3), Room(4, 1), Room(6, 1)]
-    assert list(candidates(2, 100)) == [Room(1, 2), Room(2, 2), Room(3, 2)]
-    assert list(candidates(None, 2)) == [Room(1, 6), Room(2, 3)]
-    assert list(candidates(8, 100)) == [Room(1, 8)]
+    assert list(candidates(None, 100)) == [Parallelism(1, 6), Parallelism(2, 3), Parallelism(4, 1), Parallelism(6, 1)]
+    assert list(candidates(2, 100)) == [Parallelism(1, 2), Parallelism(2, 2), Parallelism(3, 2)]
+    assert list(candidates(None, 2)) == [Parallelism(1, 6), Parallelism(2, 3)]
+    assert list(candidates(8, 100)) == [Parallelism(1, 8)]
     machine(cores=16, gpus=2)
-    with take_slots(Room(4, 4)) as slots:
-        assert [slot.gpu for slot in slots] == ["0", "1", "0", "1"]
-    assert list(candidates(16, 100))[-1] == Room(8, 16)
-    assert list(candidates(None, 100))[-1] == Room(8, 2)
-    assert list(candidates(None, 100, on_gpus=False))[-1] == Room(16, 1)
+    with reserve_resources(Parallelism(4, 4)) as reserved:
+        assert [resources.gpu for resources in reserved] == ["0", "1", "0", "1"]
+    assert list(candidates(16, 100))[-1] == Parallelism(8, 16)
+    assert list(candidates(None, 100))[-1] == Parallelism(8, 2)
+    assert list(candidates(None, 100, on_gpus=False))[-1] == Parallelism(16, 1)
 
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs abstract sockets, and cores to choose")
 
 
-def cpus(slots):
-    return [slot.cpus for slot in slots]
+def cpus(reserved):
+    return [resources.cpus for resources in reserved]
 
 
 @needs_linux
 def test_two_studies_on_one_machine_take_different_cores(machine):
     """As long as there are any; a study that is over gives its own back."""
     machine(cores=10)
-    with take_slots(Room(2, 2)) as first, take_slots(Room(2, 2)) as second, take_slots(Room(2, 2)) as third:
+    with (
+        reserve_resources(Parallelism(2, 2)) as first,
+        reserve_resources(Parallelism(2, 2)) as second,
+        reserve_resources(Parallelism(2, 2)) as third,
+    ):
         assert cpus(first) == [(0, 1), (2, 3)]
         assert cpus(second) == [(4, 5), (6, 7)]
         assert cpus(third) == [(8, 9), (0, 1)]
-    with take_slots(Room(2, 3)) as slots:
-        assert cpus(slots) == [(0, 1, 2), (3, 4, 5)]
+    with reserve_resources(Parallelism(2, 3)) as reserved:
+        assert cpus(reserved) == [(0, 1, 2), (3, 4, 5)]
 
 
 @needs_linux
 def test_run_without_a_core_for_each_thread_may_use_any(machine):
     """One core for two threads would make each wait for the other, while cores of other runs may be idle."""
     machine(cores=3)
-    with take_slots(Room(2, 2)) as slots:
-        assert cpus(slots) == [(0, 1), ()]
+    with reserve_resources(Parallelism(2, 2)) as reserved:
+        assert cpus(reserved) == [(0, 1), ()]
 
 
 GIB = 2**30
@@ -117,9 +131,9 @@ def test_limits_of_containers_count(machine, tmp_path, name):
     is_limited = name.startswith("version")
     assert free_memory() == (2 if is_limited else 100) * GIB
     assert core_count() == choose_threads(None, 1) == (2 if is_limited else 8)
-    assert list(candidates(None, 100))[-1] == (Room(2, 1) if is_limited else Room(8, 1))
-    with take_slots(Room(2, 1)) as slots:
-        assert cpus(slots) == ([(), ()] if is_limited else [(0,), (1,)])
+    assert list(candidates(None, 100))[-1] == (Parallelism(2, 1) if is_limited else Parallelism(8, 1))
+    with reserve_resources(Parallelism(2, 1)) as reserved:
+        assert cpus(reserved) == ([(), ()] if is_limited else [(0,), (1,)])
 
 
 @pytest.mark.fault(112)
@@ -129,15 +143,15 @@ def test_what_a_library_prints_is_no_answer(monkeypatch, tmp_path, text_file):
     (tmp_path / "sitecustomize.py").write_text(f"{lines}speak()\natexit.register(speak)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("ONEDNN_VERBOSE", "1")
-    monkeypatch.setattr(room, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(parallelism, "PROBE_SECONDS", 0.1)
     recipe = Recipe.of(**TINY | {"threads": 1}, corpus=str(text_file))
-    assert [run.seconds > 0 for run in time_side_by_side(recipe, Room(2, 1))] == [True, True]
+    assert [run.seconds > 0 for run in time_side_by_side(recipe, Parallelism(2, 1))] == [True, True]
     message = rf"^{tmp_path}/nothing: no such text file; expected the path of a text, or one of: "
     with pytest.raises(MygptError, match=message):
-        time_side_by_side(recipe.replace(corpus=str(tmp_path / "nothing")), Room(1, 1))
+        time_side_by_side(recipe.replace(corpus=str(tmp_path / "nothing")), Parallelism(1, 1))
     (tmp_path / "sitecustomize.py").write_text(f"{lines}import sys\natexit.register(speak)\nsys.stdin = None\n")
     with pytest.raises(MygptError, match=r"^AttributeError: 'NoneType' object has no attribute 'readline'$"):
-        time_side_by_side(recipe, Room(1, 1))
+        time_side_by_side(recipe, Parallelism(1, 1))
 
 
 def test_error_of_a_traceback_is_the_complaint():
@@ -153,7 +167,7 @@ def test_error_of_a_traceback_is_the_complaint():
 
 def test_probe_that_is_killed_before_it_begins_does_not_fit(monkeypatch, text_file):
     """As by Linux when memory is full; alone, it is an error with its exit code."""
-    next_reports = room._next_reports
+    next_reports = parallelism._next_reports
 
     def kill_when_ready(probes):
         lines = next_reports(probes)
@@ -161,13 +175,13 @@ def test_probe_that_is_killed_before_it_begins_does_not_fit(monkeypatch, text_fi
         probes[-1].process.wait()
         return lines
 
-    monkeypatch.setattr(room, "_next_reports", kill_when_ready)
-    monkeypatch.setattr(room, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(parallelism, "_next_reports", kill_when_ready)
+    monkeypatch.setattr(parallelism, "PROBE_SECONDS", 0.1)
     recipe = Recipe.of(**TINY | {"threads": 1}, corpus=str(text_file))
-    assert time_side_by_side(recipe, Room(2, 1)) is None
+    assert time_side_by_side(recipe, Parallelism(2, 1)) is None
     way_on = "killed by SIGKILL, as Linux does when memory is full; the same command continues the study"
     with pytest.raises(MygptError, match=way_on) as killed:
-        time_side_by_side(recipe, Room(1, 1))
+        time_side_by_side(recipe, Parallelism(1, 1))
     assert killed.value.exit_code == 1
 
 
@@ -177,12 +191,12 @@ def test_probe_without_a_compiler_says_so(monkeypatch, text_file):
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     recipe = Recipe.of(**TINY | {"threads": 1, "compile": True}, corpus=str(text_file))
     with pytest.raises(MygptError, match=r"^compile: got true, and there is no compiler /nonexistent/c"):
-        time_side_by_side(recipe, Room(1, 1))
+        time_side_by_side(recipe, Parallelism(1, 1))
 
 
 def measured(seconds, memory=1, share=0.0):
-    """What the probes of a room measure, if a step takes so long by the number of runs side by side."""
-    return lambda _recipe, a_room: [Measured(seconds[a_room.side_by_side], memory * 2**30, share)] * a_room.side_by_side
+    """What the probes measure, if a step takes so long by the number of runs side by side."""
+    return lambda _recipe, chosen: [Measured(seconds[chosen.side_by_side], memory * 2**30, share)] * chosen.side_by_side
 
 
 @pytest.mark.parametrize(
@@ -196,9 +210,9 @@ def measured(seconds, memory=1, share=0.0):
 def test_as_many_as_are_faster_in_all_and_fit_into_memory(machine, monkeypatch, seconds, free, side_by_side):
     """Each doubling must gain, and leave some memory free."""
     machine(cores=8, free=free)
-    monkeypatch.setattr(room, "time_side_by_side", measured(seconds))
+    monkeypatch.setattr(parallelism, "time_side_by_side", measured(seconds))
     lines = []
-    assert measure_room(Recipe(), 100, lines.append) == Room(side_by_side, 8 // side_by_side)
+    assert measure_parallelism(Recipe(), 100, lines.append) == Parallelism(side_by_side, 8 // side_by_side)
     assert lines[0].startswith("1 side by side, 8 threads each: 1 steps/s in all, 1,024 MiB")
 
 
@@ -206,16 +220,18 @@ def test_as_many_as_are_faster_in_all_and_fit_into_memory(machine, monkeypatch, 
 def test_gpu_memory_limits_the_runs(machine, monkeypatch, share, side_by_side):
     """Four fifths of it: evaluations need some, too."""
     machine(cores=8, gpus=1)
-    monkeypatch.setattr(room, "time_side_by_side", measured({1: 1.0, 2: 1.1, 4: 1.2}, share=share))
-    assert measure_room(Recipe(), 100, print).side_by_side == side_by_side
+    monkeypatch.setattr(parallelism, "time_side_by_side", measured({1: 1.0, 2: 1.1, 4: 1.2}, share=share))
+    assert measure_parallelism(Recipe(), 100, print).side_by_side == side_by_side
 
 
 def test_runs_that_do_not_fit_beside_each_other_are_not_tried_further(machine, monkeypatch):
     """As on a GPU whose memory two of them exceed."""
     machine(cores=8, gpus=1)
-    monkeypatch.setattr(room, "time_side_by_side", lambda _, a: [Measured(1, 1, 0.3)] if a.side_by_side == 1 else None)
+    monkeypatch.setattr(
+        parallelism, "time_side_by_side", lambda _, a: [Measured(1, 1, 0.3)] if a.side_by_side == 1 else None
+    )
     lines = []
-    assert measure_room(Recipe(), 100, lines.append).side_by_side == 1
+    assert measure_parallelism(Recipe(), 100, lines.append).side_by_side == 1
     assert lines[1:] == ["2 runs side by side: do not fit"]
 
 
@@ -223,4 +239,4 @@ def test_recipe_that_cannot_be_trained_is_an_error(tmp_path):
     """With the message of the process that has tried."""
     (tmp_path / "text.txt").write_text("short")
     with pytest.raises(MygptError, match="the training part has"):
-        measure_room(Recipe.of(corpus=str(tmp_path / "text.txt")), 2, print)
+        measure_parallelism(Recipe.of(corpus=str(tmp_path / "text.txt")), 2, print)
