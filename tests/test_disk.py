@@ -55,7 +55,8 @@ def test_macos_flushes_the_cache_of_the_drive(tmp_path, monkeypatch, answer, exp
     """Where the disk can; fsync alone leaves what was written in that cache."""
     calls = []
 
-    def flush_fully(_descriptor, command):
+    def flush_fully(descriptor, command):
+        assert stat.S_ISDIR(os.fstat(descriptor).st_mode)
         assert command == F_FULLFSYNC
         calls.append("full")
         if answer:
@@ -71,3 +72,18 @@ def test_macos_flushes_the_cache_of_the_drive(tmp_path, monkeypatch, answer, exp
     else:
         disk.sync(tmp_path)
         assert calls == expected
+
+
+def test_error_that_follows_a_failed_write_does_not_hide_it(tmp_path, monkeypatch):
+    """As of a disk that becomes read-only when it fails."""
+
+    def refuse(_path, *_args, **_keys):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def fill(_path, _content):
+        monkeypatch.setattr(Path, "unlink", refuse)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(OSError, match="No space left on device"):
+        disk.replace_bytes(tmp_path / "file", b"content")

@@ -17,8 +17,10 @@ from mygpt.data import bpe
 from mygpt.data.bpe import BPETokenizer, cut, from_ranks, gpt2, read_tokenizer, train_bpe
 from mygpt.data.build import tokenizer_from
 from mygpt.data.corpus import load_corpus
+from mygpt.data.dataset import make_tokenizer, place_pieces
 from mygpt.data.tokenizer import END_OF_TEXT
 from mygpt.errors import TokenizerError
+from mygpt.recipe.tables import DataTable
 
 pytest.importorskip("tokenizers", reason="needs tokenizers")
 import tokenizers
@@ -402,3 +404,28 @@ def test_tables_that_cannot_be_loaded_cost_one_line(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
     with pytest.raises(TokenizerError, match=r'cannot load it \(ConnectionError\); set tokenizer = "bpe" and tokeniz'):
         gpt2()
+
+
+def test_byte_that_is_not_utf_8_is_encoded_as_the_replacement_character(trained):
+    """As in an argument of a command, of which Python makes a surrogate."""
+    assert trained.encode("a\udcffb").tolist() == trained.encode("a\ufffdb").tolist()
+
+
+def test_model_without_a_type_is_known_by_its_merges(trained, tmp_path):
+    """As in files of older versions of the tokenizers library."""
+    settings = json.loads(trained.metadata.json_text)
+    del settings["model"]["type"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    old = read_tokenizer(tmp_path / "tokenizer.json")
+    assert old.encode("some words").tolist() == trained.encode("some words").tolist()
+
+
+def test_encoding_is_trained_on_what_is_not_held_out():
+    """Of pieces, too, which lie between parts of the training text."""
+    table = DataTable(tokenizer="bpe", vocab_size=262, hold_out="pieces", val_split=0.3)
+    text = ["ab"[number % 2] for number in range(6400)]
+    for piece in place_pieces(len(text), table.val_split):
+        text[piece.start : piece.stop] = "c" * len(piece)
+    tokens = make_tokenizer(table, "".join(text)).tokens
+    assert any(b"ab" in token or b"ba" in token for token in tokens)
+    assert not any(b"cc" in token for token in tokens)

@@ -4,6 +4,7 @@ import functools
 import gc
 import hashlib
 import http.server
+import sys
 import threading
 import warnings
 
@@ -31,6 +32,13 @@ def test_python_docs_need_no_file():
     assert len(first.text) > 400_000
 
 
+def test_python_without_its_docs_is_named(monkeypatch):
+    """Some distributions leave them out."""
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(CorpusError, match=r"^python-docs: this Python comes without pydoc_data; give a text file"):
+        load_corpus("python-docs")
+
+
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     """A local server's folder, from which Tiny Shakespeare is downloaded into an empty cache."""
@@ -41,7 +49,7 @@ def served(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(download, "TINYSHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
-        monkeypatch.setattr(pooch, "os_cache", lambda _: tmp_path / "cache")
+        monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache" / name)
         monkeypatch.delenv("MYGPT_DATA_DIR", raising=False)
         yield folder
         server.shutdown()
@@ -58,6 +66,7 @@ def test_download_is_checked_and_kept(served, tmp_path, monkeypatch):
     assert load_corpus("tinyshakespeare").text == "to be"
     (served / "input.txt").unlink()
     assert load_corpus("tinyshakespeare").text == "to be"
+    assert (tmp_path / "cache" / "mygpt" / "tinyshakespeare.txt").read_bytes() == b"to be"
 
 
 def test_wrong_download_is_refused(served, tmp_path):
@@ -65,7 +74,7 @@ def test_wrong_download_is_refused(served, tmp_path):
     (served / "input.txt").write_bytes(b"not to be")
     with pytest.raises(DownloadError, match=r"cannot be downloaded.*MYGPT_DATA_DIR"):
         load_corpus("tinyshakespeare")
-    assert not list((tmp_path / "cache").glob("*"))
+    assert not list((tmp_path / "cache").glob("*/*"))
 
 
 def test_failed_download_names_the_remedy(served):

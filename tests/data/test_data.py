@@ -168,7 +168,9 @@ def test_documents_are_held_out_whole():
     tokens[[29, 69, 99]] = 0
     train, val = split(tokens, 0.2, 8, "char", end_of_text=0)
     assert (len(train), len(val)) == (70, 30)
-    with pytest.raises(CorpusError, match="no document ends in the training part"):
+    with pytest.raises(
+        CorpusError, match=r"^hold_out: no document ends in the training part; lower val_split, or hold out tokens$"
+    ):
         split(tokens, 0.8, 8, "char", end_of_text=0)
     assert after_last(torch.cat([tokens, torch.ones(2 * BLOCK, dtype=torch.int64)]), 0) == 100
 

@@ -3,6 +3,7 @@
 import csv
 import errno
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -196,15 +197,18 @@ def test_sigkill_at_any_moment(tmp_path, text):
 
 
 @pytest.mark.fault(73)
-def test_source_that_changes_in_between_is_read_anew(tmp_path, small):
-    """From the first chunk whose text is another one; the result is that of the new text."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_source_that_changes_in_between_is_read_anew(tmp_path, small, kind):
+    """From the first chunk whose text is another one; a tokenizer that is made of the text is made again."""
     (tmp_path / "a.txt").write_text("the old text. " * 200)
-    prepare_and_die(5, [tmp_path / "a.txt"], tmp_path / "out", KINDS["byte"])
+    prepare_and_die(5, [tmp_path / "a.txt"], tmp_path / "out", KINDS[kind])
     text = "the old text. " * 30 + "a new text! " * 100
     (tmp_path / "a.txt").write_text(text)
-    prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["byte"])
+    prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS[kind])
     corpus = open_prepared(tmp_path / "out")
     assert corpus.tokenizer.decode(corpus.tokens[:-1].tolist()) == text
+    prepare([tmp_path / "a.txt"], tmp_path / "whole", KINDS[kind])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +218,7 @@ def test_source_that_changes_in_between_is_read_anew(tmp_path, small):
         ("a.txt", b"ab" * 60 + b"\xe2\x82", r"a\.txt: not UTF-8: byte 0xe2 at offset 120"),
         ("a.txt", b"", r"a\.txt: no text in it$"),
         ("a.txt.gz", gzip.compress(b"a" * 100, mtime=0)[:-9], r"a\.txt\.gz: damaged gzip: "),
+        ("a.txt.gz", b"", r"a\.txt\.gz: damaged gzip: the file is empty$"),
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz: damaged gzip: Not a gzipped file"),
         ("a.txt.zst", b"no zstd", r"a\.txt\.zst: damaged zstd: "),
         ("a.parquet", b"no parquet", r"a\.parquet: damaged Parquet: "),
@@ -668,6 +673,8 @@ def test_damaged_corpus_is_refused(prepared, tmp_path):
         "has 255 bytes, expected": lambda folder: os.truncate(folder / "tokens.safetensors", 255),
         "damaged: its sha256 is not that in": lambda folder: flip(folder / "tokens.safetensors", 5000),
         "not the tokenizer that the tokens are of": lambda folder: rewrite(folder / "tokenizer.json", vocab="ab"),
+        r"tokenizer\.json: missing: damaged corpus": lambda folder: (folder / "tokenizer.json").unlink(),
+        r"manifest\.json: not a regular file; expected a manifest": lambda folder: make_folder(folder, "manifest.json"),
         r"tokenizer\.json: damaged: ": lambda folder: (folder / "tokenizer.json").write_text("{}"),
         r"manifest\.json: missing: a corpus is a text": lambda folder: (folder / "manifest.json").unlink(),
         r"manifest\.json: damaged: tokens: ": lambda folder: rewrite(folder / "manifest.json", tokens=-1),
@@ -685,6 +692,11 @@ def flip(file, at):
     content = bytearray(file.read_bytes())
     content[at] ^= 1
     file.write_bytes(content)
+
+
+def make_folder(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
 
 
 def rewrite(file, **values):
@@ -736,7 +748,8 @@ def test_windows_of_two_byte_tokens(tmp_path):
     assert targets[1].tolist() == data.train[8:13].tolist()
     assert data.to(torch.device("cpu")) is data
     moved = data.to(torch.device("meta"))
-    assert (moved.train.device.type, moved.train.dtype) == ("meta", torch.int32)
+    for part in (moved.train, moved.val):
+        assert (part.device.type, part.dtype) == ("meta", torch.int32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mygpt.data.dataset.MAX_ON_DEVICE", 10)
         assert data.to(torch.device("meta")) is data
@@ -837,3 +850,36 @@ def test_held_out_documents_that_are_trained_on_are_counted(tiny, tmp_path, caps
     assert dataset._replace(val=dataset.val[:0]).count_copies() == (0, 0)
     monkeypatch.setattr("mygpt.data.dataset.MAX_COMPARED", 100)
     assert dataset.count_copies() == (0, 0)
+
+
+@pytest.mark.parametrize(("distinct", "dtype"), [(255, "U8"), (256, "U16"), ((1 << 16) - 1, "U16"), (1 << 16, "I32")])
+def test_tokens_take_the_smallest_type(tmp_path, distinct, dtype):
+    """Of so many characters and the token that ends a document."""
+    text = "".join(map(chr, range(0x10000, 0x10000 + distinct)))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["char"]).dtype == dtype
+    corpus = open_prepared(tmp_path / "out")
+    assert corpus.tokens.tolist() == list(range(distinct + 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("char", "d617ba30f1bfa677137aed2265c86501e0750aed8c837b3487937b5b1e3e57a1"),
+        ("byte", "24b93a2705f6da35292f210e4ca8c86c47cdf5bcfbe296d9277b769c36ee1865"),
+    ],
+)
+def test_prepared_bytes_are_those_of_earlier_versions(tmp_path, monkeypatch, kind, expected):
+    """A run records the hash of its corpus: where the format changes, the number in the manifest has to change, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    prepare(find_sources(["a.jsonl"]), tmp_path / "out", KINDS[kind])
+    files = ("manifest.json", "tokenizer.json", "tokens.safetensors")
+    content = b"".join((tmp_path / "out" / name).read_bytes() for name in files)
+    assert hashlib.sha256(content).hexdigest() == expected
+
+
+def test_source_that_is_gone_is_named(tmp_path):
+    """As one that is removed after it was found."""
+    with pytest.raises(CorpusError, match=r"^\S+a\.txt: cannot be read: No such file or directory$"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", KINDS["byte"])

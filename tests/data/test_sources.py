@@ -249,7 +249,7 @@ def test_tinyshakespeare_is_a_source(shakespeare):
 
 
 def test_what_a_folder_has_beside_texts_is_said(tmp_path, capsys):
-    """By ending and number; records of JSON and CSV are read, where they have the field."""
+    """By ending and number, the most first; records of JSON and CSV are read, where they have the field."""
     for name, content in {
         "README.md": "about these data",
         "data.json": lines(9),
@@ -259,6 +259,7 @@ def test_what_a_folder_has_beside_texts_is_said(tmp_path, capsys):
         "sub/a.PNG": "",
         "sub/b.png": "",
         "sub/c.txt.xz": "",
+        "sub/d.xz": "",
         "LICENSE": "words",
     }.items():
         (tmp_path / "data" / name).parent.mkdir(exist_ok=True, parents=True)
@@ -267,8 +268,8 @@ def test_what_a_folder_has_beside_texts_is_said(tmp_path, capsys):
     found = find_sources([str(tmp_path / "data")])
     assert [file.name for file in found] == ["README.md", "b.csv", "data.json"]
     assert capsys.readouterr().err == (
-        f"note: {tmp_path / 'data'}: left out: .PNG (1), .csv without 'text' (1), .json without 'text' (1), .png (1), "
-        ".xz (1), link to a folder (1), no ending (1)\n"
+        f"note: {tmp_path / 'data'}: left out: .xz (2), .PNG (1), .csv without 'text' (1), .json without 'text' (1), "
+        ".png (1), link to a folder (1), no ending (1)\n"
     )
     with pytest.raises(CorpusError, match="--field txet: no source has such a field; correct it"):
         find_sources([str(tmp_path / "data")], "txet")  # and README.md remains

@@ -261,3 +261,13 @@ def test_signal_during_the_last_step_ends_a_complete_run(tiny, monkeypatch, caps
         disturb(point, send(signal.SIGTERM), count=5, patch=monkeypatch.setattr)
         with pytest.raises(InterruptedRunError):
             train(tiny(val_split=0.2, val_every=6), overwrite=True)
+
+
+@pytest.mark.fault(13)
+def test_signal_is_obeyed_after_the_step_in_which_it_came(tiny, tmp_path, monkeypatch):
+    """By a process alone, though nothing else makes the host read the numbers of a step."""
+    monkeypatch.setattr("mygpt.training.pending.MAX_UNREAD_SECONDS", 1000.0)
+    disturb("before-step", send(signal.SIGTERM), count=5, patch=monkeypatch.setattr)
+    with pytest.raises(InterruptedRunError):
+        train(tiny(steps=60, log_every=60, print_every=60))
+    assert latest_step(tmp_path / "run") == 5

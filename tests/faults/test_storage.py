@@ -1,5 +1,6 @@
 """Disks that are full, that fail or cannot be written to."""
 
+import errno
 import re
 import shutil
 import signal
@@ -8,8 +9,12 @@ import sys
 
 import pytest
 from support.commands import MYGPT, needs_strace, run_process
+from support.fault_points import disturb, os_error
 from support.forked import ARGUMENTS, run
 from support.runs import FLAGS, assert_undisturbed, contents
+
+from mygpt.errors import DiskError
+from mygpt.training.train import train
 
 needs_namespaces = pytest.mark.skipif(
     not shutil.which("unshare")
@@ -104,3 +109,13 @@ mount -t tmpfs -o ro tmpfs disk
     result = run_process(["unshare", "-rm", "sh", "-c", script], place)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert "disk: cannot be written to; choose another --output" in result.stderr
+
+
+@pytest.mark.fault(21)
+@pytest.mark.parametrize("point", ["made-run.json", "made-recipe"])
+def test_disk_that_fills_before_the_first_step_costs_one_line(tiny, tmp_path, monkeypatch, point):
+    """With the folder and the reason."""
+    disturb(point, os_error(errno.ENOSPC), patch=monkeypatch.setattr)
+    with pytest.raises(DiskError) as caught:
+        train(tiny())
+    assert str(caught.value) == f"output: {tmp_path / 'run'}: cannot be written: No space left on device"

@@ -10,7 +10,7 @@ from mygpt.errors import RecipeError
 from mygpt.recipe.files import load_recipe, recipe_schema
 from mygpt.recipe.flags import parse_recipe
 from mygpt.recipe.names import KEY_OF_FOREIGN_NAME, NAMES_IN_OTHER_UNIT
-from mygpt.recipe.tables import MIN_EXACT_EPS, TABLE_OF_KEY, Recipe, build_recipe, check_recipe
+from mygpt.recipe.tables import MIN_EXACT_EPS, TABLE_OF_KEY, Recipe, build_recipe, check_recipe, lay_over
 from mygpt.training.gradient_sum import SCALE
 
 
@@ -149,12 +149,18 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
     assert len(lines) == 5
 
 
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("drive", ["C", "c"])
 @pytest.mark.parametrize("folder", ["Users", "data", "new", "texts", "x"])
-def test_windows_path_in_double_quotes_is_explained(tmp_path, folder):
-    """Its backslashes are escapes in TOML: the message says how to write it, whether they are valid ones or not."""
-    path = write(tmp_path / "windows.toml", f'[data]\ncorpus = "C:\\{folder}\\new.txt"\n')
+def test_windows_path_in_double_quotes_is_explained(tmp_path, folder, drive, extended):
+    """Its backslashes are escapes in TOML: the message says how to write it, whether they are valid ones or not.
+
+    It names the file that has the path, also where another one extends it.
+    """
+    path = write(tmp_path / "windows.toml", f'[data]\ncorpus = "{drive}:\\{folder}\\new.txt"\n')
+    child = write(tmp_path / "child.toml", 'extends = "windows.toml"\n')
     with pytest.raises(RecipeError) as caught:
-        load_recipe(path)
+        load_recipe(child if extended else path)
     assert str(caught.value).startswith(f"{path}: ")
     assert str(caught.value).endswith("; write a Windows path in single quotes, or with /")
     good = write(tmp_path / "good.toml", f"[data]\ncorpus = 'C:\\{folder}\\new.txt'\n")
@@ -250,3 +256,25 @@ def test_schema_knows_every_key():
     assert set(schema["properties"]) == {*Recipe.model_fields, "extends"}
     assert schema["additionalProperties"] is False
     assert set(schema["$defs"]["TrainTable"]["properties"]) == set(type(Recipe().train).model_fields)
+
+
+def test_folder_in_the_place_of_a_recipe_is_named(tmp_path):
+    """As a run directory, for its recipe.toml."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: not a regular file; expected a recipe in TOML"
+
+
+def test_empty_path_is_a_mistake():
+    """The message says what was expected, without the words that a library puts before it."""
+    with pytest.raises(RecipeError) as caught:
+        Recipe.of(corpus="")
+    assert "corpus: got '', expected" in str(caught.value)
+    assert "String should" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("resume", "minutes"), [("auto", 5), ("never", 5), ("run/step-000004", None)])
+def test_expected_minutes_are_those_of_a_run_from_its_beginning(resume, minutes):
+    """A run that begins with a checkpoint takes less."""
+    recipe = lay_over(Recipe.of(expected_minutes=5), {"resume": resume})
+    assert recipe.expected.expected_minutes == minutes

@@ -1,6 +1,7 @@
 """Saving, finding and loading models."""
 
 import functools
+import json
 import os
 import stat
 import struct
@@ -9,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.checkpoints import TABLE, TOKENIZER, rewrite, save, small_gpt
+from support.runs import steps_of
 
 from mygpt.errors import CheckpointError, DamagedCheckpointError, FormatError, MismatchError
+from mygpt.runs.copying import copy_until
 from mygpt.runs.files import METADATA_KEY
-from mygpt.runs.loading import load_checkpoint
-from mygpt.runs.run import find_model_file
+from mygpt.runs.loading import load_checkpoint, read_state
+from mygpt.runs.run import RunDirectory, find_model_file
+from mygpt.training.train import train
 
 
 @pytest.fixture
@@ -71,11 +75,20 @@ def test_path_may_name_run_step_or_file(run):
 
 
 def test_missing_checkpoints_exit_with_2(tmp_path):
-    """A path without a run, and a run without a checkpoint."""
-    for path in (tmp_path / "nothing", tmp_path):
+    """A path without a run, and a run without a checkpoint; the run that it replaces is named."""
+    (tmp_path / "new" / "replaced-run").mkdir(parents=True)
+    for path, problem in (
+        (tmp_path / "nothing", "no such run, step directory or model file"),
+        (tmp_path, "has no checkpoint"),
+        (
+            tmp_path / "new",
+            f"has no checkpoint yet, and the run that it replaces is {tmp_path / 'new' / 'replaced-run'}",
+        ),
+    ):
         with pytest.raises(CheckpointError) as caught:
             load_checkpoint(path)
         assert caught.value.exit_code == 2
+        assert str(caught.value) == f"{path}: {problem}; expected what `mygpt train` has written"
 
 
 @pytest.mark.parametrize("name", ["../step-000003", "/etc", "step-000009", "", "step-000003/../step-000003"])
@@ -149,3 +162,26 @@ def test_weights_of_another_model_are_not_called_damaged(run, monkeypatch):
         load_checkpoint(run)
     assert "damaged" not in str(caught.value)
     assert caught.value.exit_code == 1
+
+
+def test_missing_moment_is_named(run):
+    """Where the manifest does not show it."""
+    file = run / "step-000006" / "state.safetensors"
+    rewrite(file, tensors=lambda values: values.pop("optimizer.norm.bias.exp_avg"))
+    weights = small_gpt().state_dict()
+    with pytest.raises(DamagedCheckpointError) as caught:
+        read_state(file.parent, weights)
+    problem = "optimizer.norm.bias.exp_avg is missing, or not of its weight's shape"
+    assert str(caught.value) == f"{file}: damaged: {problem}"
+
+
+def test_copy_of_a_run_leaves_out_a_best_checkpoint_of_another_format(tiny, tmp_path):
+    """As one that is damaged: the copy goes on from the step itself."""
+    run = train(tiny(save_every=1, val_split=0.2, val_every=1, save_best=True))
+    best = RunDirectory(run).best_until(5).step
+    manifest = run / f"step-{best:06d}" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+    step = 6 if best == 5 else 5
+    copy_until(run / f"step-{step:06d}", tmp_path / "copy")
+    assert steps_of(tmp_path / "copy") == [step]
+    assert not (tmp_path / "copy" / "best").exists()

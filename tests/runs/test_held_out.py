@@ -268,11 +268,24 @@ def test_lost_evaluations_are_said(tiny, capsys):
     assert [evaluation.step for evaluation in read_evaluations(run, 6)] == [6]
 
 
-@pytest.mark.parametrize(("keys", "kept"), [({"lr": 1e-4}, [2, 4, 6, 8]), ({"eval_batches": 5}, [6, 8])])
-def test_branch_begins_with_the_evaluations_of_its_source(tiny, tmp_path, keys, kept):
-    """Up to its step, if they are over the same windows."""
-    source = train(tiny(**EVALUATED, save_every=2))
-    branch = EVALUATED | {"resume": str(source / "step-000004"), "output": str(tmp_path / "branch"), "steps": 8} | keys
+@pytest.mark.parametrize(
+    ("keys", "has_val_corpus", "kept"),
+    [
+        ({"lr": 1e-4}, False, [2, 4, 6, 8]),
+        ({"eval_batches": 5}, False, [6, 8]),
+        ({"corpus": "other.txt"}, False, [6, 8]),
+        ({"corpus": "other.txt"}, True, [2, 4, 6, 8]),
+    ],
+)
+def test_branch_begins_with_the_evaluations_of_its_source(
+    tiny, tmp_path, monkeypatch, text, text_file, keys, has_val_corpus, kept
+):
+    """Up to its step, if they are over the same windows: those of another text are no part of what was held out."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.txt").write_text(text[::-1], encoding="utf-8", newline="")
+    evaluated = EVALUATED | ({"val_split": 0.0, "val_corpus": str(text_file)} if has_val_corpus else {})
+    source = train(tiny(**evaluated, save_every=2))
+    branch = evaluated | {"resume": str(source / "step-000004"), "output": str(tmp_path / "branch"), "steps": 8} | keys
     train(tiny(**branch), last_step=5)
     run = train(tiny(**branch))
     assert [evaluation.step for evaluation in read_evaluations(run, 8)] == kept
@@ -303,3 +316,12 @@ def test_early_stopping_is_the_same_on_any_number_of_processes(folder):
     assert result.returncode == 0, result.stderr
     assert "ended early, after step 4: the last held-out loss is not lower" in result.stderr
     assert_same_run(place / "three", run)
+
+
+def test_best_is_kept_when_a_run_goes_on(tiny, monkeypatch):
+    """Though it is older than the checkpoints that are kept."""
+    losses_at(monkeypatch, TURNING)
+    keys = PATIENT | {"save_every": 2, "keep_last": 1}
+    train(tiny(**keys), last_step=8)
+    run = train(tiny(**keys))
+    assert RunDirectory(run).best == run / "step-000006"

@@ -67,6 +67,7 @@ def test_refusal_has_the_command_that_goes_on(tiny, call, keys, flags):
     message = str(caught.value)
     if flags is None:
         assert "[model] tied_head: " in message
+        assert message.endswith("; choose another --output")
         assert "mygpt fork" not in message
         return
     for key in keys:

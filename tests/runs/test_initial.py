@@ -206,12 +206,12 @@ def test_beginning_with_a_checkpoint_that_will_go_says_so(tiny, source, other_te
     going_on = train(tiny(**keys, lr=1e-5), last_step=5)  # the best is none of those that are saved by the step
     for name, is_removable in (("best", True), ("step-000002", False)):
         assert bool(find_initial(tiny(init_from=str(going_on / name))).note) == is_removable
-    going_on = train(tiny(**keys, lr=1e-5, keep_last=2), last_step=5)
-    assert find_initial(tiny(init_from=str(going_on / "step-000002"))).note
+    going_on = train(tiny(**keys, lr=1e-5, keep_last=1), last_step=5)
+    assert find_initial(tiny(init_from=str(going_on / "step-000004"))).note
     shutil.copytree(going_on, tmp_path / "damaged")
     (tmp_path / "damaged" / "run.json").write_text("{")  # what the run may do is not known
-    assert find_initial(tiny(init_from=str(tmp_path / "damaged" / "step-000002"))).note
-    train(tiny(**keys, lr=1e-5, keep_last=2))
+    assert find_initial(tiny(init_from=str(tmp_path / "damaged" / "step-000004"))).note
+    train(tiny(**keys, lr=1e-5, keep_last=1))
     assert not find_initial(tiny(init_from=str(going_on / "best"))).note
     (tmp_path / "empty").mkdir()
     shutil.copy(stopped / "run.json", tmp_path / "empty")

@@ -108,3 +108,12 @@ def test_corpus_is_looked_up_beside_its_recipe_first(tmp_path, monkeypatch):
     assert load_recipe(mine).data.corpus == str(tmp_path / "recipes/base/a.txt")
     mine.write_text('[data]\ncorpus = "tinyshakespeare"\n')
     assert load_recipe(mine).data.corpus == "tinyshakespeare"
+
+
+@pytest.mark.fault(66)
+def test_output_that_is_written_into_the_recipe_of_a_run_changes_nothing(tiny, tmp_path):
+    """A recorded recipe means its directory: a copy of the run would else train into the original."""
+    run = train(tiny())
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace("[checkpoint]\n", '[checkpoint]\noutput = "elsewhere"\n'))
+    assert load_recipe(run / "recipe.toml").checkpoint.output == str(run)

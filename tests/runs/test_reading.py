@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import mygpt
-from mygpt.runs.records import Timing, read_until
+from mygpt.errors import DamagedCheckpointError
+from mygpt.runs.records import Timing, read_records, read_until
 from mygpt.training.train import train
 
 
@@ -82,3 +83,13 @@ def test_records_are_read_up_to_a_step(training, tmp_path):
     """Later lines, and one that is half written, are left out and left there; no file has no records."""
     assert [timing.step for timing in read_until(training / "timing.jsonl", Timing, 7)] == list(range(1, 8))
     assert read_until(tmp_path / "nothing", Timing, 7) == []
+
+
+def test_records_out_of_order_are_damage(training):
+    """The file and the line are named."""
+    file = training / "metrics.jsonl"
+    first, second, *_ = file.read_text().splitlines(keepends=True)
+    file.write_text(second + first)
+    with pytest.raises(DamagedCheckpointError) as caught:
+        read_records(training)
+    assert str(caught.value) == f"{file}: damaged: line 2 is of an earlier step than the one before"

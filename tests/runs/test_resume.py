@@ -1,6 +1,8 @@
 """Runs that are continued, and the checkpoints that they keep."""
 
+import errno
 import itertools
+import os
 import re
 import shutil
 import signal
@@ -8,10 +10,14 @@ import time
 from functools import partial
 
 import pytest
+import torch
+from support.checkpoints import fit_manifest, rewrite
+from support.fault_points import disturb, fail
 from support.forked import run as run_forked
-from support.runs import FLAGS, assert_same_run, contents, steps_of
+from support.runs import FLAGS, assert_same_run, contents, latest_step, steps_of
 
-from mygpt.errors import CheckpointError, DiskError
+from mygpt.errors import CheckpointError, DiskError, MygptError
+from mygpt.recipe.seeds import process_dropout_seed
 from mygpt.runs import files, saver, steps
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
@@ -238,3 +244,43 @@ def test_resume_never_may_replace_a_run_without_a_step(folder):
     shutil.rmtree(place / "run")
     assert run_forked(("text.txt", *FLAGS, *output), place, "before-step") == -signal.SIGKILL
     assert run_forked(never, place) == 0
+
+
+def test_run_that_failed_before_its_first_checkpoint_begins_again(tiny, tmp_path, monkeypatch):
+    """Its records, too."""
+    with monkeypatch.context() as patch:
+        disturb("before-step", fail(MemoryError()), count=4, patch=patch.setattr)
+        with pytest.raises(MygptError):
+            train(tiny())
+    assert [record.step for record in read_records(tmp_path / "run")] == [1, 2, 3]
+    assert_same_run(train(tiny()), train(tiny(output=str(tmp_path / "undisturbed"))))
+
+
+def test_folder_that_cannot_be_removed_stays_until_the_next_start(tiny, monkeypatch):
+    """A network disk keeps a file that is open, and so its folder."""
+    run = train(tiny(save_every=2), last_step=4)
+    (run / ".tmp-step-000003").mkdir()
+
+    def refuse(*_args, **_keys):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        train(tiny(save_every=2), last_step=5)
+    assert latest_step(run) == 5
+    assert any(path.name.startswith(".tmp-") for path in run.iterdir())
+    train(tiny(save_every=2))
+    assert not any(path.name.startswith(".tmp-") for path in run.iterdir())
+
+
+def test_dropout_on_another_number_of_processes_is_seeded_by_the_data_seed(tiny, monkeypatch):
+    """The checkpoint has no generator for it."""
+    keys = {"dropout": 0.1, "save_every": 2, "data_seed": 7}
+    run = train(tiny(**keys), last_step=4)
+    file = run / "step-000004" / "state.safetensors"
+    rewrite(file, metadata=lambda values: values.update(processes=2))
+    fit_manifest(file)
+    seeds = []
+    disturb("before-step", lambda *_: seeds.append(torch.initial_seed()), patch=monkeypatch.setattr)
+    train(tiny(**keys))
+    assert seeds == [process_dropout_seed(7, 0, 4)]

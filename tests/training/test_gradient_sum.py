@@ -7,10 +7,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.commands import BIN, run_process, torchrun
+from support.fault_points import disturb
 from support.runs import TINY, contents
 
 from mygpt.checks.compare import compare
 from mygpt.processes.workers import Workers
+from mygpt.recipe.seeds import micro_batch_dropout_seed
 from mygpt.recipe.tables import Recipe
 from mygpt.runs.run import RunDirectory
 from mygpt.training.gradient_sum import RANGE, SCALE, FixedPointSum, fixed_micro_batch, gradient_sum_for
@@ -218,3 +220,12 @@ def test_exact_runs_move_between_numbers_of_processes(text_file, tmp_path, capfd
     again = run_process([BIN / "torchrun", "--nproc-per-node", 4, "-m", "mygpt", "verify", "moved"], tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith("identical: ")
+
+
+def test_each_step_and_micro_batch_has_its_own_dropout(tiny, monkeypatch):
+    """Whichever process computes it; the seed is the one that `mygpt replay` has on record for the step."""
+    recipe, seeds = tiny(reduction="exact", dropout=0.1, steps=3, micro_batch_size=2), []
+    disturb("forward", lambda *_: seeds.append(torch.initial_seed()), count=None, patch=monkeypatch.setattr)
+    train(recipe)
+    data_seed = recipe.train.data_seed
+    assert seeds == [micro_batch_dropout_seed(data_seed, step, index) for step in (1, 2, 3) for index in (0, 1)]

@@ -141,6 +141,7 @@ def test_run_directory_holds_recipe_environment_and_records(tiny):
     assert stretch["environment"]["threads"] == 1
     assert stretch["environment"]["versions"]["torch"] == metadata.version("torch")
     assert len(info["corpus_sha256"]) == 64
+    assert "output" not in info["recipe"]["checkpoint"]  # it is the directory in which the file lies
     records = read_records(run)
     assert [record.step for record in records] == [1, 2, 3, 4, 6]
     assert [record.val is not None for record in records] == [False, False, True, False, True]
