@@ -4,6 +4,7 @@ Each command is imported when it runs, so that help answers at once.
 """
 
 import difflib
+import errno
 import importlib
 import io
 import json
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
-        code = 1
+        code = 2 if error.errno == errno.ENAMETOOLONG else 1
         print_error(f"{error.filename or 'output'}: {error.strerror or error}")
     except (KeyboardInterrupt, SystemExit) as stop:
         # Help has been printed; or a signal came while there was nothing to save.

@@ -93,13 +93,18 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
         # Its output is its directory, wherever that is now. A recipe that extends it starts a new run elsewhere.
         for key in ("output", "resume") if children else ("output",):
             document.get("checkpoint", {}).pop(key, None)
-    for key in PATH_KEYS:
+    for key in (*PATH_KEYS, "output"):
         table = document.get(TABLE_OF_KEY[key], {})
         if re.match(r"[A-Za-z]:[\b\f\n\r\t]", table.get(key) or ""):
             raise RecipeError(
                 f"{path}: {key}: got {show_value(table[key])}, whose backslash is an escape{WINDOWS_PATH}"
             )
-        if key in table and table[key] not in NAMED_CORPORA and os.path.exists(path.parent / table[key]):
+        if (
+            key in table
+            and key in PATH_KEYS
+            and table[key] not in NAMED_CORPORA
+            and os.path.exists(path.parent / table[key])
+        ):
             table[key] = str(path.parent / table[key])
     if parent is None:
         return document

@@ -529,7 +529,7 @@ def describe_problem(problem: Any) -> str:
     """What one of pydantic's errors is about: what was got, and what was expected."""
     of_type = {"model_type": "a table", "missing": "more values"}
     expected = of_type.get(problem["type"], problem["msg"])
-    for prefix in ("Input should be ", "Input should ", "String should "):
+    for prefix in ("Input should be ", "Input should ", "String should have ", "String should "):
         expected = expected.removeprefix(prefix)
     value = problem["input"]
     expected = expected.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")

@@ -125,6 +125,7 @@ def test_missing_and_unreadable_paths_cost_one_line(call, tmp_path):
         (tmp_path, "a corpus is a text file, or a folder that `mygpt data prepare` made"),
         (tmp_path / "pipe", "not a regular file"),
         (tmp_path / ("x" * 300), "cannot be read: File name too long"),
+        (tmp_path / ("x" * 300 + ".toml"), "File name too long"),
     ):
         code, out, err = call("train", target)
         assert (code, out, err.count("\n")) == (2, "", 1), err

@@ -192,24 +192,20 @@ def test_all_processes_get_the_whole_start(exact_run, tiny, monkeypatch):
     assert other.info.model_copy(update={"recipe": recipe}) == start.info
 
 
-WITH_DDP = """from mygpt.training.gradient_sum import FastSum
-FastSum.prepare = lambda self, accelerator, *parts: accelerator.prepare(*parts)
-"""
 UNTIL_5 = "import functools; phases.train = functools.partial(phases.train, last_step=5)"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["", WITH_DDP], ids=["cpu", "ddp"])
-def test_several_processes_resume_exactly(folder, how):
-    """Three, since two hide the order of sums; each has a dropout generator. With DDP, as on GPUs, buckets that are not
-    settled change the bytes."""
+def test_several_processes_resume_exactly(folder):
+    """Three, since two hide the order of sums; each has a dropout generator. Buckets of DistributedDataParallel that are
+    not settled change the bytes."""
     runs = []
-    for patches in ([""], [UNTIL_5, ""], *([[UNTIL_5, "parts.settle_buckets = print"]] if how else [])):
+    for patches in ([""], [UNTIL_5, ""], [UNTIL_5, "parts.settle_buckets = print"]):
         place = folder("resume")
         for patch in patches:
-            result = torchrun(3, place, "text.txt", *EVERYTHING, "--batch-size", 24, patch=how + patch)
+            result = torchrun(3, place, "text.txt", *EVERYTHING, "--batch-size", 24, patch=patch)
             assert result.returncode == 0, result.stderr
         runs.append(contents(place / "run", without=["run.json"]))
-    whole, parted, *unsettled = runs
+    whole, parted, unsettled = runs
     assert parted == whole
-    assert whole not in unsettled
+    assert unsettled != whole
