@@ -197,8 +197,7 @@ UNTIL_5 = "import functools; phases.train = functools.partial(phases.train, last
 
 @pytest.mark.slow
 def test_several_processes_resume_exactly(folder):
-    """Three, since two hide the order of sums; each has a dropout generator. Buckets of DistributedDataParallel that are
-    not settled change the bytes."""
+    """Three, since two hide the order of sums; each has a dropout generator. Without settled buckets the bytes change."""
     runs = []
     for patches in ([""], [UNTIL_5, ""], [UNTIL_5, "parts.settle_buckets = print"]):
         place = folder("resume")
