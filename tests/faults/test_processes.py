@@ -197,7 +197,7 @@ UNTIL_5 = "import functools; phases.train = functools.partial(phases.train, last
 
 @pytest.mark.slow
 def test_several_processes_resume_exactly(folder):
-    """Three, since two hide the order of sums; each has a dropout generator. Without settled buckets the bytes change."""
+    """Three, since two hide the order of sums; each has a dropout generator. Without settled buckets bytes change."""
     runs = []
     for patches in ([""], [UNTIL_5, ""], [UNTIL_5, "parts.settle_buckets = print"]):
         place = folder("resume")
