@@ -30,6 +30,8 @@ STORE_TIMEOUT = timedelta(seconds=30)
 """How long a process tries to reach a launcher that should be there already."""
 NOTICE_SECONDS = 30.0
 """After this long in `exchange` a process prints which others it waits for."""
+MAX_MESSAGE = 2**22
+"""Characters of a value in the store; torch's own takes 8 MiB, and closes the connection when one is longer."""
 POLL_SECONDS = 0.5
 """The longest interval at which a process in `exchange` looks whether another has ended."""
 GRACE_SECONDS = 3.0
@@ -62,7 +64,7 @@ class Channel:
         patience = PROCESS_TIMEOUT.total_seconds() + extra_seconds
         keys = [f"{topic}/{rank}" for rank in range(self.launched.processes)]
         started_at, noticed = time.monotonic(), False
-        self._store.set(keys[self.launched.rank], json.dumps(own))
+        self._send(keys[self.launched.rank], json.dumps(own))
         while not self._store.check(keys):
             if self._store.check(["ended"]):
                 raise _AnotherEndedError
@@ -76,9 +78,25 @@ class Channel:
                 noticed = True
             # Longer and longer, because all processes ask the same store.
             time.sleep(min(0.02 + waited / 4, POLL_SECONDS))
-        messages = [json.loads(value) for value in self._store.multi_get(keys)]
+        values = zip(keys, self._store.multi_get(keys), strict=True)
+        messages = [json.loads(self._whole(key, value)) for key, value in values]
         self._nodes = [message.get("node", node) for message, node in zip(messages, self._nodes, strict=True)]
         return messages
+
+    def _send(self, key: str, text: str) -> None:
+        """Put a text into the store; one that is too long for it in pieces, and their number in its place."""
+        if len(text) > MAX_MESSAGE:
+            pieces = [text[start : start + MAX_MESSAGE] for start in range(0, len(text), MAX_MESSAGE)]
+            for number, piece in enumerate(pieces):
+                self._store.set(f"{key}/{number}", piece)
+            text = str(len(pieces))
+        self._store.set(key, text)
+
+    def _whole(self, key: str, value: bytes) -> bytes:
+        """What `_send` was given, from the value of its key: all messages are JSON objects, and begin with a brace."""
+        if value.startswith(b"{"):
+            return value
+        return b"".join(self._store.get(f"{key}/{number}") for number in range(int(value)))
 
     def _late(self, keys: list[str]) -> str:
         return "rank " + ", ".join(str(rank) for rank, key in enumerate(keys) if not self._store.check([key]))

@@ -106,7 +106,7 @@ def parse_options(
         if words and re.fullmatch(r"--[^=]+", words[-1]) and re.match(r"-\.?\d", word):
             words[-1] += f"={word}"  # argparse takes -1e-3 for a flag
         else:
-            words.append(re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word))
+            words.append(re.sub(r"^--[a-zA-Z][\w-]*(?==|$)", lambda flag: flag[0].replace("_", "-"), word))
     namespace, rest = _build_parser(prog, options, about, tables).parse_known_intermixed_args(words)
     given, own = vars(namespace), _fields_of(options)
     fields = own | {name: info for table in tables.values() for name, info in table.model_fields.items()}
@@ -138,8 +138,12 @@ def parse_options(
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
+        if "ignored explicit argument" in message:
+            flag = message.partition(":")[0]
+            raise MygptError(f"{flag}: takes no value; expected {flag} or --no-{flag.removeprefix('--')}")
         way = "; a value that begins with a dash is given as --FLAG=VALUE" if "expected" in message else ""
-        raise MygptError(f"{message.removeprefix('argument ')}{way}")
+        raise MygptError(f"{message}{way}")
 
 
 def _build_parser(

@@ -29,6 +29,7 @@ class Recorder:
 
     A run that continues after `step` drops the later records, and prints the lines up to `step` again, so that its
     output is that of a run never interrupted. The records of a run that `is_finished` are left as they are.
+    `tokens_before` is by how many tokens more it was trained than its steps have, as a branch with other batches.
     `peak_tokens_per_second` is what the devices could do at most, if it is known.
 
     Raises:
@@ -42,6 +43,7 @@ class Recorder:
         *,
         is_main: bool = True,
         step: int = 0,
+        tokens_before: int = 0,
         is_finished: bool = False,
         peak_tokens_per_second: float | None = None,
         last_step: int | None = None,
@@ -51,7 +53,7 @@ class Recorder:
         self._step, self._last_step = step, last_step or recipe.train.steps
         self._progress_file = progress_file or sys.stderr
         self._tokens_per_step = recipe.train.batch_size * recipe.train.seq_len
-        self._tokens_before = 0
+        self._tokens_before = tokens_before
         self.last: tuple[Record, Timing] | None = None
         """The newest record of this process."""
         self._files: dict[str, TextIO] = {}
@@ -72,8 +74,6 @@ class Recorder:
             evaluated = [record.step for record in records if record.val is not None]
             if recipe.validation.patience and len(evaluations) < len(evaluated):
                 print_note(f"{run / EVALUATIONS_FILE}: has {len(evaluations)} of {len(evaluated)} evaluations")
-            if last:  # 0 except after a change of the batch size
-                self._tokens_before = last.tokens - last.step * self._tokens_per_step
             elapsed = timings[-1].elapsed_seconds if timings else 0.0
             with explain_disk_error(CANNOT_WRITE, run):
                 names = LINES if recipe.validation.val_every else (METRICS_FILE, TIMING_FILE)

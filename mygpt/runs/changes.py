@@ -13,7 +13,7 @@ from mygpt.recipe.tables import HARMLESS_KEYS, PATH_KEYS, TABLE_OF_KEY, Recipe
 from mygpt.runs.files import MODEL_FILE
 from mygpt.runs.run import RunDirectory, Warn
 from mygpt.runs.schemas import CODE_CHARACTERS, Environment, ModelMetadata, RunInfo
-from mygpt.runs.steps import read_metadata, step_directory
+from mygpt.runs.steps import read_manifest, read_metadata, step_directory
 
 RESOLVED_KEYS = {"device", "threads", "micro_batch_size", "compile", "matmul", "deterministic", *PATH_KEYS}
 """Keys of which run.json has the resolved value or the content, which is compared instead."""
@@ -85,9 +85,14 @@ def check_unchanged(run: RunDirectory, step: int, recipe: Recipe, info: RunInfo)
         return
     way_on = "choose another --output, or --overwrite the run"
     if step and not KEPT_BY_BRANCHES & problems.keys():
-        command = _fork_command(run.path, step, {key: now[key] for key in problems})
+        others = {key for key, _ in differing_keys(run.recipe_for(step), recipe)} - HARMLESS_KEYS - {*PATH_KEYS}
+        command = _fork_command(run.path, step, {key: now[key] for key in now if key in problems.keys() | others})
         if any(was[key] == now[key] for key in inputs):  # a fork would look for the old text there
             command = f"--resume {shlex.quote(str(where))} --output NEW, beside your flags,"
+        if now["steps"] <= step:
+            command += f" with --steps above {step}"
+        if read_manifest(where).ended_by == "patience" and now["patience"] == was["patience"]:
+            command += " with --patience 0"
         way_on = f"{command} goes on from there in a run of its own; or {way_on}"
     kind = MismatchError if inputs else RecipeError
     raise kind("\n".join(problems.values()) + f"; one run has one recipe: {way_on}")
@@ -165,6 +170,8 @@ def warn_of_steps(run: RunDirectory, step: int, recipe: Recipe, warn: Warn) -> N
     """Warn where continuing to another number of steps differs from a run of that many steps from the start."""
     old = run.recipe_for(step)
     was, now, validation = old.train.steps, recipe.train.steps, old.validation
+    if was == now:
+        return
     schedule = recipe.schedule
     is_same_so_far = schedule.schedule == "constant" or (
         schedule.schedule == "wsd" and step <= min(schedule.decay_starts(steps) for steps in (was, now))

@@ -147,6 +147,8 @@ class Origin(Table):
     manifest_sha256: str
     """The hash of its manifest.json, and so of all that is in it."""
     after_step: Annotated[int, Field(ge=0)]
+    tokens: Annotated[int, Field(ge=0)]
+    """On how many the steps up to it were trained."""
 
 
 class Recreated(Table):
@@ -201,6 +203,11 @@ class RunInfo(Table):
     def origin_step(self) -> int:
         """The step of the checkpoint with which a branch began; 0 of another run."""
         return self.origin.after_step if self.origin else 0
+
+    def tokens_until(self, step: int) -> int:
+        """On how many tokens the steps up to this one are trained; those before a branch may have had other batches."""
+        train, before = self.recipe.train, self.origin.tokens if self.origin else 0
+        return before + (step - self.origin_step) * train.batch_size * train.seq_len
 
     def stretches_until(self, step: int) -> tuple[Stretch, ...]:
         """The stretches that trained the steps up to this one."""

@@ -102,8 +102,15 @@ def find_start(
         # A branch that was killed before its first checkpoint starts again at its origin.
         if checkpoint or not (origin := run.origin):
             return _continue(run, checkpoint, recipe, info, tokenizer, warn)
-    if origin or is_path:
-        return _branch(_resolve_origin(origin or Path(resume), warn), recipe, info, tokenizer, overwrite, warn)
+    if origin:
+        recipe = recipe.replace(resume=run.recipe.checkpoint.resume)  # the origin stays on record
+        start = _branch(_resolve_origin(origin, warn), recipe, info, tokenizer, overwrite, warn)
+        check_unchanged(run, 0, start.recipe, start.info)
+        return start
+    if is_path:
+        return _branch(_resolve_origin(Path(resume), warn), recipe, info, tokenizer, overwrite, warn)
+    # "never" is about this call: the run's own recipe continues it.
+    info = info.model_copy(update={"recipe": recipe.replace(resume="auto")})
     init_from, place = recipe.train.init_from, files.real_path(run.path)
     if overwrite and init_from and place in Path(init_from).parents:
         entry = Path(init_from).relative_to(place).parts[0]
@@ -153,7 +160,8 @@ def _branch(
         raise CheckpointError(
             f"resume: {recipe.checkpoint.resume} is in the run that --overwrite would remove; {ANOTHER_OUTPUT}"
         )
-    if not is_own and read_manifest(checkpoint).reason in TEMPORARY_REASONS:
+    is_kept = is_own or run.path.name == files.ORIGIN_NAME  # as that of a fork, when it is verified
+    if not is_kept and read_manifest(checkpoint).reason in TEMPORARY_REASONS:
         warn(f"resume: {checkpoint} is removed when its run saves the next checkpoint: `verify` needs it")
     step = check_checkpoint(checkpoint, recipe, tokenizer, in_place=False, may_end=False)
     seed, init_from = run.recipe.train.init_seed, run.recipe.train.init_from
@@ -171,6 +179,7 @@ def _branch(
         checkpoint=str(checkpoint.relative_to(output) if is_own else checkpoint),
         manifest_sha256=files.file_sha256(checkpoint / files.MANIFEST_FILE),
         after_step=step,
+        tokens=run.info.tokens_until(step),
     )
     info = info.model_copy(
         update={"recipe": recipe, "origin": origin, "stretches": _stretches(run.info, step, info)},

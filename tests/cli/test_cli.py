@@ -211,7 +211,7 @@ def test_unreadable_text_costs_one_line(call, tmp_path):
             "expected one argument; a value that begins with a dash is given as",
         ),
         (["--compile", "true"], "unexpected argument 'true'; usage: mygpt train RECIPE|TEXT [FLAGS]\n"),
-        (["--compile=1"], "--compile: ignored explicit argument '1'"),
+        (["--compile=1"], "--compile: takes no value; expected --compile or --no-compile\n"),
         (["--no-compil"], "unknown flag --no-compil; did you mean --no-compile?\n"),
         (["-lr", "1"], "unknown flag -lr; did you mean --lr?\n"),
         (["--Steps", "1"], "unknown flag --Steps; did you mean --steps?\n"),
@@ -420,6 +420,8 @@ def test_values_are_read_as_they_are_given():
     study = parse_options(["--set", "lr=1,2", "a", "--set=steps=3", "b"], "mygpt study", StudyOptions, "")[0]
     assert (study.recipes, study.set) == (("a", "b"), ("lr=1,2", "steps=3"))
     assert parse_options(["--prompt", "- x"], "mygpt generate", GenerateOptions, "")[0].prompt == "- x"
+    spelled = parse_options(["--prompt", "--- my_name is"], "mygpt generate", GenerateOptions, "")[0]
+    assert spelled.prompt == "--- my_name is"
 
 
 def test_shown_recipe_is_the_recipe_of_the_run(call, text_file):

@@ -23,6 +23,19 @@ def test_every_process_gets_the_messages_of_all(monkeypatch):
     assert Channel(Launched(), HashStore()).exchange({"node": "x"}) == [{"node": "x"}]
 
 
+def test_long_messages_go_in_pieces():
+    """Torch's store takes 8 MiB in one value: more, as of a run with many evaluations, would end the connection."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    long, results = "x" * (2 * channel.MAX_MESSAGE + 1), [None, None]
+
+    def work(rank):
+        own = TCPStore("localhost", store.port, is_master=False)
+        results[rank] = Channel(Launched(2, 2, rank), own).exchange({"text": long if rank else "{short}"})
+
+    in_threads(work, 2)
+    assert results == [[{"text": "{short}"}, {"text": long}]] * 2
+
+
 def test_mistake_of_one_process_is_raised_by_all_with_its_name(monkeypatch):
     """At once, with its exit code; the process itself raises its own error."""
     missing, started_at = CorpusError("text.txt: no such file"), time.monotonic()

@@ -46,6 +46,43 @@ def test_branch_that_is_killed_early_starts_where_it_began(folder):
     assert (place / "killed" / (place / "killed" / "best").read_text().strip()).is_dir()
 
 
+def test_branch_that_is_killed_early_stays_the_same_run(folder):
+    """With `resume = "auto"`, too; another recipe is refused, though there is no checkpoint."""
+    place = folder("branch")
+    assert run_forked((*ARGUMENTS, "--output", "source"), place, "before-step", 9) == -9
+    branch = (*ARGUMENTS, "--resume", "source/step-000004", "--output", "branch")
+    assert run_forked(branch, place, "before-step", 2) == -9
+    recorded = (place / "branch" / "recipe.toml").read_bytes()
+    assert run_forked((*branch, "--lr", 0.5), place) == 2
+    assert run_forked((*ARGUMENTS, "--output", "branch"), place, "before-step", 2) == -9
+    assert (place / "branch" / "recipe.toml").read_bytes() == recorded
+    assert run_forked(branch, place) == 0
+    assert run_forked((*branch[:-1], "undisturbed"), place) == 0
+    assert_same_run(place / "branch", place / "undisturbed")
+
+
+def test_tokens_are_counted_with_the_batches_of_each_step(tiny, tmp_path):
+    """Of a branch with other batches: those before it as its origin had them, where no record says so, either."""
+    run = train(tiny(log_every=10, save_every=3, keep_last=0), last_step=5)  # records of step 1 alone
+    branch = tiny(
+        log_every=1,
+        save_every=2,
+        keep_last=0,
+        batch_size=8,
+        resume=str(run / "step-000003"),
+        output=str(tmp_path / "branch"),
+    )
+    train(branch, last_step=4)
+    before, after = tiny().train, branch.train
+    tokens = 3 * before.batch_size * before.seq_len
+    per_step = after.batch_size * after.seq_len
+    assert RunDirectory(train(branch)).records[-1].tokens == tokens + 3 * per_step
+    other = train(
+        branch.replace(resume=str(tmp_path / "branch" / "step-000004"), output=str(tmp_path / "other"), seq_len=4)
+    )
+    assert RunDirectory(other).records[-1].tokens == tokens + per_step + 2 * 8 * 4
+
+
 def test_impossible_branch_is_refused(tiny, tmp_path):
     """From nothing, from a finished run, from the run that it would replace; nothing is created or removed."""
     run = train(tiny(save_every=2))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -80,6 +81,31 @@ def test_refusal_has_the_command_that_goes_on(tiny, call, keys, flags):
     (made,) = run.parent.glob("run-at-4-*")
     assert RunDirectory(made).info.origin.after_step == 4
     assert RunDirectory(made).recipe.flat().items() >= keys.items()
+
+
+@pytest.mark.parametrize(
+    ("was", "given"),
+    [
+        ({}, {"lr": 0.5, "steps": 12}),
+        ({}, {"warmup": 8, "steps": 20}),
+        ({"micro_batch_size": 4}, {"batch_size": 6, "micro_batch_size": 3}),
+    ],
+)
+def test_printed_fork_has_all_keys_that_it_needs(tiny, call, was, given):
+    run = train(tiny(save_every=2, batch_size=4, **was), last_step=4)
+    with pytest.raises(RecipeError) as caught:
+        train(tiny(save_every=2, **{"batch_size": 4} | was | given))
+    command = re.search("`mygpt (fork .*?)`", str(caught.value))[1]
+    code, _, err = call(*shlex.split(command))
+    assert code == 0, err
+    (made,) = run.parent.glob("run-at-4-*")
+    assert RunDirectory(made).recipe.flat().items() >= given.items()
+
+
+def test_printed_fork_of_a_finished_run_says_what_is_missing(tiny):
+    run = train(tiny())
+    with pytest.raises(RecipeError, match=rf"`mygpt fork {run} 6 --lr 0.5` with --steps above 6 goes on from there"):
+        train(tiny(lr=0.5))
 
 
 @pytest.mark.fault(36)

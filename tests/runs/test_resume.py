@@ -17,10 +17,12 @@ from support.forked import run as run_forked
 from support.runs import FLAGS, assert_same_run, contents, latest_step, steps_of
 
 from mygpt.errors import CheckpointError, DiskError, MygptError
+from mygpt.recipe.files import load_recipe
 from mygpt.recipe.seeds import process_dropout_seed
 from mygpt.runs import files, saver, steps
 from mygpt.runs.loading import load_checkpoint
 from mygpt.runs.records import read_records
+from mygpt.runs.run import RunDirectory
 from mygpt.runs.saver import Saver
 from mygpt.runs.steps import verify_checkpoint
 from mygpt.training import pending
@@ -229,6 +231,23 @@ def test_continued_run_is_read_from_its_first_step(tiny, monkeypatch):
     monkeypatch.setattr(pending, "MAX_UNREAD_SECONDS", 0.0)
     train(tiny(**keys), last_step=9)
     assert len(calls) == 6
+
+
+def test_recipe_of_a_run_that_never_resumes_continues_it(tiny):
+    """The key is about the first call: the run's own recipe.toml has `resume = "auto"`."""
+    run = train(tiny(resume="never"), last_step=4)
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        train(tiny(resume="never"))
+    assert RunDirectory(train(load_recipe(run / "recipe.toml"))).is_finished
+
+
+def test_continued_schedule_is_not_called_another(tiny, capsys):
+    """Only another number of steps changes its rates."""
+    keys = {"schedule": "cosine", "save_every": 2}
+    train(tiny(**keys), last_step=4)
+    capsys.readouterr()
+    train(tiny(**keys))
+    assert "would differ" not in capsys.readouterr().err
 
 
 def test_resume_never_may_replace_a_run_without_a_step(folder):
