@@ -29,7 +29,7 @@ from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
 from mygpt.recipe.names import named_after
 from mygpt.recipe.tables import UNNAMED_KEYS, Recipe
 from mygpt.runs import files
-from mygpt.runs.changes import check_checkpoint
+from mygpt.runs.changes import MAY_CHANGE, check_checkpoint, differing_keys
 from mygpt.runs.copying import copy_until, publish_run
 from mygpt.runs.initial import Initial, open_dataset
 from mygpt.runs.lock import locked
@@ -154,6 +154,12 @@ def plan_recreation(
         checkpoint = files.real_path(named_checkpoint(start))
         if not origin_step < verify_checkpoint(checkpoint).step <= step:
             raise CheckpointError(f"{start}: expected a checkpoint of a step from {origin_step + 1} to {step}")
+        other = RunDirectory(checkpoint.parent)
+        changed = {key for key, _ in differing_keys(run.recipe, other.recipe)} - MAY_CHANGE
+        if changed or other.info.inputs != run.info.inputs:
+            raise CheckpointError(
+                f"{start}: is of another recipe or text than {run.path}; expected one of its checkpoints"
+            )
     elif not from_beginning:
         checkpoint = nearest_checkpoint(run, origin_step, step, warn)
     first = read_manifest(checkpoint).step if checkpoint else origin_step

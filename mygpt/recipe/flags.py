@@ -220,7 +220,7 @@ def _hint(flag: str, prog: str, fields: Mapping[str, FieldInfo]) -> str:
         return NOTES[name]
     switches = [f"no_{name}" for name, info in fields.items() if info.annotation is bool]
     if close := closest(name, [*fields, *switches]):
-        return f"did you mean {_flag(close)}{unit_note(name)}?"
+        return f"did you mean {_flag(close)}{unit_note(name) if close in TABLE_OF_KEY else ''}?"
     return f"`{prog} --help` lists all"
 
 

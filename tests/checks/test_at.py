@@ -239,6 +239,7 @@ def test_mistakes_cost_one_line(place, tmp_path, call, text):
         (("at", run, 3, "--out", tmp_path / ("x" * 250)), "its name is too long; choose a shorter one"),
         (("at", run, 3, "--out", own / "x"), "Not a directory; choose another"),
         (("at", run, 3, "--start", run / "step-000012", "--out", out), "expected a checkpoint of a step from 1 to 3"),
+        (("at", run, 9, "--start", changed / "step-000006", "--out", out), "is of another recipe or text than"),
         (("fork", run, 0, "--lr", 1), "STEP: got '0', expected a number from 1 up"),
         (("fork", run, 13, "--steps", 20, "--output", out), "got step 13, expected one from 1 to 12"),
         (("fork", run, 12, "--lr", 1, "--output", out), r"steps: got 12, expected more than 12; raise --steps"),
