@@ -27,7 +27,7 @@ from mygpt.processes.channel import connect
 from mygpt.processes.environment import is_main_process, launched_processes
 from mygpt.recipe.files import RECIPE_FILE, RUN_FILE
 from mygpt.recipe.names import named_after
-from mygpt.recipe.tables import UNNAMED_KEYS, Recipe
+from mygpt.recipe.tables import HARMLESS_KEYS, Recipe
 from mygpt.runs import files
 from mygpt.runs.changes import MAY_CHANGE, check_checkpoint, differing_keys
 from mygpt.runs.copying import copy_until, publish_run
@@ -392,5 +392,5 @@ def same_inputs(run: RunDirectory, was: Mapping[str, Any], wanted: Mapping[str, 
 def fork_name(run: Path, step: int, base: Recipe, recipe: Recipe, given: Set[str]) -> str:
     """The name of a fork's directory: the run's, the step, and those of the `given` keys that change numbers."""
     moved = same_inputs(RunDirectory(run), base.flat(), recipe.flat())
-    keys = given - UNNAMED_KEYS - {"init_seed"} - moved.keys()  # the initial weights are not drawn again
+    keys = given - HARMLESS_KEYS - {"init_seed"} - moved.keys()  # the initial weights are not drawn again
     return named_after(f"{files.real_path(run).name}-at-{step}", base.flat(), recipe.flat(), keys)
