@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mygpt.errors import DamagedCheckpointError
 from mygpt.estimates import Estimate, difference_of_independent, ratio_estimate
 from mygpt.runs.files import EVALUATIONS_FILE
 from mygpt.runs.records import EvaluationLine, WindowsLine, read_until
@@ -109,19 +108,16 @@ def evaluation_line(evaluation: Evaluation, before: Evaluation | None) -> Evalua
 
 
 def evaluations_of(lines: Iterable[EvaluationLine]) -> list[Evaluation]:
-    """The evaluations that the first lines of an evaluations.jsonl hold, up to a line that does not fit."""
+    """The evaluations that lines of an evaluations.jsonl hold, as `read_until` has read them."""
     found: list[Evaluation] = []
     for line in lines:
         if line.windows:
             starts, tokens, lengths = line.windows.starts, line.windows.tokens, line.windows.bytes
             arrays = (np.frombuffer(starts, "<i8"), np.frombuffer(tokens, "<i4"), np.frombuffer(lengths, "<i4"))
             windows = Windows(*arrays, line.windows.consecutive, line.windows.piece_tokens)
-        elif found:
+        else:
             windows = found[-1].windows
-        losses = np.frombuffer(line.losses, "<f4")
-        if not (line.windows or found) or len(losses) != len(windows.starts):
-            break
-        found.append(Evaluation(line.step, windows, losses))
+        found.append(Evaluation(line.step, windows, np.frombuffer(line.losses, "<f4")))
     return found
 
 
@@ -131,12 +127,7 @@ def read_evaluations(run: Path, step: int) -> list[Evaluation]:
     Raises:
         DamagedCheckpointError: a line is not as it was written.
     """
-    file = run / EVALUATIONS_FILE
-    lines = read_until(file, EvaluationLine, step, strict=True)
-    found = evaluations_of(lines)
-    if len(found) < len(lines):
-        raise DamagedCheckpointError(f"{file}: damaged: line {len(found) + 1} is of other windows than the one before")
-    return found
+    return evaluations_of(read_until(run / EVALUATIONS_FILE, EvaluationLine, step, strict=True))
 
 
 def change_between(before: Evaluation, after: Evaluation) -> Estimate:

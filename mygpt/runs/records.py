@@ -184,6 +184,10 @@ def _scan(path: Path, kind: type[_Line], step: int) -> tuple[list[_Line], int, L
             return records, size, "damage" if is_whole else ""
         if record.step > step or not is_whole:
             return records, size, "later" if record.step > step else ""
+        if isinstance(record, EvaluationLine) and not record.windows:  # it has those of the line before
+            before = records[-1] if records else None
+            if not isinstance(before, EvaluationLine) or len(before.losses) != len(record.losses):
+                return records, size, "damage"
         records.append(record)
         size += len(line)
     return records, size, ""
