@@ -81,7 +81,7 @@ def test_recipe_from_keys_is_that_of_the_command_line():
     [
         (
             {"lr": 0.5},
-            "--lr 0.5` goes on from there in a run of its own; or choose another output, or overwrite the run",
+            "--lr 0.5` with steps above 6 goes on from there in a run of its own; or choose another output",
         ),
         ({"steps": 3}, "raise steps, or choose another output"),
         ({"embed_dim": 32}, "; choose another output"),
