@@ -115,7 +115,7 @@ def test_refusal_of_a_text_that_was_edited_has_the_flags_that_go_on(tiny, text, 
     own.write_text(text, encoding="utf-8", newline="")
     run = train(tiny(corpus=str(own), save_every=2), last_step=4)
     own.write_text(text[10_000:] + text[:10_000], encoding="utf-8", newline="")
-    with pytest.raises(MismatchError, match="is not the text that") as caught:
+    with pytest.raises(MismatchError, match=rf"corpus: {own} is not the text that {run / 'step-000004'} was") as caught:
         train(tiny(corpus=str(own), save_every=2))
     assert f"--resume {run / 'step-000004'} --output NEW, beside your flags, goes on from there" in str(caught.value)
     branch = tiny(corpus=str(own), save_every=2, resume=str(run / "step-000004"), output=str(tmp_path / "branch"))
