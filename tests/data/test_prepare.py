@@ -730,10 +730,10 @@ def test_corpus_that_changes_while_in_use_ends_the_run(tiny, tmp_path, prepared,
 
 def test_tokenizer_of_the_recipe_must_be_that_of_the_corpus(prepared):
     """A key that means nothing would be believed; the default stands for any."""
-    with pytest.raises(
-        CorpusError, match="its tokenizer is 'char'; leave tokenizer, vocab_size and tokenizer_file out"
-    ):
-        load_dataset(DataTable(corpus=str(prepared), tokenizer="byte"), 16)
+    refusal = "its tokenizer is 'char'; leave tokenizer, vocab_size and tokenizer_file out"
+    for keys in ({"tokenizer": "byte"}, {"vocab_size": 300}, {"tokenizer_file": "tokenizer.json"}):
+        with pytest.raises(CorpusError, match=refusal):
+            load_dataset(DataTable(corpus=str(prepared), **keys), 16)
     assert load_dataset(DataTable(corpus=str(prepared)), 16).tokenizer.end_of_text is not None
 
 
