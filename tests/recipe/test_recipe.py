@@ -209,6 +209,9 @@ def test_mistake_in_a_parent_names_the_parent(tmp_path):
         ({"val_split": 0.1, "val_corpus": "other.txt"}, "val_split"),
         ({"hold_out": "pieces", "val_corpus": "other.txt"}, "hold_out"),
         ({"patience": 2, "val_split": 0.1, "val_every": 5, "sampling": "shared-stream"}, "patience"),
+        ({"expected_loss": ((5, 2.0, 0.1), (3, 2.1, 0.1)), "expected_seeds": 3}, "expected_loss"),
+        ({"expected_val": (), "expected_seeds": 3}, "expected_val"),
+        ({"expected_loss": ((5, 2.0, 0.1),)}, "expected_seeds"),
     ],
 )
 def test_relations_between_keys_are_checked(keys, key):
