@@ -102,6 +102,20 @@ def test_printed_fork_has_all_keys_that_it_needs(tiny, call, was, given):
     assert RunDirectory(made).recipe.flat().items() >= given.items()
 
 
+def test_only_a_change_adds_a_stretch(tiny):
+    """A run that is stopped and continued as it was has the stretches that it had, also after an earlier change."""
+    run = train(tiny(steps=4))
+    for last_step in (6, 7, 8):
+        train(tiny(steps=8), last_step=last_step)
+        assert [(s.after_step, s.steps) for s in RunDirectory(run).info.stretches] == [(0, 4), (4, 8)]
+
+
+def test_characters_that_are_held_out_alone_are_named(tiny, tmp_path, text, capsys):
+    (tmp_path / "own.txt").write_text(text + "中文" * 50, encoding="utf-8")
+    train(tiny(corpus=str(tmp_path / "own.txt"), val_split=0.1))
+    assert "2 characters occur only in the held-out text, and not in the training text: " in capsys.readouterr().err
+
+
 def test_printed_fork_of_a_finished_run_says_what_is_missing(tiny):
     run = train(tiny())
     with pytest.raises(RecipeError, match=rf"`mygpt fork {run} 6 --lr 0.5` with --steps above 6 goes on from there"):
