@@ -62,7 +62,7 @@ class Route(NamedTuple):
     first: int
     """The step of `checkpoint`, or after which the run or branch began."""
     segments: list[Segment]
-    """What to train from there: each part ends with a checkpoint that can be compared, or with a stretch of the run."""
+    """What to train from there. Each segment ends with a checkpoint that can be compared, or with a stretch."""
     recipe: Recipe
     """The recipe of the run, with the end that it had in view, and with the inputs that have been moved."""
 
@@ -221,7 +221,7 @@ def nearest_checkpoint(run: RunDirectory, origin_step: int, step: int, warn: War
 
 
 def check_processes(run: RunDirectory, segments: list[Segment]) -> None:
-    """Check that as many processes as trained these parts will train them again, where the bits depend on it."""
+    """Check that as many processes as trained these segments will train them again, where the bits depend on it."""
     processes = launched_processes().processes
     for segment in segments:
         recorded = run.info.stretch_of(segment.until).environment.processes
@@ -347,12 +347,9 @@ def find_fork(run: RunDirectory, step: int, recipe: Recipe, output: Path, moved:
         raise RecipeError(f"[train] steps: got {recipe.train.steps}, expected more than {step}; raise --steps")
     origin, wanted = output / files.ORIGIN_NAME, Recreated(run=str(files.real_path(run.path)), after_step=step)
     if os.path.lexists(origin / RUN_FILE) and RunDirectory(origin).info.recreated == wanted:
-        is_run = os.path.lexists(output / RUN_FILE)  # which may have been moved since
-        return (
-            RunDirectory(output).recipe.checkpoint.resume
-            if is_run
-            else str(files.real_path(step_directory(origin, step)))
-        )
+        if os.path.lexists(output / RUN_FILE):  # the fork may have been moved since
+            return RunDirectory(output).recipe.checkpoint.resume
+        return str(files.real_path(step_directory(origin, step)))
     if os.path.lexists(output) and not RunDirectory(output).has_no_steps:
         raise CheckpointError(
             f"output: {output} is there already, and no fork of {run.path} after step {step}; choose another --output"

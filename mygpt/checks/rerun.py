@@ -146,7 +146,7 @@ def train_segments(
         recipe = segment.recipe.replace(output=str(output), resume=resume)
         with open(os.devnull, "w") as nowhere, ExitStack() as stack:
             stack.enter_context(redirect_stdout(nowhere))
-            if number or is_quiet:  # later parts would warn of changes, which are the run's own
+            if number or is_quiet:  # later segments would warn of changes, which are the run's own
                 stack.enter_context(redirect_stderr(nowhere))
             train(recipe, last_step=segment.until, progress_file=progress_file, saved=saved)
         yield segment.until

@@ -87,7 +87,7 @@ def run_preflight(
         corpus_sha256=dataset.sha256,
         held_out_sha256=dataset.held_out_sha256,
         init_sha256=initial and initial.sha256,
-        recipe=with_what_is_there(recipe, initial, dataset),
+        recipe=resolved_recipe(recipe, initial, dataset),
         stretches=(Stretch(after_step=0, steps=steps, patience=patience, environment=environment),),
     )
     # Only the main process uses output and resume; what is read, and the threads, are compared by content and number.
@@ -108,7 +108,7 @@ def run_preflight(
     return Preflight(device, dataset, info, reports, [*notes, *doubtful_settings(info, device)])
 
 
-def with_what_is_there(recipe: Recipe, initial: Initial | None, dataset: Dataset) -> Recipe:
+def resolved_recipe(recipe: Recipe, initial: Initial | None, dataset: Dataset) -> Recipe:
     """The recipe with the path of the initial model, and with the tokenizer that this model or a prepared corpus has,
     whatever the recipe says."""
     if initial:

@@ -99,12 +99,9 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, dict
             raise RecipeError(
                 f"{path}: {key}: got {show_value(table[key])}, whose backslash is an escape{WINDOWS_PATH}"
             )
-        if (
-            key in table
-            and key in PATH_KEYS
-            and table[key] not in NAMED_CORPORA
-            and os.path.exists(path.parent / table[key])
-        ):
+    for key in PATH_KEYS:
+        table = document.get(TABLE_OF_KEY[key], {})
+        if key in table and table[key] not in NAMED_CORPORA and os.path.exists(path.parent / table[key]):
             table[key] = str(path.parent / table[key])
     if parent is None:
         return document

@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,7 +29,8 @@ class Recorder:
 
     A run that continues after `step` drops the later records, and prints the lines up to `step` again, so that its
     output is that of a run never interrupted. The records of a run that `is_finished` are left as they are.
-    `tokens_before` is by how many tokens more it was trained than its steps have, as a branch with other batches.
+    `tokens_until` gives the tokens on which the steps up to one are trained: a branch may have other batches than its
+    origin.
     `peak_tokens_per_second` is what the devices could do at most, if it is known.
 
     Raises:
@@ -43,7 +44,7 @@ class Recorder:
         *,
         is_main: bool = True,
         step: int = 0,
-        tokens_before: int = 0,
+        tokens_until: Callable[[int], int] | None = None,
         is_finished: bool = False,
         peak_tokens_per_second: float | None = None,
         last_step: int | None = None,
@@ -53,7 +54,7 @@ class Recorder:
         self._step, self._last_step = step, last_step or recipe.train.steps
         self._progress_file = progress_file or sys.stderr
         self._tokens_per_step = recipe.train.batch_size * recipe.train.seq_len
-        self._tokens_before = tokens_before
+        self._tokens_until = tokens_until or (lambda step: step * self._tokens_per_step)
         self.last: tuple[Record, Timing] | None = None
         """The newest record of this process."""
         self._files: dict[str, TextIO] = {}
@@ -123,7 +124,7 @@ class Recorder:
         last_step, last_time = self._interval
         seconds = now - last_time - self._paused_seconds
         self._interval, self._paused_seconds = (step, now), 0.0
-        record = Record(step=step, tokens=self._tokens_before + step * self._tokens_per_step, **values)
+        record = Record(step=step, tokens=self._tokens_until(step), **values)
         tokens_per_second = (step - last_step) * self._tokens_per_step / seconds
         seconds_per_step = (now - self._started_at) / (step - self._first_step)
         timing = Timing(

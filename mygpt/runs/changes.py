@@ -89,11 +89,11 @@ def check_unchanged(run: RunDirectory, step: int, recipe: Recipe, info: RunInfo)
         command = _fork_command(run.path, step, {key: now[key] for key in now if key in problems.keys() | others})
         if any(was[key] == now[key] for key in inputs):  # a fork would look for the old text there
             command = f"--resume {shlex.quote(str(where))} --output NEW, beside your flags,"
-        if now["steps"] <= step:
-            command += f" with --steps above {step}"
+        missing = [f"--steps above {step}"] if now["steps"] <= step else []
         if read_manifest(where).ended_by == "patience" and now["patience"] == was["patience"]:
-            command += " with --patience 0"
-        way_on = f"{command} goes on from there in a run of its own; or {way_on}"
+            missing.append("--patience 0")
+        beside = f" with {' and '.join(missing)}" if missing else ""
+        way_on = f"{command}{beside} goes on from there in a run of its own; or {way_on}"
     kind = MismatchError if inputs else RecipeError
     raise kind("\n".join(problems.values()) + f"; one run has one recipe: {way_on}")
 

@@ -25,10 +25,20 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-class Record(Table):
-    """One line of metrics.jsonl; a value that was not measured at this step is None."""
+class StepLine(Table):
+    """A line that a run adds to one of its files."""
 
     step: int
+    """The step after which it was added."""
+
+    def fits(self, before: Self | None) -> bool:
+        """Whether this can be the line after another; None: the first line."""
+        return True
+
+
+class Record(StepLine):
+    """One line of metrics.jsonl; a value that was not measured at this step is None."""
+
     loss: float
     """Mean loss of this step's global batch before its update, in nats per token."""
     lr: float
@@ -52,10 +62,9 @@ class Record(Table):
     """Global L2 norm of this step's gradient before clipping."""
 
 
-class Timing(Table):
+class Timing(StepLine):
     """One line of timing.jsonl: how long a recorded step took to reach, which no recipe can repeat."""
 
-    step: int
     elapsed_seconds: float
     """Since the first step began, with evaluation and saving, without the time in which the run was down."""
     tokens_per_second: float
@@ -81,12 +90,11 @@ class WindowsLine(Table):
     piece_tokens: Annotated[int, Field(ge=0)]
 
 
-class EvaluationLine(Table):
+class EvaluationLine(StepLine):
     """One line of evaluations.jsonl: the held-out loss of each window after a step."""
 
     model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
-    step: int
     windows: WindowsLine | None = None
     """None: those of the line before."""
     losses: bytes
@@ -110,12 +118,15 @@ class EvaluationLine(Table):
             raise ValueError("its losses are not as they were written")
         return self
 
+    def fits(self, before: Self | None) -> bool:
+        return self.windows is not None or (before is not None and len(before.losses) == len(self.losses))
+
 
 LINES: Final[Mapping[str, Any]] = {METRICS_FILE: Record, TIMING_FILE: Timing, EVALUATIONS_FILE: EvaluationLine}
 """The files of a run to which lines are added, and what these hold."""
 
 
-_Line = TypeVar("_Line", Record, Timing, EvaluationLine)
+_Line = TypeVar("_Line", bound=StepLine)
 
 
 def read_until(path: Path, kind: type[_Line], step: int, *, strict: bool = False) -> list[_Line]:
@@ -184,10 +195,8 @@ def _scan(path: Path, kind: type[_Line], step: int) -> tuple[list[_Line], int, L
             return records, size, "damage" if is_whole else ""
         if record.step > step or not is_whole:
             return records, size, "later" if record.step > step else ""
-        if isinstance(record, EvaluationLine) and not record.windows:  # it has those of the line before
-            before = records[-1] if records else None
-            if not isinstance(before, EvaluationLine) or len(before.losses) != len(record.losses):
-                return records, size, "damage"
+        if not record.fits(records[-1] if records else None):
+            return records, size, "damage"
         records.append(record)
         size += len(line)
     return records, size, ""

@@ -80,16 +80,11 @@ class Saver:
         self.wait()
         step = state.metadata.step
         copies = self._copy("model.", weights), TrainingState(self._copy("state.", state.tensors), state.metadata)
-        manifest = Manifest(
-            step=step,
-            reason=reason,
-            ended_by=ended_by,
-            files={},
-        )
+        manifest = Manifest(step=step, reason=reason, ended_by=ended_by, files={})
         self._writing = self._thread.submit(self._write, *copies, manifest, best)
         self._reason, self._saved_at = reason, time.monotonic()
 
-    def is_time(self) -> bool:
+    def is_time_to_save(self) -> bool:
         """Whether the last checkpoint, or the beginning, is `save_seconds` ago, and nothing is being written."""
         seconds = self.recipe.checkpoint.save_seconds
         is_idle = self._writing is None or self._writing.done()

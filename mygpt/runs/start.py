@@ -89,7 +89,7 @@ def find_start(
     run, recipe = RunDirectory(Path(recipe.checkpoint.output)), self_contained(recipe)
     info = info.model_copy(update={"recipe": recipe})
     overwrite = overwrite and not (is_restart and _was_started_by(run, recipe, info))
-    resume, origin = recipe.checkpoint.resume, None
+    resume = recipe.checkpoint.resume
     is_path = resume not in ("auto", "never")
     # A run gets its recipe.toml last: without it, the run was killed while it was made.
     if os.path.lexists(run.path / RECIPE_FILE) and not overwrite and (is_path or not run.has_no_steps):
@@ -99,14 +99,13 @@ def find_start(
                 'it with --overwrite, or continue it with --resume "auto"'
             )
         checkpoint = run.newest_checkpoint(warn)
-        # A branch that was killed before its first checkpoint starts again at its origin.
-        if checkpoint or not (origin := run.origin):
-            return _continue(run, checkpoint, recipe, info, tokenizer, warn)
-    if origin:
-        recipe = recipe.replace(resume=run.recipe.checkpoint.resume)  # the origin stays on record
-        start = _branch(_resolve_origin(origin, warn), recipe, info, tokenizer, overwrite, warn)
-        check_unchanged(run, 0, start.recipe, start.info)
-        return start
+        if checkpoint is None and (origin := run.origin):
+            # A branch that was killed before its first checkpoint starts again at its origin, which stays on record.
+            recipe = recipe.replace(resume=run.recipe.checkpoint.resume)
+            start = _branch(_resolve_origin(origin, warn), recipe, info, tokenizer, overwrite, warn)
+            check_unchanged(run, 0, start.recipe, start.info)
+            return start
+        return _continue(run, checkpoint, recipe, info, tokenizer, warn)
     if is_path:
         return _branch(_resolve_origin(Path(resume), warn), recipe, info, tokenizer, overwrite, warn)
     # "never" is about this call: the run's own recipe continues it.
@@ -181,9 +180,8 @@ def _branch(
         after_step=step,
         tokens=run.info.tokens_until(step),
     )
-    info = info.model_copy(
-        update={"recipe": recipe, "origin": origin, "stretches": _stretches(run.info, step, info)},
-    )
+    stretches = _stretches(run.info, step, info)
+    info = info.model_copy(update={"recipe": recipe, "origin": origin, "stretches": stretches})
     evaluations: tuple[EvaluationLine, ...] = ()
     if has_same_windows(run, step, recipe, info):
         evaluations = tuple(read_until(run.path / files.EVALUATIONS_FILE, EvaluationLine, step))

@@ -119,9 +119,8 @@ class ComparisonResult(NamedTuple):
 
 def unit_of(variants: Sequence[VariantResult]) -> str:
     """The unit in which all variants can be compared."""
-    return (
-        "nats per token" if len({variant.tokenizer for variant in variants if variant.runs}) <= 1 else "bits per byte"
-    )
+    tokenizers = {variant.tokenizer for variant in variants if variant.runs}
+    return "nats per token" if len(tokenizers) <= 1 else "bits per byte"
 
 
 def compare_variants(variants: Sequence[VariantResult], effect: float) -> list[ComparisonResult]:

@@ -29,6 +29,7 @@ RANGE = 2.0**22
 
 Prepared = tuple[torch.nn.Module, Optimizer, LambdaLR]
 LossAndOutOfRange = tuple[torch.Tensor, torch.Tensor]
+"""What `backward` returns."""
 
 
 class GradientSum:

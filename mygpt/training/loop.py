@@ -71,8 +71,8 @@ def train_loop(
         # Until its numbers are needed the host runs ahead of the device.
         if not (now.reading or pending.must_be_read(bool(stop.pending()))):
             continue
-        is_time_to_save = parts.accelerator.is_main_process and saver.is_time()
-        reading, is_best = pending.read(stop.pending(), save=is_time_to_save), False
+        is_time = parts.accelerator.is_main_process and saver.is_time_to_save()
+        reading, is_best = pending.read(stop.pending(), save=is_time), False
         if not reading.is_finite:
             saver.wait()
             raise report_failed_step(parts, reading)

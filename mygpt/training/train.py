@@ -218,7 +218,7 @@ def open_recorder(start: Start, parts: Parts, until: int, progress_file: TextIO 
         Path(start.recipe.checkpoint.output),
         is_main=is_main,
         step=start.step,
-        tokens_before=start.info.tokens_until(0),
+        tokens_until=start.info.tokens_until,
         is_finished=start.ended_by is not None,
         peak_tokens_per_second=peak_tokens_per_second(parts) if is_main else None,
         last_step=until,

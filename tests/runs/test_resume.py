@@ -66,7 +66,11 @@ def test_checkpoints_by_the_clock(tiny, monkeypatch):
     save = Saver.save
     monkeypatch.setattr(Saver, "save", lambda self, *args: saved.append(args[2]) or save(self, *args))
     monkeypatch.setattr(saver.time, "monotonic", lambda: next(now))
-    monkeypatch.setattr(Saver, "is_time", lambda self, is_time=Saver.is_time: self.wait() or is_time(self))
+    monkeypatch.setattr(
+        Saver,
+        "is_time_to_save",
+        lambda self, is_time_to_save=Saver.is_time_to_save: self.wait() or is_time_to_save(self),
+    )
     run = train(tiny(steps=9, save_seconds=25))
     # The clock is read at each step and after each save.
     assert saved == ["timed", "timed", "timed", "scheduled"]
@@ -88,7 +92,7 @@ def test_a_checkpoint_by_the_clock_that_fails_costs_a_warning(tiny, tmp_path, mo
         write(target, weights, metadata, state, manifest)
 
     monkeypatch.setattr(saver, "write_checkpoint", refuse)
-    monkeypatch.setattr(Saver, "is_time", lambda self: True)
+    monkeypatch.setattr(Saver, "is_time_to_save", lambda self: True)
     run = train(tiny(save_seconds=7))
     assert refused == [1, 2]
     warnings = capsys.readouterr().err.splitlines()

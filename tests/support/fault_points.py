@@ -158,7 +158,7 @@ def slow_saves(_count):
 
 def save_at_every_reading(count):
     """As if `save_seconds` had passed; a kill comes before a step."""
-    checkpoint.Saver.is_time = lambda saver: saver.wait() is None
+    checkpoint.Saver.is_time_to_save = lambda saver: saver.wait() is None
     disturb("before-step", count=count)
 
 
